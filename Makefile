@@ -1,0 +1,38 @@
+# One recipe for users and CI: each target installs what it needs into $(VENV) and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BASE := $(VENV)/.base
+DEV := $(VENV)/.dev
+
+.PHONY: demo test test-slow lint clean
+
+$(BASE): setup.py requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -e .
+	touch $@
+
+# torch alone and first: asked for in any other way, pip may choose a build with gigabytes of CUDA libraries.
+$(DEV): requirements-test.txt $(BASE)
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements-test.txt
+	touch $@
+
+demo: $(BASE)
+	$(BIN)/python -m experiments.progressive_images
+
+test: $(DEV)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(DEV)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

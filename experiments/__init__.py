@@ -1,0 +1,1 @@
+"""Runnable experiments: each module is a command line with a dataclass configuration."""

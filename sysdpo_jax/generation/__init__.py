@@ -1,0 +1,1 @@
+"""Decoding of text, noise schedules and samplers: functions of a model and its parameters."""

@@ -1,0 +1,107 @@
+"""Noise schedules and prediction-type algebra: plain functions without a model.
+
+The forward process is z_t = alpha_t z_0 + sigma_t eps, t an integer in [0, num_timesteps); t = 0 is the least noise.
+Axes: B batch; the per-row coefficients broadcast against latents [B, ...].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A variance-preserving schedule, named as in diffusers: alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2.
+
+    kind: "linear" and "scaled_linear" space beta or sqrt(beta) evenly from beta_start to beta_end;
+    "squaredcos_cap_v2" is the cosine schedule of arXiv 2102.09672, equation 17.
+    """
+
+    kind: str = "scaled_linear"
+    num_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    def betas(self) -> np.ndarray:
+        """beta_t for every t, float64 [num_timesteps]. Raises `ValueError` on an unknown kind."""
+        makers: dict[str, Callable[[], np.ndarray]] = {
+            "linear": lambda: np.linspace(self.beta_start, self.beta_end, self.num_timesteps),
+            "scaled_linear": lambda: np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps) ** 2,
+            "squaredcos_cap_v2": lambda: _cosine_betas(self.num_timesteps),
+        }
+        if self.kind not in makers:
+            raise ValueError(f"unknown noise schedule {self.kind!r}: choose one of {', '.join(makers)}")
+        return makers[self.kind]()
+
+    def alphas_cumprod(self) -> np.ndarray:
+        """alpha_t^2 for every t, float64 [num_timesteps]."""
+        return np.cumprod(1.0 - self.betas())
+
+    def alpha_sigma(self, t: Int[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+        """alpha_t and sigma_t in float32."""
+        squared = self.alphas_cumprod()
+        alpha, sigma = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (squared, 1.0 - squared))
+        return alpha[t], sigma[t]
+
+    def log_snr(self, t: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """lambda_t = log(alpha_t^2 / sigma_t^2), float32, computed in float64 on the host."""
+        squared = self.alphas_cumprod()
+        return jnp.asarray(np.log(squared) - np.log1p(-squared), jnp.float32)[t]
+
+
+def _cosine_betas(steps: int) -> np.ndarray:
+    level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1.0 - level[1:] / level[:-1], 0.999)
+
+
+def expand(rows: Float[Array, "batch"], like: Float[Array, "batch *rest"]) -> Float[Array, "batch *ones"]:
+    """Per-row coefficients shaped to broadcast against `like`."""
+    return rows.reshape(rows.shape[0], *(1,) * (like.ndim - 1))
+
+
+def add_noise(
+    clean: Float[Array, "batch *rest"],
+    noise: Float[Array, "batch *rest"],
+    alpha: Float[Array, "batch"],
+    sigma: Float[Array, "batch"],
+) -> Float[Array, "batch *rest"]:
+    """z_t = alpha_t z_0 + sigma_t eps."""
+    return expand(alpha, clean) * clean + expand(sigma, clean) * noise
+
+
+def target(
+    clean: Float[Array, "batch *rest"],
+    noise: Float[Array, "batch *rest"],
+    alpha: Float[Array, "batch"],
+    sigma: Float[Array, "batch"],
+    prediction_type: PredictionType,
+) -> Float[Array, "batch *rest"]:
+    """What the model is trained to output: eps, v = alpha eps - sigma z_0 (arXiv 2202.00512, appendix D) or z_0."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return expand(alpha, clean) * noise - expand(sigma, clean) * clean
+    return clean
+
+
+def clean_and_noise(
+    prediction: Float[Array, "batch *rest"],
+    noisy: Float[Array, "batch *rest"],
+    alpha: Float[Array, "batch"],
+    sigma: Float[Array, "batch"],
+    prediction_type: PredictionType,
+) -> tuple[Float[Array, "batch *rest"], Float[Array, "batch *rest"]]:
+    """The estimates of z_0 and eps that a prediction implies."""
+    a, s = expand(alpha, noisy), expand(sigma, noisy)
+    if prediction_type == "epsilon":
+        return (noisy - s * prediction) / a, prediction
+    if prediction_type == "v_prediction":
+        return a * noisy - s * prediction, s * noisy + a * prediction
+    return prediction, (noisy - a * prediction) / s

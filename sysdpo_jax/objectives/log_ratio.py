@@ -1,0 +1,59 @@
+"""The log-ratio of a system: a sum over its nodes."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, PRNGKeyArray
+
+from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.typing import Features, Params
+
+
+class PairBatch(NamedTuple):
+    """Preferences ready for the step: two feature trees, as `CompoundSystem.prepare` returns them."""
+
+    chosen: Features
+    rejected: Features
+
+
+class NodeTerms(NamedTuple):
+    """One node under policy and reference, each [batch]: log-probabilities, metrics, and the weighted log-ratio."""
+
+    ratio: Array
+    policy: Array
+    reference: Array
+    policy_metrics: Mapping[str, Array]
+    reference_metrics: Mapping[str, Array]
+
+
+def trained_nodes(system: CompoundSystem, reference: Params) -> tuple[Node, ...]:
+    """The nodes whose log-ratio can differ from 0: not tools, and not frozen (their key is absent from `reference`)."""
+    return tuple(node for node in system.nodes if not node.deterministic and node.params_key in reference)
+
+
+def node_terms(
+    system: CompoundSystem, params: Params, reference: Params, features: Mapping[str, Features], key: PRNGKeyArray
+) -> dict[str, NodeTerms]:
+    """`{node: NodeTerms}` of every trained node. No gradient flows into the reference; both see the same noise."""
+    system.check_params(params)
+    terms = {}
+    for node in trained_nodes(system, reference):
+        policy, policy_metrics = system.node_log_prob(node, params[node.params_key], features[node.name], key)
+        frozen = jax.lax.stop_gradient(reference[node.params_key])
+        base, base_metrics = system.node_log_prob(node, frozen, features[node.name], key)
+        terms[node.name] = NodeTerms(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
+    return terms
+
+
+def log_ratio(
+    system: CompoundSystem, params: Params, reference: Params, features: Mapping[str, Features], key: PRNGKeyArray
+) -> dict[str, Array]:
+    """weight_k (log p_theta_k - log p_ref_k) of every node in nats, `{node: Float[Array, "batch"]}`.
+
+    Their plain sum is the system's log-ratio (arXiv 2502.17721, section 4). A key absent from `reference` is a frozen
+    component: its nodes, like tools, contribute exactly 0 and are not evaluated.
+    """
+    terms = node_terms(system, params, reference, features, key)
+    batch = jax.tree.leaves(features)[0].shape[0]
+    return {n.name: terms[n.name].ratio if n.name in terms else jax.numpy.zeros(batch) for n in system.nodes}

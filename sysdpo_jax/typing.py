@@ -1,0 +1,17 @@
+"""Names for the pytrees that travel through the library.
+
+Params:   nested dict of arrays, the parameters of one component or `{params_key: tree}` of a whole system
+Features: pytree of arrays with a leading batch axis, as `prepare` returns it
+Record:   `{name: raw value}`, one run of a system: its inputs and the value of each node (str, image, number ...)
+Parents:  `{parent name: one raw value per row}`, ordered as `Node.parents`
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import PyTree
+
+Params = PyTree
+Features = PyTree
+Record = Mapping[str, Any]
+Parents = Mapping[str, Sequence[Any]]

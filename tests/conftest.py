@@ -1,0 +1,5 @@
+"""Tests run on the CPU unless the caller says otherwise."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,0 +1,65 @@
+"""The one import rule, and that importing the library neither loads torch nor touches a device."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sysdpo_jax"
+# What each part may import of the library, beside itself and typing.py.
+ALLOWED = {
+    "models": set(),
+    "generation": {"models"},
+    "components": {"models", "generation"},
+    "graph": {"models", "generation", "components"},
+    "objectives": {"graph", "components.base"},
+    "data": {"models", "generation", "components", "graph", "objectives"},
+    "training": {"models", "generation", "components", "graph", "objectives", "data"},
+    "pretrained": {"models", "components"},
+    "evaluation": {"models", "generation", "components", "graph"},
+    "typing": set(),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def violations(part, modules):
+    allowed = {f"sysdpo_jax.{name}" for name in ALLOWED[part] | {part, "typing"}}
+    for module in modules:
+        top = module.split(".")[0]
+        inside = any(module == name or module.startswith(name + ".") for name in allowed)
+        if top in ("experiments", "torch", "diffusers") or (top == "sysdpo_jax" and not inside):
+            yield module
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    assert list(violations(part, imports(path))) == []
+
+
+def test_the_rule_catches_an_upward_import():
+    assert list(violations("models", ["sysdpo_jax.graph", "jax"])) == ["sysdpo_jax.graph"]
+    assert list(violations("objectives", ["sysdpo_jax.components.base"])) == []
+    assert list(violations("objectives", ["sysdpo_jax.components.diffusion"])) == ["sysdpo_jax.components.diffusion"]
+    assert list(violations("data", ["experiments.progressive"])) == ["experiments.progressive"]
+
+
+def test_importing_loads_no_torch_and_starts_no_device():
+    code = (
+        "import sys, sysdpo_jax; from jax._src import xla_bridge; "
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules; "
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
