@@ -1,0 +1,34 @@
+"""Training: state, step, placement on devices, checkpoints, and the loop that drives them."""
+
+from sysdpo_jax.training.checkpoints import Checkpoints
+from sysdpo_jax.training.identity import CheckpointMismatchError
+from sysdpo_jax.training.metrics import MetricsLog, read_metrics
+from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
+from sysdpo_jax.training.progress import progress
+from sysdpo_jax.training.sharding import ShardingError, make_mesh, tree_shardings
+from sysdpo_jax.training.state import TrainState, create_state, ema_params
+from sysdpo_jax.training.step import TrainStep, make_train_step
+from sysdpo_jax.training.trainer import NonFiniteError, Trainer
+
+__all__ = [
+    "FROZEN",
+    "CheckpointMismatchError",
+    "Checkpoints",
+    "ComponentOptimizer",
+    "MetricsLog",
+    "NonFiniteError",
+    "OptimizerError",
+    "ShardingError",
+    "SystemOptimizer",
+    "TrainState",
+    "TrainStep",
+    "Trainer",
+    "create_state",
+    "ema_params",
+    "make_mesh",
+    "make_optimizer",
+    "make_train_step",
+    "progress",
+    "read_metrics",
+    "tree_shardings",
+]

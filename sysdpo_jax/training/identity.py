@@ -1,0 +1,99 @@
+"""What makes two runs the same run: a description of configuration and arrays that a checkpoint carries.
+
+Learning rates and schedules are hidden inside optax functions; an experiment that wants them compared gives them as
+part of its own configuration.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree, UInt32
+
+from sysdpo_jax.training.sharding import by_path
+
+# {section: {path: text}}, plain JSON.
+Identity = dict[str, dict[str, str]]
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint belongs to another run: the message names the differing paths with both values."""
+
+
+def describe(value: Any) -> str:
+    """Text that is the same in every process: numbers and strings as they are, dataclasses by field, others by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ", ".join(
+            f"{f.name}={describe(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.compare
+        )
+        return f"{type(value).__name__}({fields})"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(describe(item) for item in value)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {describe(v)}' for k, v in sorted(value.items(), key=str))}}}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def array_types(tree: PyTree) -> dict[str, str]:
+    """`{path: "float32[2,3]"}` of the leaves."""
+    return {path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for path, leaf in by_path(tree).items()}
+
+
+def fingerprints(tree: PyTree) -> dict[str, str]:
+    """`{path: type and 64-bit fingerprint}` of the leaves, computed where they lie; independent of their sharding."""
+    words = {path: _fingerprint(leaf) for path, leaf in by_path(tree).items()}
+    types = array_types(tree)
+    return {path: f"{types[path]} {high:08x}{low:08x}" for path, (high, low) in jax.device_get(words).items()}
+
+
+def check_same(saved: Identity, present: Identity, where: str) -> None:
+    """Raise `CheckpointMismatchError` when the two differ. where: names the checkpoint in the message."""
+    lines = []
+    for section in sorted(set(saved) | set(present)):
+        old, new = saved.get(section, {}), present.get(section, {})
+        differing = [path for path in sorted(set(old) | set(new)) if old.get(path) != new.get(path)]
+        lines += [
+            f"  {section} {path}: saved {old.get(path, 'nothing')}, now {new.get(path, 'nothing')}"
+            for path in differing
+        ]
+    if lines:
+        more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise CheckpointMismatchError(
+            "\n".join(
+                [f"{where} belongs to another run; use another directory or restore what differs:", *lines[:20], *more]
+            )
+        )
+
+
+def as_text(config: Mapping[str, Any]) -> dict[str, str]:
+    """A configuration of JSON values as `{name: text}`. Raises `TypeError` for values that JSON does not know."""
+    return {name: json.dumps(value, sort_keys=True) for name, value in config.items()}
+
+
+@jax.jit
+def _fingerprint(leaf: Array) -> UInt32[Array, "2"]:
+    """Sums of mixed (bits, place) words modulo 2^32: additions commute, so any partition gives the same."""
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+    width = np.dtype(bits.dtype).itemsize
+    words = jax.lax.bitcast_convert_type(bits, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)).astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    seeds = (0x9E3779B9, 0x85EBCA6B)
+    return jnp.stack(
+        [_mix(_mix(place * np.uint32(2) + np.uint32(1), seed) ^ words, seed).sum(dtype=jnp.uint32) for seed in seeds]
+    )
+
+
+def _mix(x: Array, seed: int) -> Array:
+    """The finaliser of MurmurHash3, a bijection of 32-bit words that spreads every bit."""
+    x = x ^ np.uint32(seed)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

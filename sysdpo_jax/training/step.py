@@ -1,0 +1,126 @@
+"""The training step: one jitted function for every component, policy and reference together.
+
+What changes (step, trained leaves, optimiser state, average) is donated; what does not (reference, frozen leaves) is
+read in place. A step whose loss, gradients or new parameters are not finite changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
+
+from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.training.optimizer import SystemOptimizer, combine
+from sysdpo_jax.training.sharding import BATCH_SPEC, make_mesh, place_batch, replicated
+from sysdpo_jax.training.state import Carry, Fixed, TrainState, join, split
+from sysdpo_jax.typing import Params
+
+Metrics = dict[str, Array]
+Objective = Callable[[CompoundSystem, Params, Params, Any, PRNGKeyArray], tuple[Array, Metrics]]
+
+PROCEED = np.bool_(True)
+
+
+def make_train_step(
+    system: CompoundSystem, objective: Objective, optimizer: SystemOptimizer, mesh: Mesh | None = None
+) -> "TrainStep":
+    """`step(state, batch, key) -> (state, metrics)`, see `TrainStep`. mesh: the one the state was created on."""
+    optimizer.check(system)
+    return TrainStep(system, objective, optimizer, make_mesh() if mesh is None else mesh)
+
+
+class TrainStep:
+    """One update of every trained component; its placement is that of the first state it sees.
+
+    The old state is consumed. The objective's key is `fold_in(key, state.step)`: pass the same key every time.
+    Metrics, all scalars: loss; the objective's own; grad_norm/<params_key> before clipping; finite (True when the state
+    advanced); finite/<node> (False for a node whose term rewards/margins/<node> is not finite or, where all terms are,
+    whose component's gradient is not).
+    """
+
+    def __init__(self, system: CompoundSystem, objective: Objective, optimizer: SystemOptimizer, mesh: Mesh):
+        self.system, self.objective, self.optimizer, self.mesh = system, objective, optimizer, mesh
+        self._mask: PyTree = None
+        self._jitted: Any = None
+
+    def __call__(
+        self, state: TrainState, batch: PyTree, key: PRNGKeyArray, proceed: Array | np.bool_ = PROCEED
+    ) -> tuple[TrainState, Metrics]:
+        """proceed: False leaves the state as it is; a driver passes the last step's `finite` to stop without waiting.
+
+        Raises `ShardingError` for a batch that the mesh cannot cut, and `ValueError` for a state on another mesh.
+        """
+        carry, fixed = self._split(state)
+        batch = place_batch(self.mesh, batch)
+        # Arrays on and off the mesh have different types to the tracer: place it, or the second step traces again.
+        proceed = jax.device_put(proceed, replicated(self.mesh))
+        carry, metrics = self._jitted(carry, fixed, batch, key, proceed)
+        return join(carry, fixed), metrics
+
+    def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> jax.stages.Lowered:
+        """The lowered step, to read its memory analysis or to compile ahead of time; nothing runs."""
+        carry, fixed = self._split(state)
+        return self._jitted.lower(carry, fixed, batch, key, PROCEED)
+
+    def _split(self, state: TrainState) -> tuple[Carry, Fixed]:
+        if self._jitted is None:
+            self._mask = self.optimizer.mask(state.params)
+        parts = split(state, self._mask)
+        if self._jitted is None:
+            self._jitted = self._jit(*parts)
+        return parts
+
+    def _jit(self, carry: Carry, fixed: Fixed) -> Any:
+        carries, fixes = jax.tree.map(self._sharding, (carry, fixed))
+        whole = replicated(self.mesh)
+        return jax.jit(
+            self._update,
+            donate_argnums=0,
+            in_shardings=(carries, fixes, NamedSharding(self.mesh, BATCH_SPEC), whole, whole),
+            out_shardings=(carries, whole),
+        )
+
+    def _sharding(self, leaf: Any) -> NamedSharding:
+        sharding = leaf.sharding
+        if not isinstance(sharding, NamedSharding) or sharding.mesh != self.mesh:
+            raise ValueError("the state is not on the step's mesh: give create_state and make_train_step the same mesh")
+        return sharding
+
+    def _update(
+        self, carry: Carry, fixed: Fixed, batch: PyTree, key: PRNGKeyArray, proceed: Bool[Array, ""]
+    ) -> tuple[Carry, Metrics]:
+        def loss_of(trained: Params) -> tuple[Array, Metrics]:
+            params = combine(trained, fixed.frozen)
+            return self.objective(self.system, params, fixed.reference, batch, jax.random.fold_in(key, carry.step))
+
+        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(carry.trained)
+        trained, opt_state, norms = self.optimizer.update(gradients, carry.opt_state, carry.trained)
+        ema = _average(carry.ema, trained, self.optimizer.ema_decay)
+        finite = jnp.isfinite(loss) & _all_finite(norms) & _all_finite(trained)
+        good = finite & proceed
+        new = Carry(carry.step + 1, trained, opt_state, ema)
+        kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, carry)
+        metrics = {"loss": loss} | metrics | {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        return kept, metrics | {"finite": good} | self._finite_nodes(metrics)
+
+    def _finite_nodes(self, metrics: Metrics) -> Metrics:
+        """A bad term spoils every gradient, so gradients are blamed only when all terms are finite."""
+        names = {n.name: n.params_key for n in self.system.nodes if f"rewards/margins/{n.name}" in metrics}
+        terms = {name: jnp.isfinite(metrics[f"rewards/margins/{name}"]) for name in names}
+        all_terms = _all_finite({name: metrics[f"rewards/margins/{name}"] for name in names})
+        gradients = {name: jnp.isfinite(metrics.get(f"grad_norm/{key}", 0.0)) for name, key in names.items()}
+        return {f"finite/{name}": jnp.where(all_terms, gradients[name], terms[name]) for name in names}
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _average(ema: Params | None, trained: Params, decay: float | None) -> Params | None:
+    if ema is None or decay is None:
+        return ema
+    return jax.tree.map(lambda average, leaf: decay * average + (1 - decay) * leaf.astype(jnp.float32), ema, trained)
