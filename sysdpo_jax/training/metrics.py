@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
@@ -20,6 +19,9 @@ class MetricsLog:
     """
 
     def __init__(self, directory: str | Path, start: int):
+        # Imported late: tensorboardX imports torch where it is installed, and `import sysdpo_jax` must not.
+        from tensorboardX import SummaryWriter
+
         path = Path(directory) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         _truncate(path, start)
