@@ -8,7 +8,6 @@ Axes: B batch, L length, S cache slots, N layers, H heads, G key-value heads, K 
       D model width, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sysdpo_jax.models.layers import Dense, RMSNorm, rotary_angles, rotate
+from sysdpo_jax.models.layers import Dense, RMSNorm, attend, rotary_angles, rotate
 
 INIT = nn.initializers.normal(0.02)
 Slot = int | Int[Array, ""]
@@ -89,29 +88,6 @@ def _dense(config: DecoderConfig, features: int, name: str | None = None) -> Den
 
 def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
     return RMSNorm(config.rms_norm_eps, config.dtype, config.param_dtype, name=name)
-
-
-def attend(
-    queries: Float[Array, "batch length heads width"],
-    keys: Float[Array, "batch slots groups width"],
-    values: Float[Array, "batch slots groups width"],
-    visible: Bool[Array, "batch length slots"],
-) -> Float[Array, "batch length heads width"]:
-    """softmax(q k / sqrt(K)) v with the softmax in float32 (arXiv 1706.03762, equation 1).
-
-    The heads that share a key-value head (arXiv 2305.13245) are stacked along the length: each product is one
-    matrix product per group and nothing is repeated. A query that sees no slot gets a finite average.
-    """
-    batch, length, heads, width = queries.shape
-    slots, groups = keys.shape[1:3]
-    split = queries.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-    stacked = split.reshape(batch, groups, -1, width)
-    scores = jnp.matmul(stacked, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    scores = (scores / math.sqrt(width)).reshape(batch, heads, length, slots)
-    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    stacked = weights.astype(values.dtype).reshape(batch, groups, -1, slots)
-    mixed = jnp.matmul(stacked, values.transpose(0, 2, 1, 3)).reshape(batch, heads, length, width)
-    return mixed.transpose(0, 2, 1, 3)
 
 
 class Attention(nn.Module):

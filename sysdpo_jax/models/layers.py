@@ -1,13 +1,15 @@
-"""Pieces shared by the models: dense products, root-mean-square norm, rotary position embedding.
+"""Pieces shared by the models: dense products, convolution, norms, attention, rotary position embedding.
 
-Axes: B batch, L length, H heads, K head width, D model width.
+Axes: B batch, L length, S slots, H heads, K head width, D model width, C channels.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Initializer = nn.initializers.Initializer
 
@@ -55,6 +57,104 @@ class RMSNorm(nn.Module):
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 / jnp.sqrt(mean_square + self.eps)
         return (normed * weight.astype(jnp.float32)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (arXiv 1607.06450), in float32.
+
+    Parameters: weight [D], bias [D].
+    """
+
+    eps: float = 1e-5
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
+        x32 = x.astype(jnp.float32)
+        return _affine(self, _standardise(x32, (-1,), self.eps)).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Each row's channels, in groups, standardised over the group and the image (arXiv 1803.08494), in float32.
+
+    Raises ValueError when the groups do not divide the channels. Parameters: weight [C], bias [C].
+    """
+
+    groups: int
+    eps: float = 1e-5
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+        if x.shape[-1] % self.groups:
+            raise ValueError(f"GroupNorm: {self.groups} groups do not divide {x.shape[-1]} channels")
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
+        return _affine(self, _standardise(grouped, (1, 2, 4), self.eps).reshape(x.shape)).astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A square convolution over images with padding (size - 1) / 2. Parameters: kernel [size, size, C, F], bias [F]."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+        edge = (self.size - 1) // 2
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=((edge, edge), (edge, edge)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias
+
+
+def _standardise(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+    mean = jnp.mean(x, axis=axes, keepdims=True)
+    centred = x - mean
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + eps)
+
+
+def _affine(norm: LayerNorm | GroupNorm, x: Array) -> Array:
+    weight = norm.param("weight", nn.initializers.ones, (x.shape[-1],), norm.param_dtype)
+    bias = norm.param("bias", nn.initializers.zeros, (x.shape[-1],), norm.param_dtype)
+    return x * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+def attend(
+    queries: Float[Array, "batch length heads width"],
+    keys: Float[Array, "batch slots groups width"],
+    values: Float[Array, "batch slots groups width"],
+    visible: Bool[Array, "batch length slots"] | None = None,
+) -> Float[Array, "batch length heads width"]:
+    """softmax(q k / sqrt(K)) v with the softmax in float32 (arXiv 1706.03762, equation 1).
+
+    The heads that share a key-value head (arXiv 2305.13245) are stacked along the length: each product is one
+    matrix product per group and nothing is repeated. A query that sees no slot gets a finite average.
+    visible: which slots a query sees, all by default.
+    """
+    batch, length, heads, width = queries.shape
+    slots, groups = keys.shape[1:3]
+    split = queries.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    stacked = split.reshape(batch, groups, -1, width)
+    scores = jnp.matmul(stacked, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores = (scores / math.sqrt(width)).reshape(batch, heads, length, slots)
+    if visible is not None:
+        scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    stacked = weights.astype(values.dtype).reshape(batch, groups, -1, slots)
+    mixed = jnp.matmul(stacked, values.transpose(0, 2, 1, 3)).reshape(batch, heads, length, width)
+    return mixed.transpose(0, 2, 1, 3)
 
 
 def rotary_angles(

@@ -1,35 +1,65 @@
-"""Progress with time left: a bar on a terminal, plain lines elsewhere, both on standard error."""
+"""Progress with time left: bars on a terminal, plain lines elsewhere, both on standard error."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Report = Callable[[int, str], None]
+# `with progress(start, steps) as report: report(steps done, text)`
+ProgressFactory = Callable[[int, int], AbstractContextManager[Report]]
 
 # Seconds between two plain lines.
 LINE_EVERY = 10.0
 
 
+class Board:
+    """Bars of phases, which may run in several threads at once. A context manager."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        text = TextColumn("{task.description}")
+        self._bars = Progress(text, *columns, TextColumn("{task.fields[note]}"), console=console)
+        self._terminal = console.is_terminal
+
+    def __enter__(self) -> "Board":
+        if self._terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def phase(self, label: str, start: int, steps: int) -> Iterator[Report]:
+        """A bar from `start` to `steps` that stays until the block ends: `report(steps done, text)` moves it."""
+        if not self._terminal:
+            yield _Lines(label, start, steps).report
+            return
+        task = self._bars.add_task(label, total=steps, completed=start, note="")
+        try:
+            yield lambda done, text: self._bars.update(task, completed=done, note=text)
+        finally:
+            self._bars.remove_task(task)
+
+
 @contextmanager
 def progress(start: int, steps: int) -> Iterator[Report]:
-    """`report(steps done, text)` of a run that goes from `start` to `steps`."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines(start, steps).report
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
-        task = bar.add_task("", total=steps, completed=start)
-        yield lambda done, text: bar.update(task, completed=done, description=text)
+    """A single bar: `report(steps done, text)` of a run that goes from `start` to `steps`."""
+    with Board() as board, board.phase("step", start, steps) as report:
+        yield report
 
 
 class _Lines:
-    def __init__(self, start: int, steps: int):
-        self._first, self._steps = start, steps
+    def __init__(self, label: str, start: int, steps: int):
+        self._label, self._first, self._steps = label, start, steps
         self._began = self._last = time.monotonic()
 
     def report(self, done: int, text: str) -> None:
@@ -39,4 +69,4 @@ class _Lines:
         self._last = now
         seconds = (now - self._began) / max(done - self._first, 1)
         minutes, rest = divmod(round(seconds * (self._steps - done)), 60)
-        print(f"step {done}/{self._steps}  {text}  {minutes}:{rest:02d} left", file=sys.stderr, flush=True)
+        print(f"{self._label} {done}/{self._steps}  {text}  {minutes}:{rest:02d} left", file=sys.stderr, flush=True)

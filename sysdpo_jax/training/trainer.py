@@ -20,7 +20,7 @@ from sysdpo_jax.training.checkpoints import Checkpoints
 from sysdpo_jax.training.identity import as_text, describe
 from sysdpo_jax.training.metrics import MetricsLog
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.progress import progress
+from sysdpo_jax.training.progress import ProgressFactory, progress
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, Metrics, Objective, TrainStep, make_train_step
 
@@ -43,7 +43,8 @@ class Trainer:
 
     mesh: the one the state was created on. checkpoint_every: steps between checkpoints, of which `keep` are kept; the
     last step is always saved. log_every: steps between rows of metrics. config: JSON values of the experiment (learning
-    rates, data); like objective, system and optimiser they must be the same when the run resumes.
+    rates, data); like objective, system and optimiser they must be the same when the run resumes. progress: shows
+    the bar.
     """
 
     system: CompoundSystem
@@ -55,6 +56,7 @@ class Trainer:
     keep: int = 2
     log_every: int = 1
     config: Mapping[str, Any] = field(default_factory=dict)
+    progress: ProgressFactory = progress
 
     @cached_property
     def step(self) -> TrainStep:
@@ -81,7 +83,7 @@ class Trainer:
             start = int(state.step)
             rank_zero = jax.process_index() == 0
             log = stack.enter_context(MetricsLog(self.directory, start)) if rank_zero else None
-            report = stack.enter_context(progress(start, steps)) if rank_zero else None
+            report = stack.enter_context(self.progress(start, steps)) if rank_zero else None
             reader = _Reader(log, report, self.log_every, checkpoints.directory)
             proceed: Array | np.bool_ = PROCEED
             try:

@@ -1,0 +1,45 @@
+"""Measuring what systems produce: scorers, preference figures with standard errors, tables, pictures and the report."""
+
+from sysdpo_jax.evaluation.chart import Curve, Figure, learning_figures
+from sysdpo_jax.evaluation.pictures import ImageRow, ImageSequence, image_grid
+from sysdpo_jax.evaluation.png import write_png
+from sysdpo_jax.evaluation.preferences import (
+    Estimate,
+    clustered_mean,
+    order_consistency,
+    paired_difference,
+    preference_score,
+    win_rate,
+)
+from sysdpo_jax.evaluation.report import Report, write_report
+from sysdpo_jax.evaluation.scorers import CalibratedScorer, brightness, foreground, height, redness, size
+from sysdpo_jax.evaluation.tables import Column, Row, Table, console_table, markdown_table
+
+__all__ = [
+    "CalibratedScorer",
+    "Column",
+    "Curve",
+    "Estimate",
+    "Figure",
+    "ImageRow",
+    "ImageSequence",
+    "Report",
+    "Row",
+    "Table",
+    "brightness",
+    "clustered_mean",
+    "console_table",
+    "foreground",
+    "height",
+    "image_grid",
+    "learning_figures",
+    "markdown_table",
+    "order_consistency",
+    "paired_difference",
+    "preference_score",
+    "redness",
+    "size",
+    "win_rate",
+    "write_png",
+    "write_report",
+]

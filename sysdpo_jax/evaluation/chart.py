@@ -1,0 +1,174 @@
+"""Learning curves as inline SVG: a pale line of the values and a strong one of their moving average."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sysdpo_jax.evaluation.markup import Markup, element
+
+Line = Float[np.ndarray, "points"]
+
+LEARNING = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+NODE_MARGIN = "rewards/margins/"
+
+# The drawing, in units of its viewBox.
+WIDTH, HEIGHT = 440, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
+COLOURS = 8
+MAX_POINTS = 400
+# The moving average spans about this share of a curve.
+SMOOTHING = 0.05
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over steps; None or a value that is not finite leaves a gap. Raises ValueError if the lengths differ."""
+
+    name: str
+    steps: tuple[int | float, ...]
+    values: tuple[int | float | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.values):
+            raise ValueError(f"curve {self.name!r} has {len(self.steps)} steps and {len(self.values)} values")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Curves over one pair of axes."""
+
+    title: str
+    curves: tuple[Curve, ...]
+    x_label: str = "step"
+
+
+def learning_figures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Figure, ...]:
+    """{run: rows of its metrics, each with "step"} -> loss, accuracy and margin of all runs, then margins by node.
+
+    The first figures compare the runs; then each run has one that compares its nodes. Absent metrics are left out.
+    """
+    together = [
+        Figure(title, tuple(_curve(run, rows, metric) for run, rows in runs.items() if _has(rows, metric)))
+        for metric, title in LEARNING.items()
+    ]
+    by_node = [Figure(f"margin by node, {run}", _node_curves(rows)) for run, rows in runs.items()]
+    return tuple(figure for figure in (*together, *by_node) if figure.curves)
+
+
+def html_figure(figure: Figure) -> Markup:
+    """A <figure> with the drawing, its title and a legend."""
+    items = [element("li", _name(curve), class_=_style(number)) for number, curve in enumerate(figure.curves)]
+    return element(
+        "figure",
+        element("figcaption", figure.title),
+        _draw(figure),
+        element("ul", *items, class_="legend"),
+        class_="chart",
+    )
+
+
+def ticks(low: int | float, high: int | float) -> list[float]:
+    """Two to seven round numbers (1, 2 or 5 times a power of ten apart) from low to high; low < high."""
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _has(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    return any(metric in row for row in rows)
+
+
+def _curve(name: str, rows: Sequence[Mapping[str, Any]], metric: str) -> Curve:
+    kept = [row for row in rows if metric in row]
+    return Curve(name, tuple(row["step"] for row in kept), tuple(row[metric] for row in kept))
+
+
+def _node_curves(rows: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
+    metrics = dict.fromkeys(name for row in rows for name in row if name.startswith(NODE_MARGIN))
+    return tuple(_curve(metric.removeprefix(NODE_MARGIN), rows, metric) for metric in metrics)
+
+
+def _name(curve: Curve) -> str:
+    gaps = int((~np.isfinite(_floats(curve.values))).sum())
+    return f"{curve.name} ({gaps} values not finite)" if gaps else curve.name
+
+
+def _style(number: int) -> str:
+    """A colour for each of the first curves, then the same colours dashed."""
+    return f"curve c{number % COLOURS}" + (" dashed" if number >= COLOURS else "")
+
+
+def _draw(figure: Figure) -> Markup:
+    x_low, x_high = _range([_floats(curve.steps) for curve in figure.curves])
+    y_low, y_high = _range([_floats(curve.values) for curve in figure.curves])
+    x_scale, y_scale = (WIDTH - LEFT - RIGHT) / (x_high - x_low), (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
+
+    def place(x: Line, y: Line) -> tuple[Line, Line]:
+        return LEFT + (x - x_low) * x_scale, HEIGHT - BOTTOM - (y - y_low) * y_scale
+
+    grid = []
+    for value in ticks(y_low, y_high):
+        y = HEIGHT - BOTTOM - (value - y_low) * y_scale
+        grid.append(element("path", d=f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}", class_="grid"))
+        grid.append(element("text", f"{value:g}", x=LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
+    for value in ticks(x_low, x_high):
+        x = LEFT + (value - x_low) * x_scale
+        grid.append(element("text", f"{value:g}", x=f"{x:.1f}", y=HEIGHT - BOTTOM + 15, text_anchor="middle"))
+    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    grid.append(element("text", figure.x_label, x=middle, y=HEIGHT - 4, text_anchor="middle"))
+    lines = []
+    for number, curve in enumerate(figure.curves):
+        steps, values = _floats(curve.steps), _floats(curve.values)
+        for kind, shown in (("raw", values), ("mean", _smooth(values))):
+            # A long curve is drawn at some of its points; the average has seen all of them.
+            rows = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int))
+            path = _path(*place(steps[rows], shown[rows]))
+            lines.append(element("path", d=path, class_=f"{_style(number)} {kind}"))
+    title = element("title", f"{figure.title} over {figure.x_label}")
+    return element("svg", title, *grid, *lines, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
+
+
+def _floats(values: Sequence[int | float | None]) -> Line:
+    """None becomes NaN."""
+    return np.array([math.nan if value is None else value for value in values], np.float64)
+
+
+def _range(parts: Sequence[Line]) -> tuple[float, float]:
+    """Lowest and highest finite value, apart by more than nothing."""
+    values = np.concatenate([np.zeros(0), *parts])
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return low, high
+    room = 0.5 * abs(low) or 0.5
+    return low - room, high + room
+
+
+def _smooth(values: Line) -> Line:
+    """Centred moving average over the finite values; the gaps stay."""
+    kernel = np.ones(2 * int(SMOOTHING * len(values) / 2) + 1)
+    seen = np.isfinite(values)
+    if not seen.any():
+        return values
+    total = np.convolve(np.where(seen, values, 0), kernel, "same")
+    count = np.convolve(seen.astype(np.float64), kernel, "same")
+    return np.where(seen, total / np.maximum(count, 1), math.nan)
+
+
+def _path(x: Line, y: Line) -> str:
+    """Lines through the finite points, broken at the others; a point alone is a line of no length, seen as a dot."""
+    parts, drawing = [], False
+    for across, down in zip(x, y, strict=True):
+        if not math.isfinite(down):
+            drawing = False
+            continue
+        parts.append(f"{'L' if drawing else f'M{across:.1f} {down:.1f}L'}{across:.1f} {down:.1f}")
+        drawing = True
+    return "".join(parts)

@@ -1,0 +1,83 @@
+"""Figures of a system's runs and their standard errors.
+
+Runs of one prompt are alike, so errors are clustered: prompts are independent, runs of one prompt need not be.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+Grades = Float[np.ndarray, "*runs 3"]
+Values = Float[np.ndarray, "runs"]
+# The label of each run's cluster, an integer or a string.
+Clusters = Shaped[np.ndarray, "labels"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n runs and its standard error."""
+
+    value: float
+    standard_error: float
+    n: int
+
+
+def preference_score(grades: Grades) -> Float[np.ndarray, "*runs"]:
+    """q = -(a_1 - a_3 + |a_2 - (a_1 + a_3) / 2|) of three attribute scores in the asked direction.
+
+    arXiv 2502.17721, section 5: a wide range and even steps are good; the best of scores in [0, 1] is 1.
+    Raises ValueError for grades that are not finite.
+    """
+    first, second, third = np.moveaxis(_finite(grades), -1, 0)
+    return np.asarray(-(first - third + np.abs(second - (first + third) / 2)))
+
+
+def order_consistency(grades: Grades) -> Float[np.ndarray, "*runs"]:
+    """1 where a_1 < a_2 < a_3, else 0; the mean is the order-consistency ratio. Raises as `preference_score`."""
+    return np.asarray((np.diff(_finite(grades), axis=-1) > 0).all(axis=-1), np.float64)
+
+
+def clustered_mean(values: Values, clusters: Clusters) -> Estimate:
+    """The mean, and its standard error robust to correlation inside clusters (Liang and Zeger 1986).
+
+    SE^2 = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2 over G clusters; with one run a cluster it is the usual
+    s / sqrt(n). Raises ValueError for no runs, a single cluster or values that are not finite.
+    """
+    values = _checked(values, clusters)
+    _, index = np.unique(clusters, return_inverse=True)
+    number = int(index.max()) + 1
+    if number < 2:
+        raise ValueError("a standard error needs at least two clusters (prompts)")
+    mean = values.mean()
+    sums = np.bincount(index, weights=values - mean, minlength=number)
+    variance = number / (number - 1) * (sums**2).sum() / len(values) ** 2
+    return Estimate(float(mean), float(np.sqrt(variance)), len(values))
+
+
+def paired_difference(first: Values, second: Values, clusters: Clusters) -> Estimate:
+    """The mean of first - second over runs that share prompt and noise. Raises as `clustered_mean`."""
+    return clustered_mean(_checked(first, clusters) - _checked(second, clusters), clusters)
+
+
+def win_rate(first: Values, second: Values, clusters: Clusters) -> Estimate:
+    """Share of paired runs in which first > second; a tie counts half. Raises as `clustered_mean`."""
+    difference = np.sign(_checked(first, clusters) - _checked(second, clusters))
+    return clustered_mean((difference + 1) / 2, clusters)
+
+
+def _finite(grades: Grades) -> Grades:
+    broken = np.argwhere(~np.isfinite(grades))
+    if len(broken):
+        raise ValueError(f"the grade at index {tuple(broken[0].tolist())} is not finite")
+    return grades
+
+
+def _checked(values: Any, clusters: Clusters) -> Values:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or len(values) == 0 or len(values) != len(clusters):
+        raise ValueError(f"values of shape {values.shape} and {len(clusters)} clusters: one of each for every run")
+    if not np.isfinite(values).all():
+        raise ValueError(f"the value of run {int(np.argmin(np.isfinite(values)))} is not finite")
+    return values

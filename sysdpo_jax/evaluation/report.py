@@ -1,0 +1,94 @@
+"""A report of an experiment as one HTML file that needs no other: tables, curves, pictures and the graph."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sysdpo_jax.evaluation.chart import Figure, html_figure
+from sysdpo_jax.evaluation.diagram import draw_system
+from sysdpo_jax.evaluation.markup import Markup, element, join
+from sysdpo_jax.evaluation.pictures import ImageRow, html_images
+from sysdpo_jax.evaluation.style import STYLE
+from sysdpo_jax.evaluation.tables import Table, html_table
+from sysdpo_jax.graph import CompoundSystem
+
+# The page can load nothing: whatever text it shows, it makes no request.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows; parts that are empty are left out.
+
+    description: paragraphs, separated by empty lines. configuration: may be nested. made_by: the machine, the date, the
+    command line and the like.
+    """
+
+    title: str
+    description: str
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    images: tuple[ImageRow, ...] = ()
+    system: CompoundSystem | None = None
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Write the page; a reader never finds half of one. Raises ValueError for pictures that are not finite."""
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    partial.write_text(_page(report), encoding="utf-8")
+    partial.replace(path)
+
+
+def _page(report: Report) -> str:
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", report.title),
+        element("style", Markup(STYLE)),
+    )
+    paragraphs = [element("p", " ".join(text.split())) for text in report.description.split("\n\n") if text.strip()]
+    body = element("body", element("h1", report.title), *paragraphs, *_sections(report))
+    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _sections(report: Report) -> Iterator[Markup]:
+    if report.tables:
+        yield _section("Results", *(element("div", html_table(table), class_="wide") for table in report.tables))
+    if report.figures:
+        yield _section("Learning curves", element("div", *map(html_figure, report.figures), class_="charts"))
+    if report.images:
+        yield _section("Pictures of the same prompts and seeds", html_images(report.images))
+    if report.system is not None:
+        drawing = element("div", draw_system(report.system), class_="wide")
+        yield _section("The system", drawing, element("pre", report.system.describe()))
+    if report.configuration:
+        yield _section("Configuration", _settings(report.configuration))
+    if report.made_by:
+        yield _section("How this was made", _settings(report.made_by))
+
+
+def _section(title: str, *content: str) -> Markup:
+    return element("section", element("h2", title), *content)
+
+
+def _settings(values: Mapping[str, Any]) -> Markup:
+    rows = [
+        element("tr", element("th", name, scope="row"), element("td", element("code", str(value))))
+        for name, value in _flat(values)
+    ]
+    return element("div", element("table", element("tbody", join(*rows)), class_="settings"), class_="wide")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,129 @@
+"""The text encoder of CLIP (arXiv 2103.00020), with the semantics and parameter names of transformers' CLIPTextModel.
+
+Axes: B batch, S tokens, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sysdpo_jax.models.layers import Dense, LayerNorm, attend
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Shape of a text encoder, under the field names and with the defaults of transformers' CLIPTextConfig.
+
+    dtype: precision of the products; norms, softmax and the output are float32 in any case.
+    Raises ValueError for an unknown activation or heads that do not divide the width.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"CLIPTextConfig: unknown hidden_act {self.hidden_act!r}: {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"CLIPTextConfig: {self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}"
+            )
+
+
+def _dense(c: CLIPTextConfig, features: int, name: str) -> Dense:
+    return Dense(features, True, c.dtype, c.param_dtype, name=name)
+
+
+def _norm(c: CLIPTextConfig, name: str) -> LayerNorm:
+    return LayerNorm(c.layer_norm_eps, c.dtype, c.param_dtype, name=name)
+
+
+class CLIPAttention(nn.Module):
+    """Causal multi-head attention. Parameters: q_proj, k_proj, v_proj, out_proj."""
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], visible: Bool[Array, "batch tokens tokens"]
+    ) -> Float[Array, "batch tokens width"]:
+        c = self.config
+        queries, keys, values = (
+            _dense(c, c.hidden_size, name)(x).reshape(*x.shape[:2], c.num_attention_heads, -1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        return _dense(c, c.hidden_size, "out_proj")(attend(queries, keys, values, visible).reshape(x.shape))
+
+
+class CLIPMLP(nn.Module):
+    """Parameters: fc1, fc2."""
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        c = self.config
+        h = ACTIVATIONS[c.hidden_act](_dense(c, c.intermediate_size, "fc1")(x))
+        return _dense(c, c.hidden_size, "fc2")(h)
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Attention and MLP, each after a LayerNorm and around a residual."""
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], visible: Bool[Array, "batch tokens tokens"]
+    ) -> Float[Array, "batch tokens width"]:
+        c = self.config
+        x = x + CLIPAttention(c, name="self_attn")(_norm(c, "layer_norm1")(x), visible)
+        return x + CLIPMLP(c, name="mlp")(_norm(c, "layer_norm2")(x))
+
+
+class CLIPTextEncoder(nn.Module):
+    """Token ids to the last hidden state after the final norm.
+
+    Parameters: token_embedding and position_embedding (each `embedding`), layers_<i>, final_layer_norm.
+    """
+
+    config: CLIPTextConfig
+
+    @nn.compact
+    def __call__(self, token_ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
+        """Raises ValueError for more tokens than positions. The output is float32."""
+        c, length = self.config, token_ids.shape[1]
+        if length > c.max_position_embeddings:
+            raise ValueError(
+                f"CLIPTextEncoder: {length} tokens, but max_position_embeddings={c.max_position_embeddings}"
+            )
+        tokens = self._embedding("token_embedding", c.vocab_size)(token_ids)
+        positions = self._embedding("position_embedding", c.max_position_embeddings)(jnp.arange(length))
+        x = tokens + positions
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        visible = jnp.broadcast_to(causal, (token_ids.shape[0], length, length))
+        for i in range(c.num_hidden_layers):
+            x = CLIPEncoderLayer(c, name=f"layers_{i}")(x, visible)
+        return _norm(c, "final_layer_norm")(x).astype(jnp.float32)
+
+    def _embedding(self, name: str, rows: int) -> nn.Embed:
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(
+            rows, self.config.hidden_size, self.config.dtype, self.config.param_dtype, embedding_init=init, name=name
+        )
