@@ -46,7 +46,8 @@ class LanguageModel(Component):
         """Token ids [batch, length], right padded, the prompt's length and the whole length of each row.
 
         length is max_prompt_length + max_new_tokens. Prompt and completion are tokenized apart, so that no token
-        spans their boundary, and one end-of-sequence token closes the completion unless it is there already.
+        spans their boundary, and one end-of-sequence token closes the completion unless it is there already or the
+        completion fills max_new_tokens, where `sample` stops as well.
         Raises `RecordError` for a text that is no string or is too long.
         """
         prompts = self._prompts(parents, len(values))
@@ -128,7 +129,8 @@ class LanguageModel(Component):
         if not isinstance(value, str):
             raise RecordError(f"the completion in row {row} must be a string, not {type(value).__name__}")
         ids = list(self.tokenizer(value, add_special_tokens=False)["input_ids"])
-        if not ids or ids[-1] != self.tokenizer.eos_token_id:
+        # One that fills its room has no end, as `sample` stops there too: its probability is that of being cut.
+        if len(ids) != self.max_new_tokens and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids.append(self.tokenizer.eos_token_id)
         return _fitting(ids, self.max_new_tokens, "completion", "max_new_tokens", row)
 

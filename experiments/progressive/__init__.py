@@ -1,0 +1,1 @@
+"""Progressive image sequences at laptop size: a language model writes three captions, a diffusion model draws them."""

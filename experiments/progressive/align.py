@@ -1,0 +1,104 @@
+"""Alignment of the reference system, or of one component of it alone, with the library's Trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray
+
+from experiments.progressive.system import IMAGE, LANGUAGE
+from sysdpo_jax import (
+    FROZEN,
+    ComponentOptimizer,
+    CompoundSystem,
+    Diffusion,
+    DirectObjective,
+    Node,
+    PreferenceRecord,
+    Trainer,
+    create_state,
+    epoch_batches,
+    make_optimizer,
+    prepare_pairs,
+)
+from sysdpo_jax.training.progress import ProgressFactory
+from sysdpo_jax.typing import Params
+
+# Parameters through which the caption acts on the picture.
+CONDITIONING = "attn2|text_encoder"
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Preference pairs and the optimisation on them.
+
+    samples, online_samples: runs of each request that the pairs of the first and of later rounds come from.
+    group, min_margin: the best run of a group against its worst, when their scores differ by this much.
+    image_weight, timesteps: of the images' log-ratio, see `system.build`. sft: of the winner's answer.
+    epochs: most passes over the pairs; fewer pairs mean fewer steps.
+    """
+
+    beta: float = 1.0
+    image_weight: float = 50.0
+    timesteps: tuple[int, int] = (300, 960)
+    steps: int = 200
+    batch_size: int = 32
+    epochs: int = 12
+    language_rate: float = 3e-4
+    image_rate: float = 1e-3
+    sft: float = 0.3
+    samples: int = 160
+    online_samples: int = 96
+    online_rounds: int = 2
+    group: int = 8
+    min_margin: float = 0.5
+
+
+def align(
+    system: CompoundSystem,
+    params: Params,
+    pairs: Sequence[PreferenceRecord],
+    trained: Sequence[str],
+    config: AlignConfig,
+    directory: Path,
+    key: PRNGKeyArray,
+    progress: ProgressFactory,
+    rows_per_pair: int = 1,
+) -> Params:
+    """Parameters of the system after SysDPO-Direct on the pairs, with `params` as reference.
+
+    trained: the parameter keys that are trained, the others are frozen. rows_per_pair: how many pairs take the place of
+    one in a batch, where a pair is not a whole run.
+    """
+    batch_size = config.batch_size * rows_per_pair
+    steps = min(config.steps, config.epochs * (len(pairs) // batch_size))
+    rates = {LANGUAGE: (config.language_rate, ".*"), IMAGE: (config.image_rate, CONDITIONING)}
+    optimizer = make_optimizer(
+        {key: _optimizer(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
+    )
+    objective = DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
+    seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
+    trainer = Trainer(system, objective, optimizer, directory, checkpoint_every=100, keep=1, progress=progress)
+    batches = epoch_batches(prepare_pairs(system, pairs), batch_size, seed)
+    return trainer.fit(create_state(system, params, optimizer), batches, steps, key).params
+
+
+def language_part(system: CompoundSystem) -> CompoundSystem:
+    """The language model alone."""
+    return CompoundSystem(("request",), (system.node("answer"),))
+
+
+def image_part(system: CompoundSystem) -> CompoundSystem:
+    """The image model alone: one picture for one caption, with the log-ratio's weight of the whole system."""
+    node = system.node("images")
+    assert isinstance(node.component, Diffusion)
+
+    single = replace(node.component, strata=1)
+    return CompoundSystem(("caption",), (Node("image", single, ("caption",), params=IMAGE, weight=node.weight),))
+
+
+def _optimizer(rate: float, trainable: str, steps: int) -> ComponentOptimizer:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(10, steps // 4), steps)
+    return ComponentOptimizer(optax.adam(schedule), clip_norm=1.0, trainable=trainable)

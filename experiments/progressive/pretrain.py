@@ -1,0 +1,134 @@
+"""Supervised training of the reference system, on data with the faults that alignment is to mend.
+
+The language model sees only requests of the training split, and only a share of its answers is in order. The image
+model learns to draw adverbs too close to the middle, with noise, and with two of them exchanged.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from experiments.progressive.world import (
+    ADVERBS,
+    ARTICLES,
+    ATTRIBUTES,
+    CAPTIONS,
+    Caption,
+    Request,
+    World,
+    join_captions,
+    render,
+)
+from sysdpo_jax import Component
+from sysdpo_jax.typing import Features, Params
+
+# Steps between two movements of the progress bar.
+REPORT_EVERY = 25
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What is wrong with the training data.
+
+    ordered: share of answers whose captions are in the asked order; the others are in random order.
+    contrast: adverbs are drawn at 0.5 + contrast (value - 0.5); noise: standard deviation of the drawn value.
+    exchanged: two adverbs, each drawn as the other.
+    """
+
+    ordered: float = 0.6
+    contrast: float = 0.6
+    noise: float = 0.2
+    exchanged: tuple[int, int] = (1, 3)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Supervised training of one component."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int = 64
+    examples: int = 16384
+    ema_decay: float | None = None
+
+
+def answers(requests: Sequence[Request], faults: Faults, number: int, seed: int) -> tuple[list[str], list[str]]:
+    """`number` answers and the texts of their requests."""
+    rng = np.random.default_rng((seed, 1))
+    made, asked = [], []
+    for request in (requests[i] for i in rng.integers(len(requests), size=number)):
+        levels = rng.choice(len(ADVERBS), CAPTIONS, replace=False)
+        if rng.random() < faults.ordered:
+            levels = np.sort(levels)[:: 1 if request.direction == "more" else -1]
+        articles = rng.choice(ARTICLES, CAPTIONS)
+        captions = [
+            Caption(str(article), ADVERBS[level], request.attribute, request.object)
+            for article, level in zip(articles, levels, strict=True)
+        ]
+        made.append(join_captions(captions))
+        asked.append(request.text)
+    return made, asked
+
+
+def pictures(world: World, faults: Faults, number: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """`number` images and their captions."""
+    rng = np.random.default_rng((seed, 2))
+    shown = np.arange(len(ADVERBS))
+    shown[list(faults.exchanged)] = shown[list(faults.exchanged[::-1])]
+    shapes = rng.integers(len(world.objects), size=number)
+    chosen = rng.integers(len(world.attributes), size=number)
+    levels = rng.integers(len(ADVERBS), size=number)
+    values = {name: 0.5 + rng.uniform(-0.1, 0.1, number) for name in ATTRIBUTES}
+    wanted = 0.5 + faults.contrast * (shown[levels] / (len(ADVERBS) - 1) - 0.5)
+    drawn = np.clip(wanted + faults.noise * rng.standard_normal(number), 0, 1)
+    for index, name in enumerate(world.attributes):
+        values[name] = np.where(chosen == index, drawn, values[name])
+    images = np.zeros((number, *render(world.objects[0], {name: np.zeros(1) for name in ATTRIBUTES}).shape[1:]))
+    for index, shape in enumerate(world.objects):
+        rows = shapes == index
+        images[rows] = render(shape, {name: value[rows] for name, value in values.items()})
+    articles = rng.choice(ARTICLES, number)
+    captions = [
+        Caption(str(articles[i]), ADVERBS[levels[i]], world.attributes[chosen[i]], world.objects[shapes[i]]).text
+        for i in range(number)
+    ]
+    return images, captions
+
+
+def fit(
+    component: Component, features: Features, config: FitConfig, key: PRNGKeyArray, report: Callable[[int, str], None]
+) -> Params:
+    """Maximise the component's mean log-probability with Adam and a cosine schedule; returns the moving average."""
+    init_key, loop_key = jax.random.split(key)
+    params = component.init(init_key)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 50, config.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    rows = jax.tree.leaves(features)[0].shape[0]
+
+    def step(carry: PyTree, features: Features, index: Array) -> tuple[PyTree, Array]:
+        params, state, average = carry
+        batch_key, noise_key = jax.random.split(jax.random.fold_in(loop_key, index))
+        chosen = jax.random.randint(batch_key, (config.batch_size,), 0, rows)
+        batch = jax.tree.map(lambda x: x[chosen], features)
+        loss, gradients = jax.value_and_grad(lambda p: -component.log_prob(p, batch, noise_key).mean())(params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        decay = config.ema_decay or 0.0
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+        return (params, state, average), loss
+
+    # Not a scan: XLA's CPU backend runs convolutions inside a loop several times slower.
+    compiled: Any = jax.jit(step, donate_argnums=0)
+    features = jax.device_put(features)
+    carry = (params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    for index in range(config.steps):
+        carry, loss = compiled(carry, features, index)
+        if (index + 1) % REPORT_EVERY == 0:
+            report(index + 1, f"loss {float(loss):.3f}")
+    return carry[2]

@@ -1,0 +1,273 @@
+"""All phases of one seed. A phase whose output exists is not repeated: a run that was stopped goes on where it was."""
+
+import json
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from experiments.progressive import judge, pretrain
+from experiments.progressive.align import AlignConfig, align, image_part, language_part
+from experiments.progressive.storage import (
+    load_columns,
+    load_pairs,
+    load_params,
+    save_columns,
+    save_pairs,
+    save_params,
+)
+from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, diffusion, language_model
+from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Request, World, well_formed
+from sysdpo_jax import PreferenceRecord, make_pairs, rollout
+from sysdpo_jax.evaluation.preferences import order_consistency, preference_score
+from sysdpo_jax.training.progress import Board, Report
+from sysdpo_jax.typing import Params, Record
+
+T = TypeVar("T")
+METHODS = (
+    "before",
+    "best_of_n",
+    "lm_only",
+    "diffusion_only",
+    "separate_system",
+    "separate_local",
+    "sysdpo",
+    "sysdpo_online",
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One seed's run. test_samples: runs of each held-out request; best_of: the N of best-of-n."""
+
+    world: World = World()
+    models: ModelConfig = ModelConfig()
+    faults: pretrain.Faults = pretrain.Faults()
+    language: pretrain.FitConfig = pretrain.FitConfig(steps=800, learning_rate=3e-3)
+    image: pretrain.FitConfig = pretrain.FitConfig(steps=1500, learning_rate=2e-3, ema_decay=0.995)
+    align: AlignConfig = AlignConfig()
+    evaluate_on: Literal["validation", "test"] = "test"
+    test_samples: int = 48
+    best_of: int = 4
+    local_samples: int = 32
+    batch_runs: int = 256
+
+
+class SeedRun:
+    """One seed in a folder of its own. `run` returns {method: columns of its figures}, one row a held-out run."""
+
+    def __init__(self, config: RunConfig, seed: int, folder: Path, board: Board):
+        self.config, self.seed, self.folder, self._board = config, seed, folder, board
+        self.system = build(config.models, config.align.timesteps, config.align.image_weight)
+        self.requests = config.world.split(seed)
+        self._key = jax.random.key(seed)
+        self._times = folder / "seconds.json"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """{phase: seconds it took}, phases of earlier starts included."""
+        return json.loads(self._times.read_text()) if self._times.exists() else {}
+
+    def run(self) -> dict[str, dict[str, np.ndarray]]:
+        before = {LANGUAGE: self._pretrain_language(), IMAGE: self._pretrain_images()}
+        pairs = self._pairs("pairs", before, self.config.align.samples)
+        language = self._align("lm_only", before, pairs, (LANGUAGE,))
+        image = self._align("diffusion_only", before, pairs, (IMAGE,))
+        policies = {
+            "before": before,
+            "lm_only": language,
+            "diffusion_only": image,
+            # With the other component frozen the system loss is a component's own: these two are that row's halves.
+            "separate_system": {LANGUAGE: language[LANGUAGE], IMAGE: image[IMAGE]},
+            "separate_local": self._separate_local(before),
+            "sysdpo": self._align("sysdpo", before, pairs, (LANGUAGE, IMAGE)),
+        }
+        policies["sysdpo_online"] = self._online(policies["sysdpo"])
+        figures = {name: self._evaluate(name, params) for name, params in policies.items()}
+        figures["best_of_n"] = self._best_of_n(before, figures["before"])
+        return {name: figures[name] for name in METHODS}
+
+    def _pretrain_language(self) -> Params:
+        config = self.config
+        component = language_model(config.models)
+
+        def make(report: Report) -> Params:
+            made, asked = pretrain.answers(self.requests["train"], config.faults, config.language.examples, self.seed)
+            features = component.prepare(made, {"request": asked})
+            return pretrain.fit(component, features, config.language, self._named("language"), report)
+
+        return self._params("pretrain_lm", config.language.steps, make)
+
+    def _pretrain_images(self) -> Params:
+        config = self.config
+        component = diffusion(config.models)
+
+        def make(report: Report) -> Params:
+            images, captions = pretrain.pictures(config.world, config.faults, config.image.examples, self.seed)
+            features = component.prepare(list(images), {"caption": captions})
+            return pretrain.fit(component, features, config.image, self._named("image"), report)
+
+        return self._params("pretrain_images", config.image.steps, make)
+
+    def _pairs(self, name: str, params: Params, samples: int) -> list[PreferenceRecord]:
+        """Preferences on whole runs of the system on the training requests."""
+        requests = self.requests["train"]
+
+        def make(report: Report) -> list[PreferenceRecord]:
+            records = self._rollout(params, requests, samples, self._named(name), report)
+            asked = [request for request in requests for _ in range(samples)]
+            scores = preference_score(judge.grades(asked, records))
+            return make_pairs(self.system, records, scores, self.config.align.group, self.config.align.min_margin)
+
+        path = self.folder / f"{name}.npz"
+        return self._phase(name, path, len(requests) * samples, make, load_pairs, save_pairs)
+
+    def _align(self, name: str, params: Params, pairs: Sequence[PreferenceRecord], trained: Sequence[str]) -> Params:
+        config, key = self.config.align, self._named("align")
+        progress = partial(self._board.phase, self._label(name))
+
+        def make(report: Report) -> Params:
+            return align(self.system, params, pairs, trained, config, self.folder / name, key, progress)
+
+        return self._params(name, None, make)
+
+    def _online(self, params: Params) -> Params:
+        """Further rounds: pairs from the aligned system, which becomes the reference."""
+        for number in range(2, self.config.align.online_rounds + 2):
+            pairs = self._pairs(f"pairs_round_{number}", params, self.config.align.online_samples)
+            params = self._align(f"sysdpo_round_{number}", params, pairs, (LANGUAGE, IMAGE))
+        return params
+
+    def _separate_local(self, before: Params) -> Params:
+        """Each component on preferences about its own output: captions by their adverbs, pictures by their captions."""
+        return {LANGUAGE: self._local_language(before), IMAGE: self._local_images(before)}
+
+    def _local_language(self, before: Params) -> Params:
+        config, key = self.config.align, self._named("local language")
+        system, params = language_part(self.system), {LANGUAGE: before[LANGUAGE]}
+        inputs = [{"request": request.text} for request in self.requests["train"]]
+        asked = [request for request in self.requests["train"] for _ in range(config.samples)]
+
+        def make(report: Report) -> Params:
+            records = rollout(system, params, inputs, key, config.samples, self.config.batch_runs)
+            scores = np.array(
+                [judge.answer_score(r, record["answer"]) for r, record in zip(asked, records, strict=True)]
+            )
+            pairs = make_pairs(system, records, scores, config.group, config.min_margin)
+            progress = partial(self._board.phase, self._label("separate_local"))
+            folder = self.folder / "separate_local_lm"
+            return align(system, params, pairs, (LANGUAGE,), config, folder, key, progress)
+
+        return self._params("separate_local_lm", None, make)[LANGUAGE]
+
+    def _local_images(self, before: Params) -> Params:
+        config, key = self.config.align, self._named("local images")
+        system, params = image_part(self.system), {IMAGE: before[IMAGE]}
+        subjects = sorted({(request.attribute, request.object) for request in self.requests["train"]})
+        captions = [Caption(a, adverb, *subject) for subject in subjects for adverb in ADVERBS for a in ARTICLES]
+        asked = [caption for caption in captions for _ in range(self.config.local_samples)]
+
+        def make(report: Report) -> Params:
+            inputs = [{"caption": caption.text} for caption in captions]
+            batch = CAPTIONS * self.config.batch_runs
+            records = rollout(system, params, inputs, key, self.config.local_samples, batch)
+            measured = judge.measure(np.asarray([record["image"] for record in records]))
+            scores = np.array([-abs(measured[c.attribute][row] - c.value) for row, c in enumerate(asked)])
+            pairs = make_pairs(system, records, scores, config.group // 2)
+            progress = partial(self._board.phase, self._label("separate_local"))
+            folder = self.folder / "separate_local_unet"
+            return align(system, params, pairs, (IMAGE,), config, folder, key, progress, rows_per_pair=CAPTIONS)
+
+        return self._params("separate_local_unet", None, make)[IMAGE]
+
+    def _evaluate(self, name: str, params: Params, repeat: int = 0) -> dict[str, np.ndarray]:
+        """Figures of held-out runs. The key depends on the repeat alone: every method draws the same noise."""
+        requests, samples = self.requests[self.config.evaluate_on], self.config.test_samples
+        label = f"evaluate_{name}" if repeat == 0 else f"evaluate_{name}_{repeat}"
+
+        def make(report: Report) -> dict[str, np.ndarray]:
+            key = jax.random.fold_in(self._named("evaluate"), repeat)
+            records = self._rollout(params, requests, samples, key, report)
+            asked = [request for request in requests for _ in range(samples)]
+            return self._figures(params, asked, records)
+
+        return self._phase(
+            label, self.folder / f"{label}.npz", len(requests) * samples, make, load_columns, save_columns
+        )
+
+    def _figures(self, params: Params, asked: Sequence[Request], records: Sequence[Record]) -> dict[str, np.ndarray]:
+        grades = judge.grades(asked, records)
+        formed = [well_formed(request, record["answer"]) for request, record in zip(asked, records, strict=True)]
+        language = language_part(self.system)
+        features = language.prepare([{n: record[n] for n in ("request", "answer")} for record in records])
+        log_prob = language.log_prob({LANGUAGE: params[LANGUAGE]}, features, self._key)["answer"]
+        return {
+            "request": np.array([request.text for request in asked]),
+            "answer": np.array([record["answer"] for record in records]),
+            "score": preference_score(grades),
+            "order": order_consistency(grades).astype(np.float64),
+            "well_formed": np.array(formed, np.float64),
+            "surprise": -np.asarray(log_prob, np.float64),
+            "fidelity": np.array(judge.fidelity(records)),
+            "images": np.asarray([record["images"] for record in records], np.float16),
+        }
+
+    def _best_of_n(self, before: Params, first: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """For every held-out run the best of N runs of the unaligned system, by the judge itself."""
+        runs = [first, *(self._evaluate("before", before, repeat) for repeat in range(1, self.config.best_of))]
+        best = np.argmax([run["score"] for run in runs], axis=0)
+        rows = np.arange(len(best))
+        pick = {name: np.stack([run[name] for run in runs])[best, rows] for name in first if first[name].ndim}
+        return pick | {"fidelity": np.mean([run["fidelity"] for run in runs])}
+
+    def _rollout(
+        self, params: Params, requests: Sequence[Request], samples: int, key: PRNGKeyArray, report: Report
+    ) -> list[dict[str, Any]]:
+        done = 0
+
+        def count(made: int) -> None:
+            nonlocal done
+            done += made
+            report(done, "")
+
+        inputs = [{"request": request.text} for request in requests]
+        return rollout(self.system, params, inputs, key, samples, self.config.batch_runs, count)
+
+    def _params(self, name: str, steps: int | None, make: Callable[[Report], Params]) -> Params:
+        return self._phase(name, self.folder / f"{name}.safetensors", steps, make, load_params, save_params)
+
+    def _phase(
+        self,
+        name: str,
+        path: Path,
+        steps: int | None,
+        make: Callable[[Report], T],
+        load: Callable[[Path], T],
+        save: Callable[[Path, T], None],
+    ) -> T:
+        """The phase's output, made unless the file exists. steps: of its bar, None when `make` shows its own."""
+        if not path.exists():
+            began = time.monotonic()
+            if steps is None:
+                value = make(lambda done, note: None)
+            else:
+                with self._board.phase(self._label(name), 0, steps) as report:
+                    value = make(report)
+            save(path, value)
+            self._times.write_text(json.dumps(self.seconds | {name: round(time.monotonic() - began, 2)}))
+        # What is used is what is on disk, so that a resumed run uses the same.
+        return load(path)
+
+    def _label(self, name: str) -> str:
+        return f"seed {self.seed} {name}"
+
+    def _named(self, name: str) -> PRNGKeyArray:
+        return jax.random.fold_in(self._key, zlib.crc32(name.encode()))

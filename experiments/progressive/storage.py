@@ -1,0 +1,69 @@
+"""What the phases of a run leave on disk: parameters, and runs of the system. No file can hold code."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from sysdpo_jax import PreferenceRecord
+from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.typing import Params
+
+
+def save_params(path: Path, params: Params) -> None:
+    """Nested dicts of arrays as safetensors, under "/"-joined names."""
+    partial = path.with_suffix(".partial")
+    save_file({name: np.asarray(leaf) for name, leaf in by_path(params).items()}, partial)
+    partial.replace(path)
+
+
+def load_params(path: Path) -> Params:
+    """Undo `save_params`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in load_file(path).items():
+        *parents, last = name.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = jax.numpy.asarray(leaf)
+    return tree
+
+
+def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
+    """Arrays and lists of strings, {name: column}."""
+    partial = path.with_suffix(".partial.npz")
+    np.savez_compressed(partial, allow_pickle=False, **{name: np.asarray(column) for name, column in columns.items()})
+    partial.replace(path)
+
+
+def load_columns(path: Path) -> dict[str, np.ndarray]:
+    """Undo `save_columns`."""
+    with np.load(path, allow_pickle=False) as columns:
+        return dict(columns)
+
+
+def save_pairs(path: Path, pairs: Sequence[PreferenceRecord]) -> None:
+    """Pairs whose values are strings or equally shaped arrays."""
+    parts = {
+        "inputs": [p.inputs for p in pairs],
+        "chosen": [p.chosen for p in pairs],
+        "rejected": [p.rejected for p in pairs],
+    }
+    save_columns(
+        path, {f"{part}/{name}": [row[name] for row in rows] for part, rows in parts.items() for name in rows[0]}
+    )
+
+
+def load_pairs(path: Path) -> list[PreferenceRecord]:
+    """Undo `save_pairs`."""
+    columns = load_columns(path)
+    number = len(next(iter(columns.values())))
+    rows: list[dict[str, dict[str, Any]]] = [{"inputs": {}, "chosen": {}, "rejected": {}} for _ in range(number)]
+    for name, column in columns.items():
+        part, field = name.split("/")
+        for row, value in zip(rows, column.tolist() if column.dtype.kind == "U" else column, strict=True):
+            row[part][field] = value
+    return [PreferenceRecord(**row) for row in rows]

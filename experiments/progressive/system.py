@@ -1,0 +1,110 @@
+"""The reference system: a language model that writes three captions and a diffusion model that draws them."""
+
+from dataclasses import dataclass, replace
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from experiments.progressive.world import CAPTION_WORDS, CAPTIONS, SIZE, VOCABULARY, split_captions
+from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, Tool
+from sysdpo_jax.generation.schedules import NoiseSchedule
+from sysdpo_jax.generation.weightings import Constant
+from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+
+LANGUAGE, IMAGE = "lm", "unet"
+PROMPT_TOKENS = 5
+ANSWER_TOKENS = CAPTIONS * (CAPTION_WORDS + 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the two models and of the sampler."""
+
+    lm_width: int = 96
+    lm_layers: int = 2
+    image_widths: tuple[int, ...] = (48,)
+    text_width: int = 64
+    patch: int = 3
+    ddim_steps: int = 12
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the world; both models read it."""
+    special = ("<pad>", "<eos>", "<unk>")
+    words = {word: number for number, word in enumerate((*special, *VOCABULARY))}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def language_model(config: ModelConfig) -> LanguageModel:
+    """A small Llama decoder that answers a request with three captions."""
+    words = tokenizer()
+    decoder = DecoderConfig(
+        vocab_size=len(words),
+        hidden_size=config.lm_width,
+        intermediate_size=2 * config.lm_width,
+        num_hidden_layers=config.lm_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=PROMPT_TOKENS + ANSWER_TOKENS,
+        tie_word_embeddings=True,
+    )
+    return LanguageModel(Decoder(decoder), words, PROMPT_TOKENS, ANSWER_TOKENS)
+
+
+def diffusion(config: ModelConfig) -> Diffusion:
+    """A small pixel-space U-Net with v-prediction; as it stands its log-probability is minus the mean squared error."""
+    words = tokenizer()
+    codec = PixelCodec((SIZE, SIZE, 3), config.patch)
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=config.text_width,
+        intermediate_size=2 * config.text_width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=CAPTION_WORDS,
+    )
+    channels = codec.latent_shape[-1]
+    unet = UNetConfig(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(config.image_widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(config.image_widths),
+        block_out_channels=config.image_widths,
+        layers_per_block=1,
+        cross_attention_dim=config.text_width,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return Diffusion(
+        UNet2DCondition(unet),
+        CLIPTextEncoder(text),
+        words,
+        codec,
+        text_length=CAPTION_WORDS,
+        num_steps=config.ddim_steps,
+        schedule=NoiseSchedule("squaredcos_cap_v2"),
+        prediction_type="v_prediction",
+        weighting=Constant(2.0),
+        clip_sample=1.0,
+    )
+
+
+def build(config: ModelConfig, timesteps: tuple[int, int], weight: float) -> CompoundSystem:
+    """Request -> answer -> three captions -> three images, ready for alignment.
+
+    timesteps: range of diffusion times in which captions decide the picture. weight: of the images' log-ratio, so that
+    it is weight * (mse_ref - mse_theta) summed over the three, with times spread evenly over them.
+    """
+    images = replace(diffusion(config), timesteps=timesteps, strata=CAPTIONS)
+    return CompoundSystem(
+        inputs=("request",),
+        nodes=(
+            Node("answer", language_model(config), parents=("request",), params=LANGUAGE),
+            Node("captions", Tool(split_captions), parents=("answer",), plate=CAPTIONS),
+            Node("images", images, parents=("captions",), params=IMAGE, plate=CAPTIONS, weight=weight),
+        ),
+    )
