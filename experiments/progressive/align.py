@@ -41,7 +41,7 @@ class AlignConfig:
     """
 
     beta: float = 1.0
-    image_weight: float = 50.0
+    image_weight: float = 100.0
     timesteps: tuple[int, int] = (300, 960)
     steps: int = 200
     batch_size: int = 32

@@ -43,7 +43,7 @@ class Faults:
 
     ordered: float = 0.6
     contrast: float = 0.6
-    noise: float = 0.2
+    noise: float = 0.3
     exchanged: tuple[int, int] = (1, 3)
 
 

@@ -51,7 +51,7 @@ class RunConfig:
     models: ModelConfig = ModelConfig()
     faults: pretrain.Faults = pretrain.Faults()
     language: pretrain.FitConfig = pretrain.FitConfig(steps=800, learning_rate=3e-3)
-    image: pretrain.FitConfig = pretrain.FitConfig(steps=1500, learning_rate=2e-3, ema_decay=0.995)
+    image: pretrain.FitConfig = pretrain.FitConfig(steps=1500, learning_rate=4e-3, ema_decay=0.995)
     align: AlignConfig = AlignConfig()
     evaluate_on: Literal["validation", "test"] = "test"
     test_samples: int = 48

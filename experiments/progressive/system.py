@@ -26,7 +26,7 @@ class ModelConfig:
     lm_layers: int = 2
     image_widths: tuple[int, ...] = (48,)
     text_width: int = 64
-    patch: int = 3
+    patch: int = 4
     ddim_steps: int = 12
 
 
@@ -56,7 +56,7 @@ def language_model(config: ModelConfig) -> LanguageModel:
 
 
 def diffusion(config: ModelConfig) -> Diffusion:
-    """A small pixel-space U-Net with v-prediction; as it stands its log-probability is minus the mean squared error."""
+    """A small pixel-space U-Net that predicts z_0; as it stands its log-probability is minus the mean squared error."""
     words = tokenizer()
     codec = PixelCodec((SIZE, SIZE, 3), config.patch)
     text = CLIPTextConfig(
@@ -87,7 +87,7 @@ def diffusion(config: ModelConfig) -> Diffusion:
         text_length=CAPTION_WORDS,
         num_steps=config.ddim_steps,
         schedule=NoiseSchedule("squaredcos_cap_v2"),
-        prediction_type="v_prediction",
+        prediction_type="sample",
         weighting=Constant(2.0),
         clip_sample=1.0,
     )

@@ -69,6 +69,7 @@ class LanguageModel(Component):
 
         The mask comes from the lengths, never from the padding token, which may equal the end of sequence.
         """
+        features = jax.tree.map(jnp.asarray, features)
         tokens, lengths = features["tokens"], features["lengths"][:, None]
         place = jnp.arange(tokens.shape[1])
         output: Any = self.decoder.apply({"params": params}, tokens, mask=place < lengths)

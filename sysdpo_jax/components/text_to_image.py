@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sysdpo_jax.components.base import Component, Metrics, RecordError
 from sysdpo_jax.components.codec import Codec
 from sysdpo_jax.generation.samplers import Denoiser, guided
+from sysdpo_jax.generation.schedules import expand
 from sysdpo_jax.typing import Features, Params, Parents
 
 
@@ -94,6 +95,7 @@ class TextToImage(Component):
         arXiv 2311.12908, equation 14; the expectation over (t, eps) outside -log sigmoid bounds the loss from above.
         """
         time_key, noise_key, drop_key = jax.random.split(key, 3)
+        features = jax.tree.map(jnp.asarray, features)
         latents = features["latents"]
         rows = latents.shape[0]
         noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
@@ -105,8 +107,11 @@ class TextToImage(Component):
         prediction = self._predict(params, example.noisy, example.time, self._encode(params, tokens))
         # Reduced in float32 whatever the model computes in: a rounding error here is multiplied by the weight.
         error = prediction.astype(jnp.float32) - example.target
-        mse = jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
-        return -0.5 * example.weight * mse, {"mse": mse}
+        inner = tuple(range(1, error.ndim))
+        # The weight goes inside the sum: a product outside it may fuse with the subtraction of the reference and be
+        # rounded there once less than the reference's, and equal models would then differ.
+        scale = expand(-0.5 * example.weight / error[0].size, error)
+        return jnp.sum(scale * error**2, axis=inner), {"mse": jnp.mean(error**2, axis=inner)}
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
         """One image [height, width, channels] in [0, 1] for each caption."""

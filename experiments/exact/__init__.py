@@ -1,0 +1,1 @@
+"""The exact verification: enumerable systems, population losses on them, and two solvers."""
