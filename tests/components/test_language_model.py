@@ -62,7 +62,7 @@ def test_log_prob_equals_transformers(torch_model, params):
     node = component()
     features = node.prepare(ANSWERS, {"x": PROMPTS})
     ours, metrics = node.log_prob_with_metrics(params, features, KEY)
-    expected = [torch_log_prob(torch_model, ids(p), ids(a) + [EOS]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    expected = [torch_log_prob(torch_model, ids(p), [*ids(a), EOS]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     np.testing.assert_array_equal(metrics["tokens"], [2, 8, 1])
 
@@ -159,5 +159,5 @@ def test_bad_records_are_refused(value, prompt, message):
 def test_a_tokenizer_without_an_end_is_refused():
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token; set tokenizer.eos_token"):
+    with pytest.raises(ValueError, match=r"no end-of-sequence token; set tokenizer\.eos_token"):
         component(tokenizer)

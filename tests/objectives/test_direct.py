@@ -30,7 +30,7 @@ DECODER = DecoderConfig(len(SPECIAL) + len(WORDS), 16, 32, 2, 2, 2, max_position
 
 
 def two_words(text):
-    return (text.split() + ["a", "a"])[:2]
+    return ([*text.split(), "a", "a"])[:2]
 
 
 def length(text):
