@@ -6,6 +6,7 @@ TEST = [
     "beartype>=0.23",
     "diffusers>=0.42",
     "mypy>=2.0",
+    "pillow>=11.0",
     "pytest>=9.0",
     "ruff>=0.17",
     # torch==2.13.0 is the release whose CPU build the tests were written with; install it in a pip call of its own.
@@ -26,7 +27,6 @@ setup(
         "flax>=0.12",
         "jax>=0.10",
         "jaxtyping>=0.3.7",
-        "matplotlib>=3.9",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",

@@ -31,10 +31,13 @@ def measure(images: Float[np.ndarray, "batch height width 3"]) -> dict[str, Floa
 
 
 def grades(requests: Sequence[Request], records: Sequence[Record]) -> Float[np.ndarray, "runs 3"]:
-    """The asked attribute of each run's three pictures, turned so that the asked order is an increasing one."""
+    """The asked attribute of each run's three pictures, turned so that the asked order is an increasing one.
+
+    An attribute is at most fully there: measurements outside [0, 1] count as its ends, or overdone pictures would win.
+    """
     images = np.asarray([record["images"] for record in records])
     measured = measure(images.reshape(-1, *images.shape[2:]))
-    rows = [measured[r.attribute][CAPTIONS * i : CAPTIONS * (i + 1)] for i, r in enumerate(requests)]
+    rows = [np.clip(measured[r.attribute][CAPTIONS * i : CAPTIONS * (i + 1)], 0, 1) for i, r in enumerate(requests)]
     signs = np.array([1.0 if r.direction == "more" else -1.0 for r in requests])
     return np.asarray(rows) * signs[:, None]
 
