@@ -41,19 +41,19 @@ class AlignConfig:
     """
 
     beta: float = 1.0
-    image_weight: float = 100.0
+    image_weight: float = 200.0
     timesteps: tuple[int, int] = (300, 960)
     steps: int = 200
     batch_size: int = 32
     epochs: int = 12
     language_rate: float = 3e-4
-    image_rate: float = 1e-3
+    image_rate: float = 5e-4
     sft: float = 0.3
     samples: int = 160
     online_samples: int = 96
     online_rounds: int = 2
     group: int = 8
-    min_margin: float = 0.5
+    min_margin: float = 0.4
 
 
 def align(

@@ -1,4 +1,4 @@
-"""The main experiment's smoke run, as its user starts it: improvement, files, resumption, and the refusal to mix runs."""
+"""The main experiment's smoke run, as its user starts it: improvement, files, resumption, refusals."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_a_phase_whose_output_exists_is_not_repeated(folder):
 
 
 def test_a_folder_of_another_configuration_is_refused(folder):
-    with pytest.raises(SystemExit, match="holds a run of another configuration .* choose another --folder"):
+    with pytest.raises(SystemExit, match=r"holds a run of another configuration .* choose another --folder"):
         progressive_images.main(["--preset", "smoke", "--folder", str(folder), "--run.align.beta", "0.5"])
 
 
