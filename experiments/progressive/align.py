@@ -51,7 +51,7 @@ class AlignConfig:
     sft: float = 0.3
     samples: int = 160
     online_samples: int = 96
-    online_rounds: int = 2
+    online_rounds: int = 1
     group: int = 8
     min_margin: float = 0.4
 
