@@ -138,7 +138,7 @@ def _floats(values: Sequence[int | float | None]) -> Line:
     return np.array([math.nan if value is None else value for value in values], np.float64)
 
 
-def _range(parts: Sequence[Line]) -> tuple[float, float]:
+def _range(parts: Sequence[Float[np.ndarray, "_"]]) -> tuple[float, float]:
     """Lowest and highest finite value, apart by more than nothing."""
     values = np.concatenate([np.zeros(0), *parts])
     values = values[np.isfinite(values)]

@@ -29,7 +29,7 @@ def test_the_smoke_run_improves_the_system(folder):
     """Seed and machine fix the numbers; alignment must beat the start by two standard errors of the difference."""
     results = results_of(folder)
     assert tuple(results["methods"]) == METHODS
-    assert all(row["n"] == 64 for row in results["methods"].values())
+    assert all(row["n"] == 128 for row in results["methods"].values())
     gain = results["differences"]["sysdpo - before"]
     for figure in ("preference_score", "order_consistency"):
         assert gain[figure]["value"] > 2 * gain[figure]["standard_error"]
