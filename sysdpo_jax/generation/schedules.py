@@ -7,13 +7,15 @@ Axes: B batch; the per-row coefficients broadcast against latents [B, ...].
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+# On the device, or on the host for tables.
+Times = TypeVar("Times", Array, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class NoiseSchedule:
 
     kind: "linear" and "scaled_linear" space beta or sqrt(beta) evenly from beta_start to beta_end;
     "squaredcos_cap_v2" is the cosine schedule of arXiv 2102.09672, equation 17.
+    rescale_betas_zero_snr: shift and scale alpha_t so that the last one is 0 and the first stays (arXiv 2305.08891,
+    algorithm 1). The last z_t is then pure noise: its log-SNR is -inf and an epsilon prediction says nothing of z_0.
     """
 
     kind: str = "scaled_linear"
     num_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    rescale_betas_zero_snr: bool = False
 
     def betas(self) -> np.ndarray:
         """beta_t for every t, float64 [num_timesteps]. Raises `ValueError` on an unknown kind."""
@@ -38,11 +43,17 @@ class NoiseSchedule:
         }
         if self.kind not in makers:
             raise ValueError(f"unknown noise schedule {self.kind!r}: choose one of {', '.join(makers)}")
-        return makers[self.kind]()
+        betas = makers[self.kind]()
+        return _zero_terminal_snr(betas) if self.rescale_betas_zero_snr else betas
 
     def alphas_cumprod(self) -> np.ndarray:
-        """alpha_t^2 for every t, float64 [num_timesteps]."""
+        """alpha_t^2 for every t, float64 [num_timesteps]; the last is exactly 0 with rescale_betas_zero_snr."""
         return np.cumprod(1.0 - self.betas())
+
+    def snr(self) -> np.ndarray:
+        """SNR_t = alpha_t^2 / sigma_t^2 for every t, float64 [num_timesteps]."""
+        squared = self.alphas_cumprod()
+        return squared / (1.0 - squared)
 
     def alpha_sigma(self, t: Int[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
         """alpha_t and sigma_t in float32."""
@@ -51,9 +62,32 @@ class NoiseSchedule:
         return alpha[t], sigma[t]
 
     def log_snr(self, t: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """lambda_t = log(alpha_t^2 / sigma_t^2), float32, computed in float64 on the host."""
+        """lambda_t = log(SNR_t), float32, computed in float64 on the host; -inf where the SNR is 0."""
         squared = self.alphas_cumprod()
-        return jnp.asarray(np.log(squared) - np.log1p(-squared), jnp.float32)[t]
+        with np.errstate(divide="ignore"):
+            return jnp.asarray(np.log(squared) - np.log1p(-squared), jnp.float32)[t]
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """A rectified flow z = (1 - sigma) z_0 + sigma eps whose times are shifted towards the noise.
+
+    shift: 1 leaves the times as they are; Stable Diffusion 3 has 3.0 (arXiv 2403.03206, equation 23).
+    num_train_timesteps: the model is given sigma * num_train_timesteps.
+    """
+
+    shift: float = 1.0
+    num_train_timesteps: int = 1000
+
+    def sigma(self, u: Times) -> Times:
+        """The noise level at the unshifted time u in [0, 1], any shape: shift u / (1 + (shift - 1) u)."""
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+
+def _zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    alpha = np.sqrt(np.cumprod(1.0 - betas))
+    squared = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return 1.0 - squared / np.append(1.0, squared[:-1])
 
 
 def _cosine_betas(steps: int) -> np.ndarray:
@@ -98,7 +132,10 @@ def clean_and_noise(
     sigma: Float[Array, "batch"],
     prediction_type: PredictionType,
 ) -> tuple[Float[Array, "batch *rest"], Float[Array, "batch *rest"]]:
-    """The estimates of z_0 and eps that a prediction implies."""
+    """The estimates of z_0 and eps that a prediction implies.
+
+    An epsilon prediction divides by alpha and a z_0 prediction by sigma: callers see to it that neither is 0.
+    """
     a, s = expand(alpha, noisy), expand(sigma, noisy)
     if prediction_type == "epsilon":
         return (noisy - s * prediction) / a, prediction

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.generation.schedules import NoiseSchedule, PredictionType
@@ -48,9 +49,11 @@ class MinSNR:
     def __call__(
         self, schedule: NoiseSchedule, t: Int[Array, "batch"], prediction_type: PredictionType, size: int
     ) -> Float[Array, "batch"]:
-        snr = jnp.exp(schedule.log_snr(t))
-        to_clean = {"epsilon": 1.0 / snr, "v_prediction": 1.0 / (snr + 1.0), "sample": jnp.ones_like(snr)}
-        return self.scale * jnp.minimum(snr, self.gamma) * to_clean[prediction_type]
+        snr = schedule.snr()
+        capped = np.minimum(snr, self.gamma)
+        # min(SNR, gamma) / SNR is written so that it is 1, not 0 / 0, where the SNR is 0.
+        on = {"epsilon": self.gamma / np.maximum(snr, self.gamma), "v_prediction": capped / (snr + 1), "sample": capped}
+        return jnp.asarray(self.scale * on[prediction_type], jnp.float32)[t]
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,14 @@ class ELBO:
 
     arXiv 2107.00630, equation 13; a single t drawn evenly stands for the sum. Step 0 has no predecessor and weight 0:
     its reconstruction term is left out, so log-ratios are those of latents at the lowest noise level.
+    On an epsilon error it is infinite where the SNR is 0: `Diffusion` refuses to train such a model at that step.
     """
 
     def __call__(
         self, schedule: NoiseSchedule, t: Int[Array, "batch"], prediction_type: PredictionType, size: int
     ) -> Float[Array, "batch"]:
-        now = schedule.log_snr(t)
-        # On the eps error the difference of SNRs is exp(lambda_{t-1} - lambda_t) - 1, which never overflows.
-        on_noise = jnp.where(t > 0, jnp.expm1(schedule.log_snr(jnp.maximum(t - 1, 0)) - now), 0.0)
-        alpha, _ = schedule.alpha_sigma(t)
-        from_noise = {"epsilon": jnp.ones_like(now), "v_prediction": alpha**2, "sample": jnp.exp(now)}
-        return schedule.num_timesteps * size * on_noise * from_noise[prediction_type]
+        snr = schedule.snr()
+        on_clean = np.append(0.0, snr[:-1] - snr[1:])
+        clean_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones_like(snr)}[prediction_type]
+        with np.errstate(divide="ignore"):
+            return jnp.asarray(schedule.num_timesteps * size * on_clean / clean_error, jnp.float32)[t]

@@ -1,24 +1,50 @@
-"""Schedules, prediction types, weightings and samplers against diffusers and formulas written out."""
+"""Schedules, prediction types and weightings against diffusers and formulas written out."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from sysdpo_jax.generation.samplers import ddim, flow_euler, guided
-from sysdpo_jax.generation.schedules import NoiseSchedule, add_noise, clean_and_noise, target
+from sysdpo_jax.generation.schedules import FlowSchedule, NoiseSchedule, add_noise, clean_and_noise, target
 from sysdpo_jax.generation.weightings import ELBO, Constant, MinSNR
 
 KINDS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TYPES = ("epsilon", "v_prediction", "sample")
 
 
+@pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_schedule_equals_diffusers(kind):
-    theirs = DDPMScheduler(num_train_timesteps=1000, beta_schedule=kind, beta_start=0.00085, beta_end=0.012)
-    np.testing.assert_allclose(NoiseSchedule(kind).alphas_cumprod(), theirs.alphas_cumprod, rtol=2e-5, atol=1e-8)
+def test_schedule_equals_diffusers(kind, rescaled):
+    """2e-5: diffusers multiplies 1000 factors in float32; rescaled, it also subtracts two of them (1e-6)."""
+    theirs = DDPMScheduler(
+        beta_schedule=kind, beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=rescaled
+    )  # fmt: skip
+    ours = NoiseSchedule(kind, rescale_betas_zero_snr=rescaled)
+    atol = 1e-6 if rescaled else 1e-8
+    np.testing.assert_allclose(ours.alphas_cumprod(), theirs.alphas_cumprod, rtol=2e-5, atol=atol)
+
+
+def test_a_zero_terminal_snr_leaves_the_first_level_and_the_coefficients_finite():
+    """arXiv 2305.08891, algorithm 1: sqrt(alpha_bar) keeps its first value, its last becomes 0, spacing is affine."""
+    before, after = NoiseSchedule(), NoiseSchedule(rescale_betas_zero_snr=True)
+    old, new = np.sqrt(before.alphas_cumprod()), np.sqrt(after.alphas_cumprod())
+    assert after.alphas_cumprod()[-1] == 0
+    np.testing.assert_allclose(new, (old - old[-1]) * old[0] / (old[0] - old[-1]), atol=1e-12)
+    alpha, sigma = after.alpha_sigma(jnp.array([0, 999]))
+    np.testing.assert_allclose(alpha, [old[0], 0], rtol=1e-6)
+    assert sigma[1] == 1
+    log_snr = after.log_snr(jnp.arange(1000))
+    assert np.isfinite(log_snr[:-1]).all()
+    assert log_snr[-1] == -np.inf
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_schedule_equals_diffusers(shift):
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    ours = FlowSchedule(shift).sigma(np.arange(1000, 0, -1) / 1000)
+    np.testing.assert_allclose(ours, theirs.sigmas, atol=1e-6)
+    np.testing.assert_allclose(FlowSchedule(shift).sigma(jnp.array([0.0, 1.0])), [0, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
@@ -40,60 +66,33 @@ def test_targets_equal_diffusers_and_can_be_inverted(prediction_type):
     np.testing.assert_allclose(back_noise, noise, atol=1e-4)
 
 
+@pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.parametrize("prediction_type", TYPES)
-def test_ddim_equals_diffusers_over_a_whole_trajectory(prediction_type):
-    """The denoiser is an arbitrary smooth function of (z, t), the same in both; 20 steps; 1e-4 in float32."""
-    theirs = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, timestep_spacing="trailing",
-        clip_sample=True, clip_sample_range=1.0, set_alpha_to_one=True,
-    )  # fmt: skip
-    theirs.set_timesteps(20)
-    noise = np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    z = torch.tensor(noise)
-    for t in theirs.timesteps:
-        z = theirs.step(torch.tanh(0.7 * z + t / 1000), t, z).prev_sample
-    schedule = NoiseSchedule("squaredcos_cap_v2")
-
-    def denoise(z, t):
-        return jnp.tanh(0.7 * z + t[:, None, None, None] / 1000)
-
-    ours = ddim(denoise, jnp.asarray(noise), schedule, prediction_type, 20, 1.0)
-    np.testing.assert_allclose(ours, z, atol=1e-4)
-
-
-def test_guidance_is_the_extrapolation_written_out():
-    cond, uncond = jnp.array([[2.0], [3.0]]), jnp.array([[0.5], [0.5]])
-    predict = guided(lambda z, t, c: z * c + t[:, None], cond, uncond, 4.0)
-    z, t = jnp.array([[1.0], [2.0]]), jnp.array([10.0, 20.0])
-    expected = [[0.5 + 10 + 4 * (2.0 - 0.5)], [1.0 + 20 + 4 * (6.0 - 1.0)]]
-    np.testing.assert_allclose(predict(z, t), expected, rtol=1e-6)
-    alone = guided(lambda z, t, c: z * c, cond, uncond, 1.0)
-    np.testing.assert_allclose(alone(z, t), z * cond)
-
-
-def test_flow_euler_follows_a_straight_line_exactly():
-    """With the true velocity of a straight path, eps - z_0, Euler has no discretisation error."""
-    noise = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
-    clean = jnp.full_like(noise, 0.25)
-    np.testing.assert_allclose(flow_euler(lambda z, t: noise - clean, noise, 7), clean, atol=1e-6)
-
-
-def snr_table():
-    squared = NoiseSchedule().alphas_cumprod()
-    return squared / (1 - squared)
-
-
-@pytest.mark.parametrize("prediction_type", TYPES)
-def test_weightings_equal_their_formulas(prediction_type):
+def test_weightings_equal_their_formulas(prediction_type, rescaled):
     """Each is a weight on the z_0 error; the errors of one model relate by e_eps = SNR e_0 and e_v = (SNR + 1) e_0."""
-    schedule, t = NoiseSchedule(), np.array([1, 50, 500, 999])
-    snr = snr_table()
+    schedule, t = NoiseSchedule(rescale_betas_zero_snr=rescaled), np.array([1, 50, 500, 998])
+    squared = schedule.alphas_cumprod()
+    snr = squared / (1 - squared)
     relation = {"epsilon": snr[t], "v_prediction": snr[t] + 1, "sample": np.ones(4)}[prediction_type]
     elbo = ELBO()(schedule, jnp.asarray(t), prediction_type, 48)
-    np.testing.assert_allclose(elbo * relation, 1000 * 48 * (snr[t - 1] - snr[t]), rtol=2e-3)
+    np.testing.assert_allclose(elbo * relation, 1000 * 48 * (snr[t - 1] - snr[t]), rtol=1e-6)
     min_snr = MinSNR(10.0, 5.0)(schedule, jnp.asarray(t), prediction_type, 48)
-    np.testing.assert_allclose(min_snr * relation, 10.0 * np.minimum(snr[t], 5.0), rtol=1e-4)
+    np.testing.assert_allclose(min_snr * relation, 10.0 * np.minimum(snr[t], 5.0), rtol=1e-6)
     assert (Constant(7.0)(schedule, jnp.asarray(t), prediction_type, 48) == 7.0).all()
+    assert (ELBO()(schedule, jnp.zeros(1, jnp.int32), prediction_type, 48) == 0).all()
+
+
+def test_weightings_where_the_snr_is_zero():
+    """On the z_0 and v errors T (SNR(t-1) - 0) and min(0, gamma); on the eps error the limits, 1 and infinity."""
+    schedule, last = NoiseSchedule(rescale_betas_zero_snr=True), jnp.array([999])
+    before = schedule.alphas_cumprod()[998]
+    for prediction_type in ("v_prediction", "sample"):
+        np.testing.assert_allclose(
+            ELBO()(schedule, last, prediction_type, 48), 1000 * 48 * before / (1 - before), rtol=1e-6
+        )
+        assert MinSNR()(schedule, last, prediction_type, 48) == 0
+    assert MinSNR(10.0)(schedule, last, "epsilon", 48) == 10
+    assert ELBO()(schedule, last, "epsilon", 48) == np.inf
 
 
 def test_unknown_schedule_is_refused():

@@ -1,0 +1,83 @@
+"""Reading configurations strictly: what changes the result is understood or refused by name, never guessed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written: the message names the file, what is wrong and the remedy."""
+
+
+REQUIRED: Any = object()
+
+# Bookkeeping that every library writes and that never changes what a model computes.
+# fmt: off
+COMMON = frozenset((
+    "_attn_implementation", "_class_name", "_commit_hash", "_diffusers_version", "_name_or_path", "architectures",
+    "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "initializer_factor", "initializer_range",
+    "label2id", "model_type", "output_attentions", "output_hidden_states", "output_scores", "problem_type",
+    "return_dict", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "use_cache",
+))
+# fmt: on
+
+
+class ConfigReader:
+    """One configuration file, key by key; `finish` refuses the keys that nobody asked for.
+
+    values: the file's content. where: its name, for errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._values, self.where = dict(values), where
+        self._unread = {name for name in values if name not in COMMON}
+
+    def take(self, name: str, default: Any = REQUIRED) -> Any:
+        """The key's value, or `default` where it is absent. Raises `CheckpointError` when there is neither."""
+        self._unread.discard(name)
+        if name in self._values:
+            return self._values[name]
+        if default is REQUIRED:
+            raise CheckpointError(f"{self.where} has no {name!r}: the file is incomplete or of another kind of model")
+        return default
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Raise `CheckpointError` unless the key is absent or has one of these values."""
+        self._unread.discard(name)
+        if name in self._values and self._values[name] not in allowed:
+            raise CheckpointError(
+                f"{self.where}: {name}={self._values[name]!r} is not supported (only "
+                f"{' or '.join(map(repr, allowed))}); this model would be computed wrongly"
+            )
+
+    def ignore(self, *names: str) -> None:
+        """Mark keys that do not change what the model computes here."""
+        self._unread.difference_update(names)
+
+    def finish(self) -> None:
+        """Raise `CheckpointError` listing every key that was neither read nor ignored."""
+        if self._unread:
+            raise CheckpointError(
+                f"{self.where} has keys that are not known here and may change the result: "
+                f"{', '.join(f'{name}={self._values[name]!r}' for name in sorted(self._unread))}. Remove those that do "
+                "not matter for this model, or add them to its family"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` when there is no such file or no object in it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: give the folder that holds the checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): fetch it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object: fetch it again")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
