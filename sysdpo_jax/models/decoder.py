@@ -1,14 +1,14 @@
-"""The Llama-architecture language model: a causal transformer decoder with an explicit key-value cache.
+"""Llama, Mistral, Qwen and Gemma: a causal transformer decoder with an explicit key-value cache.
 
-RMSNorm before each sublayer (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention
-(2305.13245), SwiGLU (2002.05202). Configuration and parameter names follow Hugging Face's LlamaForCausalLM;
-the layers' parameters are stacked on a leading axis.
+RMSNorm around the sublayers (arXiv 1910.07467), rotary positions (2104.09864), grouped-query attention (2305.13245),
+gated feed-forward (2002.05202), local attention in some layers (2004.05150), Gemma's norms and soft caps (2408.00118).
+Configuration and parameter names follow Hugging Face's; the layers' parameters are stacked on a leading axis.
 
-Axes: B batch, L length, S cache slots, N layers, H heads, G key-value heads, K head width,
+Axes: B batch, L length, S cache slots, N layers, T kinds of layers, H heads, G key-value heads, K head width,
       D model width, V vocabulary.
 """
 
-from dataclasses import dataclass
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,78 +16,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sysdpo_jax.models.layers import Dense, RMSNorm, attend, rotary_angles, rotate
+from sysdpo_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
+from sysdpo_jax.models.layers import Dense, RMSNorm, attend
+from sysdpo_jax.models.lora import low_rank
+from sysdpo_jax.models.rotary import rotary_angles, rotate
 
 INIT = nn.initializers.normal(0.02)
 Slot = int | Int[Array, ""]
 Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder, under the field names of Hugging Face's LlamaConfig.
-
-    head_dim: width of a head, by default hidden_size / num_attention_heads.
-    remat: recompute each layer's activations in the backward pass.
-    dtype: precision of the products; norms, softmax and logits are float32 in any case.
-    Raises ValueError if the heads do not divide evenly or are of odd width.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int | None = None
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    remat: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        if heads % groups:
-            raise ValueError(
-                f"DecoderConfig: {heads} attention heads must be a multiple of the {groups} key-value heads."
-            )
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"DecoderConfig: hidden_size {self.hidden_size} is no multiple of its {heads} heads; set head_dim."
-            )
-        if self.head_width % 2:
-            raise ValueError(f"DecoderConfig: head_dim {self.head_width} must be even for rotary embeddings.")
-
-    @property
-    def head_width(self) -> int:
-        """K, head_dim with its default filled in."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+Rotations = tuple[Float[Array, "kinds batch length half"], Float[Array, "kinds batch length half"]]
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of the tokens seen so far, and which slots hold a real token."""
+    """Keys (already rotated) and values of the tokens seen so far, which slots hold a real token, and its position."""
 
     keys: Array  # [N, B, S, G, K]
     values: Array  # [N, B, S, G, K]
     valid: Array  # bool [B, S]
+    positions: Array  # int32 [B, S]
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
     shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_width)
     keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
-    return KVCache(keys, values, jnp.zeros((batch, slots), bool))
+    return KVCache(keys, values, jnp.zeros((batch, slots), bool), jnp.zeros((batch, slots), jnp.int32))
 
 
-def _dense(config: DecoderConfig, features: int, name: str | None = None) -> Dense:
-    return Dense(features, False, config.dtype, config.param_dtype, INIT, name=name)
+def _dense(config: DecoderConfig, features: int, name: str, use_bias: bool = False) -> Dense:
+    return Dense(features, use_bias, config.dtype, config.param_dtype, INIT, name=name)
 
 
 def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
-    return RMSNorm(config.rms_norm_eps, config.dtype, config.param_dtype, name=name)
+    return RMSNorm(config.rms_norm_eps, config.dtype, config.param_dtype, config.norm_unit_offset, name=name)
 
 
 class Attention(nn.Module):
@@ -108,22 +69,25 @@ class Attention(nn.Module):
         c = self.config
 
         def heads(name: str, count: int) -> Array:
-            return _dense(c, count * c.head_width, name)(x).reshape(*x.shape[:2], count, c.head_width)
+            projected = _dense(c, count * c.head_width, name, c.attention_bias or c.qkv_bias)(x)
+            return projected.reshape(*x.shape[:2], count, c.head_width)
 
-        queries = rotate(heads("q_proj", c.num_attention_heads), *rotation)
-        keys = rotate(heads("k_proj", c.num_key_value_heads), *rotation)
+        queries, keys = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
         values = heads("v_proj", c.num_key_value_heads)
+        if c.qk_norm:
+            queries, keys = _norm(c, "q_norm")(queries), _norm(c, "k_norm")(keys)
+        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
         fresh = None
         if past is not None:
             fresh = keys, values
             keys = jax.lax.dynamic_update_slice_in_dim(past[0], keys, slot, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(past[1], values, slot, axis=1)
-        mixed = attend(queries, keys, values, visible)
-        return _dense(c, x.shape[-1], "o_proj")(mixed.reshape(*x.shape[:2], -1)), fresh
+        mixed = attend(queries, keys, values, visible, c.score_scale, c.attn_logit_softcapping)
+        return _dense(c, x.shape[-1], "o_proj", c.attention_bias)(mixed.reshape(*x.shape[:2], -1)), fresh
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x) (arXiv 2002.05202, equation 6)."""
+    """Gated feed-forward: down(act(gate x) * up x), with silu SwiGLU (arXiv 2002.05202, equation 6)."""
 
     config: DecoderConfig
 
@@ -132,11 +96,15 @@ class MLP(nn.Module):
         inner = self.config.intermediate_size
         gate = _dense(self.config, inner, "gate_proj")(x)
         up = _dense(self.config, inner, "up_proj")(x)
-        return _dense(self.config, x.shape[-1], "down_proj")(nn.silu(gate) * up)
+        activated = ACTIVATIONS[self.config.hidden_act](gate)
+        return _dense(self.config, x.shape[-1], "down_proj")(activated * up)
 
 
 class Block(nn.Module):
-    """One layer, the body of the scan over layers: attention, then MLP, each on the normed residual."""
+    """One layer, the body of the scan over layers: attention, then MLP, each on the normed residual.
+
+    All layers have this one body; `kind` picks what differs between them from the rotations and masks of all kinds.
+    """
 
     config: DecoderConfig
 
@@ -145,15 +113,24 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch length width"],
         past: tuple[Array, Array] | None,
-        rotation: Rotation,
-        visible: Bool[Array, "batch length slots"],
+        kind: Int[Array, ""],
+        rotations: Rotations,
+        visible: Bool[Array, "kinds batch length slots"],
         slot: Slot,
     ) -> tuple[Float[Array, "batch length width"], tuple[Array, Array] | None]:
-        normed = _norm(self.config, "input_layernorm")(x)
-        mixed, fresh = Attention(self.config, name="self_attn")(normed, past, rotation, visible, slot)
-        x = x + mixed
-        normed = _norm(self.config, "post_attention_layernorm")(x)
-        return x + MLP(self.config, name="mlp")(normed), fresh
+        c, (cos, sin, seen) = self.config, (_pick(table, kind) for table in (*rotations, visible))
+        normed = _norm(c, "input_layernorm")(x)
+        mixed, fresh = Attention(c, name="self_attn")(normed, past, (cos, sin), seen, slot)
+        if not c.post_norms:
+            x = x + mixed
+            return x + MLP(c, name="mlp")(_norm(c, "post_attention_layernorm")(x)), fresh
+        x = x + _norm(c, "post_attention_layernorm")(mixed)
+        inner = MLP(c, name="mlp")(_norm(c, "pre_feedforward_layernorm")(x))
+        return x + _norm(c, "post_feedforward_layernorm")(inner), fresh
+
+
+def _pick(table: Array, kind: Array) -> Array:
+    return table[0] if table.shape[0] == 1 else jax.lax.dynamic_index_in_dim(table, kind, keepdims=False)
 
 
 class Head(nn.Module):
@@ -165,7 +142,11 @@ class Head(nn.Module):
     def __call__(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length vocab"]:
         c = self.config
         kernel = self.param("kernel", INIT, (c.hidden_size, c.vocab_size), c.param_dtype)
-        return _logits(hidden, kernel, c.dtype)
+        logits = _logits(hidden, kernel, c.dtype)
+        if self.has_variable("params", "lora_a"):
+            flat = hidden.reshape(-1, c.hidden_size).astype(c.dtype)
+            logits = logits + low_rank(self, flat, "float32").reshape(logits.shape)
+        return logits
 
 
 def _logits(hidden: Array, kernel: Array, dtype: str) -> Array:
@@ -196,7 +177,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_hidden_layers,
         )(c)
         self.norm = _norm(c)
@@ -230,7 +211,9 @@ class Decoder(nn.Module):
     ) -> Float[Array, "batch length width"]:
         """Hidden states after the final norm, in config.dtype."""
         valid = jnp.ones(tokens.shape, bool) if mask is None else mask
-        hidden, _ = self._run(tokens, positions, None, valid, 0)
+        if positions is None:
+            positions = _counted(valid, 0, tokens.shape[1])
+        hidden, _ = self._run(tokens, positions, None, valid, positions, 0)
         return hidden
 
     def extend(
@@ -243,44 +226,63 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "batch length width"], KVCache]:
         """Hidden states of tokens put at slots cache_slot, cache_slot + 1, ..., and the cache with them.
 
-        A token sees the real tokens at its own and earlier slots. cache_slot + L must not exceed the slots.
+        A token sees the real tokens at its own and earlier slots, in sliding layers those whose position is less than
+        the window behind its own. cache_slot + L must not exceed the slots.
         """
-        fresh_valid = jnp.ones(tokens.shape, bool) if mask is None else mask
-        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, fresh_valid, cache_slot, axis=1)
-        hidden, fresh = self._run(tokens, positions, (cache.keys, cache.values), valid, cache_slot)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_slot)
+        valid = write(cache.valid, jnp.ones(tokens.shape, bool) if mask is None else mask, axis=1)
+        if positions is None:
+            positions = _counted(valid, cache_slot, tokens.shape[1])
+        placed = write(cache.positions, positions.astype(jnp.int32), axis=1)
+        hidden, fresh = self._run(tokens, positions, (cache.keys, cache.values), valid, placed, cache_slot)
         # One write for all layers, which XLA does in place when the cache is a loop's carry.
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new, cache_slot, axis=2)
-            for old, new in zip((cache.keys, cache.values), fresh or (), strict=True)
+            write(old, new, axis=2) for old, new in zip((cache.keys, cache.values), fresh or (), strict=True)
         )
-        return hidden, KVCache(keys, values, valid)
+        return hidden, KVCache(keys, values, valid, placed)
+
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        """What enters the first layer."""
+        x = self.embed_tokens(tokens)
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embeddings else x
 
     def head(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length vocab"]:
         """Logits in float32 of hidden states, whichever stretch of the sequence they come from."""
-        if self.config.tie_word_embeddings:
-            return _logits(hidden, self.embed_tokens.embedding.T, self.config.dtype)
-        return self.lm_head(hidden)
+        c = self.config
+        tied = c.tie_word_embeddings
+        logits = _logits(hidden, self.embed_tokens.embedding.T, c.dtype) if tied else self.lm_head(hidden)
+        cap = c.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _run(
         self,
         tokens: Array,
-        positions: Array | None,
+        positions: Array,
         past: tuple[Array, Array] | None,
         valid: Bool[Array, "batch slots"],
+        slot_positions: Int[Array, "batch slots"],
         slot: Slot,
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        c, length, slots = self.config, tokens.shape[1], valid.shape[1]
+        c, slots = self.config, valid.shape[1]
         if slots > c.max_position_embeddings:
             raise ValueError(
                 f"Decoder: {slots} tokens exceed max_position_embeddings {c.max_position_embeddings}; "
                 "shorten the input."
             )
-        own_slot = slot + jnp.arange(length)
-        visible = valid[:, None, :] & (jnp.arange(slots) <= own_slot[:, None])
-        if positions is None:
-            seen = jnp.cumsum(valid, axis=1)
-            positions = jnp.maximum(jax.lax.dynamic_slice_in_dim(seen, slot, length, axis=1) - 1, 0)
-        rotation = rotary_angles(positions, c.head_width, c.rope_theta)
-        x = self.embed_tokens(tokens)
-        x, fresh = self.layers(x, past, rotation, visible, slot)
+        own_slot = slot + jnp.arange(tokens.shape[1])
+        seen = valid[:, None, :] & (jnp.arange(slots) <= own_slot[:, None])
+        distance = positions[:, :, None] - slot_positions[:, None, :]
+        kinds = tuple(dict.fromkeys(c.layer_kinds))
+        windows = [c.window(kind) for kind in kinds]
+        visible = jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
+        angles = [rotary_angles(positions, c.head_width, *c.rope(kind)) for kind in kinds]
+        rotations = jnp.stack([cos for cos, _ in angles]), jnp.stack([sin for _, sin in angles])
+        kind = jnp.array([kinds.index(name) for name in c.layer_kinds])
+        x, fresh = self.layers(self.embed(tokens), past, kind, rotations, visible, slot)
         return self.norm(x), fresh
+
+
+def _counted(valid: Bool[Array, "batch slots"], slot: Slot, length: int) -> Int[Array, "batch length"]:
+    """The number of real tokens before each of the `length` slots from `slot` on."""
+    counts = jax.lax.dynamic_slice_in_dim(jnp.cumsum(valid, axis=1), slot, length, axis=1)
+    return jnp.maximum(counts - 1, 0)

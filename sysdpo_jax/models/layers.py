@@ -1,4 +1,4 @@
-"""Pieces shared by the models: dense products, convolution, norms, attention, rotary position embedding.
+"""Pieces shared by the models: dense products, convolution, norms, attention.
 
 Axes: B batch, L length, S slots, H heads, K head width, D model width, C channels.
 """
@@ -9,7 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from sysdpo_jax.models.lora import low_rank
 
 Initializer = nn.initializers.Initializer
 
@@ -19,7 +21,7 @@ class Dense(nn.Module):
 
     Flattening the leading axes first makes it the plain matrix product that backends have a fast kernel for.
     dtype: precision of the product and of the result; param_dtype: precision the parameters are kept in.
-    Parameters: kernel [D, F], bias [F].
+    Parameters: kernel [D, F], bias [F]; with LoRA's factors beside them (see lora.py) their product is added.
     """
 
     features: int
@@ -34,6 +36,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (width, self.features), self.param_dtype)
         flat = x.reshape(-1, width).astype(self.dtype)
         y = flat @ kernel.astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = y + low_rank(self, flat, self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)
@@ -43,20 +47,22 @@ class Dense(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467, equation 4), in float32.
 
-    The result is cast to dtype. Parameter: weight [D].
+    unit_offset: multiply by 1 + weight instead. The result is cast to dtype. Parameter: weight [D].
     """
 
     eps: float = 1e-6
     dtype: Any = "float32"
     param_dtype: Any = "float32"
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        weight = self.param("weight", init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 / jnp.sqrt(mean_square + self.eps)
-        return (normed * weight.astype(jnp.float32)).astype(self.dtype)
+        return (normed * (1 + weight if self.unit_offset else weight)).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -95,25 +101,29 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """A square convolution over images with padding (size - 1) / 2. Parameters: kernel [size, size, C, F], bias [F]."""
+    """A square convolution over images. Parameters: kernel [size, size, C, F], bias [F].
+
+    padding: rows and columns of zeros (before, after) the image, by default (size - 1) / 2 on each side.
+    """
 
     features: int
     size: int = 3
     stride: int = 1
     dtype: Any = "float32"
     param_dtype: Any = "float32"
+    padding: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
-        edge = (self.size - 1) // 2
+        edges = ((self.size - 1) // 2,) * 2 if self.padding is None else self.padding
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel,
             window_strides=(self.stride, self.stride),
-            padding=((edge, edge), (edge, edge)),
+            padding=(edges, edges),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return y + bias
@@ -136,46 +146,27 @@ def attend(
     keys: Float[Array, "batch slots groups width"],
     values: Float[Array, "batch slots groups width"],
     visible: Bool[Array, "batch length slots"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "batch length heads width"]:
-    """softmax(q k / sqrt(K)) v with the softmax in float32 (arXiv 1706.03762, equation 1).
+    """softmax(scale q k) v with the softmax in float32 (arXiv 1706.03762, equation 1).
 
     The heads that share a key-value head (arXiv 2305.13245) are stacked along the length: each product is one
     matrix product per group and nothing is repeated. A query that sees no slot gets a finite average.
-    visible: which slots a query sees, all by default.
+    visible: which slots a query sees, all by default. scale: 1 / sqrt(K) by default.
+    softcap: c in c tanh(scores / c), which bounds the scores (Gemma 2, arXiv 2408.00118, section 2).
     """
     batch, length, heads, width = queries.shape
     slots, groups = keys.shape[1:3]
     split = queries.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     stacked = split.reshape(batch, groups, -1, width)
     scores = jnp.matmul(stacked, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    scores = (scores / math.sqrt(width)).reshape(batch, heads, length, slots)
+    scores = (scores / math.sqrt(width) if scale is None else scores * scale).reshape(batch, heads, length, slots)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if visible is not None:
         scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     stacked = weights.astype(values.dtype).reshape(batch, groups, -1, slots)
     mixed = jnp.matmul(stacked, values.transpose(0, 2, 1, 3)).reshape(batch, heads, length, width)
     return mixed.transpose(0, 2, 1, 3)
-
-
-def rotary_angles(
-    positions: Int[Array, "*leading"], head_dim: int, theta: float
-) -> tuple[Float[Array, "*leading half"], Float[Array, "*leading half"]]:
-    """cos and sin of position * theta^(-2i / head_dim) for i < head_dim / 2, in float32.
-
-    Source: arXiv 2104.09864, equation 15, counting i from 0.
-    """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "batch length heads width"],
-    cos: Float[Array, "batch length half"],
-    sin: Float[Array, "batch length half"],
-) -> Float[Array, "batch length heads width"]:
-    """Rotate the pairs (x[i], x[i + K / 2]) of a head: arXiv 2104.09864, eq. 34, in Hugging Face's order."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

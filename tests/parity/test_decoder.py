@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import PyTree
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig, init_cache
-from tests.parity.convert import llama_params, llama_tree
+from tests.parity.convert import llama_params, llama_tree, torch_decoder
 
 BASE = DecoderConfig(
     vocab_size=97,
@@ -33,23 +33,16 @@ VARIANTS = {
 # Two float32 implementations that order their sums differently; the logits below are of order 10.
 TOLERANCE = 1e-4
 LENGTHS = np.array([9, 4, 1])
+# Nearly all the time of these tests is compilation, of programs that run once.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
-def llama(config: DecoderConfig, seed: int = 0) -> LlamaForCausalLM:
-    """A random LlamaForCausalLM of that shape, with weights that make attention far from uniform."""
-    shape = dataclasses.asdict(config)
-    theta = {"rope_theta": shape.pop("rope_theta"), "rope_type": "default"}
-    for ours in ("remat", "dtype", "param_dtype"):
-        del shape[ours]
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=theta, initializer_range=0.25, eos_token_id=None))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.eval()
+def llama(config: DecoderConfig, seed: int = 0) -> PreTrainedModel:
+    """A random LlamaForCausalLM of that shape."""
+    return torch_decoder(config, seed)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method", compiler_options=QUICK)
 def run(config: DecoderConfig, params: PyTree, *inputs: Any, method: str | None = None) -> Any:
     return Decoder(config).apply({"params": params}, *inputs, method=method)
 
@@ -112,7 +105,7 @@ def test_padded_logits(side: str, give_positions: bool) -> None:
 
 def sequence_log_prob(params: PyTree, config: DecoderConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Sum over rows and real tokens after the first of log p(token | before)."""
-    logits = run(config, params, tokens, None, mask)
+    logits = Decoder(config).apply({"params": params}, tokens, None, mask)
     scores = jax.nn.log_softmax(logits[:, :-1])
     picked = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(mask[:, 1:] & mask[:, :-1], picked, 0.0))
@@ -137,7 +130,7 @@ def test_gradients(name: str, remat: bool) -> None:
     total.backward()
     expected = llama_tree({n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
 
-    value, gradients = jax.jit(jax.value_and_grad(sequence_log_prob), static_argnums=1)(
+    value, gradients = jax.jit(jax.value_and_grad(sequence_log_prob), static_argnums=1, compiler_options=QUICK)(
         llama_params(model), config, jnp.array(tokens), jnp.array(mask)
     )
     np.testing.assert_allclose(value, total.item(), rtol=1e-5)
@@ -154,7 +147,7 @@ def test_remat_changes_nothing() -> None:
     params = llama_params(llama(BASE))
     tokens, mask = jnp.array(random_tokens((3, 12))), jnp.array(padding("right", 12))
     both = [
-        jax.jit(jax.value_and_grad(sequence_log_prob), static_argnums=1)(
+        jax.jit(jax.value_and_grad(sequence_log_prob), static_argnums=1, compiler_options=QUICK)(
             params, dataclasses.replace(BASE, remat=remat), tokens, mask
         )
         for remat in (False, True)

@@ -1,0 +1,46 @@
+"""What a family of decoders is: how its configuration file is read and written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sysdpo_jax.models.decoder_config import DecoderConfig
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
+
+# How a model is run, which no configuration file says.
+RUNTIME = ("remat", "dtype", "param_dtype")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type of Hugging Face's decoders.
+
+    architecture: the name of its class with a language-model head.
+    read: the configuration that a config.json states; keys it does not know and values it cannot compute are a
+        `CheckpointError`. The fields of RUNTIME keep their defaults.
+    express: the config.json's content that comes closest to a configuration; use `write`, which checks it.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[ConfigReader], DecoderConfig]
+    express: Callable[[DecoderConfig], dict[str, Any]]
+
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        """The content of a config.json that `read`, and transformers, read back to the same model.
+
+        Token ids belong to the tokenizer and the precision to the tensors, so neither is in it. Rotary frequencies are
+        written under the names that every version of transformers reads. Raises `CheckpointError` naming the first
+        field whose value the family cannot express.
+        """
+        values = {"architectures": [self.architecture], "model_type": self.model_type, **self.express(config)}
+        back = self.read(ConfigReader(values, f"the {self.model_type} config.json to be written"))
+        back = replace(back, **{name: getattr(config, name) for name in RUNTIME})
+        for field in fields(config):
+            wanted, found = getattr(config, field.name), getattr(back, field.name)
+            if wanted != found:
+                raise CheckpointError(
+                    f"a {self.model_type} checkpoint cannot say {field.name}={wanted!r} (it would be read as "
+                    f"{found!r}): write it under another model_type"
+                )
+        return values

@@ -1,0 +1,130 @@
+"""Fields that several families share, in the style of the hub's older files and in that of transformers 5."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sysdpo_jax.models.decoder_config import FULL, SLIDING, DecoderConfig
+from sysdpo_jax.models.rotary import LLAMA3_FIELDS, RopeScaling
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
+
+# Token ids, settings of generate and of storage: they do not change a forward pass.
+IGNORED = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers.js_config"),
+    *("cache_implementation", "max_length", "do_sample", "temperature", "top_p", "top_k"),
+)
+
+
+def read_shape(config: ConfigReader, model_type: str, tied: bool = False) -> dict[str, Any]:
+    """The fields that every family has under the same names, and what must be so in all of them.
+
+    tied: what the family takes an absent tie_word_embeddings to be.
+    """
+    heads = config.take("num_attention_heads")
+    # A null stands for the default, as in transformers.
+    groups, head_dim = config.take("num_key_value_heads", None), config.take("head_dim", None)
+    config.expect("attention_dropout", 0.0, None)
+    config.expect("is_encoder_decoder", False)
+    config.ignore(*IGNORED)
+    return {
+        "vocab_size": config.take("vocab_size"),
+        "hidden_size": config.take("hidden_size"),
+        "intermediate_size": config.take("intermediate_size"),
+        "num_hidden_layers": config.take("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if groups is None else groups,
+        "head_dim": head_dim,
+        "rms_norm_eps": float(config.take("rms_norm_eps", 1e-6)),
+        "max_position_embeddings": config.take("max_position_embeddings"),
+        "tie_word_embeddings": config.take("tie_word_embeddings", tied),
+        "model_type": model_type,
+    }
+
+
+def express_shape(config: DecoderConfig) -> dict[str, Any]:
+    """`read_shape`'s keys, with their defaults filled in."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_width,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_dropout": 0.0,
+    }
+
+
+def build(config: ConfigReader, values: Mapping[str, Any]) -> DecoderConfig:
+    """The configuration of these fields, once nothing in the file is left unread."""
+    config.finish()
+    try:
+        return DecoderConfig(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{config.where} describes no model: {error}") from None
+
+
+def read_rope(config: ConfigReader, theta: float = 10000.0) -> dict[str, Any]:
+    """rope_theta and rope_scaling, from rope_parameters (transformers 5) or from keys of those names.
+
+    theta: what the family takes an absent rope_theta to be.
+    """
+    theta = config.take("rope_theta", theta)
+    older, newer = config.take("rope_scaling", None), config.take("rope_parameters", None)
+    values = dict(older or newer or {})
+    theta = values.pop("rope_theta", theta)
+    return {"rope_theta": float(theta), "rope_scaling": read_scaling(config, values)}
+
+
+def express_rope(config: DecoderConfig) -> dict[str, Any]:
+    """`read_rope`'s keys of the older style, which every version reads."""
+    return {"rope_theta": config.rope_theta, "rope_scaling": express_scaling(config.rope_scaling)}
+
+
+def read_scaling(config: ConfigReader, values: Mapping[str, Any]) -> RopeScaling | None:
+    """The scaling in a dictionary of rotary parameters without theta; None for the type "default"."""
+    kind = values.get("rope_type", values.get("type", "default"))
+    rest = {name: value for name, value in values.items() if name not in ("rope_type", "type")}
+    known = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *LLAMA3_FIELDS}}
+    if kind not in known or set(rest) != known[kind]:
+        raise CheckpointError(
+            f"{config.where}: rotary scaling {dict(values)!r} is not supported (only {', '.join(known)}, with exactly "
+            "their own parameters); this model would be computed wrongly"
+        )
+    if kind == "default":
+        return None
+    context = rest.pop("original_max_position_embeddings", None)
+    numbers = {name: float(value) for name, value in rest.items()}
+    try:
+        return RopeScaling(kind, original_max_position_embeddings=context, **numbers)
+    except ValueError as error:
+        raise CheckpointError(f"{config.where} describes no model: {error}") from None
+
+
+def express_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    given = {name: getattr(scaling, name) for name in LLAMA3_FIELDS if getattr(scaling, name) is not None}
+    return {"rope_type": scaling.rope_type, "factor": scaling.factor, **given}
+
+
+def read_layers(
+    config: ConfigReader, layers: int, window: int | None, is_sliding: Callable[[int], bool]
+) -> dict[str, Any]:
+    """sliding_window and layer_types, which are those of `is_sliding(layer)` where the file has no layer_types."""
+    kinds = config.take("layer_types", None)
+    if kinds is None:
+        kinds = pattern(layers, is_sliding)
+    return {"sliding_window": window, "layer_types": tuple(kinds)}
+
+
+def pattern(layers: int, is_sliding: Callable[[int], bool]) -> tuple[str, ...]:
+    return tuple(SLIDING if is_sliding(layer) else FULL for layer in range(layers))
+
+
+def first_sliding(kinds: Iterable[str]) -> int:
+    """How many layers come before the first sliding one, all of them if there is none."""
+    kinds = list(kinds)
+    return kinds.index(SLIDING) if SLIDING in kinds else len(kinds)
