@@ -1,0 +1,186 @@
+"""The encoder of T5 v1.1 (arXiv 1910.10683, 2002.05202), with the semantics and names of transformers' T5EncoderModel.
+
+Axes: B batch, S tokens, H heads, K head width, D width.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sysdpo_jax.models.layers import Dense, RMSNorm
+
+States = Float[Array, "batch tokens width"]
+Bias = Float[Array, "heads tokens tokens"]
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Shape of an encoder, under the field names and with the defaults of transformers' T5Config; no dropout.
+
+    The feed-forward layers are gated by GELU in its tanh form ("gated-gelu").
+    relative_attention_num_buckets: of both directions; distances of relative_attention_max_distance or more share one.
+    dtype: precision of the products; norms, softmax and the output are float32 in any case.
+    Raises ValueError for buckets that do not make two halves of exact and logarithmic ones.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or buckets % 4 or distance <= buckets // 4:
+            raise ValueError(
+                f"T5Config: relative_attention_num_buckets={buckets} must be a multiple of 4 and a quarter of it less "
+                f"than relative_attention_max_distance={distance}"
+            )
+
+
+def _dense(c: T5Config, features: int, name: str) -> Dense:
+    return Dense(features, False, c.dtype, c.param_dtype, name=name)
+
+
+def _norm(c: T5Config, name: str) -> RMSNorm:
+    return RMSNorm(c.layer_norm_epsilon, c.dtype, c.param_dtype, name=name)
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "tokens tokens"]:
+    """The bucket of the distance from each token (row) to each token (column); later tokens have the upper half.
+
+    Of a half's buckets the first half is for single distances, the others grow by a constant factor up to
+    max_distance (arXiv 1910.10683, section 2.1). The logarithm is float32, as in transformers.
+    """
+    half, exact = num_buckets // 2, num_buckets // 4
+    offset = np.arange(length)[None] - np.arange(length)[:, None]
+    distance = np.abs(offset)
+    scaled = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    grown = scaled / np.float32(np.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + grown.astype(np.int64), half - 1)
+    return np.where(distance < exact, distance, far) + np.where(offset > 0, half, 0)
+
+
+def attend_with_bias(
+    queries: Float[Array, "batch tokens heads head_width"],
+    keys: Float[Array, "batch tokens heads head_width"],
+    values: Float[Array, "batch tokens heads head_width"],
+    bias: Bias,
+    mask: Bool[Array, "batch tokens"] | None,
+) -> Float[Array, "batch tokens heads head_width"]:
+    """softmax(q k + bias) v with the softmax in float32 and no scaling; tokens outside the mask are seen by none."""
+    scores = jnp.einsum("bqhk,bshk->bhqs", queries, keys, preferred_element_type=jnp.float32) + bias
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhqs,bshk->bqhk", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
+
+
+class T5Attention(nn.Module):
+    """Parameters: q, k, v, o and, in the first block, relative_attention_bias. Returns the bias for the next blocks."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None, bias: Bias | None) -> tuple[States, Bias]:
+        c = self.config
+        if bias is None:
+            buckets = relative_buckets(x.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)
+            table = nn.Embed(
+                c.relative_attention_num_buckets,
+                c.num_heads,
+                "float32",
+                c.param_dtype,
+                embedding_init=nn.initializers.normal(c.d_model**-0.5),
+                name="relative_attention_bias",
+            )
+            bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)
+        queries, keys, values = (
+            _dense(c, c.num_heads * c.d_kv, name)(x).reshape(*x.shape[:2], c.num_heads, c.d_kv) for name in "qkv"
+        )
+        mixed = attend_with_bias(queries, keys, values, bias, mask).reshape(*x.shape[:2], -1)
+        return _dense(c, c.d_model, "o")(mixed), bias
+
+
+class T5AttentionLayer(nn.Module):
+    """RMSNorm and attention, around a residual. Parameters: layer_norm, SelfAttention."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None, bias: Bias | None) -> tuple[States, Bias]:
+        normed = _norm(self.config, "layer_norm")(x)
+        mixed, bias = T5Attention(self.config, name="SelfAttention")(normed, mask, bias)
+        return x + mixed, bias
+
+
+class T5GatedMLP(nn.Module):
+    """wo(gelu(wi_0 x) * wi_1 x), the tanh form of GELU (arXiv 2002.05202, equation 6)."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: States) -> States:
+        c = self.config
+        gate = nn.gelu(_dense(c, c.d_ff, "wi_0")(x), approximate=True)
+        return _dense(c, c.d_model, "wo")(gate * _dense(c, c.d_ff, "wi_1")(x))
+
+
+class T5FeedForwardLayer(nn.Module):
+    """RMSNorm and the gated MLP, around a residual. Parameters: layer_norm, DenseReluDense (transformers' name)."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: States) -> States:
+        return x + T5GatedMLP(self.config, name="DenseReluDense")(_norm(self.config, "layer_norm")(x))
+
+
+class T5Block(nn.Module):
+    """Parameters: layer_0 (attention), layer_1 (feed-forward)."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None, bias: Bias | None) -> tuple[States, Bias]:
+        x, bias = T5AttentionLayer(self.config, name="layer_0")(x, mask, bias)
+        return T5FeedForwardLayer(self.config, name="layer_1")(x), bias
+
+
+class T5Stack(nn.Module):
+    """Parameters: block_<i>, final_layer_norm."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None) -> States:
+        bias = None
+        for i in range(self.config.num_layers):
+            x, bias = T5Block(self.config, name=f"block_{i}")(x, mask, bias)
+        return _norm(self.config, "final_layer_norm")(x)
+
+
+class T5Encoder(nn.Module):
+    """Token ids to the last hidden state after the final norm. Parameters: shared, encoder."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self, token_ids: Int[Array, "batch tokens"], mask: Bool[Array, "batch tokens"] | None = None
+    ) -> States:
+        """mask: the tokens that are seen; all by default, padding too, as Stable Diffusion 3 does. Output float32."""
+        c = self.config
+        embed = nn.Embed(
+            c.vocab_size, c.d_model, c.dtype, c.param_dtype, embedding_init=nn.initializers.normal(1.0), name="shared"
+        )
+        return T5Stack(c, name="encoder")(embed(token_ids), mask).astype(jnp.float32)
