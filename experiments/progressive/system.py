@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from experiments.progressive.world import CAPTION_WORDS, CAPTIONS, SIZE, VOCABULARY, split_captions
-from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, Tool
+from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, TextEncoder, Tool
+from sysdpo_jax.generation.samplers import DDIM
 from sysdpo_jax.generation.schedules import NoiseSchedule
 from sysdpo_jax.generation.weightings import Constant
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
@@ -81,15 +82,13 @@ def diffusion(config: ModelConfig) -> Diffusion:
     )
     return Diffusion(
         UNet2DCondition(unet),
-        CLIPTextEncoder(text),
-        words,
+        TextEncoder(CLIPTextEncoder(text), words, CAPTION_WORDS),
         codec,
-        text_length=CAPTION_WORDS,
         num_steps=config.ddim_steps,
         schedule=NoiseSchedule("squaredcos_cap_v2"),
         prediction_type="sample",
         weighting=Constant(2.0),
-        clip_sample=1.0,
+        sampler=DDIM(clip=1.0),
     )
 
 

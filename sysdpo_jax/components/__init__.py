@@ -7,6 +7,9 @@ from sysdpo_jax.components.diffusion import Diffusion
 from sysdpo_jax.components.flow_matching import FlowMatching
 from sysdpo_jax.components.gaussian import Gaussian
 from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.latent_codec import LatentCodec
+from sysdpo_jax.components.stable_diffusion_text import SD3Text, SDXLText
+from sysdpo_jax.components.text import FrozenText, TextConditioner, TextEncoder
 from sysdpo_jax.components.tool import Tool
 
 __all__ = [
@@ -15,9 +18,15 @@ __all__ = [
     "Component",
     "Diffusion",
     "FlowMatching",
+    "FrozenText",
     "Gaussian",
     "LanguageModel",
+    "LatentCodec",
     "PixelCodec",
     "RecordError",
+    "SD3Text",
+    "SDXLText",
+    "TextConditioner",
+    "TextEncoder",
     "Tool",
 ]

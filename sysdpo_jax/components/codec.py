@@ -2,24 +2,41 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.images import read_image
+
+
+class Encoded(NamedTuple):
+    """Latents, and for each image the frame it was cut from, see `images.Fitted`."""
+
+    latents: Float[np.ndarray, "batch h w c"]
+    frames: Int[np.ndarray, "batch 6"]
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Encodes images (values in [0, 1]) as latents that a denoiser works on, and back."""
+    """Encodes images (paths, bytes, PIL images, arrays) as latents that a denoiser works on, and back to [0, 1]."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
 
-    def encode(self, images: Sequence[Any]) -> Float[np.ndarray, "batch h w c"]: ...
+    def encode(self, images: Sequence[Any]) -> Encoded: ...
 
     def decode(self, latents: Float[np.ndarray, "batch h w c"]) -> Float[np.ndarray, "batch height width channels"]: ...
+
+
+def whole_frames(codec: Codec, rows: int) -> Int[np.ndarray, "batch 6"]:
+    """The frames of images that were made at the codec's size, uncut."""
+    height, width, _ = codec.image_shape
+    return np.tile(np.array([height, width, 0, 0, height, width], np.int32), (rows, 1))
 
 
 @dataclass(frozen=True)
@@ -41,18 +58,18 @@ class PixelCodec:
         height, width, channels = self.image_shape
         return height // self.patch, width // self.patch, channels * self.patch**2
 
-    def encode(self, images: Sequence[Any]) -> Float[np.ndarray, "batch h w c"]:
-        """Raises `RecordError` for an image of another shape or with values outside [0, 1]."""
+    def encode(self, images: Sequence[Any]) -> Encoded:
+        """Raises `RecordError` for an image that cannot be read, of another shape or with values outside [0, 1]."""
+        pixels = np.zeros((len(images), *self.image_shape), np.float32)
         for row, image in enumerate(images):
-            if np.shape(image) != self.image_shape:
-                raise RecordError(f"image in row {row} has shape {np.shape(image)}, expected {self.image_shape}")
-        pixels = np.asarray(images, np.float32).reshape(len(images), *self.image_shape)
-        bad = ~((pixels >= 0) & (pixels <= 1)).reshape(len(images), -1).all(axis=1)
-        if bad.any():
-            raise RecordError(f"image in row {int(np.argmax(bad))} has values outside [0, 1]: scale it before")
+            read = read_image(image, row)
+            if read.shape != self.image_shape:
+                raise RecordError(f"image in row {row} has shape {read.shape}, expected {self.image_shape}")
+            pixels[row] = read
         h, w, _ = self.latent_shape
         blocks = (2 * pixels - 1).reshape(-1, h, self.patch, w, self.patch, self.image_shape[2])
-        return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.latent_shape)
+        latents = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.latent_shape)
+        return Encoded(latents, whole_frames(self, len(images)))
 
     def decode(self, latents: Float[np.ndarray, "batch h w c"]) -> Float[np.ndarray, "batch height width channels"]:
         h, w, _ = self.latent_shape

@@ -3,29 +3,29 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.text_to_image import Corrupted, TextToImage
-from sysdpo_jax.generation.samplers import Denoiser, ddim
+from sysdpo_jax.generation.samplers import DDIM, Denoiser, Sampler
 from sysdpo_jax.generation.schedules import NoiseSchedule, PredictionType, add_noise, target
 from sysdpo_jax.generation.weightings import Constant, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(TextToImage):
-    """Discrete-time diffusion, trained at t ~ U{low, ..., high - 1} and sampled with DDIM.
+    """Discrete-time diffusion, trained at t ~ U{low, ..., high - 1}.
 
     prediction_type: "epsilon", "v_prediction" or "sample".
     weighting: T * omega(lambda_t), see generation/weightings.py.
     timesteps: the range (low, high) of t; (0, num_timesteps) by default. A narrower one departs from the paper.
-    clip_sample: bound on the estimate of z_0 while sampling (1.0 for pixels), or None.
+    sampler: from noise to latents, see generation/samplers.
     """
 
     schedule: NoiseSchedule = NoiseSchedule()
     prediction_type: PredictionType = "epsilon"
     weighting: Weighting = Constant()
     timesteps: tuple[int, int] | None = None
-    clip_sample: float | None = None
+    sampler: Sampler = DDIM()
 
     def __post_init__(self) -> None:
         low, high = self._range
@@ -33,6 +33,11 @@ class Diffusion(TextToImage):
             raise ValueError(f"timesteps {self.timesteps} must lie within (0, {self.schedule.num_timesteps})")
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction_type {self.prediction_type!r}: epsilon, v_prediction or sample")
+        if self.prediction_type == "epsilon" and high == self.schedule.num_timesteps and self.schedule.snr()[-1] == 0:
+            raise ValueError(
+                "an epsilon model says nothing of z_0 where the SNR is 0: use v_prediction with "
+                f"rescale_betas_zero_snr, or timesteps=(0, {high - 1})"
+            )
 
     @property
     def _range(self) -> tuple[int, int]:
@@ -48,5 +53,7 @@ class Diffusion(TextToImage):
         weight = self.weighting(self.schedule, t, self.prediction_type, clean[0].size)
         return Corrupted(add_noise(clean, noise, alpha, sigma), t, answer, weight)
 
-    def denoise(self, predict: Denoiser, noise: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        return ddim(predict, noise, self.schedule, self.prediction_type, self.num_steps, self.clip_sample)
+    def denoise(
+        self, predict: Denoiser, noise: Float[Array, "batch h w c"], key: PRNGKeyArray
+    ) -> Float[Array, "batch h w c"]:
+        return self.sampler(predict, noise, self.schedule, self.prediction_type, self.num_steps, key)

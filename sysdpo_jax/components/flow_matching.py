@@ -3,28 +3,36 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.text_to_image import Corrupted, TextToImage
-from sysdpo_jax.generation.samplers import Denoiser, flow_euler
+from sysdpo_jax.generation.samplers import Denoiser, FlowEuler
 from sysdpo_jax.generation.schedules import expand
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatching(TextToImage):
-    """z_t = (1 - t) z_0 + t eps with t ~ U[0, 1), velocity eps - z_0 (arXiv 2209.03003, equation 1); Euler sampling.
+    """z = (1 - sigma) z_0 + sigma eps with the velocity eps - z_0 as target (arXiv 2209.03003, equation 1).
 
-    scale: T * omega, the weight of the mean squared velocity error. The denoiser is given t * time_scale.
+    sampler: Euler steps, and the schedule that gives the level sigma(u) at u ~ U[0, 1) in training too.
+    scale: T * omega, the weight of the mean squared velocity error.
     """
 
+    sampler: FlowEuler = FlowEuler()
     scale: float = 50_000.0
-    time_scale: float = 1000.0
 
     def corrupt(
         self, clean: Float[Array, "batch h w c"], noise: Float[Array, "batch h w c"], u: Float[Array, "batch"]
     ) -> Corrupted:
-        t = expand(u, clean)
-        return Corrupted((1 - t) * clean + t * noise, u * self.time_scale, noise - clean, jnp.full(u.shape, self.scale))
+        level = self.sampler.schedule.sigma(u)
+        t = expand(level, clean)
+        return Corrupted((1 - t) * clean + t * noise, self._time(level), noise - clean, jnp.full(u.shape, self.scale))
 
-    def denoise(self, predict: Denoiser, noise: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        return flow_euler(lambda z, t: predict(z, t * self.time_scale), noise, self.num_steps)
+    def denoise(
+        self, predict: Denoiser, noise: Float[Array, "batch h w c"], key: PRNGKeyArray
+    ) -> Float[Array, "batch h w c"]:
+        return self.sampler(lambda z, level: predict(z, self._time(level)), noise, self.num_steps, key)
+
+    def _time(self, level: Float[Array, "batch"]) -> Float[Array, "batch"]:
+        """What the denoiser is told of the noise level."""
+        return level * self.sampler.schedule.num_train_timesteps

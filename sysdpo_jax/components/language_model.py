@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, Metrics, RecordError
+from sysdpo_jax.components.prompts import TRUNCATIONS, Truncation, completion_ids, fitted, prompt_ids
 from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.typing import Features, Params, Parents
@@ -20,11 +21,16 @@ class LanguageModel(Component):
     """A text given its parents.
 
     decoder, tokenizer: the model and its Hugging Face tokenizer (with an end-of-sequence token).
-    max_prompt_length, max_new_tokens: the room for prompt and completion, in tokens; a longer text is an error.
+    max_prompt_length, max_new_tokens: the room for prompt and completion, in tokens.
     prompt: module-level function of the parents' values that returns a string or a list of chat messages; by default
     the node's only parent is the prompt. A string is tokenized as the tokenizer does by default, messages through
     its chat template.
     temperature, top_p: of `sample`; temperature 0 takes the likeliest token.
+    truncation: of texts without room. "error" refuses them; "keep_start" and "keep_end" keep the first or the last
+    tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. The share of cut
+    rows is the metric "truncated".
+    stop_tokens: token ids that end a completion beside the tokenizer's end-of-sequence token, as the
+    `eos_token_id` of a generation_config.json lists them.
     """
 
     decoder: Decoder
@@ -34,10 +40,26 @@ class LanguageModel(Component):
     prompt: Callable[..., Any] | None = None
     temperature: float = 1.0
     top_p: float = 1.0
+    truncation: Truncation = "error"
+    stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("LanguageModel: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"LanguageModel: truncation {self.truncation!r} is none of {', '.join(TRUNCATIONS)}")
+        config, length = self.decoder.config, self.max_prompt_length + self.max_new_tokens
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"LanguageModel: max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} "
+                f"exceed the decoder's {config.max_position_embeddings} positions: lower them"
+            )
+        # An id beyond the embedding would be read as another token, without a word.
+        if len(self.tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"LanguageModel: the tokenizer has {len(self.tokenizer)} tokens, the decoder {config.vocab_size}: give "
+                "the tokenizer that belongs to the decoder"
+            )
 
     def init(self, key: PRNGKeyArray) -> Params:
         return self.decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
@@ -45,19 +67,28 @@ class LanguageModel(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         """Token ids [batch, length], right padded, the prompt's length and the whole length of each row.
 
-        length is max_prompt_length + max_new_tokens. Prompt and completion are tokenized apart, so that no token
-        spans their boundary, and one end-of-sequence token closes the completion unless it is there already or the
-        completion fills max_new_tokens, where `sample` stops as well.
-        Raises `RecordError` for a text that is no string or is too long.
+        length is max_prompt_length + max_new_tokens; "truncated" is 1 in the rows of which anything was cut, else 0.
+        A completion is a string or, after a prompt of messages, a list of the one message that follows. Prompt and
+        completion are tokenized apart, so that no token spans their boundary, and one end-of-sequence token closes
+        the completion unless an end is there already or the completion fills max_new_tokens, where `sample` stops too.
+        Raises `RecordError` for a text of another kind, one without room, and what the chat template refuses.
         """
         prompts = self._prompts(parents, len(values))
         tokens = np.full((len(values), self.max_prompt_length + self.max_new_tokens), self._pad, np.int32)
-        lengths = np.zeros(len(values), np.int32)
+        prompt_lengths, lengths, truncated = np.zeros((3, len(values)), np.int32)
         for row, (prompt, value) in enumerate(zip(prompts, values, strict=True)):
-            ids = prompt + self._completion(value, row)
-            tokens[row, : len(ids)] = ids
-            lengths[row] = len(ids)
-        return {"tokens": tokens, "prompt_lengths": np.array([len(p) for p in prompts], np.int32), "lengths": lengths}
+            whole = prompt_ids(self.tokenizer, prompt, row)
+            start, start_cut = self._fitting_prompt(whole, row)
+            answer, answer_cut = self._completion(prompt, whole, value, row)
+            prompt_lengths[row], lengths[row] = len(start), len(start) + len(answer)
+            tokens[row, : lengths[row]] = start + answer
+            truncated[row] = start_cut or answer_cut
+        return {
+            "tokens": tokens,
+            "prompt_lengths": prompt_lengths,
+            "lengths": lengths,
+            "truncated": truncated.astype(np.float32),
+        }
 
     def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
         return self.log_prob_with_metrics(params, features, key)[0]
@@ -67,7 +98,8 @@ class LanguageModel(Component):
     ) -> tuple[Float[Array, "batch"], Metrics]:
         """Sum over completion tokens of log softmax(logits)[token], in float32, and their number as "tokens".
 
-        The mask comes from the lengths, never from the padding token, which may equal the end of sequence.
+        "truncated" is that of `prepare`. The mask comes from the lengths, never from the padding token, which may equal
+        the end of sequence.
         """
         features = jax.tree.map(jnp.asarray, features)
         tokens, lengths = features["tokens"], features["lengths"][:, None]
@@ -77,12 +109,19 @@ class LanguageModel(Component):
         chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
         token_log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
         completion = (place[1:] >= features["prompt_lengths"][:, None]) & (place[1:] < lengths)
-        return jnp.sum(token_log_prob * completion, axis=-1), {"tokens": completion.sum(-1).astype(jnp.float32)}
+        metrics = {"tokens": completion.sum(-1).astype(jnp.float32), "truncated": features["truncated"]}
+        return jnp.sum(token_log_prob * completion, axis=-1), metrics
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        """One completion for each row, decoded without special tokens."""
+        """One completion for each row, a string without special tokens, up to an end or max_new_tokens.
+
+        Prompts are cut or refused as in `prepare`.
+        """
         rows = len(next(iter(parents.values())))
-        prompts = self._prompts(parents, rows)
+        prompts = [
+            self._fitting_prompt(prompt_ids(self.tokenizer, prompt, row), row)[0]
+            for row, prompt in enumerate(self._prompts(parents, rows))
+        ]
         tokens = np.full((rows, self.max_prompt_length), self._pad, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
@@ -93,7 +132,7 @@ class LanguageModel(Component):
             np.array([len(prompt) for prompt in prompts], np.int32),
             key,
             max_new_tokens=self.max_new_tokens,
-            stop_tokens=(self.tokenizer.eos_token_id,),
+            stop_tokens=self._ends,
             pad_token=self._pad,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -107,38 +146,29 @@ class LanguageModel(Component):
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    def _prompts(self, parents: Parents, rows: int) -> list[list[int]]:
-        """Token ids of each row's prompt."""
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return (int(self.tokenizer.eos_token_id), *self.stop_tokens)
+
+    def _prompts(self, parents: Parents, rows: int) -> list[Any]:
+        """Each row's prompt, a string or messages."""
         if self.prompt is None and len(parents) != 1:
             raise RecordError(
                 f"a language model without a `prompt` function reads exactly one parent, got "
                 f"{', '.join(parents) or 'none'}: pass LanguageModel(prompt=...) to join them"
             )
         join = self.prompt or (lambda value: value)
-        return [self._prompt_ids(join(*(v[row] for v in parents.values())), row) for row in range(rows)]
+        return [join(*(v[row] for v in parents.values())) for row in range(rows)]
 
-    def _prompt_ids(self, prompt: Any, row: int) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        elif isinstance(prompt, Sequence):
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        else:
-            raise RecordError(f"the prompt in row {row} must be a string or messages, not {type(prompt).__name__}")
-        return _fitting(list(ids), self.max_prompt_length, "prompt", "max_prompt_length", row)
+    def _fitting_prompt(self, ids: list[int], row: int) -> tuple[list[int], bool]:
+        return fitted(ids, self.max_prompt_length, self.truncation, "prompt", "max_prompt_length", row)
 
-    def _completion(self, value: Any, row: int) -> list[int]:
-        if not isinstance(value, str):
-            raise RecordError(f"the completion in row {row} must be a string, not {type(value).__name__}")
-        ids = list(self.tokenizer(value, add_special_tokens=False)["input_ids"])
+    def _completion(self, prompt: Any, prompt_tokens: list[int], value: Any, row: int) -> tuple[list[int], bool]:
+        """Token ids of the completion with its end, and whether it was cut."""
+        ids = completion_ids(self.tokenizer, prompt, prompt_tokens, value, self._ends, row)
         # One that fills its room has no end, as `sample` stops there too: its probability is that of being cut.
-        if len(ids) != self.max_new_tokens and ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids.append(self.tokenizer.eos_token_id)
-        return _fitting(ids, self.max_new_tokens, "completion", "max_new_tokens", row)
-
-
-def _fitting(ids: list[int], room: int, what: str, setting: str, row: int) -> list[int]:
-    if not 1 <= len(ids) <= room:
-        raise RecordError(
-            f"the {what} in row {row} has {len(ids)} tokens, outside 1..{room}: raise {setting} or edit it"
-        )
-    return ids
+        if len(ids) != self.max_new_tokens and (not ids or ids[-1] not in self._ends):
+            ids.append(self._ends[0])
+        # The first tokens whatever becomes of prompts: a completion is judged from where it begins.
+        keep: Truncation = "error" if self.truncation == "error" else "keep_start"
+        return fitted(ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)

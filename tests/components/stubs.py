@@ -3,8 +3,9 @@
 import numpy as np
 from flax import linen as nn
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -12,15 +13,41 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 WORDS = ("a", "red", "green", "ball", "cube", "small", "large", "on", "the", "left")
 
 
-def word_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """Token ids 0..3 are <pad> <bos> <eos> <unk>, then WORDS; with `bos` every text begins with <bos> by default."""
+# A turn is "the <role> on <content> <eos> large": its end is followed by more, as in templates with a line break there.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}the {{ m.role }} on {{ m.content }} <eos> large {% endfor %}"
+    "{% if add_generation_prompt %}the assistant on {% endif %}"
+)
+
+
+def word_tokenizer(bos: bool = False, eos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
+    """Token ids 0..3 are <pad> <bos> <eos> <unk>, then WORDS.
+
+    bos, eos: every text begins with <bos>, ends with <eos> by default. chat: with CHAT_TEMPLATE; roles are <unk>.
+    """
     made = Tokenizer(WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
     made.pre_tokenizer = WhitespaceSplit()
-    if bos:
-        made.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    if bos or eos:
+        template = f"{'<bos> ' if bos else ''}$A{' <eos>' if eos else ''}"
+        made.post_processor = TemplateProcessing(single=template, special_tokens=[("<bos>", 1), ("<eos>", 2)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE if chat else None,
     )
+
+
+def byte_tokenizer(*merges: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: the alphabet's 256 ids in their sorted order, one id for each merge ("a b"), then <eos>."""
+    pieces = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in merges]
+    pairs = [tuple(merge.split()) for merge in merges]
+    made = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, pairs))
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
 
 
 class Embedding(nn.Module):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sysdpo_jax import Diffusion, PixelCodec, RecordError
+from sysdpo_jax import Diffusion, PixelCodec, RecordError, TextEncoder
 from sysdpo_jax.components.text_to_image import _stratified
-from sysdpo_jax.generation.samplers import ddim
+from sysdpo_jax.generation.samplers import DDIM
 from sysdpo_jax.generation.schedules import NoiseSchedule
 from sysdpo_jax.generation.weightings import ELBO, Constant, MinSNR
 from tests.components.stubs import Affine, Embedding, affine_by_hand, word_tokenizer
@@ -22,8 +22,8 @@ TEXTS = ("a red ball", "the small cube", "", "a large green cube on", "ball", "a
 
 
 def component(**settings):
-    defaults = {"codec": PixelCodec((4, 6, 3)), "text_length": 5, "tokenizer": word_tokenizer(), "num_steps": 8}
-    return Diffusion(denoiser=Affine(), text_encoder=Embedding(), **(defaults | settings))
+    defaults = {"codec": PixelCodec((4, 6, 3)), "text": TextEncoder(Embedding(), word_tokenizer(), 5), "num_steps": 8}
+    return Diffusion(denoiser=Affine(), **(defaults | settings))
 
 
 def two_models(node):
@@ -63,7 +63,7 @@ def squared_errors(params, features, noise, time, prediction_type):
         "v_prediction": lambda: theirs.get_velocity(*args).numpy(),
         "sample": lambda: features["latents"],
     }
-    prediction = affine_by_hand(params, noisy, time, features["tokens"])
+    prediction = affine_by_hand(params, noisy, time, features["text"]["tokens"])
     return ((prediction - targets[prediction_type]()) ** 2).mean((1, 2, 3))
 
 
@@ -110,7 +110,7 @@ def test_the_constant_recipe_to_one_in_a_million(drawn):
     ours = node.log_prob(policy, features, KEY) - node.log_prob(reference, features, KEY)
     noise, time, noisy = drawn[0]
     model_diff, ref_diff = (
-        ((affine_by_hand(p, noisy, time, features["tokens"]) - noise) ** 2).mean((1, 2, 3)) for p in (policy, reference)
+        ((affine_by_hand(p, noisy, time, features["text"]["tokens"]) - noise) ** 2).mean((1, 2, 3)) for p in (policy, reference)
     )
     np.testing.assert_allclose(ours, -0.5 * 5000 * (model_diff - ref_diff), rtol=0, atol=1e-6 * 5000)
 
@@ -178,37 +178,38 @@ def test_caption_dropout_uses_the_empty_caption_at_its_share():
     dropped = np.asarray(node.log_prob(params, features, KEY))
     kept, empty = (
         np.asarray(dataclasses.replace(node, caption_dropout=0.0).log_prob(params, given, KEY))
-        for given in (features, features | {"tokens": features["null_tokens"]})
+        for given in (features, features | {"text": features["null"]})
     )
     assert (np.abs(kept - empty) > 1e-6 * np.abs(kept)).mean() > 0.99
     is_empty = np.abs(dropped - empty) < np.abs(dropped - kept)
     np.testing.assert_allclose(dropped, np.where(is_empty, empty, kept), rtol=1e-6)
     assert abs(is_empty.mean() - 0.2) < 5 * np.sqrt(0.2 * 0.8 / 4000)
-    np.testing.assert_array_equal(features["null_tokens"], 0)
+    np.testing.assert_array_equal(features["null"]["tokens"], 0)
 
 
 def test_prepare_gives_latents_and_padded_tokens():
     node = component()
     features = features_of(node, rows=2)
-    np.testing.assert_array_equal(features["tokens"], [[4, 5, 7, 0, 0], [12, 9, 8, 0, 0]])
+    np.testing.assert_array_equal(features["text"]["tokens"], [[4, 5, 7, 0, 0], [12, 9, 8, 0, 0]])
     np.testing.assert_allclose(features["latents"], 2 * np.array(images(2)) - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_sample_is_guided_ddim_from_the_keys_noise(prediction_type):
     """The sampler itself is compared with diffusers in tests/generation; here the caption, the guidance, the codec."""
-    node = component(prediction_type=prediction_type, guidance_scale=3.0, clip_sample=1.0)
+    node = component(prediction_type=prediction_type, guidance_scale=3.0, sampler=DDIM(clip=1.0))
     params, captions = node.init(KEY), ["a red ball", "the cube"]
     made = node.sample(params, {"caption": captions}, KEY)
     features = node.prepare(made, {"caption": captions})
+    nothing = np.zeros((2, 5), np.int32)
 
     def predict(z, t):
-        cond, empty = (affine_by_hand(params, z, t, features[name]) for name in ("tokens", "null_tokens"))
+        cond, empty = (affine_by_hand(params, z, t, tokens) for tokens in (features["text"]["tokens"], nothing))
         return jnp.asarray(empty + 3.0 * (cond - empty), jnp.float32)
 
     with jax.disable_jit():
         noise = jax.random.normal(KEY, (2, 4, 6, 3))
-        latents = ddim(predict, noise, NoiseSchedule(), prediction_type, 8, 1.0)
+        latents = DDIM(clip=1.0)(predict, noise, NoiseSchedule(), prediction_type, 8, KEY)
     np.testing.assert_allclose(np.stack(made), np.clip((latents + 1) / 2, 0, 1), atol=1e-4)
 
 
@@ -218,7 +219,7 @@ def test_sample_is_guided_ddim_from_the_keys_noise(prediction_type):
         (np.zeros((4, 4, 3)), "a ball", r"image in row 1 has shape \(4, 4, 3\), expected \(4, 6, 3\)"),
         (np.full((4, 6, 3), 255.0), "a ball", r"image in row 1 has values outside \[0, 1\]"),
         (np.full((4, 6, 3), np.nan), "a ball", r"image in row 1 has values outside \[0, 1\]"),
-        (np.zeros((4, 6, 3)), "a a a a a a", "caption in row 1 has 6 tokens, more than text_length=5"),
+        (np.zeros((4, 6, 3)), "a a a a a a", "caption in row 1 has 6 tokens, more than the 5 of the text encoder"),
         (np.zeros((4, 6, 3)), 7, "'caption' in row 1 must be a string .*, not int"),
     ],
 )
@@ -247,7 +248,8 @@ def test_bad_settings_are_refused(settings, message):
 def test_patches_are_space_to_depth_and_back():
     codec = PixelCodec((4, 6, 3), patch=2)
     pictures = images(2)
-    latents = codec.encode(pictures)
+    latents, frames = codec.encode(pictures)
+    np.testing.assert_array_equal(frames, [[4, 6, 0, 0, 4, 6]] * 2)
     assert latents.shape == (2, *codec.latent_shape) == (2, 2, 3, 12)
     np.testing.assert_allclose(latents[1, 1, 2, 9:], 2 * pictures[1][3, 5] - 1, atol=1e-6)
     np.testing.assert_allclose(codec.decode(latents), pictures, atol=1e-6)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sysdpo_jax import FlowMatching, PixelCodec
+from sysdpo_jax import FlowMatching, PixelCodec, TextEncoder
 from tests.components.stubs import Affine, Embedding, affine_by_hand, word_tokenizer
 
 KEY = jax.random.key(0)
@@ -12,8 +12,8 @@ CAPTIONS = ["a red ball", "the small cube", ""]
 
 
 def component(**settings):
-    defaults = {"codec": PixelCodec((4, 6, 3)), "text_length": 5, "tokenizer": word_tokenizer(), "num_steps": 4}
-    return FlowMatching(denoiser=Affine(), text_encoder=Embedding(), **(defaults | settings))
+    defaults = {"codec": PixelCodec((4, 6, 3)), "text": TextEncoder(Embedding(), word_tokenizer(), 5), "num_steps": 4}
+    return FlowMatching(denoiser=Affine(), **(defaults | settings))
 
 
 def features_of(node):
@@ -37,7 +37,7 @@ def drawn(monkeypatch):
 
 def test_log_ratio_is_the_weighted_difference_of_velocity_errors(drawn):
     """2e-5 of the larger term: float32 against float64."""
-    node = component(scale=3000.0, time_scale=1000.0)
+    node = component(scale=3000.0)
     policy, reference = node.init(jax.random.key(1)), node.init(jax.random.key(2))
     features = features_of(node)
     ours = node.log_prob(policy, features, KEY) - node.log_prob(reference, features, KEY)
@@ -47,7 +47,7 @@ def test_log_ratio_is_the_weighted_difference_of_velocity_errors(drawn):
     clean, rows = np.asarray(features["latents"], np.float64), t[:, None, None, None]
     noisy = (1 - rows) * clean + rows * noise
     errors = [
-        ((affine_by_hand(p, noisy, 1000 * t, features["tokens"]) - (noise - clean)) ** 2).mean((1, 2, 3))
+        ((affine_by_hand(p, noisy, 1000 * t, features["text"]["tokens"]) - (noise - clean)) ** 2).mean((1, 2, 3))
         for p in (policy, reference)
     ]
     expected = -0.5 * 3000 * (errors[0] - errors[1])
@@ -64,6 +64,6 @@ def test_sample_integrates_the_velocity_of_the_caption():
     z = np.asarray(jax.random.normal(KEY, (3, 4, 6, 3)), np.float64)
     for step in range(4):
         time = np.full(3, 1000 * (1 - step / 4))
-        cond, null = (affine_by_hand(params, z, time, features[name]) for name in ("tokens", "null_tokens"))
+        cond, null = (affine_by_hand(params, z, time, tokens) for tokens in (features["text"]["tokens"], np.zeros((3, 5), int)))
         z = z - (null + 2 * (cond - null)) / 4
     np.testing.assert_allclose(np.stack(made), np.clip((z + 1) / 2, 0, 1), atol=1e-4)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sysdpo_jax import LanguageModel, RecordError
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
+from tests.components.stubs import SPECIAL, WORDS, byte_tokenizer, word_tokenizer
 from tests.parity.convert import llama_params
 
 KEY = jax.random.key(0)
@@ -25,12 +25,18 @@ SIZES = {
 }
 PROMPTS = ["a red", "the small cube on the left", "ball"]
 ANSWERS = ["ball", "a large green ball on the left", ""]
-EOS = SPECIAL.index("<eos>")
+# The component is static, as in a system; eager dispatch of the decoder would be most of the tests' time.
+log_prob = jax.jit(LanguageModel.log_prob, static_argnums=0)
+log_prob_with_metrics = jax.jit(LanguageModel.log_prob_with_metrics, static_argnums=0)
+EOS, UNK = SPECIAL.index("<eos>"), SPECIAL.index("<unk>")
+ASKED = [{"role": "user", "content": "a red"}]
 
 
 def component(tokenizer=None, **settings):
     defaults = {"max_prompt_length": 8, "max_new_tokens": 8}
-    return LanguageModel(Decoder(DecoderConfig(**SIZES)), tokenizer or word_tokenizer(), **(defaults | settings))
+    tokenizer = tokenizer or word_tokenizer()
+    sizes = SIZES | {"vocab_size": max(SIZES["vocab_size"], len(tokenizer))}
+    return LanguageModel(Decoder(DecoderConfig(**sizes)), tokenizer, **(defaults | settings))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def test_log_prob_equals_transformers(torch_model, params):
     """Each row alone and unpadded on their side. 1e-4: float32 sums over at most 8 tokens."""
     node = component()
     features = node.prepare(ANSWERS, {"x": PROMPTS})
-    ours, metrics = node.log_prob_with_metrics(params, features, KEY)
+    ours, metrics = log_prob_with_metrics(node, params, features, KEY)
     expected = [torch_log_prob(torch_model, ids(p), [*ids(a), EOS]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     np.testing.assert_array_equal(metrics["tokens"], [2, 8, 1])
@@ -70,19 +76,19 @@ def test_log_prob_equals_transformers(torch_model, params):
 def test_a_completion_that_fills_its_room_has_no_end(torch_model, params):
     """`sample` stops there as well, so its probability is that of its tokens alone."""
     node = component(max_new_tokens=7)
-    ours = node.log_prob(params, node.prepare([ANSWERS[1]], {"x": ["a red"]}), KEY)
+    ours = log_prob(node, params, node.prepare([ANSWERS[1]], {"x": ["a red"]}), KEY)
     np.testing.assert_allclose(ours, [torch_log_prob(torch_model, ids("a red"), ids(ANSWERS[1]))], atol=1e-4)
 
 
 def test_log_prob_does_not_change_with_padding_place_or_neighbours(params):
     node, roomy = component(), component(max_prompt_length=16, max_new_tokens=12)
-    together = node.log_prob(params, node.prepare(ANSWERS, {"x": PROMPTS}), KEY)
-    turned = node.log_prob(params, node.prepare(ANSWERS[::-1], {"x": PROMPTS[::-1]}), KEY)
+    together = log_prob(node, params, node.prepare(ANSWERS, {"x": PROMPTS}), KEY)
+    turned = log_prob(node, params, node.prepare(ANSWERS[::-1], {"x": PROMPTS[::-1]}), KEY)
     np.testing.assert_allclose(turned[::-1], together, atol=1e-5)
-    padded = roomy.log_prob(params, roomy.prepare(ANSWERS, {"x": PROMPTS}), KEY)
+    padded = log_prob(roomy, params, roomy.prepare(ANSWERS, {"x": PROMPTS}), KEY)
     np.testing.assert_allclose(padded, together, atol=1e-5)
     for row in range(3):
-        alone = node.log_prob(params, node.prepare([ANSWERS[row]], {"x": [PROMPTS[row]]}), KEY)
+        alone = log_prob(node, params, node.prepare([ANSWERS[row]], {"x": [PROMPTS[row]]}), KEY)
         np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
 
 
@@ -93,17 +99,54 @@ def test_padding_may_be_the_end_of_sequence(params):
     node, other = component(same), component()
     features = node.prepare(ANSWERS, {"x": PROMPTS})
     assert features["tokens"][0, -1] == EOS
-    expected = other.log_prob(params, other.prepare(ANSWERS, {"x": PROMPTS}), KEY)
-    np.testing.assert_allclose(node.log_prob(params, features, KEY), expected, atol=1e-5)
+    expected = log_prob(other, params, other.prepare(ANSWERS, {"x": PROMPTS}), KEY)
+    np.testing.assert_allclose(log_prob(node, params, features, KEY), expected, atol=1e-5)
 
 
-def test_prepare_adds_each_special_token_once():
-    node = component(word_tokenizer(bos=True))
-    features = node.prepare(["ball", "ball <eos>"], {"x": ["a red", "a red"]})
-    expected = [[1, *ids("a red"), *ids("ball"), EOS] + [0] * 11] * 2
-    np.testing.assert_array_equal(features["tokens"], expected)
-    np.testing.assert_array_equal(features["prompt_lengths"], [3, 3])
-    np.testing.assert_array_equal(features["lengths"], [5, 5])
+@pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (False, True), (True, True)])
+def test_prepare_adds_each_special_token_once(bos, eos):
+    """Whatever the tokenizer adds by default, and whether or not the texts hold it already."""
+    node = component(word_tokenizer(bos, eos))
+    prompts = ["a red", "<bos> a red"]
+    features = node.prepare(["ball", "ball <eos>"], {"x": prompts})
+    for row, start in enumerate([[1] if bos else [], [1]]):
+        expected = [*start, *ids("a red"), *ids("ball"), EOS]
+        np.testing.assert_array_equal(features["tokens"][row], expected + [0] * (16 - len(expected)))
+        assert features["prompt_lengths"][row] == len(start) + 2
+        assert features["lengths"][row] == len(expected)
+
+
+def test_special_tokens_that_a_prompt_writes_itself_are_kept():
+    """Only the tokenizer's own doubling is undone: an example with an end inside or at the end stays as written."""
+    node = component(word_tokenizer(bos=True, eos=True))
+    features = node.prepare(["a", "a"], {"x": ["red <eos> ball <eos>", "<bos> <bos> red"]})
+    starts = [[1, *ids("red"), EOS, *ids("ball"), EOS], [1, 1, *ids("red")]]
+    for row, start in enumerate(starts):
+        assert features["tokens"][row, : features["prompt_lengths"][row]].tolist() == start
+
+
+def test_the_text_of_a_chat_template_is_tokenized_like_its_messages():
+    """apply_chat_template(tokenize=False) writes the start into the text; the tokenizer must not add another."""
+    tokenizer = word_tokenizer(bos=True, chat=True)
+    tokenizer.chat_template = "<bos> " + tokenizer.chat_template
+    node = component(tokenizer, max_prompt_length=16)
+    text = tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    features = node.prepare(["ball", "ball"], {"x": [text, ASKED]})
+    np.testing.assert_array_equal(features["tokens"][0], features["tokens"][1])
+    assert features["tokens"][0, :2].tolist() == [1, *ids("the")]
+
+
+def test_no_token_spans_the_boundary_of_prompt_and_completion():
+    tokenizer = byte_tokenizer("a b", "ab c")
+    node = component(tokenizer)
+    a, b, c = tokenizer("b")["input_ids"][0] - 1, tokenizer("b")["input_ids"][0], tokenizer("c")["input_ids"][0]
+    assert tokenizer("abc")["input_ids"] == [257]
+    features = node.prepare(["bc", "c", ""], {"x": ["a", "ab", "abc"]})
+    end = tokenizer.eos_token_id
+    for row, expected in enumerate([[a, b, c, end], [256, c, end], [257, end]]):
+        assert features["tokens"][row, : len(expected)].tolist() == expected
+        assert features["lengths"][row] == len(expected)
+    np.testing.assert_array_equal(features["prompt_lengths"], [1, 1, 1])
 
 
 def chat(subject, place):
@@ -121,6 +164,66 @@ def test_prompts_of_several_parents_and_chat_templates():
         component().prepare(["cube"], {"x": ["a"], "y": ["a"]})
 
 
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_chat_records_hold_the_turn_alone(torch_model, params):
+    """The header is prompt, the turn with its end completion, and what the template writes after the end is dropped."""
+    node = component(word_tokenizer(chat=True), max_prompt_length=12)
+    prompt = [*ids("the"), UNK, *ids("on a red"), EOS, *ids("large the"), UNK, *ids("on")]
+    features = node.prepare([answer("small ball"), "small ball"], {"x": [ASKED, ASKED]})
+    for row in range(2):
+        whole = [*prompt, *ids("small ball"), EOS]
+        assert features["tokens"][row, : features["lengths"][row]].tolist() == whole
+    np.testing.assert_array_equal(features["prompt_lengths"], [len(prompt)] * 2)
+    ours, metrics = log_prob_with_metrics(node, params, features, KEY)
+    # 1e-4: a float32 sum over 3 tokens.
+    np.testing.assert_allclose(ours, [torch_log_prob(torch_model, prompt, [*ids("small ball"), EOS])] * 2, atol=1e-4)
+    np.testing.assert_array_equal(metrics["tokens"], [3, 3])
+
+
+def test_other_stop_tokens_end_a_turn_and_a_sample(params):
+    """A template whose turns end with another token than the tokenizer's end; that token also stops `sample`."""
+    tokenizer, stop = word_tokenizer(chat=True), ids("left")[0]
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "left")
+    features = component(tokenizer, max_prompt_length=12).prepare([answer("ball")], {"x": [ASKED]})
+    assert features["tokens"][0, 10:14].tolist() == [*ids("ball left large"), EOS]
+    node = component(tokenizer, max_prompt_length=12, stop_tokens=(stop,))
+    features = node.prepare([answer("ball"), "ball left", "ball"], {"x": [ASKED] * 3})
+    for row, end in enumerate([stop, stop, EOS]):
+        assert features["tokens"][row, 10 : features["lengths"][row]].tolist() == [*ids("ball"), end]
+    drawn = node.sample(params, {"x": ["a red"] * 64}, KEY)
+    stopped = [text.split() for text in drawn if "left" in text.split()]
+    assert stopped
+    assert all(words.index("left") == len(words) - 1 for words in stopped)
+
+
+@pytest.mark.parametrize(("keep", "prompt"), [("keep_start", "the small cube"), ("keep_end", "on the left")])
+def test_texts_without_room_are_cut_as_asked_and_counted(keep, prompt, torch_model, params):
+    node = component(max_prompt_length=3, max_new_tokens=4, truncation=keep)
+    texts = ["a red", "the small cube on the left"]
+    answers = ["a large green ball on the left", "ball"]
+    features = node.prepare([*answers, "a large green ball"], {"x": [*texts, "a red"]})
+    rows = [(ids("a red"), ids("a large green ball")), (ids(prompt), [*ids("ball"), EOS])]
+    for row, (start, rest) in enumerate(rows):
+        assert features["tokens"][row, : features["lengths"][row]].tolist() == start + rest
+    np.testing.assert_array_equal(features["truncated"], [1, 1, 0])
+    ours, metrics = log_prob_with_metrics(node, params, features, KEY)
+    np.testing.assert_allclose(ours[:2], [torch_log_prob(torch_model, *row) for row in rows], atol=1e-4)
+    np.testing.assert_array_equal(metrics["truncated"], [1, 1, 0])
+    np.testing.assert_array_equal(metrics["tokens"], [4, 2, 4])
+    cut, whole = (node.sample(params, {"x": [text] * 8}, KEY) for text in (texts[1], prompt))
+    assert cut == whole
+
+
+def test_a_long_prompt_of_messages_is_cut_after_its_completion_was_found():
+    node = component(word_tokenizer(chat=True), max_prompt_length=4, truncation="keep_end")
+    features = node.prepare([answer("ball")], {"x": [ASKED]})
+    assert features["tokens"][0, :6].tolist() == [*ids("large the"), UNK, *ids("on ball"), EOS]
+    np.testing.assert_array_equal(features["truncated"], [1])
+
+
 def test_samples_are_prepared_as_they_were_drawn(torch_model, params):
     """The share in 4000 draws of each text of two words is exp(log_prob) of it, within 5 standard errors.
 
@@ -129,7 +232,7 @@ def test_samples_are_prepared_as_they_were_drawn(torch_model, params):
     node = component(max_new_tokens=2)
     draws = node.sample(params, {"x": ["a red"] * 4000}, KEY)
     texts = [f"{first} {second}" for first in WORDS for second in WORDS]
-    p = np.exp(node.log_prob(params, node.prepare(texts, {"x": ["a red"] * 100}), KEY))
+    p = np.exp(log_prob(node, params, node.prepare(texts, {"x": ["a red"] * 100}), KEY))
     share = np.array([draws.count(text) for text in texts]) / 4000
     assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 1e-6).all()
     assert p.max() > 4 * np.median(p)
@@ -147,13 +250,55 @@ def test_equal_components_are_equal_and_hash_alike():
         ("a a a a a a a a a", "a", r"completion in row 1 has 10 tokens, outside 1\.\.8: raise max_new_tokens"),
         ("a", "a a a a a a a a a", r"prompt in row 1 has 9 tokens, outside 1\.\.8: raise max_prompt_length"),
         ("a", "", r"prompt in row 1 has 0 tokens"),
-        (["a"], "a", "completion in row 1 must be a string, not list"),
+        (["a"], "a", "completion in row 1 must be a string or a message, not a list of str"),
+        ([], "a", "completion in row 1 must be a string or a message, not a list of nothing"),
+        (3, "a", "completion in row 1 must be a string or a message, not int"),
         ("a", 3, "prompt in row 1 must be a string or messages, not int"),
+        ("a", [{"content": "a"}], "prompt in row 1 must be a string or messages, not a list of dict"),
+        ("a", ASKED, "row 1 holds messages but the tokenizer has no chat template: set tokenizer.chat_template"),
+        (answer("a"), "a", "row 1 is a message but its prompt is str: give both as messages, or the completion as a s"),
+        (answer("a") * 2, ASKED, "row 1 has 2 messages, but a model makes one: put the earlier ones into the prompt"),
     ],
 )
 def test_bad_records_are_refused(value, prompt, message):
+    node = component(word_tokenizer(chat="row 1 has 2" in message))
+    roomy = dataclasses.replace(node, max_prompt_length=12) if prompt == ASKED else node
     with pytest.raises(RecordError, match=message):
-        component().prepare(["a", value], {"x": ["a", prompt]})
+        roomy.prepare(["a", value], {"x": ["a", prompt]})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages | length }} {{ messages[-1].content }}", "does not leave the prompt in row 0 as it is .* as a s"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses the messages in row 0: roles must alternate"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used_are_refused(template, message):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(RecordError, match=message):
+        component(tokenizer).prepare([answer("ball")], {"x": [ASKED]})
+
+
+def test_a_turn_that_merges_with_its_header_is_refused():
+    """As text the template's prompt begins the whole, as tokens it does not: the log-prob would be of other tokens."""
+    tokenizer = byte_tokenizer("a b")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    node = component(tokenizer)
+    asked = [{"role": "user", "content": "a"}]
+    assert node.prepare([answer("c")], {"x": [asked]})["lengths"] == [3]
+    with pytest.raises(RecordError, match="a token spans the boundary"):
+        node.prepare([answer("b")], {"x": [asked]})
+
+
+def test_lengths_and_tokenizers_that_do_not_go_with_the_decoder_are_refused():
+    with pytest.raises(ValueError, match="max_prompt_length 30 and max_new_tokens 8 exceed the decoder's 32 positions"):
+        component(max_prompt_length=30)
+    larger = word_tokenizer()
+    larger.add_tokens(["violet"])
+    with pytest.raises(ValueError, match="the tokenizer has 15 tokens, the decoder 14: give the tokenizer that belongs"):
+        dataclasses.replace(component(), tokenizer=larger)
 
 
 def test_a_tokenizer_without_an_end_is_refused():
@@ -161,3 +306,11 @@ def test_a_tokenizer_without_an_end_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"no end-of-sequence token; set tokenizer\.eos_token"):
         component(tokenizer)
+
+
+def test_an_unknown_truncation_is_refused():
+    node = component()
+    # Set afterwards: the tests' type checks would stop the constructor before its own check.
+    object.__setattr__(node, "truncation", "middle")
+    with pytest.raises(ValueError, match="truncation 'middle' is none of error, keep_start, keep_end"):
+        node.__post_init__()

@@ -62,6 +62,7 @@ def preferences() -> PairBatch:
             "tokens": rng.integers(2, 64, (4 * ROWS, LENGTH)).astype(np.int32),
             "prompt_lengths": np.full(4 * ROWS, 5, np.int32),
             "lengths": lengths,
+            "truncated": np.zeros(4 * ROWS, np.float32),
         }
         value = {name: rng.normal(size=(4 * ROWS, WIDTH)).astype(np.float32) for name in ("value", "parents")}
         return {"text": text, "value": value}

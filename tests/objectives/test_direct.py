@@ -19,6 +19,7 @@ from sysdpo_jax import (
     Node,
     PairBatch,
     PixelCodec,
+    TextEncoder,
     Tool,
     log_ratio,
 )
@@ -44,10 +45,8 @@ def floats(value):
 def images(kind):
     return kind(
         denoiser=Affine(),
-        text_encoder=Embedding(),
-        tokenizer=word_tokenizer(),
+        text=TextEncoder(Embedding(), word_tokenizer(), 8),
         codec=PixelCodec((2, 2, 3)),
-        text_length=8,
         num_steps=2,
     )
 

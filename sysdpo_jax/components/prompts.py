@@ -1,0 +1,116 @@
+"""Prompts and completions as token ids: what a tokenizer adds by itself, chat templates, and texts that are too long.
+
+All functions run on the host and raise `RecordError` that names the row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from sysdpo_jax.components.base import RecordError
+
+# What becomes of a text without room: refused, or a prompt keeps its first or its last tokens.
+Truncation = Literal["error", "keep_start", "keep_end"]
+TRUNCATIONS = ("error", "keep_start", "keep_end")
+
+
+def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> list[int]:
+    """Token ids of a string as the tokenizer makes them by default, or of messages that await the next turn.
+
+    Of a string's ids, a start that the text holds already is not put before it again, and an end that the tokenizer
+    puts after every text is left out, because the text goes on.
+    """
+    if isinstance(prompt, str):
+        return _open_text(tokenizer, prompt, row)
+    if not _is_chat(prompt):
+        raise RecordError(f"the prompt in row {row} must be a string or messages, not {_kind(prompt)}")
+    return _chat_ids(tokenizer, prompt, row, True)
+
+
+def completion_ids(
+    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
+) -> list[int]:
+    """Token ids of a string without special tokens, or of the one message that follows the prompt's messages.
+
+    prompt_tokens: `prompt_ids` of the prompt, before any cut. A string is tokenized apart from its prompt, so that no
+    token spans their boundary. Of a message's ids, those after its last token in `ends` are left out: templates write
+    line breaks there, which a model that stops at the end never makes.
+    """
+    if isinstance(value, str):
+        return list(tokenizer(value, add_special_tokens=False)["input_ids"])
+    if not _is_chat(value):
+        raise RecordError(f"the completion in row {row} must be a string or a message, not {_kind(value)}")
+    if len(value) != 1:
+        raise RecordError(
+            f"the completion in row {row} has {len(value)} messages, but a model makes one: put the earlier ones into "
+            "the prompt"
+        )
+    if not _is_chat(prompt):
+        raise RecordError(
+            f"the completion in row {row} is a message but its prompt is {_kind(prompt)}: give both as messages, or "
+            "the completion as a string"
+        )
+    whole = _chat_ids(tokenizer, [*prompt, *value], row, False)
+    if whole[: len(prompt_tokens)] != list(prompt_tokens):
+        raise RecordError(
+            f"the chat template does not leave the prompt in row {row} as it is when the completion follows (it "
+            "rewrites earlier turns, or a token spans the boundary): give that completion as a string"
+        )
+    ids = whole[len(prompt_tokens) :]
+    last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids) - 1)
+    return ids[: last + 1]
+
+
+def fitted(
+    ids: list[int], room: int, truncation: Truncation, what: str, setting: str, row: int
+) -> tuple[list[int], bool]:
+    """The ids that fit in `room`, and whether any were cut. Raises on none at all, and on too many under "error"."""
+    if not ids or (len(ids) > room and truncation == "error"):
+        remedy = f"raise {setting}, set truncation, or edit it" if ids else "edit it"
+        raise RecordError(f"the {what} in row {row} has {len(ids)} tokens, outside 1..{room}: {remedy}")
+    kept = ids[-room:] if truncation == "keep_end" else ids[:room]
+    return kept, len(kept) < len(ids)
+
+
+def _open_text(tokenizer: Any, text: str, row: int) -> list[int]:
+    ids = list(tokenizer(text)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    places = (place for place in range(len(ids) - len(plain) + 1) if ids[place : place + len(plain)] == plain)
+    place = next(places, None)
+    if place is None:
+        raise RecordError(
+            f"the prompt in row {row} has other tokens when the tokenizer adds its special tokens: give it as messages"
+        )
+    before, after = ids[:place], ids[place + len(plain) :]
+    if before[-1:] == plain[:1] == [tokenizer.bos_token_id]:
+        before = before[:-1]
+    if after[-1:] == [tokenizer.eos_token_id]:
+        after = after[:-1]
+    return before + plain + after
+
+
+def _chat_ids(tokenizer: Any, messages: Sequence[Any], row: int, awaits_turn: bool) -> list[int]:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise RecordError(
+            f"row {row} holds messages but the tokenizer has no chat template: set tokenizer.chat_template, or give a "
+            "string"
+        )
+    try:
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=awaits_turn, return_dict=False)
+    except TemplateError as error:
+        raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
+    return list(ids)
+
+
+def _is_chat(value: Any) -> bool:
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return listed and len(value) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words for an error."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        inner = {type(item).__name__ for item in value}
+        return f"a list of {' and '.join(sorted(inner)) or 'nothing'} (a message has a 'role' and a 'content')"
+    return type(value).__name__
