@@ -17,7 +17,7 @@ ALLOWED = {
     "objectives": {"graph", "components.base"},
     "data": {"models", "generation", "components", "graph", "objectives"},
     "training": {"models", "generation", "components", "graph", "objectives", "data"},
-    "pretrained": {"models", "components"},
+    "pretrained": {"models", "generation", "components"},
     "evaluation": {"models", "generation", "components", "graph"},
     "typing": set(),
 }

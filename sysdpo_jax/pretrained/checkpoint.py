@@ -1,0 +1,123 @@
+"""`load` and `save`: whole components from and to Hugging Face's folders."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sysdpo_jax.components import Component, Diffusion, FlowMatching, LanguageModel
+from sysdpo_jax.models.lora import has_lora
+from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
+from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.hub import locate
+from sysdpo_jax.pretrained.language import decoder_naming, load_language_model, save_language_model
+from sysdpo_jax.pretrained.params import Shardings
+from sysdpo_jax.pretrained.pipelines import denoiser_names, load_pipeline, save_pipeline
+from sysdpo_jax.typing import Params
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    remat: bool = False,
+    shardings: Shardings | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    **settings: Any,
+) -> tuple[Component, Params]:
+    """A component and its parameters from a Hugging Face checkpoint.
+
+    A decoder's folder (config.json) or GGUF file gives a `LanguageModel`; a pipeline's folder (model_index.json) gives
+    a `Diffusion` or `FlowMatching` whose autoencoder and text encoders are frozen inside it.
+    path_or_hub_id: local folder or file, or the name of a repository, of which `revision` is downloaded.
+    dtype: of the computation. param_dtype: of the parameters, by default as they are stored. remat: recompute
+    activations in the backward pass. shardings: function from the abstract parameters to their shardings, for example
+    `functools.partial(tree_shardings, mesh)`; by default all are on the first device. Each device's block is read by
+    itself: no host holds a whole model that it does not keep. variant: of the weights' file names, such as "fp16".
+    settings: fields of the component (max_new_tokens, guidance_scale ...); for pipelines also `train_text=True`, which
+    moves the text encoders from the frozen part to the parameters.
+
+    Raises `CheckpointError` for a checkpoint that is incomplete, of an unknown kind or pickled, naming the remedy.
+    """
+    path = locate(path_or_hub_id, revision, variant)
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "shardings": shardings}
+    if path.is_dir() and not (path / "config.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        if (path / "model_index.json").exists():
+            return load_pipeline(path, variant=variant, **options, **settings)
+        if (path / "adapter_config.json").exists():
+            raise CheckpointError(f"{path} holds an adapter: load its base model instead")
+        if len(ggufs) != 1:
+            raise CheckpointError(
+                f"{path} holds neither config.json nor model_index.json"
+                + (f", and {len(ggufs)} GGUF files: pass the one you mean" if ggufs else ": give a checkpoint's folder")
+            )
+        path = ggufs[0]
+    if path.is_file() and path.suffix != ".gguf":
+        raise CheckpointError(f"{path} is a file: pass the folder that holds it (only .gguf files stand alone)")
+    return load_language_model(path, variant=variant, **options, **settings)
+
+
+def save(path: str | Path, component: Component, params: Params) -> None:
+    """Write a component as `load` reads it, in the layout of transformers or diffusers and in the parameters' dtype.
+
+    LoRA factors are merged into their kernels, one layer at a time; `save_adapter` writes them apart.
+    Raises `FileExistsError` when `path` exists and is not an empty folder, and `CheckpointError` for a component that
+    has no Hugging Face form. Nothing half-written is left behind.
+    """
+    with _new_folder(path) as folder:
+        if isinstance(component, LanguageModel):
+            save_language_model(folder, component, params)
+        elif isinstance(component, Diffusion | FlowMatching):
+            save_pipeline(folder, component, params)
+        else:
+            raise _no_form(component)
+
+
+def save_adapter(path: str | Path, component: Component, params: Params, base_model: str | None = None) -> None:
+    """Write the LoRA factors alone: PEFT's layout for a language model, diffusers' for a denoiser.
+
+    base_model: folder or repository of the model they belong to, noted in PEFT's configuration.
+    Raises as `save` does, and `CheckpointError` for parameters without LoRA or for adapted text encoders, whose factors
+    diffusers keeps in another layout: `save` merges them.
+    """
+    with _new_folder(path) as folder:
+        if isinstance(component, LanguageModel):
+            write_peft_adapter(folder, params, decoder_naming(component.decoder.config), base_model)
+        elif isinstance(component, Diffusion | FlowMatching):
+            adapted = [key for key, tree in params.items() if has_lora(tree)]
+            if adapted not in ([], ["denoiser"]):
+                raise CheckpointError(
+                    f"only the denoiser's factors can be saved apart, not those of {adapted}: use save"
+                )
+            name, naming = denoiser_names(component)
+            write_diffusers_adapter(folder, params["denoiser"], naming, name)
+        else:
+            raise _no_form(component)
+
+
+@contextmanager
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place at the end, or disappears on an error."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists: choose another folder, or empty it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield folder
+        # mkdtemp makes it private.
+        folder.chmod(0o755)
+        os.replace(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _no_form(component: Component) -> CheckpointError:
+    return CheckpointError(f"a {type(component).__name__} has no Hugging Face form: use a run's checkpoints")

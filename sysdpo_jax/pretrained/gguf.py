@@ -1,0 +1,173 @@
+"""GGUF files of the Llama architecture: configuration, weights and tokenizer out of one file.
+
+The gguf package parses the file and dequantises. llama.cpp keeps the two halves of a rotary pair beside each other
+where Hugging Face keeps them half a head apart, so the rows of query and key weights are put back in order here.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
+from sysdpo_jax.pretrained.gguf_tokenizer import read_tokenizer
+from sysdpo_jax.pretrained.names import Index
+from sysdpo_jax.pretrained.tensors import TensorSource
+
+TENSORS = {
+    r"token_embd\.weight": "model.embed_tokens.weight",
+    r"output_norm\.weight": "model.norm.weight",
+    r"output\.weight": "lm_head.weight",
+    r"blk\.(\d+)\.attn_norm\.weight": r"model.layers.\1.input_layernorm.weight",
+    r"blk\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+    r"blk\.(\d+)\.attn_([qkv])\.weight": r"model.layers.\1.self_attn.\2_proj.weight",
+    r"blk\.(\d+)\.attn_output\.weight": r"model.layers.\1.self_attn.o_proj.weight",
+    r"blk\.(\d+)\.ffn_(gate|up|down)\.weight": r"model.layers.\1.mlp.\2_proj.weight",
+}
+
+
+class GGUF(NamedTuple):
+    """What a file holds: config as in Hugging Face's config.json, tensors under Hugging Face's names, tokenizer."""
+
+    config: dict[str, Any]
+    tensors: TensorSource
+    tokenizer: Any
+
+
+def read_gguf(path: str | Path, tokenizer: Any = None) -> GGUF:
+    """The parts of a GGUF file of architecture "llama", with its weights dequantised to float32 when they are read.
+
+    tokenizer: takes the place of the file's own.
+    Raises `CheckpointError` for another architecture, a setting or tensor that is not known, a tokenizer that cannot be
+    rebuilt, a damaged file, and without the gguf package.
+    """
+    where = str(path)
+    package = _package(where)
+    try:
+        reader = package.GGUFReader(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where} does not exist: give the path of the .gguf file") from None
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{where} is no GGUF file or is damaged ({error}): fetch it again") from None
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(
+            f"{where} holds a model of architecture {architecture!r}, and only 'llama' is read from GGUF: load the "
+            "model's folder of config.json and safetensors instead"
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(fields, tensors, where)
+    source = GGUFTensors(package, tensors, config, where)
+    return GGUF(config, source, read_tokenizer(fields, where) if tokenizer is None else tokenizer)
+
+
+class GGUFTensors:
+    """The `TensorSource` of a GGUF file: blocks of tensors in float32, dequantised row by row when they are read.
+
+    Raises `CheckpointError` listing the tensors that have no place in a Llama.
+    """
+
+    def __init__(self, package: ModuleType, tensors: Mapping[str, Any], config: Mapping[str, Any], where: str):
+        self.where = where
+        self._package = package
+        self._heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+        self._tensors: dict[str, Any] = {}
+        unknown = []
+        for name, tensor in tensors.items():
+            pattern = next((pattern for pattern in TENSORS if re.fullmatch(pattern, name)), None)
+            if pattern is None:
+                unknown.append(name)
+            else:
+                self._tensors[re.sub(pattern, TENSORS[pattern], name)] = tensor
+        if unknown:
+            hint = ""
+            if "rope_freqs.weight" in unknown:
+                hint = " (rope_freqs.weight holds the rotary scaling of Llama 3.1 and later)"
+            raise CheckpointError(
+                f"{where} holds tensors that are not known here and may change the result: "
+                f"{', '.join(sorted(unknown))}{hint}. Load the model's folder of config.json and safetensors instead"
+            )
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        # GGUF names the fastest axis first.
+        return {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """float32 for all: files mix precisions, and quantised weights have none."""
+        return np.dtype("float32")
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A block of a tensor; an empty index stands for the whole."""
+        tensor = self._tensors[name]
+        rows, rest = (index[0], index[1:]) if index else (slice(None), ())
+        projection = re.search(r"self_attn\.([qk])_proj", name)
+        chosen = rows if projection is None else _hf_rows(len(tensor.data), self._heads[projection[1]])[rows]
+        try:
+            values = self._package.dequantize(tensor.data[chosen], tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise CheckpointError(
+                f"{self.where}: tensor {tensor.name!r} is stored as {kind}, which the gguf package cannot dequantise: "
+                "fetch the model in another quantisation"
+            ) from None
+        # A copy: what is read must not keep the file's pages.
+        return np.array(values[(slice(None), *rest)], np.float32)
+
+
+def _hf_rows(rows: int, heads: int) -> np.ndarray:
+    """Where each row of Hugging Face's query or key weight lies in llama.cpp's, whose axes are head, pair, half."""
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Hugging Face's config.json of the file's metadata."""
+    given = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
+    reader = ConfigReader(given, f"{where} (metadata llama.*)")
+    heads, hidden = reader.take("attention.head_count"), reader.take("embedding_length")
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{where} has no tensor token_embd.weight: it is no whole model, or one part of several")
+    width = reader.take("attention.key_length", hidden // heads)
+    reader.expect("attention.value_length", width)
+    reader.expect("rope.dimension_count", width)
+    reader.expect("rope.scaling.type", "none")
+    reader.expect("expert_count", 0)
+    reader.expect("expert_used_count", 0)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": reader.take("vocab_size", int(embedding.shape[1])),
+        "hidden_size": hidden,
+        "intermediate_size": reader.take("feed_forward_length"),
+        "num_hidden_layers": reader.take("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.take("attention.head_count_kv", heads),
+        "head_dim": width,
+        "rms_norm_eps": _decimal(reader.take("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _decimal(reader.take("rope.freq_base", 10000.0)),
+        "max_position_embeddings": reader.take("context_length"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    reader.finish()
+    special = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    ids = {f"{name}_token_id": fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in special.items()}
+    return config | {name: value for name, value in ids.items() if value is not None}
+
+
+def _decimal(value: float) -> float:
+    """1e-05 of 9.999999747378752e-06: the file holds the float32 nearest to what the configuration said."""
+    return float(str(np.float32(value)))
+
+
+def _package(where: str) -> ModuleType:
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(f"reading {where} needs the gguf package: pip install gguf") from None
+    return gguf

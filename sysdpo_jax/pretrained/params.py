@@ -1,0 +1,148 @@
+"""Parameter trees from stored tensors and back, one block at a time.
+
+Reading asks the source for just the block that a device holds, so a host never holds more than what its own devices
+take and one parameter in transit. Writing hands out one tensor at a time.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from sysdpo_jax.models.lora import is_lora, merged_kernel
+from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.names import Index, Naming, Tensor, tensors_of
+from sysdpo_jax.pretrained.tensors import TensorSource
+from sysdpo_jax.typing import Params
+
+# From abstract parameters (anything with a shape and dtype) to a sharding for each.
+Shardings = Callable[[PyTree], PyTree]
+
+
+def load_params(
+    abstract: PyTree, source: TensorSource, naming: Naming, dtype: Any = None, shardings: Shardings | None = None
+) -> Params:
+    """The tree of `abstract` (of `jax.eval_shape`) filled from the source.
+
+    dtype: of the parameters, by default as they are stored. shardings: where they go, by default the first device.
+    Raises `CheckpointError` that lists every missing, unexpected and misshapen tensor at once.
+    """
+    leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
+    tensors = {path: list(tensors_of(path, leaf.shape, naming)) for path, leaf in leaves.items()}
+    stored = _check({path: (leaves[path].shape, parts) for path, parts in tensors.items()}, source, naming)
+    dtypes = {
+        path: np.dtype(dtype) if dtype is not None else source.dtype(stored[parts[0].name])
+        for path, parts in tensors.items()
+    }
+    wanted = jax.tree.unflatten(
+        jax.tree.structure(abstract),
+        [jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()],
+    )
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.leaves(jax.tree.map(lambda leaf: one, wanted) if shardings is None else shardings(wanted))
+
+    def fill(path: str, place: jax.sharding.Sharding) -> Array:
+        parts, shape = tensors[path], leaves[path].shape
+
+        def block(index: Index) -> np.ndarray:
+            return _block(source, stored, parts, tuple(slice(*i.indices(n)) for i, n in zip(index, shape, strict=True)))
+
+        # Cast on the host: the device never holds the stored precision beside the wanted one.
+        return jax.make_array_from_callback(shape, place, lambda index: block(index).astype(dtypes[path], copy=False))
+
+    filled = [fill(path, place) for path, place in zip(leaves, places, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), filled)
+
+
+def stored_tensors(params: Params, naming: Naming) -> Iterator[tuple[str, np.ndarray]]:
+    """`(name, array)` of every stored tensor, one at a time. LoRA factors are merged into their kernel, layer by layer.
+
+    A tree of adapters and base is thus written as the plain model that it computes.
+    """
+    leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    for path, leaf in leaves.items():
+        if is_lora(path):
+            continue
+        module = path.rpartition("/")[0]
+        factors = {
+            name: leaves[f"{module}/{name}"]
+            for name in ("lora_a", "lora_b", "lora_scale")
+            if f"{module}/{name}" in leaves and path.endswith("/kernel")
+        }
+        for tensor in tensors_of(path, leaf.shape, naming):
+            whole = leaf if tensor.layer is None else leaf[tensor.layer]
+            if factors:
+                layer = {k: v if tensor.layer is None else v[tensor.layer] for k, v in factors.items()}
+                whole = merged_kernel({"kernel": whole, **layer})
+            yield tensor.name, tensor.to_stored(np.asarray(whole))
+    dtype = next(iter(leaves.values())).dtype
+    yield from ((name, make().astype(dtype)) for name, make in naming.derived.items())
+
+
+def _check(
+    tensors: Mapping[str, tuple[tuple[int, ...], list[Tensor]]], source: TensorSource, naming: Naming
+) -> dict[str, str]:
+    """`{our name of a tensor: its name in the source}`."""
+    present = _by_todays_name(source, naming)
+    missing, misshapen, wanted = [], [], set()
+    for shape, parts in tensors.values():
+        for tensor in parts:
+            wanted.add(tensor.name)
+            expected = tensor.shape(shape if tensor.layer is None else shape[1:])
+            if tensor.name not in present:
+                missing.append(f"{tensor.name} {list(expected)}")
+            elif source.shapes[present[tensor.name]] != expected:
+                found = list(source.shapes[present[tensor.name]])
+                misshapen.append(f"{tensor.name}: the configuration says {list(expected)}, the file {found}")
+    known = wanted | set(naming.derived) | {copy for copy, _ in naming.copies}
+    extra = [name for name in present if name not in known and not re.search(naming.ignored or "(?!)", name)]
+    for copy, original in naming.copies:
+        if copy in present and original in present and not _equal(source, present[copy], present[original]):
+            misshapen.append(f"{copy}: the configuration ties it to {original}, but they differ")
+    problems = [("missing", missing), ("unexpected", extra), ("misshapen", misshapen)]
+    lines = [f"  {kind}: {item}" for kind, items in problems for item in sorted(items)]
+    if lines:
+        raise CheckpointError(
+            "\n".join([f"{source.where}: {len(lines)} tensors do not fit the configuration beside it:", *lines])
+        )
+    return present
+
+
+def _by_todays_name(source: TensorSource, naming: Naming) -> dict[str, str]:
+    present: dict[str, str] = {}
+    for stored in source.shapes:
+        name = stored
+        for pattern, replacement in naming.aliases:
+            name = re.sub(pattern, replacement, name)
+        present[name] = stored
+    for copy, original in naming.copies:
+        if copy in present and original not in present:
+            present[original] = present.pop(copy)
+    return present
+
+
+def _equal(source: TensorSource, first: str, second: str, rows: int = 4096) -> bool:
+    """Compared a few rows at a time: these are embeddings, the largest tensors there are."""
+    shape = source.shapes[first]
+    if shape != source.shapes[second]:
+        return False
+    rest = (slice(None),) * (len(shape) - 1)
+    blocks = [(slice(start, min(start + rows, shape[0])), *rest) for start in range(0, shape[0], rows)]
+    return all(np.array_equal(source.read(first, block), source.read(second, block)) for block in blocks)
+
+
+def _block(source: TensorSource, stored: Mapping[str, str], parts: list[Tensor], index: Index) -> np.ndarray:
+    if parts[0].layer is None:
+        [tensor] = parts
+        return tensor.to_ours(source.read(stored[tensor.name], tensor.index(index)))
+    made: np.ndarray | None = None
+    for place, tensor in enumerate(parts[index[0]]):
+        layer = tensor.to_ours(source.read(stored[tensor.name], tensor.index(index[1:])))
+        if made is None:
+            made = np.empty((len(parts[index[0]]), *layer.shape), layer.dtype)
+        made[place] = layer
+    assert made is not None
+    return made

@@ -1,0 +1,142 @@
+"""The models that make up a pipeline, one folder each: what they are called, how they are read and written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sysdpo_jax.models.autoencoder import AutoencoderKL
+from sysdpo_jax.models.clip import CLIPTextEncoder
+from sysdpo_jax.models.mmdit import MMDiT
+from sysdpo_jax.models.t5 import T5Encoder
+from sysdpo_jax.models.unet import UNet2DCondition
+from sysdpo_jax.pretrained import autoencoder, clip, mmdit, t5, unet
+from sysdpo_jax.pretrained.base import ConfigReader, read_json, write_json
+from sysdpo_jax.pretrained.names import Naming
+from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
+from sysdpo_jax.pretrained.tensors import Safetensors, TensorSource, write_safetensors
+from sysdpo_jax.typing import Params
+
+# What diffusers calls the weight files of its models.
+WEIGHTS = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of model. Everything but the module is a function of its configuration.
+
+    library, cls: what model_index.json calls it. stem: of its weight files. read, write: config.json to our
+    configuration and back. naming: of its tensors. example: inputs for the module's `init`, which calls `method`.
+    refine: the configuration once the weights are at hand, for what its file does not say.
+    """
+
+    library: str
+    stem: str
+    module: Callable[[Any], Any]
+    cls: Callable[[Any], str]
+    read: Callable[[ConfigReader], Any]
+    write: Callable[[Any], dict[str, Any]]
+    naming: Callable[[Any], Naming]
+    example: Callable[[Any], tuple[Any, ...]]
+    method: str = "__call__"
+    refine: Callable[[Any, TensorSource], Any] = lambda config, source: config
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Reads parts of the pipeline in a folder; dtype, param_dtype and variant as for `load`."""
+
+    folder: Path
+    dtype: str
+    param_dtype: str | None
+    variant: str | None
+
+    def part(self, name: str, part: Part, shardings: Shardings | None = None, **changes: Any) -> tuple[Any, Params]:
+        """Module and parameters. changes: other fields of our configuration."""
+        file = self.folder / name / "config.json"
+        source = Safetensors(self.folder / name, part.stem, self.variant)
+        config = part.refine(part.read(ConfigReader(read_json(file), str(file))), source)
+        module = part.module(replace(config, dtype=self.dtype, **changes))
+        abstract = abstract_params(part, module)
+        return module, load_params(abstract, source, part.naming(config), self.param_dtype, shardings)
+
+
+def abstract_params(part: Part, module: Any) -> Params:
+    """Shapes and types of a part's parameters; nothing is computed."""
+    inputs = part.example(module.config)
+    return jax.eval_shape(lambda key: module.init(key, *inputs, method=part.method), jax.random.key(0))["params"]
+
+
+def write_part(folder: Path, part: Part, module: Any, params: Params, extra: dict[str, Any] | None = None) -> list[str]:
+    """Write config.json and weights; returns the part's entry in model_index.json. extra: more keys of config.json."""
+    folder.mkdir()
+    write_json(folder / "config.json", (extra or {}) | part.write(module.config))
+    write_safetensors(folder, part.stem, stored_tensors(params, part.naming(module.config)))
+    return [part.library, part.cls(module.config)]
+
+
+def _tokens(config: Any) -> tuple[Any, ...]:
+    return (jnp.zeros((1, 2), jnp.int32),)
+
+
+def _pixels(config: Any) -> tuple[Any, ...]:
+    side = 2 ** len(config.block_out_channels)
+    return (jnp.zeros((1, side, side, config.in_channels)),)
+
+
+def _for_unet(config: Any) -> tuple[Any, ...]:
+    inputs = (*_latents(config), jnp.zeros((1, 1, config.cross_attention_dim)))
+    if config.addition_embed_type is None:
+        return inputs
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return (*inputs, jnp.zeros((1, pooled)), jnp.zeros((1, 6)))
+
+
+def _for_mmdit(config: Any) -> tuple[Any, ...]:
+    text, pooled = jnp.zeros((1, 1, config.joint_attention_dim)), jnp.zeros((1, config.pooled_projection_dim))
+    return (*_latents(config), text, pooled)
+
+
+def _latents(config: Any) -> tuple[Any, ...]:
+    return jnp.zeros((1, 16, 16, config.in_channels)), jnp.zeros(1)
+
+
+CLIP = Part(
+    "transformers",
+    "model",
+    CLIPTextEncoder,
+    lambda config: clip.PROJECTED if config.with_projection else clip.PLAIN,
+    clip.read,
+    clip.write,
+    clip.naming,
+    _tokens,
+    method="outputs",
+)
+T5 = Part("transformers", "model", T5Encoder, lambda config: "T5EncoderModel", t5.read, t5.write, t5.naming, _tokens)
+VAE = Part(
+    "diffusers",
+    WEIGHTS,
+    AutoencoderKL,
+    lambda config: autoencoder.CLASS,
+    autoencoder.read,
+    autoencoder.write,
+    autoencoder.naming,
+    _pixels,
+)
+UNET = Part(
+    "diffusers", WEIGHTS, UNet2DCondition, lambda config: unet.CLASS, unet.read, unet.write, unet.naming, _for_unet
+)
+MMDIT = Part(
+    "diffusers",
+    WEIGHTS,
+    MMDiT,
+    lambda config: mmdit.CLASS,
+    mmdit.read,
+    mmdit.write,
+    mmdit.naming,
+    _for_mmdit,
+    refine=mmdit.find_positions,
+)

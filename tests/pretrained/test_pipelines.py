@@ -1,0 +1,182 @@
+"""Pipelines of diffusers as components and back: pictures, latents, weights and configurations."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from sysdpo_jax import pretrained
+from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText
+from sysdpo_jax.components.codec import whole_frames
+from sysdpo_jax.pretrained import CheckpointError
+from tests.pretrained.checkpoints import PIPELINES
+
+# diffusers' Euler scheduler makes an array of a tensor in a way that NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+KEY = jax.random.key(0)
+CAPTIONS = ["a red ball", "two blue cubes"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`{name: (diffusers' pipeline, its folder)}`, each built once."""
+    pipelines = {}
+
+    def get(name):
+        if name not in pipelines:
+            torch.manual_seed(0)
+            pipe = PIPELINES[name]()
+            folder = tmp_path_factory.mktemp("pipelines") / name.replace(" ", "_")
+            pipe.save_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            pipelines[name] = pipe, folder
+        return pipelines[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pictures_equal_those_of_diffusers(name, made):
+    """The whole way from caption to picture, with guidance and a negative prompt: 1e-3 of pixels in [0, 1].
+
+    Looser than one forward pass (1e-4, in tests/parity): guidance multiplies the rounding of a step by its scale, the
+    steps add up, and the autoencoder's decoder follows.
+    """
+    pipe, folder = made(name)
+    component, params = pretrained.load(folder, num_steps=4, guidance_scale=3.0, negative_prompt="green")
+    assert isinstance(component, FlowMatching if name.startswith("sd3") else Diffusion)
+    ours = np.stack(component.sample(params, {"caption": CAPTIONS}, KEY))
+    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
+    limit = {"max_sequence_length": 256} if name == "sd3" else {}
+    theirs = pipe(
+        prompt=CAPTIONS,
+        negative_prompt=["green"] * 2,
+        latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=16,
+        width=16,
+        output_type="np",
+        **limit,
+    ).images
+    assert np.ptp(theirs) > 0.3
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_without_a_negative_prompt_guidance_leads_away_from_the_null_condition(name, made):
+    """SDXL's is all zeros, the others' that of the empty caption, as in diffusers. Tolerance as above."""
+    pipe, folder = made(name)
+    component, params = pretrained.load(folder, num_steps=2, guidance_scale=5.0)
+    ours = np.stack(component.sample(params, {"caption": CAPTIONS}, KEY))
+    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
+    latents = torch.tensor(noise.transpose(0, 3, 1, 2))
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16, "output_type": "np"}
+    theirs = pipe(prompt=CAPTIONS, latents=latents, **options).images
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3"])
+def test_latents_are_the_scaled_means_of_the_autoencoder(name, made):
+    pipe, folder = made(name)
+    component, _ = pretrained.load(folder)
+    images = list(np.random.default_rng(0).uniform(size=(5, 16, 16, 3)).astype(np.float32))
+    features = component.prepare(images, {"caption": ["a"] * 5})
+    with torch.no_grad():
+        pixels = torch.tensor(np.stack(images).transpose(0, 3, 1, 2)) * 2 - 1
+        config = pipe.vae.config
+        mean = pipe.vae.encode(pixels).latent_dist.mode()
+        expected = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+    np.testing.assert_allclose(features["latents"], expected.numpy().transpose(0, 2, 3, 1), rtol=0, atol=1e-4)
+
+
+def test_sdxl_is_told_how_its_pictures_were_cut(made):
+    _, folder = made("sdxl")
+    component, _ = pretrained.load(folder)
+    features = component.prepare([np.zeros((20, 40, 3)), np.zeros((16, 16, 3))], {"caption": ["a", "b"]})
+    frames = features["text"]["encoded"][2]
+    np.testing.assert_array_equal(frames, [[20, 40, 0, 8, 16, 16], [16, 16, 0, 0, 16, 16]])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_round_trip_is_exact_and_silent(name, made, tmp_path, caplog):
+    """The libraries report no missing and no unexpected tensor, and no key of a configuration that they do not know."""
+    pipe, folder = made(name)
+    component, params = pretrained.load(folder)
+    pretrained.save(tmp_path / "out", component, params)
+    caplog.clear()
+    # diffusers wants to be told of a missing T5, for its own checkpoints as well.
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3 without T5" else {}
+    again = type(pipe).from_pretrained(tmp_path / "out", **absent)
+    assert [record.getMessage() for record in caplog.records if "torchvision" not in record.getMessage()] == []
+    for part, model in pipe.components.items():
+        found = again.components[part]
+        if isinstance(model, torch.nn.Module):
+            theirs, ours = model.state_dict(), found.state_dict()
+            assert set(theirs) == set(ours), part
+            for key in theirs:
+                assert torch.equal(theirs[key], ours[key]), (part, key)
+        if model is None:
+            assert found is None, part
+    assert type(again.scheduler) is type(pipe.scheduler)
+    for scheduler in (again.scheduler, pipe.scheduler):
+        scheduler.set_timesteps(7)
+    assert torch.equal(again.scheduler.timesteps, pipe.scheduler.timesteps)
+
+
+def test_text_encoders_can_be_trained(made):
+    _, folder = made("sdxl")
+    frozen, weights = pretrained.load(folder)
+    trained, more = pretrained.load(folder, train_text=True)
+    assert set(weights) == {"denoiser"}
+    assert set(more) == {"denoiser", "text_encoder", "text_encoder_2"}
+    assert isinstance(frozen.text, FrozenText)
+    assert jax.tree.map(np.shape, jax.eval_shape(trained.init, KEY)) == jax.tree.map(np.shape, more)
+    assert jax.tree.map(np.shape, jax.eval_shape(frozen.init, KEY)) == jax.tree.map(np.shape, weights)
+    images = list(np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype(np.float32))
+    values = [
+        component.log_prob(params, component.prepare(images, {"caption": CAPTIONS}), KEY)
+        for component, params in ((frozen, weights), (trained, more))
+    ]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+    gradient = jax.grad(
+        lambda p: trained.log_prob(p, trained.prepare(images, {"caption": CAPTIONS}), KEY).sum() / 50_000
+    )(more)
+    for name in ("text_encoder", "text_encoder_2"):
+        assert max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient[name])) > 0
+
+
+def test_long_captions_are_refused_or_cut_and_counted(made):
+    _, folder = made("sd1")
+    caption = "a" * 3 + " red" * 30
+    images = [np.zeros((16, 16, 3))] * 2
+    component, params = pretrained.load(folder)
+    with pytest.raises(ValueError, match="caption in row 1 has 35 tokens, more than the 24"):
+        component.prepare(images, {"caption": ["a", caption]})
+    component, params = pretrained.load(folder, truncation="keep_start")
+    features = component.prepare(images, {"caption": ["a", caption]})
+    _, metrics = component.log_prob_with_metrics(params, features, KEY)
+    np.testing.assert_array_equal(metrics["truncated"], [0, 1])
+
+
+def test_what_a_pipeline_must_not_be(made, tmp_path):
+    _, folder = made("sd1")
+    index = json.loads((folder / "model_index.json").read_text())
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for change, message in (
+        ({"_class_name": "KandinskyPipeline"}, "KandinskyPipeline is not supported"),
+        ({"image_encoder": ["transformers", "X"]}, "image_encoder=.* is not supported"),
+        ({"motion_adapter": ["diffusers", "X"]}, "keys that are not known here .*motion_adapter"),
+    ):
+        (copy / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(CheckpointError, match=message):
+            pretrained.load(copy)
+
+
+def test_frames_of_made_pictures_are_whole(made):
+    _, folder = made("sd1")
+    component, _ = pretrained.load(folder)
+    np.testing.assert_array_equal(whole_frames(component.codec, 1), [[16, 16, 0, 0, 16, 16]])
