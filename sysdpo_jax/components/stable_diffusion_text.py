@@ -121,6 +121,4 @@ def init_encoders(encoders: dict[str, Any], length: int, key: PRNGKeyArray) -> d
     """Fresh parameters of each module that reads token ids."""
     tokens = jnp.zeros((1, length), jnp.int32)
     keys = dict(zip(encoders, jax.random.split(key, len(encoders)), strict=True))
-    # "outputs" reaches CLIP's projection, which a plain call leaves alone.
-    methods = {name: "outputs" if isinstance(module, CLIPTextEncoder) else None for name, module in encoders.items()}
-    return {name: module.init(keys[name], tokens, method=methods[name])["params"] for name, module in encoders.items()}
+    return {name: module.init(keys[name], tokens)["params"] for name, module in encoders.items()}

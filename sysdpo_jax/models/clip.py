@@ -5,6 +5,7 @@ Axes: B batch, S tokens, D width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class CLIPTextConfig:
     """Shape of a text encoder, under the field names and with the defaults of transformers' CLIPTextConfig.
 
+    with_projection: transformers' CLIPTextModelWithProjection, whose pooled state is projected to projection_dim.
+    eos_token_id: where the pooled state is read, see `CLIPTextEncoder.outputs`.
     dtype: precision of the products; norms, softmax and the output are float32 in any case.
     Raises ValueError for an unknown activation or heads that do not divide the width.
     """
@@ -34,6 +37,9 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    with_projection: bool = False
+    eos_token_id: int = 49407
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -46,8 +52,19 @@ class CLIPTextConfig:
             )
 
 
-def _dense(c: CLIPTextConfig, features: int, name: str) -> Dense:
-    return Dense(features, True, c.dtype, c.param_dtype, name=name)
+class CLIPTextOutputs(NamedTuple):
+    """last_hidden_state: after the final norm. penultimate: what enters the last layer, not normed. All float32.
+
+    pooled: last_hidden_state at the end of the text, projected where the encoder has a projection.
+    """
+
+    last_hidden_state: Float[Array, "batch tokens width"]
+    penultimate: Float[Array, "batch tokens width"]
+    pooled: Float[Array, "batch pooled"]
+
+
+def _dense(c: CLIPTextConfig, features: int, name: str, use_bias: bool = True) -> Dense:
+    return Dense(features, use_bias, c.dtype, c.param_dtype, name=name)
 
 
 def _norm(c: CLIPTextConfig, name: str) -> LayerNorm:
@@ -98,29 +115,44 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPTextEncoder(nn.Module):
-    """Token ids to the last hidden state after the final norm.
+    """Token ids to the last hidden state after the final norm, or to all `outputs`.
 
-    Parameters: token_embedding and position_embedding (each `embedding`), layers_<i>, final_layer_norm.
+    Parameters: token_embedding and position_embedding (each `embedding`), layers_<i>, final_layer_norm, and
+    text_projection [D, projection_dim] where the configuration has it.
     """
 
     config: CLIPTextConfig
 
-    @nn.compact
     def __call__(self, token_ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
         """Raises ValueError for more tokens than positions. The output is float32."""
-        c, length = self.config, token_ids.shape[1]
+        return self.outputs(token_ids).last_hidden_state
+
+    @nn.compact
+    def outputs(self, token_ids: Int[Array, "batch tokens"]) -> CLIPTextOutputs:
+        """Raises ValueError for more tokens than positions.
+
+        The text ends at the first eos_token_id or, where that is 2, at the first of the greatest ids: configurations
+        of before transformers 4.31 hold a wrong 2, and the true one is the last of the vocabulary.
+        """
+        c, (batch, length) = self.config, token_ids.shape
         if length > c.max_position_embeddings:
             raise ValueError(
                 f"CLIPTextEncoder: {length} tokens, but max_position_embeddings={c.max_position_embeddings}"
             )
         tokens = self._embedding("token_embedding", c.vocab_size)(token_ids)
         positions = self._embedding("position_embedding", c.max_position_embeddings)(jnp.arange(length))
-        x = tokens + positions
+        x = penultimate = tokens + positions
         causal = jnp.tril(jnp.ones((length, length), bool))
-        visible = jnp.broadcast_to(causal, (token_ids.shape[0], length, length))
+        visible = jnp.broadcast_to(causal, (batch, length, length))
         for i in range(c.num_hidden_layers):
+            penultimate = x
             x = CLIPEncoderLayer(c, name=f"layers_{i}")(x, visible)
-        return _norm(c, "final_layer_norm")(x).astype(jnp.float32)
+        last = _norm(c, "final_layer_norm")(x)
+        end = jnp.argmax(token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id, axis=1)
+        pooled = last[jnp.arange(batch), end]
+        if c.with_projection:
+            pooled = _dense(c, c.projection_dim, "text_projection", use_bias=False)(pooled)
+        return CLIPTextOutputs(*(y.astype(jnp.float32) for y in (last, penultimate, pooled)))
 
     def _embedding(self, name: str, rows: int) -> nn.Embed:
         init = nn.initializers.normal(0.02)

@@ -3,8 +3,6 @@
 Images are [batch, height, width, channels], where diffusers has the channels first.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -24,7 +22,7 @@ __all__ = ["UNet2DCondition", "UNetConfig"]
 
 
 class TimestepEmbedding(nn.Module):
-    """linear_1, SiLU, linear_2."""
+    """linear_1, SiLU, linear_2. Of a timestep's waves, or of SDXL's pooled text and sizes."""
 
     config: UNetConfig
 
@@ -35,7 +33,10 @@ class TimestepEmbedding(nn.Module):
 
 
 class UNet2DCondition(nn.Module):
-    """Predicts noise, velocity or image from a noisy image, its time and the encoded text."""
+    """Predicts noise, velocity or image from a noisy image, its time and the encoded text.
+
+    With addition_embed_type "text_time" (SDXL) also from a pooled text and from sizes.
+    """
 
     config: UNetConfig
 
@@ -45,31 +46,55 @@ class UNet2DCondition(nn.Module):
         sample: Float[Array, "batch height width channels"],
         timesteps: Float[Array, "batch"] | Int[Array, "batch"],
         encoder_hidden_states: Float[Array, "batch text text_width"],
+        text_embeds: Float[Array, "batch pooled"] | None = None,
+        time_ids: Float[Array, "batch ids"] | Int[Array, "batch ids"] | None = None,
     ) -> Float[Array, "batch height width out_channels"]:
-        """Any height and width; the output is float32."""
+        """Any height and width; the output is float32.
+
+        text_embeds, time_ids: of SDXL, where time_ids are (original height, width, crop top, left, target height,
+        width). Raises ValueError where the configuration's added embedding and these two do not go together.
+        """
         c = self.config
-        wrap: Any = (lambda block: nn.remat(block)) if c.remat else (lambda block: block)
-        up_wrap: Any = (lambda block: nn.remat(block, static_argnums=(5,))) if c.remat else (lambda block: block)
         text = encoder_hidden_states.astype(c.dtype)
-        wave = timestep_embedding(
-            timesteps.astype(jnp.float32), c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift
-        )
-        time = TimestepEmbedding(c, name="time_embedding")(wave.astype(c.dtype))
+        time = self._time(timesteps, text_embeds, time_ids)
         x = conv(c, c.block_out_channels[0], "conv_in")(sample)
         levels = len(c.block_out_channels)
         skips = [x]
         for i, kind in enumerate(c.down_block_types):
             heads = c.heads[i] if DOWN_BLOCKS[kind] else None
-            block = wrap(DownBlock)(c, c.block_out_channels[i], heads, i < levels - 1, name=f"down_blocks_{i}")
-            x, kept = block(x, time, text)
+            down = DownBlock(c, c.block_out_channels[i], heads, c.depths[i], i < levels - 1, name=f"down_blocks_{i}")
+            x, kept = down(x, time, text)
             skips += kept
-        x = wrap(MidBlock)(c, c.heads[-1], name="mid_block")(x, time, text)
+        x = MidBlock(c, c.heads[-1], c.depths[-1], name="mid_block")(x, time, text)
         for i, kind in enumerate(c.up_block_types):
             level = levels - 1 - i
             heads = c.heads[level] if UP_BLOCKS[kind] else None
             kept, skips = tuple(skips[-c.layers_per_block - 1 :]), skips[: -c.layers_per_block - 1]
-            size = skips[-1].shape[1:3] if skips else None
-            block = up_wrap(UpBlock)(c, c.block_out_channels[level], heads, name=f"up_blocks_{i}")
-            x = block(x, kept, time, text, size)
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+            up = UpBlock(c, c.block_out_channels[level], heads, c.depths[level], name=f"up_blocks_{i}")
+            x = up(x, kept, time, text, size)
         x = nn.silu(group_norm(c, "conv_norm_out")(x))
         return conv(c, c.out_channels, "conv_out")(x).astype(jnp.float32)
+
+    def _time(self, timesteps: Array, text_embeds: Array | None, time_ids: Array | None) -> Array:
+        c = self.config
+
+        def wave(values: Array, width: int) -> Array:
+            return timestep_embedding(values.astype(jnp.float32), width, c.flip_sin_to_cos, c.freq_shift)
+
+        time = TimestepEmbedding(c, name="time_embedding")(wave(timesteps, c.block_out_channels[0]).astype(c.dtype))
+        if c.addition_embed_type is None:
+            if text_embeds is not None or time_ids is not None:
+                raise ValueError("UNet2DCondition: text_embeds and time_ids need addition_embed_type='text_time'")
+            return time
+        if text_embeds is None or time_ids is None or c.addition_time_embed_dim is None:
+            raise ValueError("UNet2DCondition: addition_embed_type='text_time' needs both text_embeds and time_ids")
+        sizes = wave(time_ids.reshape(-1), c.addition_time_embed_dim).reshape(time_ids.shape[0], -1)
+        added = jnp.concatenate([text_embeds.astype(jnp.float32), sizes], axis=-1)
+        if added.shape[-1] != c.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"UNet2DCondition: text_embeds of width {text_embeds.shape[-1]} and {time_ids.shape[1]} time_ids of "
+                f"{c.addition_time_embed_dim} make {added.shape[-1]}, but projection_class_embeddings_input_dim="
+                f"{c.projection_class_embeddings_input_dim}"
+            )
+        return time + TimestepEmbedding(c, name="add_embedding")(added.astype(c.dtype))

@@ -4,6 +4,8 @@ Members of diffusers' lists are named by their index: resnets_0, attentions_1, t
 Axes: B batch, h w image, C channels, L positions (h * w), S text tokens, D text width, T time embedding.
 """
 
+from typing import Any, Protocol, runtime_checkable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,29 +20,54 @@ Text = Float[Array, "batch text text_width"]
 TimeEmbedding = Float[Array, "batch time_width"]
 
 
-def dense(c: UNetConfig, features: int, name: str, use_bias: bool = True) -> Dense:
+@runtime_checkable
+class BlockConfig(Protocol):
+    """What a residual block needs to know; the autoencoder's configuration has it as well as the U-Net's."""
+
+    @property
+    def norm_num_groups(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def param_dtype(self) -> str: ...
+
+
+def dense(c: BlockConfig, features: int, name: str, use_bias: bool = True) -> Dense:
     return Dense(features, use_bias, c.dtype, c.param_dtype, name=name)
 
 
-def conv(c: UNetConfig, features: int, name: str, size: int = 3, stride: int = 1) -> Conv:
-    return Conv(features, size, stride, c.dtype, c.param_dtype, name=name)
+def conv(
+    c: BlockConfig,
+    features: int,
+    name: str | None,
+    size: int = 3,
+    stride: int = 1,
+    padding: tuple[int, int] | None = None,
+) -> Conv:
+    return Conv(features, size, stride, c.dtype, c.param_dtype, padding, name=name)
 
 
-def group_norm(c: UNetConfig, name: str, eps: float | None = None) -> GroupNorm:
+def group_norm(c: BlockConfig, name: str, eps: float | None = None) -> GroupNorm:
     return GroupNorm(c.norm_num_groups, c.norm_eps if eps is None else eps, c.dtype, c.param_dtype, name=name)
 
 
 class ResnetBlock2D(nn.Module):
-    """Two convolutions around the time embedding, and a residual (arXiv 1512.03385), 1x1 where widths differ."""
+    """Two convolutions around the time embedding, and a residual (arXiv 1512.03385), 1x1 where widths differ.
 
-    config: UNetConfig
+    time: None in an autoencoder, whose blocks have no such embedding.
+    """
+
+    config: BlockConfig
     channels: int
 
     @nn.compact
-    def __call__(self, x: Image, time: TimeEmbedding) -> Float[Array, "batch height width out"]:
+    def __call__(self, x: Image, time: TimeEmbedding | None) -> Float[Array, "batch height width out"]:
         c = self.config
         h = conv(c, self.channels, "conv1")(nn.silu(group_norm(c, "norm1")(x)))
-        h = h + dense(c, self.channels, "time_emb_proj")(nn.silu(time))[:, None, None, :]
+        if time is not None:
+            h = h + dense(c, self.channels, "time_emb_proj")(nn.silu(time))[:, None, None, :]
         h = conv(c, self.channels, "conv2")(nn.silu(group_norm(c, "norm2")(h)))
         if x.shape[-1] != self.channels:
             x = conv(c, self.channels, "conv_shortcut", size=1)(x)
@@ -104,18 +131,20 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """An image as a sequence of positions through `transformer_layers_per_block` blocks, around a residual."""
+    """An image as a sequence of positions through `depth` blocks, around a residual."""
 
     config: UNetConfig
     heads: int
+    depth: int
 
     @nn.compact
     def __call__(self, x: Image, text: Text) -> Image:
         c, channels = self.config, x.shape[-1]
+        block = recomputed(c, BasicTransformerBlock)
         h = group_norm(c, "norm", eps=1e-6)(x).reshape(x.shape[0], -1, channels)
         h = dense(c, channels, "proj_in")(h)
-        for i in range(c.transformer_layers_per_block):
-            h = BasicTransformerBlock(c, self.heads, name=f"transformer_blocks_{i}")(h, text)
+        for i in range(self.depth):
+            h = block(c, self.heads, name=f"transformer_blocks_{i}")(h, text)
         return x + dense(c, channels, "proj_out")(h).reshape(x.shape)
 
 
@@ -131,20 +160,25 @@ class Sampler(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """DownBlock2D or, with `heads`, CrossAttnDownBlock2D: returns the output and the images kept for the way up."""
+    """DownBlock2D or, with `heads`, CrossAttnDownBlock2D: returns the output and the images kept for the way up.
+
+    depth: blocks in each of its transformers.
+    """
 
     config: UNetConfig
     channels: int
     heads: int | None
+    depth: int
     downsample: bool
 
     @nn.compact
     def __call__(self, x: Image, time: TimeEmbedding, text: Text) -> tuple[Array, tuple[Array, ...]]:
         c, kept = self.config, []
+        resnet = recomputed(c, ResnetBlock2D)
         for i in range(c.layers_per_block):
-            x = ResnetBlock2D(c, self.channels, name=f"resnets_{i}")(x, time)
+            x = resnet(c, self.channels, name=f"resnets_{i}")(x, time)
             if self.heads:
-                x = Transformer2DModel(c, self.heads, name=f"attentions_{i}")(x, text)
+                x = Transformer2DModel(c, self.heads, self.depth, name=f"attentions_{i}")(x, text)
             kept.append(x)
         if self.downsample:
             x = Sampler(c, 2, name="downsamplers_0")(x)
@@ -157,37 +191,47 @@ class MidBlock(nn.Module):
 
     config: UNetConfig
     heads: int
+    depth: int
 
     @nn.compact
     def __call__(self, x: Image, time: TimeEmbedding, text: Text) -> Image:
-        channels = x.shape[-1]
-        x = ResnetBlock2D(self.config, channels, name="resnets_0")(x, time)
-        x = Transformer2DModel(self.config, self.heads, name="attentions_0")(x, text)
-        return ResnetBlock2D(self.config, channels, name="resnets_1")(x, time)
+        c, channels = self.config, x.shape[-1]
+        resnet = recomputed(c, ResnetBlock2D)
+        x = resnet(c, channels, name="resnets_0")(x, time)
+        x = Transformer2DModel(c, self.heads, self.depth, name="attentions_0")(x, text)
+        return resnet(c, channels, name="resnets_1")(x, time)
 
 
 class UpBlock(nn.Module):
     """UpBlock2D or, with `heads`, CrossAttnUpBlock2D. kept: the images of the way down, read from the last.
 
+    depth: blocks in each of its transformers.
     size: (height, width) to upsample to, that of the next block's images, which may be odd; None for the last block.
     """
 
     config: UNetConfig
     channels: int
     heads: int | None
+    depth: int
 
     @nn.compact
     def __call__(
         self, x: Image, kept: tuple[Array, ...], time: TimeEmbedding, text: Text, size: tuple[int, int] | None
     ) -> Float[Array, "batch h w out"]:
         c = self.config
+        resnet = recomputed(c, ResnetBlock2D)
         for i, skip in enumerate(reversed(kept)):
-            x = ResnetBlock2D(c, self.channels, name=f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), time)
+            x = resnet(c, self.channels, name=f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), time)
             if self.heads:
-                x = Transformer2DModel(c, self.heads, name=f"attentions_{i}")(x, text)
+                x = Transformer2DModel(c, self.heads, self.depth, name=f"attentions_{i}")(x, text)
         if size is None:
             return x
         return Sampler(c, 1, name="upsamplers_0")(nearest(x, size))
+
+
+def recomputed(c: UNetConfig, block: Any) -> Any:
+    """The block's class, its activations recomputed in the backward pass where the configuration says so."""
+    return nn.remat(block) if c.remat else block
 
 
 def nearest(x: Image, size: tuple[int, int]) -> Float[Array, "batch h w channels"]:

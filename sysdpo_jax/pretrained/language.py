@@ -55,7 +55,7 @@ def load_language_model(
     abstract = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params = load_params(abstract, source, decoder_naming(config), param_dtype, shardings)
     half = config.max_position_embeddings // 2
-    defaults = {
+    defaults: dict[str, Any] = {
         "max_prompt_length": min(DEFAULT_PROMPT, half),
         "max_new_tokens": min(DEFAULT_NEW, half),
         "stop_tokens": _ends(generation, tokenizer),

@@ -33,10 +33,8 @@ def load_params(
     leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
     tensors = {path: list(tensors_of(path, leaf.shape, naming)) for path, leaf in leaves.items()}
     stored = _check({path: (leaves[path].shape, parts) for path, parts in tensors.items()}, source, naming)
-    dtypes = {
-        path: np.dtype(dtype) if dtype is not None else source.dtype(stored[parts[0].name])
-        for path, parts in tensors.items()
-    }
+    found = {path: [source.dtype(stored[part.name]) for part in parts] for path, parts in tensors.items()}
+    dtypes = {path: kinds[0] if dtype is None else np.dtype(dtype) for path, kinds in found.items()}
     wanted = jax.tree.unflatten(
         jax.tree.structure(abstract),
         [jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()],
@@ -47,11 +45,12 @@ def load_params(
     def fill(path: str, place: jax.sharding.Sharding) -> Array:
         parts, shape = tensors[path], leaves[path].shape
 
-        def block(index: Index) -> np.ndarray:
-            return _block(source, stored, parts, tuple(slice(*i.indices(n)) for i, n in zip(index, shape, strict=True)))
+        def block(index: Index | None) -> np.ndarray:
+            bounded = tuple(slice(*i.indices(n)) for i, n in zip(index or (), shape, strict=True))
+            # Cast on the host: the device never holds the stored precision beside the wanted one.
+            return _block(source, stored, parts, bounded).astype(dtypes[path], copy=False)
 
-        # Cast on the host: the device never holds the stored precision beside the wanted one.
-        return jax.make_array_from_callback(shape, place, lambda index: block(index).astype(dtypes[path], copy=False))
+        return jax.make_array_from_callback(shape, place, block)
 
     filled = [fill(path, place) for path, place in zip(leaves, places, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)

@@ -29,7 +29,7 @@ class Part:
     """A kind of model. Everything but the module is a function of its configuration.
 
     library, cls: what model_index.json calls it. stem: of its weight files. read, write: config.json to our
-    configuration and back. naming: of its tensors. example: inputs for the module's `init`, which calls `method`.
+    configuration and back. naming: of its tensors. example: inputs for the module's `init`.
     refine: the configuration once the weights are at hand, for what its file does not say.
     """
 
@@ -41,7 +41,6 @@ class Part:
     write: Callable[[Any], dict[str, Any]]
     naming: Callable[[Any], Naming]
     example: Callable[[Any], tuple[Any, ...]]
-    method: str = "__call__"
     refine: Callable[[Any, TensorSource], Any] = lambda config, source: config
 
 
@@ -67,7 +66,7 @@ class Loader:
 def abstract_params(part: Part, module: Any) -> Params:
     """Shapes and types of a part's parameters; nothing is computed."""
     inputs = part.example(module.config)
-    return jax.eval_shape(lambda key: module.init(key, *inputs, method=part.method), jax.random.key(0))["params"]
+    return jax.eval_shape(lambda key: module.init(key, *inputs), jax.random.key(0))["params"]
 
 
 def write_part(folder: Path, part: Part, module: Any, params: Params, extra: dict[str, Any] | None = None) -> list[str]:
@@ -113,7 +112,6 @@ CLIP = Part(
     clip.write,
     clip.naming,
     _tokens,
-    method="outputs",
 )
 T5 = Part("transformers", "model", T5Encoder, lambda config: "T5EncoderModel", t5.read, t5.write, t5.naming, _tokens)
 VAE = Part(

@@ -28,7 +28,7 @@ class TensorSource(Protocol):
         ...
 
     def dtype(self, name: str) -> np.dtype:
-        """The precision a tensor is stored in."""
+        """The precision a tensor is stored in. Raises `CheckpointError` for one that parameters cannot have."""
         ...
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -65,7 +65,13 @@ class Safetensors:
         return self._shapes
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(DTYPES[self._dtypes[name]])
+        kind = self._dtypes[name]
+        if kind not in DTYPES:
+            raise CheckpointError(
+                f"{self._files[name]}: tensor {name!r} is stored as {kind}, which is not supported (only "
+                f"{', '.join(DTYPES)}): fetch an unquantised checkpoint"
+            )
+        return np.dtype(DTYPES[kind])
 
     def read(self, name: str, index: Index) -> np.ndarray:
         # Opened anew each time: the pages of a file that stays mapped would count as this process's memory.
@@ -79,11 +85,6 @@ class Safetensors:
                     view = opened.get_slice(name)
                     self._files[name], self._shapes[name] = file, tuple(view.get_shape())
                     self._dtypes[name] = view.get_dtype()
-                    if self._dtypes[name] not in DTYPES:
-                        raise CheckpointError(
-                            f"{file}: tensor {name!r} is stored as {self._dtypes[name]}, which is not supported "
-                            f"(only {', '.join(DTYPES)}): fetch an unquantised checkpoint"
-                        )
         except FileNotFoundError:
             raise CheckpointError(f"{file} is listed by its index but missing: fetch the whole checkpoint") from None
         except SafetensorError as error:
@@ -119,7 +120,7 @@ def write_safetensors(
     if len(shards) == 1:
         shards[0][0].rename(folder / f"{stem}.safetensors")
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, (file, names) in enumerate(shards, start=1):
         final = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         file.rename(folder / final)

@@ -109,8 +109,9 @@ def test_the_constant_recipe_to_one_in_a_million(drawn):
     features = features_of(node)
     ours = node.log_prob(policy, features, KEY) - node.log_prob(reference, features, KEY)
     noise, time, noisy = drawn[0]
+    tokens = features["text"]["tokens"]
     model_diff, ref_diff = (
-        ((affine_by_hand(p, noisy, time, features["text"]["tokens"]) - noise) ** 2).mean((1, 2, 3)) for p in (policy, reference)
+        ((affine_by_hand(p, noisy, time, tokens) - noise) ** 2).mean((1, 2, 3)) for p in (policy, reference)
     )
     np.testing.assert_allclose(ours, -0.5 * 5000 * (model_diff - ref_diff), rtol=0, atol=1e-6 * 5000)
 

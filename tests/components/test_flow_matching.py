@@ -64,6 +64,7 @@ def test_sample_integrates_the_velocity_of_the_caption():
     z = np.asarray(jax.random.normal(KEY, (3, 4, 6, 3)), np.float64)
     for step in range(4):
         time = np.full(3, 1000 * (1 - step / 4))
-        cond, null = (affine_by_hand(params, z, time, tokens) for tokens in (features["text"]["tokens"], np.zeros((3, 5), int)))
+        given = features["text"]["tokens"], np.zeros((3, 5), int)
+        cond, null = (affine_by_hand(params, z, time, tokens) for tokens in given)
         z = z - (null + 2 * (cond - null)) / 4
     np.testing.assert_allclose(np.stack(made), np.clip((z + 1) / 2, 0, 1), atol=1e-4)

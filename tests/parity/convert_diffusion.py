@@ -1,4 +1,4 @@
-"""Parameters of diffusers' U-Net and transformers' CLIP text model in our layout, for the parity tests."""
+"""Parameters of diffusers' U-Net and autoencoder and transformers' CLIP in our layout, for the parity tests."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ def torch_tree(arrays: dict[str, np.ndarray]) -> PyTree:
     """
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
-        path = re.sub(r"^(text_model\.)?(encoder\.|embeddings\.)?", "", name)
+        path = re.sub(r"^(text_model\.)?(encoder\.(?=layers)|embeddings\.)?", "", name)
         *parents, leaf = re.sub(r"\.(\d+)", r"_\1", path).split(".")
         if parents[-1].endswith("_embedding") and array.ndim == 2:
             leaf = "embedding"

@@ -20,7 +20,7 @@ CONFIGS = {
         "down_block_types": (CROSS, CROSS, PLAIN),
         "up_block_types": (PLAIN_UP, CROSS_UP, CROSS_UP),
         "block_out_channels": (8, 16, 16),
-        "layers_per_block": 2,
+        "layers_per_block": 1,
         "attention_head_dim": 4,
     },
     # As Stable Diffusion 2: linear projections, heads by level.
@@ -33,13 +33,27 @@ CONFIGS = {
         "attention_head_dim": (2, 4),
         "use_linear_projection": True,
     },
+    # As Stable Diffusion XL: transformers only where they are deep, sizes and a pooled text beside the time.
+    "sdxl": BASE
+    | {
+        "down_block_types": (PLAIN, CROSS, CROSS),
+        "up_block_types": (CROSS_UP, CROSS_UP, PLAIN_UP),
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (3, 1, 2),
+        "attention_head_dim": (2, 2, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 34,
+    },
     "one level, deep transformers, other time embedding": BASE
     | {
         "in_channels": 3,
         "down_block_types": (CROSS,),
         "up_block_types": (CROSS_UP,),
         "block_out_channels": (8,),
-        "layers_per_block": 1,
+        "layers_per_block": 2,
         "transformer_layers_per_block": 2,
         "attention_head_dim": 2,
         "flip_sin_to_cos": False,
@@ -50,63 +64,132 @@ CONFIGS = {
 
 
 def case(name: str, size: tuple[int, int] = (8, 8)):
+    """diffusers' model, our module, and the inputs under diffusers' names and in its layout."""
     config = CONFIGS[name]
     model = diffusers.UNet2DConditionModel(sample_size=8, **config).eval()
     randomise(model, 1)
     rng = np.random.default_rng(0)
-    sample = rng.standard_normal((3, config["in_channels"], *size)).astype(np.float32)
-    text = rng.standard_normal((3, 5, 12)).astype(np.float32)
-    return model, UNet2DCondition(UNetConfig(**config)), sample, np.array([0, 17, 999]), text
+    inputs = {
+        "sample": rng.standard_normal((3, config["in_channels"], *size)).astype(np.float32),
+        "timestep": np.array([0, 17, 999]),
+        "encoder_hidden_states": rng.standard_normal((3, 5, 12)).astype(np.float32),
+    }
+    if "addition_embed_type" in config:
+        sizes = [[1024, 768, 0, 0, 512, 512], [64, 64, 3, 0, 64, 32], [2, 1, 0, 0, 1, 2]]
+        inputs["text_embeds"] = rng.standard_normal((3, 10)).astype(np.float32)
+        inputs["time_ids"] = np.array(sizes, np.float32)
+    return model, UNet2DCondition(UNetConfig(**config)), inputs
 
 
-def ours(module, params, sample, time, text):
-    return module.apply({"params": params}, jnp.array(sample.transpose(0, 2, 3, 1)), jnp.array(time), jnp.array(text))
+def theirs(model, inputs):
+    tensors = {name: torch.tensor(value) for name, value in inputs.items()}
+    added = {name: tensors.pop(name) for name in ("text_embeds", "time_ids") if name in tensors}
+    return model(**tensors, added_cond_kwargs=added).sample
 
 
-@pytest.mark.parametrize(("name", "size"), [(n, (8, 8)) for n in CONFIGS] + [("sd1", (6, 10)), ("sd1", (7, 5))])
+def arguments(inputs):
+    sample, *others = map(jnp.array, inputs.values())
+    return (sample.transpose(0, 2, 3, 1), *others)
+
+
+def assert_gradients_equal(found, expected):
+    """1e-3 of each gradient's largest entry: sums over the image in another order."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    pairs = jax.tree.map(lambda a, b: (a, b), found, expected)
+    for path, (a, b) in jax.tree_util.tree_leaves_with_path(pairs, is_leaf=lambda x: isinstance(x, tuple)):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(("name", "size"), [(n, (8, 8)) for n in CONFIGS] + [("sd1", (7, 5)), ("sdxl", (6, 9))])
 def test_outputs_equal_diffusers(name, size):
     """1e-4: about 40 layers of float32 sums in another order."""
-    model, module, sample, time, text = case(name, size)
+    model, module, inputs = case(name, size)
     with torch.no_grad():
-        expected = model(torch.tensor(sample), torch.tensor(time), torch.tensor(text)).sample.numpy()
-    found = ours(module, torch_params(model), sample, time, text)
+        expected = theirs(model, inputs).numpy()
+    found = jax.jit(module.apply)({"params": torch_params(model)}, *arguments(inputs))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected.transpose(0, 2, 3, 1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_gradients_equal_autograd(remat):
-    """1e-3 of each gradient's largest entry: sums over the image in another order."""
-    model, module, sample, time, text = case("sd1")
-    (model(torch.tensor(sample), torch.tensor(time), torch.tensor(text)).sample ** 2).mean().backward()
-    expected = torch_gradients(model)
-    module = UNet2DCondition(UNetConfig(**CONFIGS["sd1"], remat=remat))
-    found = jax.jit(jax.grad(lambda p: jnp.mean(ours(module, p, sample, time, text) ** 2)))(torch_params(model))
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for path, (a, b) in jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda a, b: (a, b), found, expected), is_leaf=lambda x: isinstance(x, tuple)
-    ):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+def test_gradients_with_recomputed_activations_equal_autograd():
+    model, _, inputs = case("sd1")
+    module = UNet2DCondition(UNetConfig(**CONFIGS["sd1"], remat=True))
+    (theirs(model, inputs) ** 2).mean().backward()
+    args = arguments(inputs)
+    found = jax.jit(jax.grad(lambda p: jnp.mean(module.apply({"params": p}, *args) ** 2)))(torch_params(model))
+    assert_gradients_equal(found, torch_gradients(model))
 
 
-def test_initial_parameters_have_the_names_and_shapes_of_diffusers():
-    model, module, sample, time, text = case("sd1")
-    args = (jnp.array(sample.transpose(0, 2, 3, 1)), jnp.array(time), jnp.array(text))
-    made = jax.eval_shape(lambda: module.init(jax.random.key(0), *args)["params"])
+def test_diffusion_dpo_gradients_equal_autograd():
+    """-log sigmoid(-beta / 2 (policy's error difference - reference's)), arXiv 2311.12908, equation 14.
+
+    Winner and loser share caption, time and noise; errors are means over the image.
+    """
+    beta, rows = 20.0, 3
+    model, module, inputs = case("sdxl")
+    reference, _, _ = case("sdxl")
+    randomise(reference, 4)
+    rng = np.random.default_rng(1)
+    loser = inputs | {"sample": rng.standard_normal(inputs["sample"].shape).astype(np.float32)}
+    noise = rng.standard_normal(inputs["sample"].shape).astype(np.float32)
+
+    def torch_difference(m):
+        won, lost = (((theirs(m, side) - torch.tensor(noise)) ** 2).mean(dim=(1, 2, 3)) for side in (inputs, loser))
+        return won - lost
+
+    with torch.no_grad():
+        fixed = torch_difference(reference)
+    margin = torch_difference(model) - fixed
+    assert margin.abs().max() > 1e-3
+    torch_loss = -torch.nn.functional.logsigmoid(-0.5 * beta * margin).mean()
+    torch_loss.backward()
+
+    def difference(p):
+        sides = [jnp.concatenate(pair) for pair in zip(arguments(inputs), arguments(loser), strict=True)]
+        target = jnp.tile(jnp.array(noise.transpose(0, 2, 3, 1)), (2, 1, 1, 1))
+        errors = jnp.mean((module.apply({"params": p}, *sides) - target) ** 2, axis=(1, 2, 3))
+        return errors[:rows] - errors[rows:]
+
+    def loss(p, r):
+        return -jnp.mean(jax.nn.log_sigmoid(-0.5 * beta * (difference(p) - difference(r))))
+
+    value, found = jax.jit(jax.value_and_grad(loss))(torch_params(model), torch_params(reference))
+    np.testing.assert_allclose(value, torch_loss.item(), rtol=1e-4)
+    assert_gradients_equal(found, torch_gradients(model))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_initial_parameters_have_the_names_and_shapes_of_diffusers(name):
+    model, module, inputs = case(name)
+    made = jax.eval_shape(lambda: module.init(jax.random.key(0), *arguments(inputs))["params"])
     shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)  # noqa: E731
     assert shapes(made) == shapes(torch_params(model))
 
 
 def test_bfloat16_computes_in_bfloat16_and_reports_in_float32():
-    _, _, sample, time, text = case("sd2")
-    module = UNet2DCondition(UNetConfig(**CONFIGS["sd2"], dtype="bfloat16"))
-    args = (jnp.array(sample.transpose(0, 2, 3, 1)), jnp.array(time), jnp.array(text))
-    params = module.init(jax.random.key(0), *args)
-    text_of = str(jax.make_jaxpr(module.apply)(params, *args))
-    convolutions = [line for line in text_of.splitlines() if "conv_general_dilated[" in line]
+    _, _, inputs = case("sdxl")
+    module, args = UNet2DCondition(UNetConfig(**CONFIGS["sdxl"], dtype="bfloat16")), arguments(inputs)
+    params = jax.eval_shape(module.init, jax.random.key(0), *args)
+    lines = str(jax.make_jaxpr(module.apply)(params, *args)).splitlines()
+    convolutions = [line for line in lines if "conv_general_dilated[" in line]
     assert convolutions
     assert all(":bf16[" in line for line in convolutions)
-    assert module.apply(params, *args).dtype == jnp.float32
+    assert jax.eval_shape(module.apply, params, *args).dtype == jnp.float32
+
+
+def test_the_added_embedding_and_its_inputs_go_together():
+    _, module, inputs = case("sdxl")
+    *plain, pooled, sizes = arguments(inputs)
+    init = lambda model, *args: jax.eval_shape(model.init, jax.random.key(0), *args)  # noqa: E731
+    with pytest.raises(ValueError, match="needs both text_embeds and time_ids"):
+        init(module, *plain)
+    with pytest.raises(ValueError, match="needs both text_embeds and time_ids"):
+        init(module, *plain, pooled)
+    with pytest.raises(ValueError, match=r"width 10 and 5 time_ids of 4 make 30, but .*_input_dim=34"):
+        init(module, *plain, pooled, sizes[:, :5])
+    with pytest.raises(ValueError, match="need addition_embed_type='text_time'"):
+        init(case("sd1")[1], *plain, pooled, sizes)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +198,10 @@ def test_bfloat16_computes_in_bfloat16_and_reports_in_float32():
         ({"down_block_types": ("AttnDownBlock2D",) * 3}, "unknown down_block_types 'AttnDownBlock2D'"),
         ({"block_out_channels": (8, 16)}, "3 down_block_types but 2"),
         ({"attention_head_dim": (2, 4)}, "2 attention_head_dim for 3"),
+        ({"transformer_layers_per_block": (1, 2)}, "2 transformer_layers_per_block for 3"),
         ({"norm_num_groups": 3}, "must divide 8 channels"),
+        ({"addition_embed_type": "image"}, "unknown addition_embed_type 'image'"),
+        ({"addition_embed_type": "text_time", "addition_time_embed_dim": 4}, "which are 4 and None"),
     ],
 )
 def test_configurations_it_cannot_build_are_refused(change, message):

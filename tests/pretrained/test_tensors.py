@@ -120,7 +120,7 @@ def test_shards_are_written_read_and_indexed(tmp_path):
 def test_old_names_buffers_and_tied_copies_are_understood(tmp_path):
     tensors = stored()
     old = {name.replace(".q.", ".query."): tensor for name, tensor in tensors.items()}
-    old |= {"model.inv_freq": torch.ones(3), "head.weight": tensors["model.embed.weight"].clone()}
+    old |= {"model.inv_freq": torch.ones(3, dtype=torch.int64), "head.weight": tensors["model.embed.weight"].clone()}
     check_values(load_params(abstract(), Safetensors(write(tmp_path / "a", old), "model"), NAMING), tensors)
     del old["model.embed.weight"]
     check_values(load_params(abstract(), Safetensors(write(tmp_path / "b", old), "model"), NAMING), tensors)
@@ -174,9 +174,9 @@ def test_damaged_missing_and_quantised_files_are_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="listed by its index but missing"):
         Safetensors(tmp_path, "model")
-    write(tmp_path / "int8", {"x": torch.ones(2, dtype=torch.int8)})
-    with pytest.raises(CheckpointError, match="tensor 'x' is stored as I8, which is not supported"):
-        Safetensors(tmp_path / "int8", "model")
+    quantised = stored() | {"model.conv.1.bias": torch.ones(6, dtype=torch.int8)}
+    with pytest.raises(CheckpointError, match=r"tensor 'model\.conv\.1\.bias' is stored as I8, which is not supported"):
+        load_params(abstract(), Safetensors(write(tmp_path / "int8", quantised), "model"), NAMING)
 
 
 def test_names_follow_the_rule():
