@@ -8,49 +8,10 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sysdpo_jax.components import Component, Diffusion, FlowMatching, LanguageModel
-from sysdpo_jax.models.lora import has_lora
-from sysdpo_jax.models.mmdit import MMDiT
-from sysdpo_jax.models.unet import UNet2DCondition
-from sysdpo_jax.pretrained import mmdit, unet
 from sysdpo_jax.pretrained.base import CheckpointError, write_json
-from sysdpo_jax.pretrained.language import decoder_naming
 from sysdpo_jax.pretrained.names import Naming, tensors_of
 from sysdpo_jax.pretrained.tensors import write_safetensors
 from sysdpo_jax.typing import Params
-
-
-def save_adapter(path: str | Path, component: Component, params: Params, base_model: str | None = None) -> None:
-    """Write the LoRA factors of a component alone, without its base.
-
-    A LanguageModel's for peft.PeftModel.from_pretrained; an image component's, which its denoiser must carry, for
-    load_lora_weights of diffusers' pipelines. base_model: folder or repository of the base, noted for PEFT's readers.
-    Raises `FileExistsError` when `path` exists and is not an empty folder, and `CheckpointError` for parameters without
-    factors or a component whose factors have no such layout.
-    """
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists: choose another folder, or empty it first")
-    if isinstance(component, LanguageModel):
-        write_peft_adapter(folder, params, decoder_naming(component.decoder.config), base_model)
-    elif isinstance(component, Diffusion | FlowMatching):
-        carriers = [key for key in params if key != "denoiser" and has_lora(params[key])]
-        if carriers:
-            raise CheckpointError(
-                f"only a denoiser's LoRA can be written apart, not that of {', '.join(carriers)}: save"
-            )
-        write_diffusers_adapter(folder, params["denoiser"], *_diffusers_name(component))
-    else:
-        raise CheckpointError(f"a {type(component).__name__} has no Hugging Face form: keep it in a run's checkpoint")
-
-
-def _diffusers_name(component: Diffusion | FlowMatching) -> tuple[Naming, str]:
-    denoiser = component.denoiser
-    if isinstance(denoiser, UNet2DCondition):
-        return unet.naming(denoiser.config), "unet"
-    if isinstance(denoiser, MMDiT):
-        return mmdit.naming(denoiser.config), "transformer"
-    raise CheckpointError(f"a {type(denoiser).__name__} is no denoiser of diffusers: keep it in a run's checkpoint")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText, LatentCod
 from sysdpo_jax.components.text import TextConditioner, Truncation
 from sysdpo_jax.generation.samplers import FlowEuler
 from sysdpo_jax.models.mmdit import MMDiT
-from sysdpo_jax.pretrained import schedulers
+from sysdpo_jax.models.unet import UNet2DCondition
+from sysdpo_jax.pretrained import mmdit, schedulers, unet
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, read_json, write_json
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings
@@ -141,9 +142,13 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
 
 
 def denoiser_names(component: Pipeline) -> tuple[str, Naming]:
-    """The denoiser's own name in a pipeline, and the naming of its tensors."""
-    name, part = ("transformer", MMDIT) if isinstance(component.denoiser, MMDiT) else ("unet", UNET)
-    return name, part.naming(component.denoiser.config)
+    """The denoiser's name in a pipeline, and the naming of its tensors. Raises `CheckpointError` for another one."""
+    denoiser = component.denoiser
+    if isinstance(denoiser, UNet2DCondition):
+        return "unet", unet.naming(denoiser.config)
+    if isinstance(denoiser, MMDiT):
+        return "transformer", mmdit.naming(denoiser.config)
+    raise CheckpointError(f"a {type(denoiser).__name__} is no denoiser of diffusers: use a run's checkpoints")
 
 
 def _denoiser(kind: str) -> tuple[str, Part]:

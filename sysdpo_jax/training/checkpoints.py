@@ -37,7 +37,7 @@ class Checkpoints:
             "configuration": config,
             "array": array_types(carry),
             "reference": fingerprints(fixed.reference),
-            "frozen": fingerprints({k: tree for k, tree in fixed.frozen.items() if k not in fixed.reference}),
+            "frozen": fingerprints(fixed.frozen),
         }
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))

@@ -38,7 +38,10 @@ class Carry(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """The part of the state that training only reads; frozen has None for trained leaves."""
+    """The part of the state that training only reads, no array twice.
+
+    frozen has None for trained leaves; reference has None where its leaf is the very array that frozen holds.
+    """
 
     frozen: Params
     reference: Params
@@ -47,13 +50,20 @@ class Fixed(NamedTuple):
 def split(state: TrainState, mask: PyTree) -> tuple[Carry, Fixed]:
     """The state in two parts. mask: `SystemOptimizer.mask` of its parameters."""
     trained, frozen = partition(state.params, mask)
-    return Carry(state.step, trained, state.opt_state, state.ema), Fixed(frozen, state.reference)
+    shared = {key: frozen[key] for key in state.reference}
+    reference = jax.tree.map(lambda leaf, own: None if leaf is own else leaf, state.reference, shared)
+    return Carry(state.step, trained, state.opt_state, state.ema), Fixed(frozen, reference)
 
 
 def join(carry: Carry, fixed: Fixed) -> TrainState:
     """Undo `split`."""
     params = combine(carry.trained, fixed.frozen)
-    return TrainState(carry.step, params, fixed.reference, carry.opt_state, carry.ema)
+    return TrainState(carry.step, params, whole_reference(fixed), carry.opt_state, carry.ema)
+
+
+def whole_reference(fixed: Fixed) -> Params:
+    """The trained components' reference trees, with the leaves that they share with the parameters."""
+    return combine(fixed.reference, {key: fixed.frozen[key] for key in fixed.reference})
 
 
 def create_state(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.training.optimizer import SystemOptimizer, combine
 from sysdpo_jax.training.sharding import BATCH_SPEC, make_mesh, place_batch, replicated
-from sysdpo_jax.training.state import Carry, Fixed, TrainState, join, split
+from sysdpo_jax.training.state import Carry, Fixed, TrainState, join, split, whole_reference
 from sysdpo_jax.typing import Params
 
 Metrics = dict[str, Array]
@@ -45,7 +45,7 @@ class TrainStep:
     def __init__(self, system: CompoundSystem, objective: Objective, optimizer: SystemOptimizer, mesh: Mesh):
         self.system, self.objective, self.optimizer, self.mesh = system, objective, optimizer, mesh
         self._mask: PyTree = None
-        self._jitted: Any = None
+        self._jitted: dict[Any, Any] = {}
 
     def __call__(
         self, state: TrainState, batch: PyTree, key: PRNGKeyArray, proceed: Array | np.bool_ = PROCEED
@@ -54,25 +54,27 @@ class TrainStep:
 
         Raises `ShardingError` for a batch that the mesh cannot cut, and `ValueError` for a state on another mesh.
         """
-        carry, fixed = self._split(state)
+        jitted, carry, fixed = self._prepare(state)
         batch = place_batch(self.mesh, batch)
         # Arrays on and off the mesh have different types to the tracer: place it, or the second step traces again.
         proceed = jax.device_put(proceed, replicated(self.mesh))
-        carry, metrics = self._jitted(carry, fixed, batch, key, proceed)
+        carry, metrics = jitted(carry, fixed, batch, key, proceed)
         return join(carry, fixed), metrics
 
     def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> jax.stages.Lowered:
         """The lowered step, to read its memory analysis or to compile ahead of time; nothing runs."""
-        carry, fixed = self._split(state)
-        return self._jitted.lower(carry, fixed, batch, key, PROCEED)
+        jitted, carry, fixed = self._prepare(state)
+        return jitted.lower(carry, fixed, batch, key, PROCEED)
 
-    def _split(self, state: TrainState) -> tuple[Carry, Fixed]:
-        if self._jitted is None:
+    def _prepare(self, state: TrainState) -> tuple[Any, Carry, Fixed]:
+        if self._mask is None:
             self._mask = self.optimizer.mask(state.params)
         parts = split(state, self._mask)
-        if self._jitted is None:
-            self._jitted = self._jit(*parts)
-        return parts
+        # A state whose reference shares other leaves with its parameters is another set of arguments.
+        structure = jax.tree.structure(parts)
+        if structure not in self._jitted:
+            self._jitted[structure] = self._jit(*parts)
+        return self._jitted[structure], *parts
 
     def _jit(self, carry: Carry, fixed: Fixed) -> Any:
         carries, fixes = jax.tree.map(self._sharding, (carry, fixed))
@@ -94,8 +96,8 @@ class TrainStep:
         self, carry: Carry, fixed: Fixed, batch: PyTree, key: PRNGKeyArray, proceed: Bool[Array, ""]
     ) -> tuple[Carry, Metrics]:
         def loss_of(trained: Params) -> tuple[Array, Metrics]:
-            params = combine(trained, fixed.frozen)
-            return self.objective(self.system, params, fixed.reference, batch, jax.random.fold_in(key, carry.step))
+            params, reference = combine(trained, fixed.frozen), whole_reference(fixed)
+            return self.objective(self.system, params, reference, batch, jax.random.fold_in(key, carry.step))
 
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(carry.trained)
         trained, opt_state, norms = self.optimizer.update(gradients, carry.opt_state, carry.trained)

@@ -34,7 +34,16 @@ CONFIG = DecoderConfig(
     num_key_value_heads=2,
     max_position_embeddings=32,
 )
-TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+
+
+class Tokenizer(SimpleNamespace):
+    """What the component asks of a tokenizer when its features come ready."""
+
+    def __len__(self):
+        return 64
+
+
+TOKENIZER = Tokenizer(eos_token_id=1, pad_token_id=0)
 SYSTEM = CompoundSystem(
     ("x",),
     (

@@ -1,0 +1,157 @@
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): a dense layer's kernel W acts as W + scale A B, and only A, B learn.
+
+The factors are leaves beside the kernel [*, in, out], where * is the layer axis of stacked layers:
+lora_a [*, in, rank], lora_b [*, rank, out] (zeros at first, so that nothing changes) and lora_scale [*], the constant
+alpha / rank. A tree with them is applied by the same module as the base: `layers.Dense` looks for them, adds the two
+thin products and never forms the merged kernel. A reference of the same tree pays those products too.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sysdpo_jax.typing import Params
+
+LEAVES = ("lora_a", "lora_b", "lora_scale")
+
+# What `ComponentOptimizer(trainable=...)` takes to train the factors alone.
+TRAINABLE = r"lora_[ab]$"
+
+# Sets of dense layers by name, as regular expressions on the "/"-joined path of the layer. An MMDiT's attn2 is
+# attention among patches, so "cross_attention" is the U-Net's alone.
+TARGETS = {
+    "attention": r"(^|/)([qkvo]_proj|out_proj|to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out|SelfAttention/[qkvo])$",
+    "cross_attention": r"(^|/)attentions_\d+/transformer_blocks_\d+/attn2/(to_[qkv]|to_out_0)$",
+    "mlp": r"(^|/)((gate|up|down)_proj|fc[12]|ff(_context)?/(net_0/proj|net_2)|wi_[01]|wo)$",
+    "all_linear": r"^(?!(.*/)?lm_head$)",
+}
+
+
+class LoRAError(ValueError):
+    """An adapter cannot be made as asked: the message names the setting or pattern and the remedy."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which layers get factors, of which rank, and the scale alpha / rank of their product.
+
+    targets: a name in TARGETS ("all_linear" is all dense layers but the language model's head) or a regex found in
+    the "/"-joined path of a dense layer, or a tuple of several.
+    """
+
+    rank: int
+    alpha: float
+    targets: str | tuple[str, ...] = "attention"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise LoRAError(f"LoRA: rank {self.rank} and alpha {self.alpha} must be positive")
+        if not self.patterns:
+            raise LoRAError(f"LoRA: no targets: give a regex or a name among {', '.join(TARGETS)}")
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise LoRAError(f"LoRA target {pattern!r} is no regular expression ({error}): mend it") from None
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The targets, always as a tuple."""
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
+
+
+def low_rank(module: nn.Module, x: Float[Array, "rows width"], dtype: Any) -> Float[Array, "rows features"]:
+    """scale x A B with the factors in the module's own scope: products in the precision of x, the result in dtype."""
+    factors: list[Array] = [module.get_variable("params", name) for name in LEAVES]
+    a, b, scale = factors
+    # The scale is a constant even for an optimiser that was given every leaf.
+    thin = (x @ a.astype(x.dtype)) * jax.lax.stop_gradient(scale).astype(x.dtype)
+    return jnp.matmul(thin, b.astype(x.dtype), preferred_element_type=dtype)
+
+
+def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "float32") -> Params:
+    """One component's tree with factors beside the kernels that `lora` targets; the other leaves are the same arrays.
+
+    A ~ U(-1/sqrt(in), 1/sqrt(in)), Kaiming's with a = sqrt(5) (arXiv 1502.01852), as PEFT starts it, and B = 0.
+    Only dense layers can be targets. Raises `LoRAError` for a pattern that finds none, naming some that there are, and
+    for a layer that has factors already.
+    """
+    flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
+    chosen = _targets(flat, lora)
+    for path, layer_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+        if f"{path}/lora_a" in flat:
+            raise LoRAError(f"{path} carries LoRA already: merge_lora or strip_lora first, or target other layers")
+        *stack, width, features = flat[f"{path}/kernel"].shape
+        a = jax.random.uniform(layer_key, (*stack, width, lora.rank), jnp.float32, -1.0, 1.0) / width**0.5
+        flat[f"{path}/lora_a"] = a.astype(param_dtype)
+        flat[f"{path}/lora_b"] = jnp.zeros((*stack, lora.rank, features), param_dtype)
+        flat[f"{path}/lora_scale"] = jnp.full(stack, lora.alpha / lora.rank, jnp.float32)
+    return unflatten_dict(flat, sep="/")
+
+
+def is_lora(path: str) -> bool:
+    """Whether the "/"-joined path of a leaf is that of a factor or its scale."""
+    return path.rpartition("/")[2] in LEAVES
+
+
+def has_lora(params: Params) -> bool:
+    """Whether any layer of the tree carries factors."""
+    return any(is_lora(path) for path in flatten_dict(params, sep="/"))
+
+
+def strip_lora(params: Params) -> Params:
+    """The base: the tree without factors, its leaves the same arrays."""
+    flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if not is_lora(path)}, sep="/")
+
+
+def merge_lora(params: Params) -> Params:
+    """The plain tree that computes the same, each kernel merged with its factors: a second copy of those kernels."""
+    flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
+    merged = {path: leaf for path, leaf in flat.items() if not is_lora(path)}
+    for path in flat:
+        if path.endswith("/lora_a"):
+            module = path.removesuffix("/lora_a")
+            leaves = {name: flat[f"{module}/{name}"] for name in ("kernel", *LEAVES)}
+            merged[f"{module}/kernel"] = merged_kernel(leaves)
+    return unflatten_dict(merged, sep="/")
+
+
+def merged_kernel(leaves: Mapping[str, Any]) -> Float[Array, "*stack width features"]:
+    """W + scale A B of one layer's leaves (kernel, lora_a, lora_b, lora_scale), in float32, in the kernel's dtype."""
+    kernel, a, b, scale = (jnp.asarray(leaves[name]) for name in ("kernel", *LEAVES))
+    # Accelerators round the operands of a float32 product unless asked not to.
+    product = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+    return (kernel.astype(jnp.float32) + scale.astype(jnp.float32)[..., None, None] * product).astype(kernel.dtype)
+
+
+def _targets(flat: Mapping[str, Any], lora: LoRA) -> list[str]:
+    """The sorted paths of the dense layers that the patterns find."""
+    dense = [path.removesuffix("/kernel") for path, leaf in flat.items() if _is_dense(path, leaf)]
+    chosen: set[str] = set()
+    for pattern in lora.patterns:
+        regex = TARGETS.get(pattern, pattern)
+        found = [path for path in dense if re.search(regex, path)]
+        if not found:
+            modules = {path.rpartition("/")[0] for path in flat}
+            others = sorted(path for path in modules if path and re.search(regex, path))
+            carried = f", only what cannot carry factors ({', '.join(others[:3])})" if others else ""
+            examples = {path.rpartition("/")[2]: path for path in reversed(dense)}
+            raise LoRAError(
+                f"LoRA target {pattern!r} finds no dense layer{carried}. Dense layers here are, for example, "
+                f"{', '.join(sorted(examples.values())[:8]) or 'none at all'}; the named sets are {', '.join(TARGETS)}"
+            )
+        chosen |= set(found)
+    return sorted(chosen)
+
+
+def _is_dense(path: str, leaf: Any) -> bool:
+    # A convolution's kernel has four axes; a kernel at the root is a component's own, read by no Dense.
+    return path.endswith("/kernel") and leaf.ndim in (2, 3)

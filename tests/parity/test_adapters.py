@@ -1,0 +1,228 @@
+"""Adapters trained here and loaded by PEFT and diffusers: the PyTorch models then compute what ours do.
+
+1e-4 in float32: two implementations that order their sums differently, outputs of order 1 to 10.
+"""
+
+import json
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sysdpo_jax import (
+    CompoundSystem,
+    Diffusion,
+    DirectObjective,
+    Gaussian,
+    LanguageModel,
+    Node,
+    PairBatch,
+    PixelCodec,
+    TextEncoder,
+)
+from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.models.lora import TRAINABLE, LoRA, add_lora
+from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.pretrained import mmdit, save_adapter, unet
+from sysdpo_jax.pretrained.adapters import write_diffusers_adapter
+from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.language import decoder_naming
+from sysdpo_jax.pretrained.params import stored_tensors
+from sysdpo_jax.training import ComponentOptimizer, create_state, make_optimizer, make_train_step
+from tests.components.stubs import SPECIAL, WORDS, Embedding, word_tokenizer
+from tests.parity.convert import llama_params
+from tests.parity.convert_diffusion import randomise, torch_params
+
+KEY = jax.random.key(0)
+TOLERANCE = 1e-4
+VOCABULARY = len(SPECIAL) + len(WORDS)
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6,
+}
+UNET = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "cross_attention_dim": 4,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+MMDIT = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 10,
+    "pos_embed_max_size": 8,
+}
+
+
+def texts(rng, rows):
+    return [" ".join(rng.choice(WORDS, 5)) for _ in range(rows)]
+
+
+def trained(component, params, value):
+    """The parameters after two steps of Adam on random preferences. value(rng) makes one raw value."""
+    system = CompoundSystem(("x",), (Node("y", component, ("x",)),))
+    rng = np.random.default_rng(0)
+    sides = [system.prepare([{"x": x, "y": value(rng)} for x in texts(rng, 4)]) for _ in range(2)]
+    optimizer = make_optimizer({"y": ComponentOptimizer(optax.adam(0.05), trainable=TRAINABLE)})
+    state = create_state(system, {"y": params}, optimizer)
+    step = make_train_step(system, DirectObjective(0.1), optimizer)
+    for _ in range(2):
+        state, metrics = step(state, PairBatch(*sides), KEY)
+        assert metrics["finite"]
+    return state.params["y"]
+
+
+def randomised(params):
+    """Every lora_b off zero."""
+    flat = flatten_dict(params, sep="/")
+    for number, path in enumerate(sorted(flat)):
+        if path.endswith("lora_b"):
+            flat[path] = 0.2 * jax.random.normal(jax.random.key(number), flat[path].shape)
+    return unflatten_dict(flat, sep="/")
+
+
+def language_model(tie):
+    """A torch Llama, our component and its parameters, with factors of two ranks trained for two steps."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**LLAMA, tie_word_embeddings=tie, initializer_range=0.25, eos_token_id=None, bos_token_id=None)
+    model = LlamaForCausalLM(config).eval()
+    component = LanguageModel(Decoder(DecoderConfig(**LLAMA, tie_word_embeddings=tie)), word_tokenizer(), 8, 8)
+    params = add_lora(llama_params(model), LoRA(4, 6.0, "attention"), jax.random.key(1))
+    params = add_lora(params, LoRA(2, 5.0, ("mlp",) if tie else ("mlp", "lm_head")), jax.random.key(2))
+    return model, component, trained(component, params, lambda rng: texts(rng, 1)[0])
+
+
+# peft 0.21 asks transformers for a name that version 5 deprecates.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("tie", [False, True])
+def test_peft_loads_a_language_models_adapter(tie, tmp_path):
+    model, component, params = language_model(tie)
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 9))
+    found = jax.jit(component.decoder.apply)({"params": params}, jnp.array(tokens))
+    with torch.no_grad():
+        base = model(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(found - base).max() > 0.1
+
+    save_adapter(tmp_path / "adapter", component, params, "some/base")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 6
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    first = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert tensors[f"{first}.lora_A.weight"].shape == (4, 32)
+    assert tensors[f"{first}.lora_B.weight"].shape == (32, 4)
+
+    merged = LlamaForCausalLM(model.config).eval()
+    stored = {
+        name: torch.tensor(array) for name, array in stored_tensors(params, decoder_naming(component.decoder.config))
+    }
+    merged.load_state_dict(stored, strict=not tie)
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    names = {name.rpartition(".lora_A.")[0] for name, _ in adapted.named_parameters() if ".lora_A." in name}
+    assert names == {name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
+    for theirs in (merged, adapted):
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_diffusers_loads_a_unets_adapter(tmp_path):
+    """Its proj_in and proj_out are 1 x 1 convolutions there, as in Stable Diffusion 1."""
+    model = diffusers.UNet2DConditionModel(sample_size=8, **UNET).eval()
+    randomise(model, 1)
+    denoiser = UNet2DCondition(UNetConfig(**UNET))
+    component = Diffusion(
+        denoiser=denoiser, text=TextEncoder(Embedding(), word_tokenizer(), 5), codec=PixelCodec((8, 8, 3))
+    )
+    params = {**component.init(KEY), "denoiser": torch_params(model)}
+    params = add_lora(params, LoRA(4, 6.0, ("attention", "proj_(in|out)$")), jax.random.key(1))
+    params = add_lora(params, LoRA(2, 5.0, ("mlp", "time_emb")), jax.random.key(2))
+    params = trained(component, params, lambda rng: rng.uniform(size=(8, 8, 3)).astype(np.float32))
+
+    save_adapter(tmp_path / "adapter", component, params)
+    rng = np.random.default_rng(2)
+    image, time = rng.standard_normal((2, 8, 8, 3)).astype(np.float32), np.array([10, 800])
+    text = rng.standard_normal((2, 5, 4)).astype(np.float32)
+    found = jax.jit(denoiser.apply)({"params": params["denoiser"]}, image, time, text)
+    merged = diffusers.UNet2DConditionModel(sample_size=8, **UNET).eval()
+    naming = unet.naming(denoiser.config)
+    merged.load_state_dict({name: torch.tensor(x) for name, x in stored_tensors(params["denoiser"], naming)})
+
+    def run(theirs):
+        args = (torch.tensor(image.transpose(0, 3, 1, 2)), torch.tensor(time), torch.tensor(text))
+        with torch.no_grad():
+            return theirs(*args).sample.numpy().transpose(0, 2, 3, 1)
+
+    assert np.abs(found - run(model)).max() > 0.05
+    diffusers.StableDiffusionPipeline.load_lora_into_unet(
+        *diffusers.StableDiffusionPipeline.lora_state_dict(tmp_path / "adapter"), model
+    )
+    for theirs in (merged, model):
+        np.testing.assert_allclose(found, run(theirs), rtol=0, atol=TOLERANCE)
+
+
+def test_diffusers_loads_a_transformers_adapter(tmp_path):
+    model = diffusers.SD3Transformer2DModel(**MMDIT).eval()
+    randomise(model, 1)
+    module = MMDiT(MMDiTConfig(**MMDIT))
+    params = add_lora(torch_params(model), LoRA(4, 6.0, ("all_linear",)), jax.random.key(1))
+    params = randomised(params)
+    write_diffusers_adapter(tmp_path / "adapter", params, mmdit.naming(module.config), "transformer")
+    rng = np.random.default_rng(2)
+    image, time = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.array([10, 800])
+    text, pooled = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 12), (2, 10)))
+    found = jax.jit(module.apply)({"params": params}, image, time, text, pooled)
+
+    def run():
+        with torch.no_grad():
+            inputs = (torch.tensor(x) for x in (image.transpose(0, 3, 1, 2), text, pooled, time))
+            return model(*inputs).sample.numpy().transpose(0, 2, 3, 1)
+
+    assert np.abs(found - run()).max() > 0.1
+    model.load_lora_adapter(tmp_path / "adapter", prefix="transformer", use_safetensors=True)
+    np.testing.assert_allclose(found, run(), rtol=0, atol=TOLERANCE)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    component = LanguageModel(Decoder(DecoderConfig(**LLAMA)), word_tokenizer(), 8, 8)
+    with pytest.raises(CheckpointError, match="carry no LoRA"):
+        save_adapter(tmp_path / "adapter", component, component.init(KEY))
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(CheckpointError, match="a Gaussian has no Hugging Face form"):
+        save_adapter(tmp_path / "adapter", Gaussian(2, 3), {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        save_adapter(tmp_path, component, component.init(KEY))
+    image = Diffusion(
+        denoiser=UNet2DCondition(UNetConfig(**UNET)),
+        text=TextEncoder(Embedding(), word_tokenizer(), 5),
+        codec=PixelCodec((8, 8, 3)),
+    )
+    params = {"denoiser": {}, "text_encoder": {"layer": {"lora_a": jnp.zeros((2, 1))}}}
+    with pytest.raises(CheckpointError, match="not that of text_encoder"):
+        save_adapter(tmp_path / "adapter", image, params)
