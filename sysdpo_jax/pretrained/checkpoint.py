@@ -93,7 +93,7 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
             adapted = [key for key, tree in params.items() if has_lora(tree)]
             if adapted not in ([], ["denoiser"]):
                 raise CheckpointError(
-                    f"only the denoiser's factors can be saved apart, not those of {adapted}: use save"
+                    f"only a denoiser's factors can be saved apart, not those of {', '.join(adapted)}: use save"
                 )
             name, naming = denoiser_names(component)
             write_diffusers_adapter(folder, params["denoiser"], naming, name)

@@ -1,4 +1,4 @@
-"""Fields of image models' configurations that are read and written alike."""
+"""Fields of configurations that are read and written alike."""
 
 from collections.abc import Mapping
 from dataclasses import fields

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from sysdpo_jax.models.lora import is_lora, merged_kernel
+from sysdpo_jax.models.lora import LEAVES, is_lora, merged_kernel
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.names import Index, Naming, Tensor, tensors_of
 from sysdpo_jax.pretrained.tensors import TensorSource
@@ -66,11 +66,8 @@ def stored_tensors(params: Params, naming: Naming) -> Iterator[tuple[str, np.nda
         if is_lora(path):
             continue
         module = path.rpartition("/")[0]
-        factors = {
-            name: leaves[f"{module}/{name}"]
-            for name in ("lora_a", "lora_b", "lora_scale")
-            if f"{module}/{name}" in leaves and path.endswith("/kernel")
-        }
+        adapted = path.endswith("/kernel") and f"{module}/lora_a" in leaves
+        factors = {name: leaves[f"{module}/{name}"] for name in LEAVES} if adapted else {}
         for tensor in tensors_of(path, leaf.shape, naming):
             whole = leaf if tensor.layer is None else leaf[tensor.layer]
             if factors:

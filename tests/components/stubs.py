@@ -1,5 +1,7 @@
 """Small models with a formula that NumPy can repeat, and a tokenizer of whole words."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from flax import linen as nn
 from tokenizers import Tokenizer
@@ -48,6 +50,16 @@ def byte_tokenizer(*merges: str) -> PreTrainedTokenizerFast:
     made.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = ByteLevelDecoder()
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+
+
+class IdTokenizer(SimpleNamespace):
+    """What the component asks of a tokenizer when its features come ready: a size and two ids."""
+
+    def __init__(self, size):
+        super().__init__(eos_token_id=1, pad_token_id=0, size=size)
+
+    def __len__(self):
+        return self.size
 
 
 class Embedding(nn.Module):

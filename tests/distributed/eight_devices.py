@@ -6,7 +6,6 @@ Run by test_meshes.py in a process of its own, because the number of devices is 
 import json
 import sys
 import tempfile
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from sysdpo_jax.training import (
     make_optimizer,
     make_train_step,
 )
+from tests.components.stubs import IdTokenizer
 
 STEPS, ROWS, LENGTH, WIDTH = 20, 16, 12, 256
 CONFIG = DecoderConfig(
@@ -36,14 +36,7 @@ CONFIG = DecoderConfig(
 )
 
 
-class Tokenizer(SimpleNamespace):
-    """What the component asks of a tokenizer when its features come ready."""
-
-    def __len__(self):
-        return 64
-
-
-TOKENIZER = Tokenizer(eos_token_id=1, pad_token_id=0)
+TOKENIZER = IdTokenizer(64)
 SYSTEM = CompoundSystem(
     ("x",),
     (

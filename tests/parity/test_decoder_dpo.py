@@ -1,7 +1,5 @@
 """The DPO loss of a one-node system and its gradient, for each family of decoders, against torch autograd."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from transformers import PreTrainedModel
 
 from sysdpo_jax import CompoundSystem, DirectObjective, LanguageModel, Node, PairBatch
 from sysdpo_jax.models.decoder import Decoder
+from tests.components.stubs import IdTokenizer
 from tests.parity.convert import llama_params, llama_tree, torch_decoder
 from tests.parity.test_decoder import QUICK, random_tokens
 from tests.parity.test_decoder_families import VARIANTS
@@ -46,7 +45,7 @@ def test_loss_and_gradient(name: str) -> None:
     expected = llama_tree({n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None})
     assert margins.abs().max() < 5
 
-    tokenizer = types.SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    tokenizer = IdTokenizer(VARIANTS[name].vocab_size)
     component = LanguageModel(Decoder(VARIANTS[name]), tokenizer, max_prompt_length=6, max_new_tokens=6)
     system = CompoundSystem(("request",), (Node("answer", component, ("request",)),))
     whole = {"prompt_lengths": PROMPTS, "truncated": np.zeros(4, np.float32)}

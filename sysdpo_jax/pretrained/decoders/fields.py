@@ -57,15 +57,6 @@ def express_shape(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def build(config: ConfigReader, values: Mapping[str, Any]) -> DecoderConfig:
-    """The configuration of these fields, once nothing in the file is left unread."""
-    config.finish()
-    try:
-        return DecoderConfig(**values)
-    except ValueError as error:
-        raise CheckpointError(f"{config.where} describes no model: {error}") from None
-
-
 def read_rope(config: ConfigReader, theta: float = 10000.0) -> dict[str, Any]:
     """rope_theta and rope_scaling, from rope_parameters (transformers 5) or from keys of those names.
 

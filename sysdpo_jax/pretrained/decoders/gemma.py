@@ -6,6 +6,7 @@ from sysdpo_jax.models.decoder_config import FULL, SLIDING, DecoderConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.decoders import fields
 from sysdpo_jax.pretrained.decoders.family import Family
+from sysdpo_jax.pretrained.fields import build
 
 ACTIVATION = "gelu_pytorch_tanh"
 
@@ -51,7 +52,7 @@ def _read_gemma2(config: ConfigReader) -> DecoderConfig:
         "attn_logit_softcapping": _number(config.take("attn_logit_softcapping", 50.0)),
         "final_logit_softcapping": _number(config.take("final_logit_softcapping", 30.0)),
     }
-    return fields.build(config, values | caps)
+    return build(config, DecoderConfig, values | caps)
 
 
 def _express_gemma2(config: DecoderConfig) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _read_gemma3(config: ConfigReader) -> DecoderConfig:
     period = config.take("sliding_window_pattern", config.take("_sliding_window_pattern", 6))
     values = _read_shared(config, "gemma3_text", period) | _read_two_ropes(config)
     cap = _number(config.take("final_logit_softcapping", None))
-    return fields.build(config, values | {"final_logit_softcapping": cap, "qk_norm": True})
+    return build(config, DecoderConfig, values | {"final_logit_softcapping": cap, "qk_norm": True})
 
 
 def _read_two_ropes(config: ConfigReader) -> dict[str, Any]:

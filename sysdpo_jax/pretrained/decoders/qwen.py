@@ -6,6 +6,7 @@ from sysdpo_jax.models.decoder_config import SLIDING, DecoderConfig
 from sysdpo_jax.pretrained.base import ConfigReader
 from sysdpo_jax.pretrained.decoders import fields
 from sysdpo_jax.pretrained.decoders.family import Family
+from sysdpo_jax.pretrained.fields import build
 
 
 def _read_shared(config: ConfigReader, model_type: str) -> dict[str, Any]:
@@ -37,14 +38,14 @@ def _express_shared(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(config: ConfigReader) -> DecoderConfig:
-    return fields.build(config, _read_shared(config, "qwen2") | {"qkv_bias": True})
+    return build(config, DecoderConfig, _read_shared(config, "qwen2") | {"qkv_bias": True})
 
 
 def _read_qwen3(config: ConfigReader) -> DecoderConfig:
     own = {"attention_bias": config.take("attention_bias", False), "qk_norm": True}
     # A file without head_dim means this width, not hidden_size / heads.
     values = _read_shared(config, "qwen3")
-    return fields.build(config, values | own | {"head_dim": config.take("head_dim", 128)})
+    return build(config, DecoderConfig, values | own | {"head_dim": config.take("head_dim", 128)})
 
 
 def _express_qwen3(config: DecoderConfig) -> dict[str, Any]:
