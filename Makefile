@@ -7,6 +7,9 @@ BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
 SLOW := $(VENV)/.slow
 
+# One process a core; the tests of a file stay together, because they share what they build.
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
+
 .PHONY: demo test parity test-slow lint clean
 
 $(BASE): setup.py requirements.txt
@@ -30,14 +33,14 @@ demo: $(BASE)
 	$(BIN)/python -m experiments.progressive_images
 
 test: $(DEV)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Every model family against PyTorch, its checkpoints in and out, and LoRA.
 parity: $(DEV)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow" tests/parity tests/pretrained
+	$(PYTEST) -m "not slow" tests/parity tests/pretrained
 
 test-slow: $(SLOW)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ TEST = [
     "mypy>=2.0",
     "peft>=0.21",
     "pytest>=9.0",
+    "pytest-xdist>=3.8",
     "ruff>=0.17",
     # torch==2.13.0 is the release whose CPU build the tests were written with; install it in a pip call of its own.
     "torch==2.13.0",

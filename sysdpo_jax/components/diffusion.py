@@ -28,6 +28,7 @@ class Diffusion(TextToImage):
     sampler: Sampler = DDIM()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self._range
         if not 0 <= low < high <= self.schedule.num_timesteps:
             raise ValueError(f"timesteps {self.timesteps} must lie within (0, {self.schedule.num_timesteps})")

@@ -24,7 +24,7 @@ class Fitted(NamedTuple):
 
 
 def read_image(value: Any, row: int) -> Float[np.ndarray, "height width channels"]:
-    """Pixels in [0, 1]. A file is turned as its EXIF says, transparency and palettes become RGB.
+    """Pixels in [0, 1]. A picture is turned as its EXIF says; palettes and grey become RGB, transparency is dropped.
 
     value: a path, the bytes of an image file, a PIL image, or an array [height, width, channels] of uint8 or of floats
     in [0, 1]. row: its place, for errors. Raises `RecordError` for what cannot be read or lies outside [0, 1].
@@ -32,7 +32,7 @@ def read_image(value: Any, row: int) -> Float[np.ndarray, "height width channels
     if isinstance(value, str | Path | bytes):
         return _decode(value, row)
     if isinstance(value, Image.Image):
-        return _pixels(value)
+        return _pixels(value, row)
     array = np.asarray(value)
     if array.ndim != 3 or array.dtype.kind not in "fu":
         raise RecordError(
@@ -41,10 +41,7 @@ def read_image(value: Any, row: int) -> Float[np.ndarray, "height width channels
         )
     if array.dtype == np.uint8:
         return array.astype(np.float32) / 255
-    array = array.astype(np.float32)
-    if not ((array >= 0) & (array <= 1)).all():
-        raise RecordError(f"image in row {row} has values outside [0, 1]: scale it before")
-    return array
+    return _checked(array.astype(np.float32), row)
 
 
 def fit_image(value: Any, height: int, width: int, row: int) -> Fitted:
@@ -72,15 +69,28 @@ def _decode(value: str | Path | bytes, row: int) -> Float[np.ndarray, "height wi
     what = "its bytes" if isinstance(value, bytes) else repr(str(value))
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as opened:
-            return _pixels(opened)
+            return _pixels(opened, row)
     except FileNotFoundError:
         raise RecordError(f"image in row {row}: there is no file {what}") from None
+    except RecordError:
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise RecordError(
             f"image in row {row} cannot be read from {what} ({error}): replace it or drop the row"
         ) from None
 
 
-def _pixels(image: Image.Image) -> Float[np.ndarray, "height width 3"]:
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(upright, np.float32) / 255
+def _pixels(image: Image.Image, row: int) -> Float[np.ndarray, "height width 3"]:
+    upright = ImageOps.exif_transpose(image)
+    # Pillow would cut these off at 255 instead of scaling them.
+    if upright.mode.startswith("I"):
+        return np.repeat(_checked(np.asarray(upright, np.float32)[..., None] / 65535, row), 3, axis=2)
+    if upright.mode == "F":
+        return np.repeat(_checked(np.asarray(upright)[..., None], row), 3, axis=2)
+    return np.asarray(upright.convert("RGB"), np.float32) / 255
+
+
+def _checked(pixels: np.ndarray, row: int) -> np.ndarray:
+    if not ((pixels >= 0) & (pixels <= 1)).all():
+        raise RecordError(f"image in row {row} has values outside [0, 1]: scale it before")
+    return pixels

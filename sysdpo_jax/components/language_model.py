@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, Metrics, RecordError
-from sysdpo_jax.components.prompts import TRUNCATIONS, Truncation, completion_ids, fitted, prompt_ids
+from sysdpo_jax.components.prompts import (
+    TRUNCATIONS,
+    Truncation,
+    check_vocabulary,
+    completion_ids,
+    fitted,
+    prompt_ids,
+    turn_end,
+)
 from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.typing import Features, Params, Parents
@@ -27,10 +35,14 @@ class LanguageModel(Component):
     its chat template.
     temperature, top_p: of `sample`; temperature 0 takes the likeliest token.
     truncation: of texts without room. "error" refuses them; "keep_start" and "keep_end" keep the first or the last
-    tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. The share of cut
-    rows is the metric "truncated".
+    tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. "keep_end" also
+    keeps the tokenizer's beginning-of-sequence token in front; "keep_start" cuts from messages the header of the turn
+    to come, so that the model does not know whose turn it is. The share of cut rows is the metric "truncated".
     stop_tokens: token ids that end a completion beside the tokenizer's end-of-sequence token, as the
     `eos_token_id` of a generation_config.json lists them.
+
+    The tokenizer may hold more tokens than the decoder, as long as no row does; its padding token is never read.
+    Raises ValueError for lengths beyond the decoder's positions and ends beyond its vocabulary.
     """
 
     decoder: Decoder
@@ -54,11 +66,11 @@ class LanguageModel(Component):
                 f"LanguageModel: max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} "
                 f"exceed the decoder's {config.max_position_embeddings} positions: lower them"
             )
-        # An id beyond the embedding would be read as another token, without a word.
-        if len(self.tokenizer) > config.vocab_size:
+        beyond = [end for end in self._ends if not 0 <= end < config.vocab_size]
+        if beyond:
             raise ValueError(
-                f"LanguageModel: the tokenizer has {len(self.tokenizer)} tokens, the decoder {config.vocab_size}: give "
-                "the tokenizer that belongs to the decoder"
+                f"LanguageModel: the ends {beyond} of tokenizer.eos_token_id and stop_tokens are outside the decoder's "
+                f"{config.vocab_size} tokens: give the tokenizer and the stop_tokens that belong to the decoder"
             )
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -69,9 +81,11 @@ class LanguageModel(Component):
 
         length is max_prompt_length + max_new_tokens; "truncated" is 1 in the rows of which anything was cut, else 0.
         A completion is a string or, after a prompt of messages, a list of the one message that follows. Prompt and
-        completion are tokenized apart, so that no token spans their boundary, and one end-of-sequence token closes
-        the completion unless an end is there already or the completion fills max_new_tokens, where `sample` stops too.
-        Raises `RecordError` for a text of another kind, one without room, and what the chat template refuses.
+        completion are tokenized apart, so that no token spans their boundary, and one end closes the completion unless
+        an end is there already or the completion fills max_new_tokens, where `sample` stops too. After messages that
+        is the end that the chat template writes after such a turn if there is one, else the end-of-sequence token.
+        Raises `RecordError` for a text of another kind, one without room, what the chat template refuses, and tokens
+        that the decoder has not.
         """
         prompts = self._prompts(parents, len(values))
         tokens = np.full((len(values), self.max_prompt_length + self.max_new_tokens), self._pad, np.int32)
@@ -115,7 +129,7 @@ class LanguageModel(Component):
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
         """One completion for each row, a string without special tokens, up to an end or max_new_tokens.
 
-        Prompts are cut or refused as in `prepare`.
+        Prompts are cut or refused as in `prepare`, with `RecordError`.
         """
         rows = len(next(iter(parents.values())))
         prompts = [
@@ -143,8 +157,9 @@ class LanguageModel(Component):
 
     @property
     def _pad(self) -> int:
+        """The tokenizer's padding token where the decoder has it: padding is masked, so any known id does."""
         pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        return int(self.tokenizer.eos_token_id if pad is None or pad >= self.decoder.config.vocab_size else pad)
 
     @property
     def _ends(self) -> tuple[int, ...]:
@@ -161,14 +176,19 @@ class LanguageModel(Component):
         return [join(*(v[row] for v in parents.values())) for row in range(rows)]
 
     def _fitting_prompt(self, ids: list[int], row: int) -> tuple[list[int], bool]:
-        return fitted(ids, self.max_prompt_length, self.truncation, "prompt", "max_prompt_length", row)
+        start = self.tokenizer.bos_token_id
+        kept, cut = fitted(ids, self.max_prompt_length, self.truncation, "prompt", "max_prompt_length", row, start)
+        check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "prompt", row)
+        return kept, cut
 
     def _completion(self, prompt: Any, prompt_tokens: list[int], value: Any, row: int) -> tuple[list[int], bool]:
         """Token ids of the completion with its end, and whether it was cut."""
         ids = completion_ids(self.tokenizer, prompt, prompt_tokens, value, self._ends, row)
         # One that fills its room has no end, as `sample` stops there too: its probability is that of being cut.
         if len(ids) != self.max_new_tokens and (not ids or ids[-1] not in self._ends):
-            ids.append(self._ends[0])
+            ids.append(turn_end(self.tokenizer, prompt, prompt_tokens, value, self._ends, row))
         # The first tokens whatever becomes of prompts: a completion is judged from where it begins.
         keep: Truncation = "error" if self.truncation == "error" else "keep_start"
-        return fitted(ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)
+        kept, cut = fitted(ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)
+        check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "completion", row)
+        return kept, cut

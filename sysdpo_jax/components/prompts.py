@@ -60,26 +60,65 @@ def completion_ids(
     return ids[: last + 1]
 
 
+def turn_end(
+    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
+) -> int:
+    """The token that closes a completion without an end.
+
+    For a string after messages it is the last of `ends` that the chat template writes behind it as an assistant's
+    turn; else, and where the template writes none, rewrites the prompt or refuses the turn, it is ends[0].
+    prompt_tokens: `prompt_ids` of the prompt, before any cut.
+    """
+    if isinstance(prompt, str) or not isinstance(value, str):
+        return ends[0]
+    try:
+        whole = _chat_ids(tokenizer, [*prompt, {"role": "assistant", "content": value}], row, False)
+    except RecordError:
+        return ends[0]
+    if whole[: len(prompt_tokens)] != list(prompt_tokens):
+        return ends[0]
+    written = [token for token in whole[len(prompt_tokens) :] if token in ends]
+    # The text may hold ends itself.
+    own = sum(token in ends for token in tokenizer(value, add_special_tokens=False)["input_ids"])
+    return written[-1] if len(written) > own else ends[0]
+
+
+def check_vocabulary(tokenizer: Any, ids: Sequence[int], vocab_size: int, what: str, row: int) -> None:
+    """Raise `RecordError` for an id that the decoder has no embedding for; it would be read as another token."""
+    token = next((token for token in ids if token >= vocab_size), None)
+    if token is not None:
+        raise RecordError(
+            f"the {what} in row {row} holds the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but the "
+            f"decoder knows ids below {vocab_size}: leave it out, or give the tokenizer that belongs to the decoder"
+        )
+
+
 def fitted(
-    ids: list[int], room: int, truncation: Truncation, what: str, setting: str, row: int
+    ids: list[int], room: int, truncation: Truncation, what: str, setting: str, row: int, start: int | None = None
 ) -> tuple[list[int], bool]:
-    """The ids that fit in `room`, and whether any were cut. Raises on none at all, and on too many under "error"."""
+    """The ids that fit in `room`, and whether any were cut. Raises on none at all, and on too many under "error".
+
+    start: token that "keep_end" keeps in front if it is there, and of the others the last room - 1.
+    """
     if not ids or (len(ids) > room and truncation == "error"):
         remedy = f"raise {setting}, set truncation, or edit it" if ids else "edit it"
         raise RecordError(f"the {what} in row {row} has {len(ids)} tokens, outside 1..{room}: {remedy}")
-    kept = ids[-room:] if truncation == "keep_end" else ids[:room]
-    return kept, len(kept) < len(ids)
+    if len(ids) <= room or truncation == "keep_start":
+        return ids[:room], room < len(ids)
+    front = ids[: int(ids[0] == start)]
+    return front + ids[len(ids) - (room - len(front)) :], True
 
 
 def _open_text(tokenizer: Any, text: str, row: int) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    places = (place for place in range(len(ids) - len(plain) + 1) if ids[place : place + len(plain)] == plain)
-    place = next(places, None)
-    if place is None:
+    places = [place for place in range(len(ids) - len(plain) + 1) if ids[place : place + len(plain)] == plain]
+    if not places:
         raise RecordError(
             f"the prompt in row {row} has other tokens when the tokenizer adds its special tokens: give it as messages"
         )
+    # There are several only where all of the text is the same token: of starts it is the last, of ends the first.
+    place = places[-1] if plain[:1] == [tokenizer.bos_token_id] else places[0]
     before, after = ids[:place], ids[place + len(plain) :]
     if before[-1:] == plain[:1] == [tokenizer.bos_token_id]:
         before = before[:-1]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from sysdpo_jax.components.text import Truncation, conditioning_shapes, tokenize
+from sysdpo_jax.components.text import CaptionTruncation, check_truncation, conditioning_shapes, tokenize
 from sysdpo_jax.models.clip import CLIPTextEncoder
 from sysdpo_jax.models.t5 import T5Encoder
 from sysdpo_jax.typing import Features, Params
@@ -32,8 +32,11 @@ class SDXLText:
     tokenizer: Any = field(compare=False, repr=False)
     tokenizer_2: Any = field(compare=False, repr=False)
     length: int = 77
-    truncation: Truncation = "error"
+    truncation: CaptionTruncation = "error"
     zero_null: bool = True
+
+    def __post_init__(self) -> None:
+        check_truncation(self.truncation)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Params]:
         return init_encoders({"text_encoder": self.encoder, "text_encoder_2": self.encoder_2}, self.length, key)
@@ -79,7 +82,10 @@ class SD3Text:
     width_3: int = 4096
     length: int = 77
     length_3: int = 256
-    truncation: Truncation = "error"
+    truncation: CaptionTruncation = "error"
+
+    def __post_init__(self) -> None:
+        check_truncation(self.truncation)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Params]:
         encoders = {"text_encoder": self.encoder, "text_encoder_2": self.encoder_2, "text_encoder_3": self.encoder_3}
@@ -90,7 +96,7 @@ class SD3Text:
 
     def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
         # CLIP sees the start of a caption that only T5 has room for; without T5 the whole must fit.
-        clip_truncation: Truncation = "keep_start" if self.encoder_3 is not None else self.truncation
+        clip_truncation: CaptionTruncation = "keep_start" if self.encoder_3 is not None else self.truncation
         tokens, cut = tokenize(self.tokenizer, captions, self.length, clip_truncation)
         tokens_2, cut_2 = tokenize(self.tokenizer_2, captions, self.length, clip_truncation)
         features = {"tokens": tokens, "tokens_2": tokens_2, "truncated": np.maximum(cut, cut_2)}

@@ -5,8 +5,8 @@ Axes: B batch, S text tokens, D text width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from functools import cache, partial
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.typing import Features, Params
 
-Truncation = Literal["error", "keep_start"]
+# What becomes of a caption without room: refused, or its first tokens are kept, as diffusers does.
+CaptionTruncation = Literal["error", "keep_start"]
 
 
 @runtime_checkable
@@ -56,7 +57,10 @@ class TextEncoder:
     encoder: nn.Module
     tokenizer: Any = field(compare=False, repr=False)
     length: int = 77
-    truncation: Truncation = "error"
+    truncation: CaptionTruncation = "error"
+
+    def __post_init__(self) -> None:
+        check_truncation(self.truncation)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Params]:
         return {"text_encoder": self.encoder.init(key, jnp.zeros((1, self.length), jnp.int32))["params"]}
@@ -77,7 +81,7 @@ class TextEncoder:
 class FrozenText:
     """A conditioner whose parameters are not trained: it runs in `prepare`, once, and never in the step.
 
-    params: the conditioner's. batch_size: captions that it handles at once.
+    params: the conditioner's. batch_size: captions that it handles at once. Equal captions are encoded once.
     """
 
     text: TextConditioner
@@ -91,20 +95,38 @@ class FrozenText:
         return self.text.shapes()
 
     def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
-        features, rows = self.text.prepare(captions, frames), len(captions)
-        encoded = tuple(np.zeros((rows, *shape.shape[1:]), shape.dtype) for shape in self.shapes())
-        for start in range(0, rows, self.batch_size):
-            # The last batch repeats its last row, so that one shape is compiled.
-            places = np.minimum(np.arange(start, start + self.batch_size), rows - 1)
+        features = self.text.prepare(captions, frames)
+        first, inverse = _distinct(features, len(captions))
+        encoded = tuple(np.zeros((len(first), *shape.shape[1:]), shape.dtype) for shape in self.shapes())
+        for start in range(0, len(first), self.batch_size):
+            rows = first[start : start + self.batch_size]
+            # Padded with its last row to a power of two, so that few shapes are compiled.
+            places = rows + rows[-1:] * (min(2 ** (len(rows) - 1).bit_length(), self.batch_size) - len(rows))
             part = _encode(self.text, self.params, jax.tree.map(lambda x, i=places: x[i], features))
             for whole, made in zip(encoded, part, strict=True):
-                whole[start : start + self.batch_size] = np.asarray(made)[: rows - start]
-        return {"encoded": encoded, "truncated": features["truncated"]}
+                whole[start : start + len(rows)] = np.asarray(made)[: len(rows)]
+        # One row for all, as the null condition is, stays one row in memory.
+        spread = lambda x: np.broadcast_to(x, (len(inverse), *x.shape[1:])) if len(first) == 1 else x[inverse]  # noqa: E731
+        return {"encoded": jax.tree.map(spread, encoded), "truncated": features["truncated"]}
 
     def encode(self, params: Params, features: dict[str, Features]) -> tuple[Array, ...]:
         return tuple(features["encoded"])
 
 
+def _distinct(features: dict[str, Features], rows: int) -> tuple[list[int], Int[np.ndarray, "batch"]]:
+    """The first row of each kind, and the kind of every row."""
+    leaves = jax.tree.leaves(features)
+    kinds: dict[bytes, int] = {}
+    first: list[int] = []
+    inverse = np.zeros(rows, np.int64)
+    for row in range(rows):
+        inverse[row] = kinds.setdefault(b"".join(leaf[row].tobytes() for leaf in leaves), len(first))
+        if inverse[row] == len(first):
+            first.append(row)
+    return first, inverse
+
+
+@cache
 def conditioning_shapes(text: TextConditioner) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The shapes of one caption's conditioning, of a conditioner that makes its own parameters; nothing is computed."""
     features = text.prepare([""], np.zeros((1, 6), np.int32))
@@ -116,8 +138,15 @@ def _encode(text: TextConditioner, params: Params, features: dict[str, Features]
     return text.encode(params, features)
 
 
+def check_truncation(truncation: str) -> None:
+    """Raise `ValueError` for a setting that captions do not know."""
+    known = get_args(CaptionTruncation)
+    if truncation not in known:
+        raise ValueError(f"truncation {truncation!r} of captions is none of {', '.join(known)}")
+
+
 def tokenize(
-    tokenizer: Any, captions: Sequence[str | None], length: int, truncation: Truncation
+    tokenizer: Any, captions: Sequence[str | None], length: int, truncation: CaptionTruncation
 ) -> tuple[Int[np.ndarray, "batch text"], Float[np.ndarray, "batch"]]:
     """Token ids padded to `length`, and 1 where a caption was cut. None reads as the empty caption."""
     texts = ["" if caption is None else caption for caption in captions]

@@ -54,6 +54,14 @@ class TextToImage(Component):
     caption_dropout: float = 0.0
     strata: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must lie in [0, 1), got {self.caption_dropout}")
+        if self.num_steps < 1 or self.strata < 1:
+            raise ValueError(f"num_steps {self.num_steps} and strata {self.strata} must be at least 1")
+        if self.negative_prompt is not None and self.guidance_scale == 1.0:
+            raise ValueError("a negative_prompt is only read with guidance: set guidance_scale above 1")
+
     @abstractmethod
     def corrupt(
         self, clean: Float[Array, "batch h w c"], noise: Float[Array, "batch h w c"], u: Float[Array, "batch"]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from sysdpo_jax.models.autoencoder_config import AutoencoderConfig
 from sysdpo_jax.models.layers import attend
-from sysdpo_jax.models.unet_blocks import Image, ResnetBlock2D, conv, dense, group_norm, nearest
+from sysdpo_jax.models.unet_blocks import Image, Resampler, ResnetBlock2D, conv, dense, group_norm, nearest
 
 
 class PositionAttention(nn.Module):
@@ -42,21 +42,6 @@ class MidBlock(nn.Module):
         return ResnetBlock2D(c, channels, name="resnets_1")(x, None)
 
 
-class Resampler(nn.Module):
-    """The convolution after an upsampling or, with stride 2, instead of a downsampling. Parameter: conv.
-
-    Downsampling pads on the right and at the bottom alone.
-    """
-
-    config: AutoencoderConfig
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: Image) -> Float[Array, "batch h w channels"]:
-        padding = (0, 1) if self.stride == 2 else None
-        return conv(self.config, x.shape[-1], "conv", stride=self.stride, padding=padding)(x)
-
-
 class EncoderBlock(nn.Module):
     """DownEncoderBlock2D: residual blocks, then half the image unless it is the last."""
 
@@ -68,7 +53,8 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: Image) -> Float[Array, "batch h w out"]:
         for i in range(self.config.layers_per_block):
             x = ResnetBlock2D(self.config, self.channels, name=f"resnets_{i}")(x, None)
-        return Resampler(self.config, 2, name="downsamplers_0")(x) if self.downsample else x
+        # Padded on the right and at the bottom alone, unlike the U-Net's.
+        return Resampler(self.config, 2, (0, 1), name="downsamplers_0")(x) if self.downsample else x
 
 
 class DecoderBlock(nn.Module):

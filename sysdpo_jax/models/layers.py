@@ -44,6 +44,31 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+class Projection(nn.Module):
+    """The first linear map of a feed-forward layer, a module only for its name. Parameter: proj."""
+
+    features: int
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*leading width"]) -> Float[Array, "*leading features"]:
+        return Dense(self.features, True, self.dtype, self.param_dtype, name="proj")(x)
+
+
+class EmbeddingMLP(nn.Module):
+    """linear_1, SiLU, linear_2: of a timestep's waves, of a pooled text or of sizes, to one width."""
+
+    features: int
+    dtype: Any = "float32"
+    param_dtype: Any = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch features"]:
+        first, second = (Dense(self.features, True, self.dtype, self.param_dtype, name=f"linear_{i}") for i in (1, 2))
+        return second(nn.silu(first(x)))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467, equation 4), in float32.
 
@@ -78,7 +103,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
         x32 = x.astype(jnp.float32)
-        return _affine(self, _standardise(x32, (-1,), self.eps)).astype(self.dtype)
+        return _affine(self, standardise(x32, (-1,), self.eps)).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -97,7 +122,7 @@ class GroupNorm(nn.Module):
         if x.shape[-1] % self.groups:
             raise ValueError(f"GroupNorm: {self.groups} groups do not divide {x.shape[-1]} channels")
         grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
-        return _affine(self, _standardise(grouped, (1, 2, 4), self.eps).reshape(x.shape)).astype(self.dtype)
+        return _affine(self, standardise(grouped, (1, 2, 4), self.eps).reshape(x.shape)).astype(self.dtype)
 
 
 class Conv(nn.Module):
@@ -129,7 +154,8 @@ class Conv(nn.Module):
         return y + bias
 
 
-def _standardise(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+def standardise(x: Float[Array, "*shape"], axes: tuple[int, ...], eps: float) -> Float[Array, "*shape"]:
+    """(x - mean) / sqrt(variance + eps), both over the axes."""
     mean = jnp.mean(x, axis=axes, keepdims=True)
     centred = x - mean
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + eps)

@@ -43,7 +43,8 @@ class LoRA:
     """Which layers get factors, of which rank, and the scale alpha / rank of their product.
 
     targets: a name in TARGETS ("all_linear" is all dense layers but the language model's head) or a regex found in
-    the "/"-joined path of a dense layer, or a tuple of several.
+    the "/"-joined path of a dense layer, or a tuple of several. In a text-to-image component a regex that starts with
+    "^denoiser/" leaves trained text encoders alone.
     """
 
     rank: int
@@ -71,7 +72,6 @@ def low_rank(module: nn.Module, x: Float[Array, "rows width"], dtype: Any) -> Fl
     """scale x A B with the factors in the module's own scope: products in the precision of x, the result in dtype."""
     factors: list[Array] = [module.get_variable("params", name) for name in LEAVES]
     a, b, scale = factors
-    # The scale is a constant even for an optimiser that was given every leaf.
     thin = (x @ a.astype(x.dtype)) * jax.lax.stop_gradient(scale).astype(x.dtype)
     return jnp.matmul(thin, b.astype(x.dtype), preferred_element_type=dtype)
 

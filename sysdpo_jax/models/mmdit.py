@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.mmdit_blocks import JointBlock, Modulation, PatchEmbed, TimeAndText, dense, modulate
-from sysdpo_jax.models.mmdit_config import POSITION_GRIDS, MMDiTConfig, position_table, position_waves
+from sysdpo_jax.models.mmdit_config import MMDiTConfig, position_table, position_waves
 
-__all__ = ["POSITION_GRIDS", "MMDiT", "MMDiTConfig", "position_table", "position_waves"]
+__all__ = ["MMDiT", "MMDiTConfig", "position_table", "position_waves"]
 
 
 class MMDiT(nn.Module):

@@ -1,7 +1,7 @@
 """The blocks of an MMDiT, with the structure, semantics and parameter names of diffusers' JointTransformerBlock.
 
 Members of diffusers' lists are named by their index: net_0, to_out_0.
-Axes: B batch, L patches, S text tokens, D width.
+Axes: B batch, L patches, N patches of the largest square sample, S text tokens, D width.
 """
 
 import flax.linen as nn
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sysdpo_jax.models.layers import Conv, Dense, RMSNorm, attend
-from sysdpo_jax.models.mmdit_config import MMDiTConfig, position_waves
+from sysdpo_jax.models.layers import Conv, Dense, EmbeddingMLP, Projection, RMSNorm, attend, standardise
+from sysdpo_jax.models.mmdit_config import MMDiTConfig, position_table
 from sysdpo_jax.models.unet_blocks import timestep_embedding
 
 Image = Float[Array, "batch height width channels"]
@@ -29,9 +29,7 @@ def modulate(
     x: Float[Array, "batch length width"], scale: Condition, shift: Condition
 ) -> Float[Array, "batch length width"]:
     """standardised x * (1 + scale) + shift, in float32: a LayerNorm whose affine part is given (arXiv 2212.09748)."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPS)
+    normed = standardise(x.astype(jnp.float32), (-1,), EPS)
     return (normed * (1 + scale.astype(jnp.float32)[:, None]) + shift.astype(jnp.float32)[:, None]).astype(x.dtype)
 
 
@@ -47,17 +45,6 @@ class Modulation(nn.Module):
         return tuple(jnp.split(parts, self.parts, axis=-1))
 
 
-class MLP(nn.Module):
-    """linear_1, SiLU, linear_2."""
-
-    config: MMDiTConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch features"]) -> Condition:
-        width = self.config.width
-        return dense(self.config, width, "linear_2")(nn.silu(dense(self.config, width, "linear_1")(x)))
-
-
 class TimeAndText(nn.Module):
     """The sum of the embedded time and the embedded pooled text. Parameters: timestep_embedder, text_embedder."""
 
@@ -67,11 +54,17 @@ class TimeAndText(nn.Module):
     def __call__(self, time: Float[Array, "batch"], pooled: Float[Array, "batch pooled_width"]) -> Condition:
         c = self.config
         wave = timestep_embedding(time, TIME_WIDTH, flip_sin_to_cos=True, freq_shift=0).astype(c.dtype)
-        return MLP(c, name="timestep_embedder")(wave) + MLP(c, name="text_embedder")(pooled)
+        of_time, of_text = (
+            EmbeddingMLP(c.width, c.dtype, c.param_dtype, name=f"{source}_embedder") for source in ("timestep", "text")
+        )
+        return of_time(wave) + of_text(pooled)
 
 
 class PatchEmbed(nn.Module):
-    """Patches as tokens, row by row, with the positions of the table's centre added. Parameter: proj."""
+    """Patches as tokens, row by row, with the positions of the table's centre added.
+
+    Parameters: proj; pos_embed [1, N, D], the table, a constant: a checkpoint may hold another than a new model's.
+    """
 
     config: MMDiTConfig
 
@@ -80,11 +73,11 @@ class PatchEmbed(nn.Module):
         c = self.config
         x = Conv(c.width, c.patch_size, c.patch_size, c.dtype, c.param_dtype, name="proj")(x)
         rows, columns = x.shape[1:3]
-        # The whole table is hundreds of megabytes; its rows and columns are two small constants.
-        waves = position_waves(c)
-        top, left = ((c.pos_embed_max_size - n) // 2 for n in (rows, columns))
-        halves = (waves[None, left : left + columns], waves[top : top + rows, None])
-        positions = jnp.concatenate([jnp.broadcast_to(half, (rows, columns, c.width // 2)) for half in halves], axis=-1)
+        side = c.pos_embed_max_size
+        table = self.param("pos_embed", lambda key: position_table(c).astype(c.param_dtype))
+        top, left = ((side - n) // 2 for n in (rows, columns))
+        crop = table.reshape(side, side, c.width)[top : top + rows, left : left + columns]
+        positions = jax.lax.stop_gradient(crop).astype(jnp.float32)
         return (x + positions).astype(c.dtype).reshape(x.shape[0], -1, c.width)
 
 
@@ -125,17 +118,6 @@ class JointAttention(nn.Module):
         return made
 
 
-class Projection(nn.Module):
-    """The first linear map of a feed-forward layer, a module only for its name. Parameter: proj."""
-
-    config: MMDiTConfig
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Patches) -> Float[Array, "batch length features"]:
-        return dense(self.config, self.features, "proj")(x)
-
-
 class FeedForward(nn.Module):
     """Linear, GELU in its tanh form (arXiv 1606.08415), linear. Parameters: net_0/proj, net_2."""
 
@@ -144,7 +126,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Patches) -> Patches:
         c = self.config
-        return dense(c, c.width, "net_2")(nn.gelu(Projection(c, 4 * c.width, name="net_0")(x), approximate=True))
+        hidden = Projection(4 * c.width, c.dtype, c.param_dtype, name="net_0")(x)
+        return dense(c, c.width, "net_2")(nn.gelu(hidden, approximate=True))
 
 
 class JointBlock(nn.Module):

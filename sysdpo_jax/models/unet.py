@@ -7,29 +7,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sysdpo_jax.models.layers import EmbeddingMLP
 from sysdpo_jax.models.unet_blocks import (
     DownBlock,
     MidBlock,
     UpBlock,
     conv,
-    dense,
     group_norm,
     timestep_embedding,
 )
 from sysdpo_jax.models.unet_config import DOWN_BLOCKS, UP_BLOCKS, UNetConfig
 
 __all__ = ["UNet2DCondition", "UNetConfig"]
-
-
-class TimestepEmbedding(nn.Module):
-    """linear_1, SiLU, linear_2. Of a timestep's waves, or of SDXL's pooled text and sizes."""
-
-    config: UNetConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch time_width"]:
-        width = 4 * self.config.block_out_channels[0]
-        return dense(self.config, width, "linear_2")(nn.silu(dense(self.config, width, "linear_1")(x)))
 
 
 class UNet2DCondition(nn.Module):
@@ -82,7 +71,10 @@ class UNet2DCondition(nn.Module):
         def wave(values: Array, width: int) -> Array:
             return timestep_embedding(values.astype(jnp.float32), width, c.flip_sin_to_cos, c.freq_shift)
 
-        time = TimestepEmbedding(c, name="time_embedding")(wave(timesteps, c.block_out_channels[0]).astype(c.dtype))
+        def embedding(name: str) -> EmbeddingMLP:
+            return EmbeddingMLP(4 * c.block_out_channels[0], c.dtype, c.param_dtype, name=name)
+
+        time = embedding("time_embedding")(wave(timesteps, c.block_out_channels[0]).astype(c.dtype))
         if c.addition_embed_type is None:
             if text_embeds is not None or time_ids is not None:
                 raise ValueError("UNet2DCondition: text_embeds and time_ids need addition_embed_type='text_time'")
@@ -97,4 +89,4 @@ class UNet2DCondition(nn.Module):
                 f"{c.addition_time_embed_dim} make {added.shape[-1]}, but projection_class_embeddings_input_dim="
                 f"{c.projection_class_embeddings_input_dim}"
             )
-        return time + TimestepEmbedding(c, name="add_embedding")(added.astype(c.dtype))
+        return time + embedding("add_embedding")(added.astype(c.dtype))

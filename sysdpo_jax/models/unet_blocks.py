@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sysdpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, attend
+from sysdpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, Projection, attend
 from sysdpo_jax.models.unet_config import UNetConfig
 
 Image = Float[Array, "batch height width channels"]
@@ -99,19 +99,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         c, width = self.config, x.shape[-1]
-        h, gate = jnp.split(GEGLUProjection(c, 8 * width, name="net_0")(x), 2, axis=-1)
+        h, gate = jnp.split(Projection(8 * width, c.dtype, c.param_dtype, name="net_0")(x), 2, axis=-1)
         return dense(c, width, "net_2")(h * nn.gelu(gate, approximate=False))
-
-
-class GEGLUProjection(nn.Module):
-    """The first linear map of a gated layer, a module only for its name. Parameter: proj."""
-
-    config: UNetConfig
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Tokens) -> Float[Array, "batch length features"]:
-        return dense(self.config, self.features, "proj")(x)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -148,15 +137,19 @@ class Transformer2DModel(nn.Module):
         return x + dense(c, channels, "proj_out")(h).reshape(x.shape)
 
 
-class Sampler(nn.Module):
-    """A downsampler or upsampler's convolution, a module only for its name. Parameter: conv."""
+class Resampler(nn.Module):
+    """The convolution after an upsampling or, with stride 2, instead of a downsampling. Parameter: conv.
 
-    config: UNetConfig
+    padding: as for `layers.Conv`.
+    """
+
+    config: BlockConfig
     stride: int
+    padding: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: Image) -> Float[Array, "batch h w channels"]:
-        return conv(self.config, x.shape[-1], "conv", stride=self.stride)(x)
+        return conv(self.config, x.shape[-1], "conv", stride=self.stride, padding=self.padding)(x)
 
 
 class DownBlock(nn.Module):
@@ -181,7 +174,7 @@ class DownBlock(nn.Module):
                 x = Transformer2DModel(c, self.heads, self.depth, name=f"attentions_{i}")(x, text)
             kept.append(x)
         if self.downsample:
-            x = Sampler(c, 2, name="downsamplers_0")(x)
+            x = Resampler(c, 2, name="downsamplers_0")(x)
             kept.append(x)
         return x, tuple(kept)
 
@@ -226,7 +219,7 @@ class UpBlock(nn.Module):
                 x = Transformer2DModel(c, self.heads, self.depth, name=f"attentions_{i}")(x, text)
         if size is None:
             return x
-        return Sampler(c, 1, name="upsamplers_0")(nearest(x, size))
+        return Resampler(c, 1, name="upsamplers_0")(nearest(x, size))
 
 
 def recomputed(c: UNetConfig, block: Any) -> Any:

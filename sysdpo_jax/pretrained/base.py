@@ -15,11 +15,11 @@ REQUIRED: Any = object()
 # Bookkeeping that every library writes and that never changes what a model computes.
 # fmt: off
 COMMON = frozenset((
-    "_attn_implementation", "_class_name", "_commit_hash", "_diffusers_version", "_name_or_path", "architectures",
-    "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "initializer_factor", "initializer_range",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "output_scores", "problem_type",
-    "return_dict", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_class_name", "_commit_hash", "_diffusers_version",
+    "_name_or_path", "architectures", "attn_implementation", "auto_map", "chunk_size_feed_forward", "dtype",
+    "gradient_checkpointing", "id2label", "initializer_factor", "initializer_range", "label2id", "model_type",
+    "output_attentions", "output_hidden_states", "output_scores", "problem_type", "return_dict", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 ))
 # fmt: on
 
@@ -55,6 +55,10 @@ class ConfigReader:
     def ignore(self, *names: str) -> None:
         """Mark keys that do not change what the model computes here."""
         self._unread.difference_update(names)
+
+    def ignore_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Mark the keys still unread whose value is one of those that leave the model as it is without the key."""
+        self.ignore(*(name for name in self._unread & set(neutral) if self._values[name] in neutral[name]))
 
     def finish(self) -> None:
         """Raise `CheckpointError` listing every key that was neither read nor ignored."""

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sysdpo_jax.components import Component, Diffusion, FlowMatching, LanguageModel
-from sysdpo_jax.models.lora import has_lora
 from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.hub import locate
@@ -35,10 +36,11 @@ def load(
     A decoder's folder (config.json) or GGUF file gives a `LanguageModel`; a pipeline's folder (model_index.json) gives
     a `Diffusion` or `FlowMatching` whose autoencoder and text encoders are frozen inside it.
     path_or_hub_id: local folder or file, or the name of a repository, of which `revision` is downloaded.
-    dtype: of the computation. param_dtype: of the parameters, by default as they are stored. remat: recompute
-    activations in the backward pass. shardings: function from the abstract parameters to their shardings, for example
-    `functools.partial(tree_shardings, mesh)`; by default all are on the first device. Each device's block is read by
-    itself: no host holds a whole model that it does not keep. variant: of the weights' file names, such as "fp16".
+    dtype: of the computation. param_dtype: of the parameters, by default as they are stored; train whole models in
+    float32. remat: recompute activations in the backward pass. shardings: function from abstract parameters to their
+    shardings, for example `functools.partial(tree_shardings, mesh)`, asked for frozen parts too; by default all are on
+    the first device. Each device's block is read by itself: no host holds a whole model that it does not keep. variant:
+    of the weights' file names, such as "fp16"; parts that lack it are read from their plain files.
     settings: fields of the component (max_new_tokens, guidance_scale ...); for pipelines also `train_text=True`, which
     moves the text encoders from the frozen part to the parameters.
 
@@ -66,7 +68,8 @@ def load(
 def save(path: str | Path, component: Component, params: Params) -> None:
     """Write a component as `load` reads it, in the layout of transformers or diffusers and in the parameters' dtype.
 
-    LoRA factors are merged into their kernels, one layer at a time; `save_adapter` writes them apart.
+    LoRA factors are merged into their kernels, one layer at a time; `save_adapter` writes them apart. Of a
+    generation_config.json only the token ids are kept: sampling settings are the component's own.
     Raises `FileExistsError` when `path` exists and is not an empty folder, and `CheckpointError` for a component that
     has no Hugging Face form. Nothing half-written is left behind.
     """
@@ -83,17 +86,17 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
     """Write the LoRA factors alone: PEFT's layout for a language model, diffusers' for a denoiser.
 
     base_model: folder or repository of the model they belong to, noted in PEFT's configuration.
-    Raises as `save` does, and `CheckpointError` for parameters without LoRA or for adapted text encoders, whose factors
-    diffusers keeps in another layout: `save` merges them.
+    What is trained beside the factors is not in it. Raises as `save` does, and `CheckpointError` for parameters without
+    LoRA, and for trained text encoders, which `save` writes.
     """
     with _new_folder(path) as folder:
         if isinstance(component, LanguageModel):
             write_peft_adapter(folder, params, decoder_naming(component.decoder.config), base_model)
         elif isinstance(component, Diffusion | FlowMatching):
-            adapted = [key for key, tree in params.items() if has_lora(tree)]
-            if adapted not in ([], ["denoiser"]):
+            others = [key for key in params if key != "denoiser"]
+            if others:
                 raise CheckpointError(
-                    f"only a denoiser's factors can be saved apart, not those of {', '.join(adapted)}: use save"
+                    f"only a denoiser's factors can be saved apart, not those of {', '.join(others)}: use save"
                 )
             name, naming = denoiser_names(component)
             write_diffusers_adapter(folder, params["denoiser"], naming, name)
@@ -105,6 +108,10 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
 def _new_folder(path: str | Path) -> Iterator[Path]:
     """A folder beside `path` that takes its place at the end, or disappears on an error."""
     path = Path(path)
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            "checkpoints are written by one process: restore the run's checkpoint in one, and save there"
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists: choose another folder, or empty it first")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,38 +8,57 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sysdpo_jax.pretrained.base import CheckpointError, read_json
 
 # Configurations and tokenizers: everything small. Weights are asked for by name; pickles and other formats never.
+# The folders of a pipeline that hold weights we read; a safety checker is none of them.
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
-    """A local path as it is; else the repository of that name, of which only safetensors weights are downloaded.
+    """A local path as it is; else the repository of that name, of which only what is read is downloaded.
 
-    revision: branch, tag or commit of the repository. variant: of the weights' names, as in "model.fp16.safetensors".
-    Raises `CheckpointError` when there is neither.
+    revision: branch, tag or commit of the repository. variant: of the weights' names, as in "model.fp16.safetensors";
+    a part of a pipeline that has no such file is read from its plain one, as diffusers does.
+    Raises `CheckpointError` when there is neither, or when the repository has no safetensors.
     """
     path = Path(path_or_hub_id)
     if path.exists():
         return path
     repository = str(path_or_hub_id)
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=SMALL))
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[*SMALL, *_weights(folder, variant)])
-        )
+        folder = _download(repository, revision, [])
+        stems = _stems(folder)
+        _download(repository, revision, _weights(stems, variant))
+        lacking = [stem for stem in stems if not list(folder.glob(f"{stem}*.safetensors"))]
+        if variant and lacking:
+            _download(repository, revision, _weights(lacking, None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
             f"{repository!r} is no local path, and the hub does not give it as a repository ({error}): check the name "
             "and the revision, log in for gated models, or download it and pass the folder"
         ) from None
+    if not list(folder.glob("**/*.safetensors")):
+        raise CheckpointError(
+            f"{repository!r} has no safetensors weights under the names that transformers and diffusers give them: "
+            "download a GGUF file yourself and pass its path; pickle files are never read, load them with the library "
+            "that wrote them and save them with save_pretrained(safe_serialization=True)"
+        )
+    return folder
 
 
-def _weights(folder: Path, variant: str | None) -> list[str]:
-    """Patterns of the weight files that `load` will read from the repository."""
+def _download(repository: str, revision: str | None, weights: list[str]) -> Path:
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=[*SMALL, *weights]))
+
+
+def _stems(folder: Path) -> list[str]:
+    """What the names of the weight files that `load` reads begin with."""
+    if not (folder / "model_index.json").exists():
+        return ["model"]
+    parts = [name for name in read_json(folder / "model_index.json") if name in PARTS]
+    return [f"{part}/{'model' if part.startswith('text') else 'diffusion_pytorch_model'}" for part in parts]
+
+
+def _weights(stems: list[str], variant: str | None) -> list[str]:
     middle = f".{variant}" if variant else ""
-    stems = ["model"]
-    if (folder / "model_index.json").exists():
-        parts = [name for name, value in read_json(folder / "model_index.json").items() if isinstance(value, list)]
-        stems = [f"{part}/{stem}" for part in parts for stem in ("model", "diffusion_pytorch_model")]
-    return [
-        f"{stem}{end}" for stem in stems for end in (f"{middle}.safetensors", f"{middle}-?????-of-?????.safetensors")
-    ]
+    # Both places where versions of the libraries put the variant in a shard's name.
+    ends = {f"{middle}.safetensors", f"{middle}-*-of-*.safetensors", f"-*-of-*{middle}.safetensors"}
+    return sorted(stem + end for stem in stems for end in ends)

@@ -6,8 +6,8 @@ A kernel is stored transposed: dense [in, out] as [out, in], convolution [h, w, 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,8 +25,6 @@ class Naming:
     aliases: (regex, replacement) pairs from tensor names of old checkpoints to today's.
     ignored: regex of stored tensors that hold nothing a model learns, or None.
     copies: (name, original) pairs of tensors that a file may hold beside the original they are tied to; not written.
-    derived: makers of the tensors that files hold although they follow from the configuration; the family checks those
-    that it reads.
     """
 
     rename: Pairs = ()
@@ -35,7 +33,6 @@ class Naming:
     aliases: Pairs = ()
     ignored: str | None = None
     copies: Pairs = ()
-    derived: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

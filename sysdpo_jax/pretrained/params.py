@@ -74,8 +74,6 @@ def stored_tensors(params: Params, naming: Naming) -> Iterator[tuple[str, np.nda
                 layer = {k: v if tensor.layer is None else v[tensor.layer] for k, v in factors.items()}
                 whole = merged_kernel({"kernel": whole, **layer})
             yield tensor.name, tensor.to_stored(np.asarray(whole))
-    dtype = next(iter(leaves.values())).dtype
-    yield from ((name, make().astype(dtype)) for name, make in naming.derived.items())
 
 
 def _check(
@@ -93,7 +91,7 @@ def _check(
             elif source.shapes[present[tensor.name]] != expected:
                 found = list(source.shapes[present[tensor.name]])
                 misshapen.append(f"{tensor.name}: the configuration says {list(expected)}, the file {found}")
-    known = wanted | set(naming.derived) | {copy for copy, _ in naming.copies}
+    known = wanted | {copy for copy, _ in naming.copies}
     extra = [name for name in present if name not in known and not re.search(naming.ignored or "(?!)", name)]
     for copy, original in naming.copies:
         if copy in present and original in present and not _equal(source, present[copy], present[original]):

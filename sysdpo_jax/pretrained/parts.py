@@ -17,7 +17,7 @@ from sysdpo_jax.pretrained import autoencoder, clip, mmdit, t5, unet
 from sysdpo_jax.pretrained.base import ConfigReader, read_json, write_json
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
-from sysdpo_jax.pretrained.tensors import Safetensors, TensorSource, write_safetensors
+from sysdpo_jax.pretrained.tensors import Safetensors, weight_files, write_safetensors
 from sysdpo_jax.typing import Params
 
 # What diffusers calls the weight files of its models.
@@ -30,7 +30,6 @@ class Part:
 
     library, cls: what model_index.json calls it. stem: of its weight files. read, write: config.json to our
     configuration and back. naming: of its tensors. example: inputs for the module's `init`.
-    refine: the configuration once the weights are at hand, for what its file does not say.
     """
 
     library: str
@@ -41,7 +40,6 @@ class Part:
     write: Callable[[Any], dict[str, Any]]
     naming: Callable[[Any], Naming]
     example: Callable[[Any], tuple[Any, ...]]
-    refine: Callable[[Any, TensorSource], Any] = lambda config, source: config
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,11 @@ class Loader:
     def part(self, name: str, part: Part, shardings: Shardings | None = None, **changes: Any) -> tuple[Any, Params]:
         """Module and parameters. changes: other fields of our configuration."""
         file = self.folder / name / "config.json"
-        source = Safetensors(self.folder / name, part.stem, self.variant)
-        config = part.refine(part.read(ConfigReader(read_json(file), str(file))), source)
+        folder = self.folder / name
+        # A pipeline need not have every part in every variant.
+        has_variant = any(path.exists() for path in weight_files(folder, part.stem, self.variant))
+        source = Safetensors(folder, part.stem, self.variant if has_variant else None)
+        config = part.read(ConfigReader(read_json(file), str(file)))
         module = part.module(replace(config, dtype=self.dtype, **changes))
         abstract = abstract_params(part, module)
         return module, load_params(abstract, source, part.naming(config), self.param_dtype, shardings)
@@ -127,14 +128,4 @@ VAE = Part(
 UNET = Part(
     "diffusers", WEIGHTS, UNet2DCondition, lambda config: unet.CLASS, unet.read, unet.write, unet.naming, _for_unet
 )
-MMDIT = Part(
-    "diffusers",
-    WEIGHTS,
-    MMDiT,
-    lambda config: mmdit.CLASS,
-    mmdit.read,
-    mmdit.write,
-    mmdit.naming,
-    _for_mmdit,
-    refine=mmdit.find_positions,
-)
+MMDIT = Part("diffusers", WEIGHTS, MMDiT, lambda config: mmdit.CLASS, mmdit.read, mmdit.write, mmdit.naming, _for_mmdit)

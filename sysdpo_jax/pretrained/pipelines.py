@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText, LatentCodec, SD3Text, SDXLText, TextEncoder
-from sysdpo_jax.components.text import TextConditioner, Truncation
+from sysdpo_jax.components.text import CaptionTruncation, TextConditioner
 from sysdpo_jax.generation.samplers import FlowEuler
 from sysdpo_jax.models.mmdit import MMDiT
 from sysdpo_jax.models.unet import UNet2DCondition
@@ -33,6 +33,8 @@ TEXTS: dict[str, dict[str, Part]] = {
     SDXL: {"text_encoder": CLIP, "text_encoder_2": CLIP},
     SD3: {"text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5},
 }
+# The only encoder that a pipeline can do without.
+OPTIONAL = "text_encoder_3"
 Pipeline = Diffusion | FlowMatching
 
 
@@ -46,7 +48,7 @@ def load_pipeline(
     variant: str | None = None,
     train_text: bool = False,
     image_size: tuple[int, int] | None = None,
-    truncation: Truncation = "error",
+    truncation: CaptionTruncation = "error",
     **settings: Any,
 ) -> tuple[Pipeline, Params]:
     """The component of a pipeline's folder and its parameters, {"denoiser": ...} and the trained text encoders.
@@ -59,7 +61,10 @@ def load_pipeline(
     if kind not in DEFAULTS:
         raise CheckpointError(f"{index.where}: {kind} is not supported, only {', '.join(DEFAULTS)}")
     name, part = _denoiser(kind)
-    listed = {key for key in TEXTS[kind] if index.take(key, [None, None])[1] is not None}
+    listed = [key for key in TEXTS[kind] if index.take(key, [None, None])[1] is not None]
+    for key in TEXTS[kind]:
+        if key not in listed and key != OPTIONAL:
+            raise CheckpointError(f"{index.where} has no {key}: fetch the whole pipeline")
     zero_null = bool(index.take("force_zeros_for_empty_prompt", True)) if kind == SDXL else False
     index.ignore("scheduler", "vae", name, *(_tokenizer_name(key) for key in TEXTS[kind]))
     # They look at or mark finished pictures.
@@ -69,14 +74,13 @@ def load_pipeline(
 
     load = Loader(path, dtype, param_dtype, variant)
     denoiser, weights = load.part(name, part, _below(shardings, "denoiser"), remat=remat)
-    encoders, text_params = {}, {}
+    encoders, text_params, tokenizers = {}, {}, {}
     for key in listed:
-        sharded = _below(shardings, key) if train_text else None
-        encoders[key], text_params[key] = load.part(key, TEXTS[kind][key], sharded)
-    tokenizers = {key: _tokenizer(path / _tokenizer_name(key)) for key in listed}
+        encoders[key], text_params[key] = load.part(key, TEXTS[kind][key], _below(shardings, key))
+        tokenizers[key] = _tokenizer(path / _tokenizer_name(key), encoders[key].config)
     text = _text(kind, encoders, tokenizers, truncation, zero_null, denoiser.config)
     # The autoencoder runs once, outside the step, and loses detail in half precision.
-    autoencoder, frozen = Loader(path, "float32", param_dtype, variant).part("vae", VAE)
+    autoencoder, frozen = Loader(path, "float32", param_dtype, variant).part("vae", VAE, _below(shardings, "vae"))
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     size = image_size or tuple(factor * n for n in _pair(denoiser.config.sample_size or 64))
     scheduler_file = path / "scheduler" / "scheduler_config.json"
@@ -169,7 +173,7 @@ def _text(
     kind: str,
     encoders: dict[str, Any],
     tokenizers: dict[str, Any],
-    truncation: Truncation,
+    truncation: CaptionTruncation,
     zero_null: bool,
     config: Any,
 ) -> TextConditioner:
@@ -186,12 +190,20 @@ def _text(
     return SD3Text(first, second, third, tokenizer, tokenizer_2, tokenizer_3, width, length, truncation=truncation)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, encoder: Any) -> Any:
+    """The tokenizer of a text encoder. encoder: its configuration."""
     from transformers import AutoTokenizer
 
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist: fetch the whole pipeline")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no tokenizer ({error}): fetch the whole pipeline") from None
+    # Without its vocabulary a tokenizer loads all the same, with a few tokens; T5 has room for more than there are.
+    if not 0.5 * encoder.vocab_size < len(tokenizer) <= encoder.vocab_size:
+        raise CheckpointError(
+            f"{folder} has {len(tokenizer)} tokens but its text encoder {encoder.vocab_size}: fetch the whole tokenizer"
+        )
+    return tokenizer
 
 
 def _tokenizer_name(encoder: str) -> str:

@@ -4,15 +4,14 @@ from typing import Any
 
 from sysdpo_jax.models.t5 import T5Config
 from sysdpo_jax.pretrained.base import ConfigReader
-from sysdpo_jax.pretrained.fields import build, express, whole
+from sysdpo_jax.pretrained.fields import UNUSED, build, express, whole
 from sysdpo_jax.pretrained.names import Naming
 
-# Token ids, the decoder's settings, dropout (we have none) and the lengths of old tokenizers.
+# The decoder's settings, dropout (we have none) and the lengths of old tokenizers.
 # fmt: off
-UNUSED = (
-    "bos_token_id", "classifier_dropout", "decoder_start_token_id", "dropout_rate", "eos_token_id",
-    "is_encoder_decoder", "n_positions", "num_decoder_layers", "output_past", "pad_token_id", "scale_decoder_outputs",
-    "task_specific_params", "tie_word_embeddings",
+DECODERS = (
+    "classifier_dropout", "dropout_rate", "is_encoder_decoder", "n_positions", "num_decoder_layers", "output_past",
+    "scale_decoder_outputs", "tie_word_embeddings",
 )
 NUMBERS = (
     "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
@@ -38,7 +37,7 @@ def read(config: ConfigReader) -> T5Config:
     config.expect("dense_act_fn", "gelu_new")
     config.expect("is_decoder", False)
     config.expect("model_type", "t5")
-    config.ignore(*UNUSED)
+    config.ignore(*UNUSED, *DECODERS)
     default = T5Config()
     values: dict[str, Any] = {name: whole(config, name, getattr(default, name)) for name in NUMBERS}
     values["layer_norm_epsilon"] = float(config.take("layer_norm_epsilon", default.layer_norm_epsilon))

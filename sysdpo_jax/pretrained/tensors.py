@@ -1,5 +1,6 @@
 """Tensors on disk: safetensors files and their shards, read slice by slice, written shard by shard. Never pickle."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -45,8 +46,7 @@ class Safetensors:
 
     def __init__(self, folder: Path, stem: str, variant: str | None = None):
         self.where = str(folder)
-        middle = f".{variant}" if variant else ""
-        whole, index = folder / f"{stem}{middle}.safetensors", folder / f"{stem}.safetensors.index{middle}.json"
+        whole, index = weight_files(folder, stem, variant)
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
@@ -56,7 +56,7 @@ class Safetensors:
             names = read_json(index).get("weight_map", {})
             files = sorted({folder / name for name in names.values()})
         else:
-            raise _nothing_to_read(folder, whole.name)
+            raise _nothing_to_read(folder, stem, whole.name)
         for file in files:
             self._list(file)
 
@@ -128,12 +128,20 @@ def write_safetensors(
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _nothing_to_read(folder: Path, wanted: str) -> CheckpointError:
+def weight_files(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
+    """Where the weights are if they are one file, and the index of their shards if they are several."""
+    middle = f".{variant}" if variant else ""
+    return folder / f"{stem}{middle}.safetensors", folder / f"{stem}.safetensors.index{middle}.json"
+
+
+def _nothing_to_read(folder: Path, stem: str, wanted: str) -> CheckpointError:
+    found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles:
+    variants = [match[1] for name in found if (match := re.fullmatch(rf"{stem}\.(\w+)\.safetensors", name))]
+    if pickles and not variants:
         return CheckpointError(
             f"{folder} holds {', '.join(pickles)} but no {wanted}: pickle files can run code and are never read. Load "
             "the model once with the library that wrote it and save it with save_pretrained(safe_serialization=True)"
         )
-    found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
-    return CheckpointError(f"{folder} has no {wanted} (it holds {', '.join(found) or 'nothing'})")
+    hint = f": pass variant={variants[0]!r}" if variants else ""
+    return CheckpointError(f"{folder} has no {wanted} (it holds {', '.join(found) or 'nothing'}){hint}")

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DConditionModel: Stable Diffusion 1 and 2, SDXL and its refiner."""
+"""diffusers' UNet2DConditionModel: Stable Diffusion 1, 2 and XL."""
 
 from typing import Any
 

@@ -18,6 +18,9 @@ from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.training.sharding import path_name
 from sysdpo_jax.typing import Params
 
+# Leaves that no training changes, whatever the pattern: an optimiser's weight decay would, without any gradient.
+CONSTANTS = frozenset({"lora_scale", "pos_embed"})
+
 
 class OptimizerError(ValueError):
     """The optimiser does not fit the system: the message names the component and the remedy."""
@@ -29,7 +32,8 @@ class ComponentOptimizer:
 
     optimizer: any optax transformation, its learning rate included. clip_norm: largest global norm of the component's
     gradient, None for no clipping. mode: "frozen" keeps the tree as it is, out of reference and optimiser memory.
-    trainable: regex found in the "/"-joined path below the params key; leaves that it misses are not trained.
+    trainable: regex found in the "/"-joined path below the params key; leaves that it misses are not trained,
+    nor are the constants of a model (LoRA's scale, a fixed table of positions).
     """
 
     optimizer: optax.GradientTransformation
@@ -129,7 +133,9 @@ def combine(first: PyTree, second: PyTree) -> PyTree:
 
 def _matches(tree: Params, component: ComponentOptimizer) -> PyTree:
     def matches(path: tuple[Any, ...], leaf: Any) -> bool:
-        return component.mode != "frozen" and re.search(component.trainable, path_name(path)) is not None
+        name = path_name(path)
+        trained = component.mode != "frozen" and re.search(component.trainable, name) is not None
+        return trained and name.rpartition("/")[2] not in CONSTANTS
 
     return jax.tree_util.tree_map_with_path(matches, tree)
 

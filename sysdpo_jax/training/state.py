@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,8 @@ def create_state(
 
     params: `{params_key: tree}`, as `system.init` returns it; never changed nor deleted by training.
     rules: (regex, PartitionSpec) pairs, see `tree_shardings`.
-    Raises `OptimizerError`, `ShardingError`, or `ValueError` for parameters that do not belong to the system.
+    Warns of trained leaves below float32. Raises `OptimizerError`, `ShardingError`, or `ValueError` for parameters that
+    do not belong to the system.
     """
     system.check_params(params)
     optimizer.check(system)
@@ -83,6 +85,7 @@ def create_state(
     fixed = jax.tree.map(_place, params, shardings)
     # The step donates its trained leaves: they need buffers of their own.
     trained = partition(jax.tree.map(_copy, fixed, mask), mask)[0]
+    _warn_of_coarse(trained)
     slots = like_params(mesh, jax.eval_shape(optimizer.init, trained), by_path(trained))
     return TrainState(
         step=jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)),
@@ -115,6 +118,16 @@ def _place(leaf: Any, sharding: NamedSharding) -> Array:
 
 def _copy(leaf: Array, trained: bool) -> Array:
     return jax.device_put(leaf, leaf.sharding, may_alias=False) if trained else leaf
+
+
+def _warn_of_coarse(trained: Params) -> None:
+    coarse = sorted({key for key, tree in trained.items() for leaf in jax.tree.leaves(tree) if leaf.dtype.itemsize < 4})
+    if coarse:
+        warnings.warn(
+            f"the trained parameters of {', '.join(coarse)} have less than 32 bits: updates of the usual size round to "
+            "nothing. Load them with param_dtype='float32', or train LoRA factors",
+            stacklevel=3,
+        )
 
 
 def _own(tree: PyTree) -> PyTree:

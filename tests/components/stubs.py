@@ -53,13 +53,10 @@ def byte_tokenizer(*merges: str) -> PreTrainedTokenizerFast:
 
 
 class IdTokenizer(SimpleNamespace):
-    """What the component asks of a tokenizer when its features come ready: a size and two ids."""
+    """What the component asks of a tokenizer when its features come ready: two ids."""
 
-    def __init__(self, size):
-        super().__init__(eos_token_id=1, pad_token_id=0, size=size)
-
-    def __len__(self):
-        return self.size
+    def __init__(self):
+        super().__init__(eos_token_id=1, pad_token_id=0)
 
 
 class Embedding(nn.Module):

@@ -1,6 +1,7 @@
 """The Diffusion component against the public Diffusion-DPO recipe, diffusers' schedules and formulas in NumPy."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sysdpo_jax import Diffusion, PixelCodec, RecordError, TextEncoder
+from sysdpo_jax import Diffusion, FrozenText, PixelCodec, RecordError, TextEncoder
+from sysdpo_jax.components.text import check_truncation
 from sysdpo_jax.components.text_to_image import _stratified
 from sysdpo_jax.generation.samplers import DDIM
 from sysdpo_jax.generation.schedules import NoiseSchedule
@@ -239,11 +241,48 @@ def test_two_parents_are_refused():
     [
         ({"timesteps": (0, 1001)}, r"timesteps \(0, 1001\) must lie within \(0, 1000\)"),
         ({"timesteps": (5, 5)}, "must lie within"),
+        ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), got 1\.0"),
+        ({"num_steps": 0}, "num_steps 0 and strata 1 must be at least 1"),
+        ({"negative_prompt": "a cube"}, "a negative_prompt is only read with guidance"),
+        ({"schedule": NoiseSchedule(rescale_betas_zero_snr=True)}, "an epsilon model says nothing of z_0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         component(**settings)
+
+
+def test_captions_know_no_other_truncation():
+    with pytest.raises(ValueError, match="truncation 'keep_end' of captions is none of error, keep_start"):
+        check_truncation("keep_end")
+
+
+class CountingEncoder(TextEncoder):
+    """Notes how many rows each call encodes."""
+
+    calls: ClassVar[list[int]] = []
+
+    def encode(self, params, features):
+        jax.debug.callback(lambda rows: self.calls.append(int(rows)), features["tokens"].shape[0])
+        return super().encode(params, features)
+
+
+def test_a_frozen_encoder_runs_once_for_equal_captions():
+    """Seven rows, three captions: the states are those of the encoder in the step, and 4 rows are encoded (3 and one
+    of padding); the null condition of all rows is encoded once and takes one row of memory."""
+    inner = CountingEncoder(Embedding(), word_tokenizer(), 5)
+    params = inner.init(KEY)
+    frozen = FrozenText(inner, params)
+    captions, frames = ["a", "ball", "a", "cube", "a", "ball", "a"], np.zeros((7, 6), np.int32)
+    made = frozen.prepare(captions, frames)["encoded"][0]
+    null = frozen.prepare([None] * 7, frames)["encoded"][0]
+    jax.effects_barrier()
+    assert inner.calls == [4, 1]
+    (expected,) = TextEncoder.encode(inner, params, inner.prepare(captions, frames))
+    np.testing.assert_array_equal(made, expected)
+    assert null.shape == (7, 5, 4)
+    assert null.strides[0] == 0
+    assert frozen.prepare([], frames[:0])["encoded"][0].shape == (0, 5, 4)
 
 
 def test_patches_are_space_to_depth_and_back():

@@ -40,6 +40,21 @@ def test_grey_and_palette_pictures_become_rgb():
     assert read_image(png(grey.convert("P")), 0).shape == (6, 9, 3)
 
 
+def test_deep_and_floating_pictures_are_scaled_not_cut_off():
+    ramp = np.linspace(0, 1, 54).reshape(6, 9)
+    deep = Image.fromarray((ramp * 65535).astype(np.uint16))
+    np.testing.assert_allclose(read_image(png(deep), 0), np.repeat(ramp[..., None], 3, 2), atol=1e-4)
+    floating = Image.fromarray(ramp.astype(np.float32))
+    np.testing.assert_allclose(read_image(floating, 0), np.repeat(ramp[..., None], 3, 2), atol=1e-6)
+    with pytest.raises(RecordError, match=r"image in row 4 has values outside \[0, 1\]"):
+        read_image(Image.fromarray(255 * ramp.astype(np.float32)), 4)
+
+
+def test_transparency_is_dropped():
+    clear = np.concatenate([PIXELS, np.zeros((6, 9, 1), np.uint8)], axis=2)
+    np.testing.assert_allclose(read_image(png(Image.fromarray(clear)), 0), PIXELS / 255, atol=1e-7)
+
+
 def test_a_picture_of_the_right_size_is_left_alone():
     fitted = fit_image(PIXELS, 6, 9, 0)
     np.testing.assert_array_equal(fitted.pixels, PIXELS.astype(np.float32) / 255)

@@ -28,7 +28,7 @@ ANSWERS = ["ball", "a large green ball on the left", ""]
 # The component is static, as in a system; eager dispatch of the decoder would be most of the tests' time.
 log_prob = jax.jit(LanguageModel.log_prob, static_argnums=0)
 log_prob_with_metrics = jax.jit(LanguageModel.log_prob_with_metrics, static_argnums=0)
-EOS, UNK = SPECIAL.index("<eos>"), SPECIAL.index("<unk>")
+BOS, EOS, UNK = (SPECIAL.index(token) for token in ("<bos>", "<eos>", "<unk>"))
 ASKED = [{"role": "user", "content": "a red"}]
 
 
@@ -105,14 +105,15 @@ def test_padding_may_be_the_end_of_sequence(params):
 
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (False, True), (True, True)])
 def test_prepare_adds_each_special_token_once(bos, eos):
-    """Whatever the tokenizer adds by default, and whether or not the texts hold it already."""
+    """Whatever the tokenizer adds by default, and whether or not the texts hold it already or are nothing else."""
     node = component(word_tokenizer(bos, eos))
-    prompts = ["a red", "<bos> a red"]
-    features = node.prepare(["ball", "ball <eos>"], {"x": prompts})
-    for row, start in enumerate([[1] if bos else [], [1]]):
-        expected = [*start, *ids("a red"), *ids("ball"), EOS]
+    prompts = ["a red", "<bos> a red", "<bos>", "<eos>"]
+    features = node.prepare(["ball", *["ball <eos>"] * 3], {"x": prompts})
+    added = [BOS] * bos
+    for row, start in enumerate([[*added, *ids("a red")], [BOS, *ids("a red")], [BOS], [*added, EOS]]):
+        expected = [*start, *ids("ball"), EOS]
         np.testing.assert_array_equal(features["tokens"][row], expected + [0] * (16 - len(expected)))
-        assert features["prompt_lengths"][row] == len(start) + 2
+        assert features["prompt_lengths"][row] == len(start)
         assert features["lengths"][row] == len(expected)
 
 
@@ -190,13 +191,43 @@ def test_other_stop_tokens_end_a_turn_and_a_sample(params):
     features = component(tokenizer, max_prompt_length=12).prepare([answer("ball")], {"x": [ASKED]})
     assert features["tokens"][0, 10:14].tolist() == [*ids("ball left large"), EOS]
     node = component(tokenizer, max_prompt_length=12, stop_tokens=(stop,))
-    features = node.prepare([answer("ball"), "ball left", "ball"], {"x": [ASKED] * 3})
-    for row, end in enumerate([stop, stop, EOS]):
+    prompts = [ASKED] * 3 + [tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)]
+    features = node.prepare([answer("ball"), "ball left", "ball", "ball"], {"x": prompts})
+    for row, end in enumerate([stop, stop, stop, EOS]):
         assert features["tokens"][row, 10 : features["lengths"][row]].tolist() == [*ids("ball"), end]
     drawn = node.sample(params, {"x": ["a red"] * 64}, KEY)
     stopped = [text.split() for text in drawn if "left" in text.split()]
     assert stopped
     assert all(words.index("left") == len(words) - 1 for words in stopped)
+
+
+TURN = "{{ m.role }} on {{ m.content }} "
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}" + TURN + "left {% endfor %}", "left"),
+        ("{% for m in messages %}" + TURN + "<eos> left large {% endfor %}", "left"),
+        ("{% for m in messages %}" + TURN + "{% endfor %}", "<eos>"),
+        ("{{ messages[-1].content }} {% for m in messages %}" + TURN + "left {% endfor %}", "<eos>"),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+            + (TURN + "left {% endfor %}"),
+            "<eos>",
+        ),
+    ],
+    ids=["after the turn", "the last of two", "none", "prompt rewritten", "turn refused"],
+)
+def test_a_string_after_messages_is_closed_as_the_template_closes_a_turn(template, end):
+    """The end-of-sequence token closes it where the template does not say; ends inside the text are not its end."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}assistant on {% endif %}"
+    node = component(tokenizer, stop_tokens=tuple(ids("left")))
+    features = node.prepare(["ball", "left ball"], {"x": [[{"role": "user", "content": "red"}]] * 2})
+    for row, text in enumerate(["ball", "left ball"]):
+        made = features["tokens"][row, features["prompt_lengths"][row] : features["lengths"][row]]
+        assert made.tolist() == ids(f"{text} {end}")
 
 
 @pytest.mark.parametrize(("keep", "prompt"), [("keep_start", "the small cube"), ("keep_end", "on the left")])
@@ -217,6 +248,14 @@ def test_texts_without_room_are_cut_as_asked_and_counted(keep, prompt, torch_mod
     assert cut == whole
 
 
+@pytest.mark.parametrize(("room", "kept"), [(1, ""), (3, "the left"), (6, "small cube on the left")])
+def test_a_prompt_cut_at_its_start_keeps_the_beginning_of_sequence(room, kept):
+    node = component(word_tokenizer(bos=True), max_prompt_length=room, truncation="keep_end")
+    features = node.prepare(["ball"], {"x": ["the small cube on the left"]})
+    assert features["tokens"][0, : room + 2].tolist() == [BOS, *ids(kept), *ids("ball"), EOS]
+    np.testing.assert_array_equal(features["truncated"], [1])
+
+
 def test_a_long_prompt_of_messages_is_cut_after_its_completion_was_found():
     node = component(word_tokenizer(chat=True), max_prompt_length=4, truncation="keep_end")
     features = node.prepare([answer("ball")], {"x": [ASKED]})
@@ -235,6 +274,31 @@ def test_samples_are_prepared_as_they_were_drawn(torch_model, params):
     p = np.exp(log_prob(node, params, node.prepare(texts, {"x": ["a red"] * 100}), KEY))
     share = np.array([draws.count(text) for text in texts]) / 4000
     assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 1e-6).all()
+    assert p.max() > 4 * np.median(p)
+
+
+def test_samples_of_a_chat_are_prepared_as_they_were_drawn(params):
+    """The turns end with a stop token, <bos> here, that the texts have lost: share and exp(log_prob) as above.
+
+    No draw ends otherwise, because the head gives the other special tokens exp(-20) at most. Texts of up to two words
+    are then all that can be drawn, and their probabilities add up to 1: 1e-4, in float32.
+    """
+    tokenizer = word_tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<bos>")
+    node = component(tokenizer, max_prompt_length=12, max_new_tokens=2, stop_tokens=(BOS,))
+    # The first of the channels is large and positive after every token, so its row of the head is a bias.
+    table, head = np.array(params["embed_tokens"]["embedding"]), np.array(params["lm_head"]["kernel"])
+    table[:, 0], head[0] = 2, 0
+    head[0, [SPECIAL.index("<pad>"), EOS, UNK]] = -9
+    biased = params | {"embed_tokens": {"embedding": table}, "lm_head": {"kernel": head}}
+    draws = node.sample(biased, {"x": [ASKED] * 4000}, KEY)
+    texts = ["", *WORDS, *(f"{first} {second}" for first in WORDS for second in WORDS)]
+    p = np.exp(log_prob(node, biased, node.prepare(texts, {"x": [ASKED] * len(texts)}), KEY))
+    np.testing.assert_allclose(p.sum(), 1, atol=1e-4)
+    counts = np.array([draws.count(text) for text in texts])
+    assert counts.sum() == 4000
+    assert (np.abs(counts / 4000 - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 1e-6).all()
+    assert p[1 : 1 + len(WORDS)].sum() > 0.1
     assert p.max() > 4 * np.median(p)
 
 
@@ -292,13 +356,33 @@ def test_a_turn_that_merges_with_its_header_is_refused():
         node.prepare([answer("b")], {"x": [asked]})
 
 
-def test_lengths_and_tokenizers_that_do_not_go_with_the_decoder_are_refused():
+def test_lengths_that_do_not_go_with_the_decoder_are_refused():
     with pytest.raises(ValueError, match="max_prompt_length 30 and max_new_tokens 8 exceed the decoder's 32 positions"):
         component(max_prompt_length=30)
+
+
+def test_tokens_that_the_decoder_has_not_are_refused_where_they_are_used(params):
+    """Tokenizers often hold more tokens than the model, such as a padding token; unused they do no harm."""
     larger = word_tokenizer()
+    larger.add_special_tokens({"pad_token": "[PAD]"})
     larger.add_tokens(["violet"])
-    with pytest.raises(ValueError, match="the tokenizer has 15 tokens, the decoder 14: give the tokenizer that"):
-        dataclasses.replace(component(), tokenizer=larger)
+    small = dataclasses.replace(component(), tokenizer=larger)
+    features = small.prepare(["ball"], {"x": ["a red"]})
+    expected = log_prob(component(), params, component().prepare(["ball"], {"x": ["a red"]}), KEY)
+    np.testing.assert_allclose(log_prob(small, params, features, KEY), expected, atol=1e-5)
+    assert len(small.sample(params, {"x": ["a red"]}, KEY)) == 1
+    remedy = r"the token 'violet' \(id 15\), but the decoder knows ids below 14: leave it out, or give the tokenizer"
+    with pytest.raises(RecordError, match=f"the prompt in row 1 holds {remedy}"):
+        small.prepare(["ball"] * 2, {"x": ["a red", "a violet"]})
+    with pytest.raises(RecordError, match=f"the prompt in row 1 holds {remedy}"):
+        small.sample(params, {"x": ["a red", "a violet"]}, KEY)
+    with pytest.raises(RecordError, match=f"the completion in row 0 holds {remedy}"):
+        small.prepare(["violet ball"], {"x": ["a red"]})
+    with pytest.raises(ValueError, match=r"the ends \[15\] .* outside the decoder's 14 tokens: give the tokenizer and"):
+        dataclasses.replace(small, stop_tokens=(5, 15))
+    larger.eos_token = "violet"
+    with pytest.raises(ValueError, match=r"the ends \[15\] of tokenizer\.eos_token_id"):
+        dataclasses.replace(small)
 
 
 def test_a_tokenizer_without_an_end_is_refused():

@@ -36,7 +36,7 @@ CONFIG = DecoderConfig(
 )
 
 
-TOKENIZER = IdTokenizer(64)
+TOKENIZER = IdTokenizer()
 SYSTEM = CompoundSystem(
     ("x",),
     (

@@ -30,10 +30,11 @@ def torch_tree(arrays: dict[str, np.ndarray]) -> PyTree:
 
 
 def torch_params(model: torch.nn.Module) -> PyTree:
-    """`torch_tree` of the model's parameters."""
-    return torch_tree({name: p.detach().numpy() for name, p in model.named_parameters()})
+    """`torch_tree` of the model's parameters and of its buffers, such as the table of positions."""
+    return torch_tree({name: x.detach().numpy() for name, x in (*model.named_parameters(), *model.named_buffers())})
 
 
 def torch_gradients(model: torch.nn.Module) -> PyTree:
-    """`torch_tree` of the gradients that `backward` left."""
-    return torch_tree({name: p.grad.numpy() for name, p in model.named_parameters()})
+    """`torch_tree` of the gradients that `backward` left, zeros for buffers."""
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return torch_tree(gradients | {name: np.zeros(x.shape, np.float32) for name, x in model.named_buffers()})

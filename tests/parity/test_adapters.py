@@ -21,6 +21,7 @@ from sysdpo_jax import (
     CompoundSystem,
     Diffusion,
     DirectObjective,
+    FrozenText,
     Gaussian,
     LanguageModel,
     Node,
@@ -41,6 +42,7 @@ from sysdpo_jax.training import ComponentOptimizer, create_state, make_optimizer
 from tests.components.stubs import SPECIAL, WORDS, Embedding, word_tokenizer
 from tests.parity.convert import llama_params
 from tests.parity.convert_diffusion import randomise, torch_params
+from tests.parity.convert_sd3 import torch_params as sd3_params
 
 KEY = jax.random.key(0)
 TOLERANCE = 1e-4
@@ -156,10 +158,9 @@ def test_diffusers_loads_a_unets_adapter(tmp_path):
     model = diffusers.UNet2DConditionModel(sample_size=8, **UNET).eval()
     randomise(model, 1)
     denoiser = UNet2DCondition(UNetConfig(**UNET))
-    component = Diffusion(
-        denoiser=denoiser, text=TextEncoder(Embedding(), word_tokenizer(), 5), codec=PixelCodec((8, 8, 3))
-    )
-    params = {**component.init(KEY), "denoiser": torch_params(model)}
+    text = TextEncoder(Embedding(), word_tokenizer(), 5)
+    component = Diffusion(denoiser=denoiser, text=FrozenText(text, text.init(KEY)), codec=PixelCodec((8, 8, 3)))
+    params = {"denoiser": torch_params(model)}
     params = add_lora(params, LoRA(4, 6.0, ("attention", "proj_(in|out)$")), jax.random.key(1))
     params = add_lora(params, LoRA(2, 5.0, ("mlp", "time_emb")), jax.random.key(2))
     params = trained(component, params, lambda rng: rng.uniform(size=(8, 8, 3)).astype(np.float32))
@@ -190,7 +191,7 @@ def test_diffusers_loads_a_transformers_adapter(tmp_path):
     model = diffusers.SD3Transformer2DModel(**MMDIT).eval()
     randomise(model, 1)
     module = MMDiT(MMDiTConfig(**MMDIT))
-    params = add_lora(torch_params(model), LoRA(4, 6.0, ("all_linear",)), jax.random.key(1))
+    params = add_lora(sd3_params(model), LoRA(4, 6.0, ("all_linear",)), jax.random.key(1))
     params = randomised(params)
     write_diffusers_adapter(tmp_path / "adapter", params, mmdit.naming(module.config), "transformer")
     rng = np.random.default_rng(2)

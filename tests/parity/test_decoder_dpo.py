@@ -45,7 +45,7 @@ def test_loss_and_gradient(name: str) -> None:
     expected = llama_tree({n: p.grad.numpy() for n, p in policy.named_parameters() if p.grad is not None})
     assert margins.abs().max() < 5
 
-    tokenizer = IdTokenizer(VARIANTS[name].vocab_size)
+    tokenizer = IdTokenizer()
     component = LanguageModel(Decoder(VARIANTS[name]), tokenizer, max_prompt_length=6, max_new_tokens=6)
     system = CompoundSystem(("request",), (Node("answer", component, ("request",)),))
     whole = {"prompt_lengths": PROMPTS, "truncated": np.zeros(4, np.float32)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from_grid
 
+from sysdpo_jax.models import mmdit_blocks
 from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig, position_table, position_waves
 from tests.parity.convert_sd3 import torch_gradients, torch_params
 
@@ -130,7 +131,7 @@ def test_gradients_of_a_preference_loss_equal_autograd(name, remat):
 @pytest.mark.parametrize(
     ("sample_size", "patch_size", "most", "heads"), [(12, 2, 7, 3), (16, 2, 24, 4), (9, 1, 20, 2), (128, 2, 48, 2)]
 )
-def test_the_table_of_positions_is_diffusers_bit_for_bit(sample_size, patch_size, most, heads):
+def test_a_new_models_table_of_positions_is_diffusers_bit_for_bit(sample_size, patch_size, most, heads):
     config = MMDiTConfig(
         sample_size=sample_size,
         patch_size=patch_size,
@@ -140,9 +141,11 @@ def test_the_table_of_positions_is_diffusers_bit_for_bit(sample_size, patch_size
         caption_projection_dim=8 * heads,
     )
     buffer = PatchEmbed(sample_size, sample_size, patch_size, 4, 8 * heads, pos_embed_max_size=most).pos_embed
-    found = position_table(config)
+    image = jnp.zeros((1, patch_size, patch_size, 4))
+    found = jax.jit(mmdit_blocks.PatchEmbed(config).init)(jax.random.key(0), image)["params"]["pos_embed"]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, buffer.numpy())
+    np.testing.assert_array_equal(position_table(config), buffer.numpy())
 
 
 @pytest.mark.parametrize(("most", "heads"), [(192, 24), (192, 38), (384, 24)])
@@ -154,29 +157,28 @@ def test_positions_of_the_released_sizes_are_those_of_diffusers_bit_for_bit(most
     np.testing.assert_array_equal(position_waves(config), expected)
 
 
-def test_centred_positions_span_16_in_the_middle_whatever_the_sample():
-    """arXiv 2403.03206, section 5.3.2: (p - (max - s) / 2) * 256 / S with patches of 16 pixels, so S = 16 s."""
-    config = MMDiTConfig(pos_embed_max_size=96, position_grid="centred")
-    found, quarter = position_waves(config), config.width // 4
-    positions = np.arange(-4.0, 20.0, 0.25)
-    assert positions[16] == 0
-    assert positions[16 + 64] == 16
-    for k in (0, 1, 100, quarter - 1):
-        angle = positions / 10000 ** (k / quarter)
-        np.testing.assert_allclose(found[:, k], np.sin(angle), rtol=0, atol=1e-6)
-        np.testing.assert_allclose(found[:, quarter + k], np.cos(angle), rtol=0, atol=1e-6)
+def test_a_trace_computes_no_table():
+    """Of the 384 x 384 x 1536 floats it holds the waves alone, 384 x 768 for the columns and for the rows."""
+    config = MMDiTConfig(pos_embed_max_size=384, num_attention_heads=24, caption_projection_dim=1536)
+    traced = jax.make_jaxpr(lambda: position_table(config))()
+    assert traced.out_avals[0].shape == (1, 384**2, 1536)
+    assert sum(constant.nbytes for constant in traced.consts) == 2 * 384 * 768 * 4
 
 
-def test_the_model_adds_the_centre_of_the_grid_that_the_configuration_names():
-    """diffusers with our centred table as its buffer computes the same."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_whatever_table_is_stored_is_added(dtype, size):
+    """1e-4 as above; a rounded table is added in float32."""
     config = CONFIGS["sd3"]
-    model, args = randomised(config), inputs(config, (6, 10))
-    centred = MMDiTConfig(**config, position_grid="centred")
+    model, args = randomised(config), inputs(config, size)
+    params = torch_params(model)
     with torch.no_grad():
         before = theirs(model, *args).numpy()
-        model.pos_embed.pos_embed = torch.tensor(position_table(centred))
+        table = torch.randn(model.pos_embed.pos_embed.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        model.pos_embed.pos_embed = table
         expected = theirs(model, *args).numpy()
-    found = jax.jit(lambda p: ours(MMDiT(centred), p, *args))(torch_params(model))
+    params["pos_embed"]["pos_embed"] = jnp.array(table.float().numpy(), str(dtype).removeprefix("torch."))
+    found = jax.jit(lambda p: ours(MMDiT(MMDiTConfig(**config)), p, *args))(params)
     assert np.abs(before - expected).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
@@ -220,7 +222,6 @@ def test_latents_that_have_no_positions_are_refused(size, said):
         ({"caption_projection_dim": 16}, "caption_projection_dim=16 must be"),
         ({"qk_norm": "layer_norm"}, "unknown qk_norm 'layer_norm'"),
         ({"dual_attention_layers": (1, 3)}, "dual_attention_layers has 3, but there are 3"),
-        ({"position_grid": "learned"}, "unknown position_grid 'learned'"),
     ],
 )
 def test_configurations_it_cannot_build_are_refused(change, message):

@@ -10,6 +10,8 @@ from sysdpo_jax.models.decoder_config import DecoderConfig
 from sysdpo_jax.models.rotary import RopeScaling
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.decoders import FAMILIES, find_family
+from sysdpo_jax.pretrained.fields import NEUTRAL
+from tests.pretrained import hub_configs
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -49,14 +51,7 @@ HUB = {
     "Llama-3.1-8B": config_json(
         "llama", "128256 4096 14336 32 32 8 131072", **LLAMA3, rope_scaling=LLAMA31 | {"factor": 8.0}
     ),
-    "Llama-3.2-1B": config_json(
-        "llama",
-        "128256 2048 8192 16 32 8 131072",
-        **LLAMA3,
-        rope_scaling=LLAMA31 | {"factor": 32.0},
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
+    "Llama-3.2-1B-Instruct": hub_configs.LLAMA_32_1B_INSTRUCT,
     "SmolLM2-135M": config_json(
         "llama",
         "49152 576 1536 30 9 3 8192",
@@ -92,18 +87,7 @@ HUB = {
         tie_word_embeddings=True,
         use_mrope=False,
     ),
-    "Qwen3-0.6B": config_json(
-        "qwen3",
-        "151936 1024 3072 28 16 8 40960",
-        **QWEN,
-        attention_bias=False,
-        head_dim=128,
-        rope_theta=1000000,
-        rope_scaling=None,
-        sliding_window=None,
-        max_window_layers=28,
-        tie_word_embeddings=True,
-    ),
+    "Qwen3-0.6B": hub_configs.QWEN3_06B,
     "gemma-2-2b": config_json(
         "gemma2",
         "256000 2304 9216 26 8 4 8192",
@@ -114,18 +98,9 @@ HUB = {
         rope_theta=10000.0,
         sliding_window=4096,
     ),
-    "gemma-3-1b-pt": config_json(
-        "gemma3_text",
-        "262144 1152 6912 26 4 1 32768",
-        **GEMMA,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        rope_theta=1000000,
-        rope_local_base_freq=10000,
-        rope_scaling=None,
-        sliding_window=512,
-        sliding_window_pattern=6,
-    ),
+    "gemma-2-9b-it": hub_configs.GEMMA2_9B_IT,
+    "gemma-2-27b-it": hub_configs.GEMMA2_27B_IT,
+    "gemma-3-1b-it": hub_configs.GEMMA3_1B_IT,
 }
 GEMMA_FIELDS = {
     "tie_word_embeddings": True,
@@ -136,6 +111,7 @@ GEMMA_FIELDS = {
     "head_dim": 256,
     "query_pre_attn_scalar": 256.0,
 }
+GEMMA2_FIELDS = GEMMA_FIELDS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
 # The fields in which a model differs from a Llama 2 of its shape.
 EXPECTED = {
     "Llama-2-7b": {"rms_norm_eps": 1e-5},
@@ -144,7 +120,7 @@ EXPECTED = {
         "rope_theta": 5e5,
         "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
     },
-    "Llama-3.2-1B": {
+    "Llama-3.2-1B-Instruct": {
         "rms_norm_eps": 1e-5,
         "rope_theta": 5e5,
         "rope_scaling": RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
@@ -156,10 +132,11 @@ EXPECTED = {
     "Qwen1.5-1.8B-Chat": {"qkv_bias": True, "rope_theta": 1e6},
     "Qwen2.5-0.5B": {"qkv_bias": True, "rope_theta": 1e6, "tie_word_embeddings": True},
     "Qwen3-0.6B": {"qk_norm": True, "rope_theta": 1e6, "tie_word_embeddings": True, "head_dim": 128},
-    "gemma-2-2b": GEMMA_FIELDS
-    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    | {"sliding_window": 4096, "layer_types": (SLIDING, FULL) * 13},
-    "gemma-3-1b-pt": GEMMA_FIELDS
+    "gemma-2-2b": GEMMA2_FIELDS | {"layer_types": (SLIDING, FULL) * 13},
+    "gemma-2-9b-it": GEMMA2_FIELDS | {"layer_types": (SLIDING, FULL) * 21},
+    "gemma-2-27b-it": GEMMA2_FIELDS
+    | {"layer_types": (SLIDING, FULL) * 23, "head_dim": 128, "query_pre_attn_scalar": 144.0},
+    "gemma-3-1b-it": GEMMA_FIELDS
     | {"qk_norm": True, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
     | {"sliding_window": 512, "layer_types": ((SLIDING,) * 5 + (FULL,)) * 4 + (SLIDING, SLIDING)},
 }
@@ -173,6 +150,8 @@ SMALL = {
     "max_position_embeddings": 64,
 }
 GEMMA_SMALL = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "query_pre_attn_scalar": 16}
+SCALED = {"rope_type": "linear", "factor": 2.0}
+GLOBAL_SCALED = {FULL: SCALED | {"rope_theta": 5e5}, SLIDING: {"rope_type": "default", "rope_theta": 1e3}}
 # Files with what those of the hub above do not have.
 OTHERS = {
     "linear, of the oldest kind": ("llama", {"rope_scaling": {"type": "linear", "factor": 2}, "attention_bias": True}),
@@ -206,7 +185,7 @@ def transformers_dict(values: dict[str, Any]) -> dict[str, Any]:
 def decisive(values: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
     """The entries that decide what transformers computes."""
     void = {"architectures", "dtype", "_name_or_path", "transformers_version", "cache_implementation"}
-    void |= {"is_llama_config", "rope_interleaved", "use_mrope"}
+    void |= {"is_llama_config", "rope_interleaved", "use_mrope", "sliding_window_size"}
     # layer_types are there in their place.
     void |= {"max_window_layers", "_sliding_window_pattern"}
     if "hidden_activation" in values:
@@ -256,7 +235,7 @@ def test_files_before_layer_types_keep_their_pattern() -> None:
     """What older versions of transformers and other programs read in place of layer_types."""
     qwen = FAMILIES["qwen2"].write(read(FILES["qwen2 window"]))
     assert (qwen["use_sliding_window"], qwen["sliding_window"], qwen["max_window_layers"]) == (True, 8, 3)
-    gemma = FAMILIES["gemma3_text"].write(read(HUB["gemma-3-1b-pt"]))
+    gemma = FAMILIES["gemma3_text"].write(read(HUB["gemma-3-1b-it"]))
     assert (gemma["sliding_window_pattern"], gemma["rope_local_base_freq"], gemma["rope_theta"]) == (6, 1e4, 1e6)
     mixed = dataclasses.replace(read(FILES["qwen2 window"]), layer_types=(SLIDING, FULL, FULL, SLIDING))
     assert "max_window_layers" not in FAMILIES["qwen2"].write(mixed)
@@ -288,6 +267,28 @@ def test_what_a_family_cannot_express_is_refused(model_type: str, change: dict[s
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"quantization_config": {"bits": 4}}, "keys that are not known here.*quantization_config"),
+        ("llama", {"sliding_window": 8}, "keys that are not known here.*sliding_window=8"),
+        ("llama", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"tie_encoder_decoder": True}, "tie_encoder_decoder=True"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "'partial_rotary_factor': 0.5.* not supported",
+        ),
+        ("llama", {"rope_scaling": SCALED, "rope_parameters": SCALED | {"factor": 4.0}}, "something else than"),
+        ("llama", {"rope_scaling": SCALED, "rope_parameters": {"rope_type": "default"}}, "something else than"),
+        ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, r"theta \[10000.0, 500000.0\]"),
+        (
+            "gemma3_text",
+            {"rope_scaling": SCALED, "rope_parameters": {FULL: {"rope_type": "default"}}},
+            "something else",
+        ),
+        ("gemma3_text", {"rope_local_base_freq": 1e4, "rope_parameters": GLOBAL_SCALED}, r"theta \[1000.0, 10000.0\]"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True"),
+        ("mistral", {"mlp_bias": True}, "mlp_bias=True"),
+        ("mistral", {"pretraining_tp": 2}, "pretraining_tp=2"),
+        ("gemma2", {"sliding_window": 8, "sliding_window_size": 16}, "sliding_window_size=16 is not supported .only 8"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling .*'dynamic'.* not supported"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0.0}}, "describes no model: .*factor 0.0"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "with exactly their own parameters"),
@@ -308,6 +309,46 @@ def test_what_a_family_cannot_express_is_refused(model_type: str, change: dict[s
 def test_what_would_be_computed_wrongly_is_refused(model_type: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read({"model_type": model_type} | SMALL | change)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"_attn_implementation_autoset": True, "attn_implementation": "sdpa", "gradient_checkpointing": True},
+        {"tokenizer_class": "LlamaTokenizer", "typical_p": 1.0, "prefix": None, "num_beams": 1},
+        {name: values[0] for name, values in NEUTRAL.items() if name != "sliding_window"},
+    ],
+    ids=["running", "generating", "switches that are off"],
+)
+def test_keys_that_change_nothing_are_accepted(model_type: str, more: dict[str, Any]) -> None:
+    plain = {"model_type": model_type} | SMALL | (GEMMA_SMALL if "gemma" in model_type else {})
+    assert read(plain | more) == read(plain)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "same"),
+    [
+        ("llama", {"sliding_window": None}, {}),
+        ("gemma2", {"sliding_window": 8, "sliding_window_size": 8}, {"sliding_window": 8}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}, {}),
+        ("llama", {"rope_scaling": None, "rope_parameters": SCALED}, {"rope_scaling": SCALED}),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": SCALED},
+            {"rope_scaling": SCALED},
+        ),
+        ("llama", {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 500000}}, {"rope_theta": 5e5}),
+        (
+            "gemma3_text",
+            {"rope_scaling": SCALED, "rope_local_base_freq": 1e3, "rope_parameters": GLOBAL_SCALED},
+            {"rope_scaling": SCALED, "rope_local_base_freq": 1e3, "rope_theta": 5e5},
+        ),
+    ],
+)
+def test_keys_that_say_the_same_are_accepted(model_type: str, change: dict[str, Any], same: dict[str, Any]) -> None:
+    plain = {"model_type": model_type} | SMALL
+    assert read(plain | change) == read(plain | same)
 
 
 def test_unknown_families_are_refused_by_name() -> None:

@@ -1,11 +1,14 @@
 """Pipelines of diffusers as components and back: pictures, latents, weights and configurations."""
 
+import copy
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sysdpo_jax import pretrained
 from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText
@@ -101,16 +104,16 @@ def test_sdxl_is_told_how_its_pictures_were_cut(made):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_the_round_trip_is_exact_and_silent(name, made, tmp_path, caplog):
+def test_the_round_trip_is_exact_and_silent(name, made, tmp_path, library_log):
     """The libraries report no missing and no unexpected tensor, and no key of a configuration that they do not know."""
     pipe, folder = made(name)
     component, params = pretrained.load(folder)
     pretrained.save(tmp_path / "out", component, params)
-    caplog.clear()
+    library_log.clear()
     # diffusers wants to be told of a missing T5, for its own checkpoints as well.
     absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3 without T5" else {}
     again = type(pipe).from_pretrained(tmp_path / "out", **absent)
-    assert [record.getMessage() for record in caplog.records if "torchvision" not in record.getMessage()] == []
+    assert [message for message in library_log if "torchvision" not in message] == []
     for part, model in pipe.components.items():
         found = again.components[part]
         if isinstance(model, torch.nn.Module):
@@ -137,13 +140,12 @@ def test_text_encoders_can_be_trained(made):
     assert jax.tree.map(np.shape, jax.eval_shape(frozen.init, KEY)) == jax.tree.map(np.shape, weights)
     images = list(np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype(np.float32))
     values = [
-        component.log_prob(params, component.prepare(images, {"caption": CAPTIONS}), KEY)
+        jax.jit(component.log_prob)(params, component.prepare(images, {"caption": CAPTIONS}), KEY)
         for component, params in ((frozen, weights), (trained, more))
     ]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
-    gradient = jax.grad(
-        lambda p: trained.log_prob(p, trained.prepare(images, {"caption": CAPTIONS}), KEY).sum() / 50_000
-    )(more)
+    features = trained.prepare(images, {"caption": CAPTIONS})
+    gradient = jax.jit(jax.grad(lambda p: trained.log_prob(p, features, KEY).sum() / 50_000))(more)
     for name in ("text_encoder", "text_encoder_2"):
         assert max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient[name])) > 0
 
@@ -170,10 +172,43 @@ def test_what_a_pipeline_must_not_be(made, tmp_path):
         ({"_class_name": "KandinskyPipeline"}, "KandinskyPipeline is not supported"),
         ({"image_encoder": ["transformers", "X"]}, "image_encoder=.* is not supported"),
         ({"motion_adapter": ["diffusers", "X"]}, "keys that are not known here .*motion_adapter"),
+        ({"text_encoder": [None, None]}, "has no text_encoder: fetch the whole pipeline"),
     ):
         (copy / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(CheckpointError, match=message):
             pretrained.load(copy)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(made, tmp_path):
+    """transformers loads it all the same, with two tokens."""
+    _, folder = made("sd1")
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer has \d tokens but its text encoder 56|holds no tokenizer"):
+        pretrained.load(tmp_path / "copy")
+
+
+def test_half_precision_and_variants_are_read_and_written_as_they_are(made, tmp_path):
+    """fp16 weights beside a float32 autoencoder, which has no fp16 file; each part comes back in its own precision."""
+    pipe, folder = made("sdxl")
+    half = copy.deepcopy(pipe).to(torch.float16)
+    half.save_pretrained(tmp_path / "in", variant="fp16")
+    shutil.rmtree(tmp_path / "in" / "vae")
+    shutil.copytree(folder / "vae", tmp_path / "in" / "vae")
+    with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.safetensors .*: pass variant='fp16'"):
+        pretrained.load(tmp_path / "in")
+    component, params = pretrained.load(tmp_path / "in", variant="fp16")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float16")}
+    pretrained.save(tmp_path / "out", component, params)
+    again = type(pipe).from_pretrained(tmp_path / "out")
+    for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        theirs = (pipe if part == "vae" else half).components[part].state_dict()
+        files = load_file(next((tmp_path / "out" / part).glob("*.safetensors")))
+        assert again.components[part] is not None
+        for name, tensor in files.items():
+            key = name if name in theirs else name.removeprefix("text_model.")
+            assert torch.equal(tensor, theirs[key]), (part, name)
+            assert tensor.dtype == theirs[key].dtype
 
 
 def test_frames_of_made_pictures_are_whole(made):

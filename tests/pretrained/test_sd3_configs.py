@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
+from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from sysdpo_jax.models.t5 import T5Config, T5Encoder
 from sysdpo_jax.pretrained import mmdit, t5
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
@@ -142,9 +142,12 @@ def test_the_released_transformers_have_diffusers_tensors(name, billions):
     model = released(RELEASES[name])
     abstract = abstract_mmdit(config)
     naming = mmdit.naming(MMDiTConfig(**TINY))
-    assert stored_shapes(abstract, naming) == parameter_shapes(model)
-    assert size(abstract) == sum(p.numel() for p in model.parameters())
-    assert size(abstract) == pytest.approx(billions * 1e9, rel=0.01)
+    table = abstract["pos_embed"]["pos_embed"]
+    assert stored_shapes(abstract, naming) == parameter_shapes(model) | {"pos_embed.pos_embed": table.shape}
+    assert table.shape == model.pos_embed.pos_embed.shape
+    learned = size(abstract) - table.size
+    assert learned == sum(p.numel() for p in model.parameters())
+    assert learned == pytest.approx(billions * 1e9, rel=0.01)
 
 
 def test_the_released_t5_has_transformers_tensors():
@@ -211,54 +214,54 @@ def test_other_t5s_are_refused_by_name(change, message):
         t5.read(reader(missing))
 
 
-def saved_mmdit(folder, table=None):
+def saved_mmdit(folder, table, dtype=torch.float32):
     model = diffusers.SD3Transformer2DModel(**TINY)
     randomise(model, 0)
-    if table is not None:
-        model.pos_embed.pos_embed = torch.tensor(table)
+    model.to(dtype)
+    model.pos_embed.pos_embed = table
     model.save_pretrained(folder)
     config = mmdit.read(reader(json.loads((folder / "config.json").read_text())))
     return model, config, Safetensors(folder, "diffusion_pytorch_model")
 
 
-@pytest.mark.parametrize("grid", ["stretched", "centred"])
-def test_a_transformer_of_diffusers_comes_back_bit_for_bit_with_its_positions(tmp_path, grid):
-    table = position_table(MMDiTConfig(**TINY, position_grid=grid))
-    model, config, source = saved_mmdit(tmp_path / "theirs", table)
-    config = mmdit.find_positions(config, source)
-    assert config == MMDiTConfig(**TINY, position_grid=grid)
+@pytest.mark.parametrize(
+    ("dtype", "table_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_a_transformer_of_diffusers_comes_back_bit_for_bit_with_any_table_of_positions(tmp_path, dtype, table_dtype):
+    """Each tensor in its own precision."""
+    table = torch.randn(1, 81, 16, generator=torch.Generator().manual_seed(1)).to(table_dtype)
+    model, config, source = saved_mmdit(tmp_path / "theirs", table, dtype)
     params = load_params(abstract_mmdit(config), source, mmdit.naming(config))
     folder = tmp_path / "ours"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(mmdit.write(config)))
     write_safetensors(folder, "diffusion_pytorch_model", stored_tensors(params, mmdit.naming(config)))
-    back, report = diffusers.SD3Transformer2DModel.from_pretrained(folder, output_loading_info=True)
+    before, after = (load_file(x / "diffusion_pytorch_model.safetensors") for x in (tmp_path / "theirs", folder))
+    assert before.keys() == after.keys()
+    assert torch.equal(after["pos_embed.pos_embed"], table)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+    back, report = diffusers.SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
-    np.testing.assert_array_equal(back.pos_embed.pos_embed.numpy(), table)
+    assert torch.equal(back.pos_embed.pos_embed, table.to(dtype))
 
 
-@pytest.mark.parametrize("grid", ["stretched", "centred"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounded_positions_are_recognised(tmp_path, grid, dtype):
-    table = torch.tensor(position_table(MMDiTConfig(**TINY, position_grid=grid))).to(dtype)
-    save_file({mmdit.TABLE: table}, tmp_path / "diffusion_pytorch_model.safetensors")
-    found = mmdit.find_positions(MMDiTConfig(**TINY), Safetensors(tmp_path, "diffusion_pytorch_model"))
-    assert found.position_grid == grid
-
-
-def test_positions_of_another_kind_are_refused_and_absent_ones_are_those_of_a_new_model(tmp_path):
-    config = MMDiTConfig(**TINY)
-    table = position_table(config)
-    # The last patch alone is wrong.
-    table[0, -1] += 0.01
-    _, _, source = saved_mmdit(tmp_path / "wrong", table)
-    with pytest.raises(CheckpointError, match=r"wrong: pos_embed.pos_embed is none of the tables known here"):
-        mmdit.find_positions(config, source)
-    with pytest.raises(CheckpointError, match=r"is \[1, 81, 16\], the configuration says \[1, 64, 16\]"):
-        mmdit.find_positions(MMDiTConfig(**TINY | {"pos_embed_max_size": 8}), source)
-    save_file({"proj_out.bias": torch.zeros(3)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    assert mmdit.find_positions(config, Safetensors(tmp_path, "diffusion_pytorch_model")) == config
+def test_a_table_of_positions_must_be_there_and_of_the_size_that_the_configuration_says(tmp_path):
+    _, _, source = saved_mmdit(tmp_path, torch.zeros(1, 81, 16))
+    smaller = MMDiTConfig(**TINY | {"pos_embed_max_size": 8})
+    message = r"misshapen: pos_embed\.pos_embed: the configuration says \[1, 64, 16\], the file \[1, 81, 16\]"
+    with pytest.raises(CheckpointError, match=message):
+        load_params(abstract_mmdit(smaller), source, mmdit.naming(smaller))
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["pos_embed.pos_embed"]
+    save_file(tensors, file)
+    config, source = MMDiTConfig(**TINY), Safetensors(tmp_path, "diffusion_pytorch_model")
+    with pytest.raises(CheckpointError, match=r"missing: pos_embed\.pos_embed \[1, 81, 16\]"):
+        load_params(abstract_mmdit(config), source, mmdit.naming(config))
 
 
 @pytest.mark.parametrize("kept", ["shared", "both", "embed_tokens"])

@@ -145,18 +145,6 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path):
     ]
 
 
-def test_derived_tensors_are_not_parameters_but_written(tmp_path):
-    table = np.arange(6, dtype=np.float32).reshape(2, 3)
-    naming = Naming(derived={"table": lambda: table})
-    tree = {"bias": jax.ShapeDtypeStruct((2,), jnp.float32)}
-    good = {"bias": torch.ones(2).bfloat16(), "table": torch.tensor(table).bfloat16()}
-    params = load_params(tree, Safetensors(write(tmp_path, good), "model"), naming)
-    assert set(params) == {"bias"}
-    written = dict(stored_tensors(params, naming))["table"]
-    assert written.dtype == "bfloat16"
-    np.testing.assert_array_equal(written.astype(np.float32), table)
-
-
 def test_pickles_are_refused_with_the_remedy(tmp_path):
     torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"holds pytorch_model\.bin but no model\.safetensors: pickle files"):

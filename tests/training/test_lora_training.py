@@ -152,5 +152,6 @@ def test_the_step_takes_the_base_once_and_never_merges():
     total = sum(leaf.nbytes for leaf in params.values())
     assert kernels > 30e6
     assert total < thin.argument_size_in_bytes < 1.1 * total
-    assert thin.temp_size_in_bytes < kernels
+    # A quarter in fact: of 8 layers, less than the kernels of 3 at any time, activations and all.
+    assert thin.temp_size_in_bytes < kernels / 3
     assert analyse(merging)[1].temp_size_in_bytes > kernels

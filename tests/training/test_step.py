@@ -226,3 +226,24 @@ def test_errors_name_the_component_and_the_remedy():
     state, _ = start(three())
     with pytest.raises(ValueError, match="same mesh"):
         make_train_step(CHAIN, DirectObjective(), three())(jax.device_put(state, jax.devices()[0]), pairs(8), KEY)
+
+
+def test_coarse_trained_parameters_are_warned_of():
+    params = CHAIN.init(jax.random.key(0))
+    params["b"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["b"])
+    with pytest.warns(UserWarning, match=r"trained parameters of b have less than 32 bits.*param_dtype='float32'"):
+        start(three(), params)
+    # Frozen ones may be as coarse as they like: warnings are errors here.
+    start(three(b=FROZEN), params)
+
+
+def test_constants_are_not_trained_whatever_the_pattern():
+    """With weight decay and every leaf asked for, LoRA's scale and a table of positions stay as they are."""
+    params = CHAIN.init(jax.random.key(0))
+    params["a"] |= {"lora_scale": jnp.ones(()), "pos_embed": jnp.ones((1, 2, 2))}
+    optimizer = three(a=ComponentOptimizer(optax.adamw(0.1, weight_decay=0.5)))
+    state, step = start(optimizer, params)
+    state, _ = step(state, pairs(8), jax.random.key(1))
+    for name in ("lora_scale", "pos_embed"):
+        np.testing.assert_array_equal(state.params["a"][name], params["a"][name])
+    assert (np.asarray(state.params["a"]["kernel"]) != np.asarray(params["a"]["kernel"])).all()

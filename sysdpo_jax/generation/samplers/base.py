@@ -21,7 +21,8 @@ class Sampler(Protocol):
 
     Only samplers that draw noise of their own use the key. Where num_steps does not divide the schedule's length,
     diffusers lands between the times it visits next; here every step ends at the time where the next one begins.
-    Raises ValueError when the schedule has no num_steps such times, or the SNR is 0 where z_0 is computed from eps.
+    Raises ValueError when the schedule has no num_steps such times. Where the SNR is 0, z_0 does not follow from eps:
+    DDIM, DDPM and PNDM raise ValueError there, Euler and DPMSolver take an SNR of 2^-24 instead, as diffusers does.
     """
 
     def __call__(

@@ -6,9 +6,7 @@ from typing import Any
 
 from sysdpo_jax.models.decoder_config import DecoderConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
-
-# How a model is run, which no configuration file says.
-RUNTIME = ("remat", "dtype", "param_dtype")
+from sysdpo_jax.pretrained.fields import OURS
 
 
 @dataclass(frozen=True)
@@ -17,7 +15,7 @@ class Family:
 
     architecture: the name of its class with a language-model head.
     read: the configuration that a config.json states; keys it does not know and values it cannot compute are a
-        `CheckpointError`. The fields of RUNTIME keep their defaults.
+        `CheckpointError`. The fields of OURS keep their defaults.
     express: the config.json's content that comes closest to a configuration; use `write`, which checks it.
     """
 
@@ -35,7 +33,7 @@ class Family:
         """
         values = {"architectures": [self.architecture], "model_type": self.model_type, **self.express(config)}
         back = self.read(ConfigReader(values, f"the {self.model_type} config.json to be written"))
-        back = replace(back, **{name: getattr(config, name) for name in RUNTIME})
+        back = replace(back, **{name: getattr(config, name) for name in OURS})
         for field in fields(config):
             wanted, found = getattr(config, field.name), getattr(back, field.name)
             if wanted != found:

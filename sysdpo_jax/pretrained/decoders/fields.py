@@ -6,12 +6,7 @@ from typing import Any
 from sysdpo_jax.models.decoder_config import FULL, SLIDING, DecoderConfig
 from sysdpo_jax.models.rotary import LLAMA3_FIELDS, RopeScaling
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
-
-# Token ids, settings of generate and of storage: they do not change a forward pass.
-IGNORED = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers.js_config"),
-    *("cache_implementation", "max_length", "do_sample", "temperature", "top_p", "top_k"),
-)
+from sysdpo_jax.pretrained.fields import UNUSED
 
 
 def read_shape(config: ConfigReader, model_type: str, tied: bool = False) -> dict[str, Any]:
@@ -24,7 +19,7 @@ def read_shape(config: ConfigReader, model_type: str, tied: bool = False) -> dic
     groups, head_dim = config.take("num_key_value_heads", None), config.take("head_dim", None)
     config.expect("attention_dropout", 0.0, None)
     config.expect("is_encoder_decoder", False)
-    config.ignore(*IGNORED)
+    config.ignore(*UNUSED)
     return {
         "vocab_size": config.take("vocab_size"),
         "hidden_size": config.take("hidden_size"),
@@ -61,12 +56,35 @@ def read_rope(config: ConfigReader, theta: float = 10000.0) -> dict[str, Any]:
     """rope_theta and rope_scaling, from rope_parameters (transformers 5) or from keys of those names.
 
     theta: what the family takes an absent rope_theta to be.
+    Raises `CheckpointError` where the two say something different.
     """
-    theta = config.take("rope_theta", theta)
     older, newer = config.take("rope_scaling", None), config.take("rope_parameters", None)
-    values = dict(older or newer or {})
-    theta = values.pop("rope_theta", theta)
-    return {"rope_theta": float(theta), "rope_scaling": read_scaling(config, values)}
+    stated, scaling = stated_rope(config, "rope_theta", older, newer)
+    return {"rope_theta": theta if stated is None else stated, "rope_scaling": scaling}
+
+
+def stated_rope(
+    config: ConfigReader, key: str, *places: Mapping[str, Any] | None
+) -> tuple[float | None, RopeScaling | None]:
+    """theta, None where nothing states it, and the scaling, from all places in which a file may state them.
+
+    key: of theta where it stands by itself. places: dictionaries of rotary parameters.
+    Raises `CheckpointError` where two of them say something different.
+    """
+    theta = config.take(key, None)
+    thetas, scalings = set() if theta is None else {float(theta)}, set()
+    for place in places:
+        values = dict(place or {})
+        if "rope_theta" in values:
+            thetas.add(float(values.pop("rope_theta")))
+        if values:
+            scalings.add(read_scaling(config, values))
+    if len(thetas) > 1 or len(scalings) > 1:
+        raise CheckpointError(
+            f"{config.where}: rope_parameters says something else than rope_scaling or {key} does (theta "
+            f"{sorted(thetas)}, scaling {list(scalings)}): remove those that are wrong"
+        )
+    return next(iter(thetas), None), next(iter(scalings), None)
 
 
 def express_rope(config: DecoderConfig) -> dict[str, Any]:
@@ -78,6 +96,9 @@ def read_scaling(config: ConfigReader, values: Mapping[str, Any]) -> RopeScaling
     """The scaling in a dictionary of rotary parameters without theta; None for the type "default"."""
     kind = values.get("rope_type", values.get("type", "default"))
     rest = {name: value for name, value in values.items() if name not in ("rope_type", "type")}
+    # The whole head is rotated, as without the key.
+    if rest.get("partial_rotary_factor") == 1.0:
+        del rest["partial_rotary_factor"]
     known = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *LLAMA3_FIELDS}}
     if kind not in known or set(rest) != known[kind]:
         raise CheckpointError(

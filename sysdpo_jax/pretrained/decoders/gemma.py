@@ -18,6 +18,8 @@ def _read_shared(config: ConfigReader, model_type: str, period: int) -> dict[str
     config.expect("use_bidirectional_attention", False, None)
     shape = fields.read_shape(config, model_type, tied=True)
     window = config.take("sliding_window", 4096)
+    # The window once more, in the files of Gemma 2 9B and 27B.
+    config.expect("sliding_window_size", window)
     layers = fields.read_layers(config, shape["num_hidden_layers"], window, lambda layer: bool((layer + 1) % period))
     gemma = {
         # A file without head_dim means this width, not hidden_size / heads.
@@ -70,21 +72,19 @@ def _read_gemma3(config: ConfigReader) -> DecoderConfig:
 
 
 def _read_two_ropes(config: ConfigReader) -> dict[str, Any]:
-    """The global layers' theta and scaling and the local layers' theta, in either style."""
+    """The global layers' theta and scaling and the local layers' theta, in either style or in both if they agree."""
     both = config.take("rope_parameters", None) or {}
-    whole, local = dict(both.get(FULL) or {}), dict(both.get(SLIDING) or {})
-    theta, local_theta = config.take("rope_theta", 1e6), config.take("rope_local_base_freq", 1e4)
-    whole |= config.take("rope_scaling", None) or {}
-    theta, local_theta = whole.pop("rope_theta", theta), local.pop("rope_theta", local_theta)
-    if set(both) - {FULL, SLIDING} or fields.read_scaling(config, local) is not None:
+    theta, scaling = fields.stated_rope(config, "rope_theta", config.take("rope_scaling", None), both.get(FULL))
+    local_theta, local_scaling = fields.stated_rope(config, "rope_local_base_freq", both.get(SLIDING))
+    if set(both) - {FULL, SLIDING} or local_scaling is not None:
         raise CheckpointError(
             f"{config.where}: rope_parameters={both!r} is not supported (only {FULL!r}, and {SLIDING!r} without "
             "scaling); this model would be computed wrongly"
         )
     return {
-        "rope_theta": float(theta),
-        "rope_scaling": fields.read_scaling(config, whole),
-        "rope_local_base_freq": float(local_theta),
+        "rope_theta": 1e6 if theta is None else theta,
+        "rope_scaling": scaling,
+        "rope_local_base_freq": 1e4 if local_theta is None else local_theta,
     }
 
 

@@ -1,0 +1,81 @@
+"""Names on the hub: what is asked for and what is not, with a hub that serves local folders."""
+
+import shutil
+from fnmatch import fnmatch
+
+import pytest
+import torch
+
+from sysdpo_jax import pretrained
+from sysdpo_jax.pretrained import CheckpointError
+from tests.pretrained.checkpoints import stable_diffusion_xl, write_decoder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that publishes a folder; downloads copy what their patterns match. Returns the folder of downloads."""
+    cache = tmp_path / "cache"
+
+    def publish(folder):
+        def snapshot_download(repository, revision, allow_patterns):
+            assert (repository, revision) == ("someone/model", "v1")
+            for file in folder.rglob("*"):
+                name = file.relative_to(folder).as_posix()
+                if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                    (cache / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(file, cache / name)
+            return str(cache)
+
+        monkeypatch.setattr("sysdpo_jax.pretrained.hub.snapshot_download", snapshot_download)
+        return cache
+
+    return publish
+
+
+def test_of_a_decoder_the_safetensors_alone_are_downloaded(tmp_path, hub):
+    write_decoder(tmp_path / "remote", "llama")
+    for other in ("pytorch_model.bin", "model.fp16.safetensors", "consolidated.safetensors", "onnx/model.onnx"):
+        (tmp_path / "remote" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "remote" / other).write_bytes(b"x")
+    cache = hub(tmp_path / "remote")
+    component, _ = pretrained.load("someone/model", revision="v1")
+    assert component.decoder.config.num_hidden_layers == 4
+    assert [file.name for file in cache.rglob("*") if file.suffix in (".bin", ".safetensors", ".onnx")] == [
+        "model.safetensors"
+    ]
+
+
+def test_of_a_pipeline_the_parts_that_are_read_are_downloaded_in_the_variant_that_there_is(tmp_path, hub):
+    """The autoencoder has no fp16 file; the safety checker is left alone."""
+    remote = tmp_path / "remote"
+    pipe = stable_diffusion_xl()
+    pipe.save_pretrained(remote)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        model = getattr(pipe, part).to(torch.float16)
+        shutil.rmtree(remote / part)
+        model.save_pretrained(remote / part, variant="fp16")
+    (remote / "safety_checker").mkdir()
+    (remote / "safety_checker" / "model.safetensors").write_bytes(b"x")
+    cache = hub(remote)
+    pretrained.load("someone/model", revision="v1", variant="fp16")
+    assert sorted(file.relative_to(cache).as_posix() for file in cache.rglob("*.safetensors")) == [
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder_2/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_a_repository_without_safetensors_is_refused_with_the_remedy(tmp_path, hub):
+    write_decoder(tmp_path / "remote", "llama")
+    (tmp_path / "remote" / "model.safetensors").rename(tmp_path / "remote" / "pytorch_model.bin")
+    hub(tmp_path / "remote")
+    with pytest.raises(CheckpointError, match=r"no safetensors weights .* pickle files are never read"):
+        pretrained.load("someone/model", revision="v1")
+
+
+def test_a_name_that_is_nowhere_is_refused(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="is no local path, and the hub does not give it"):
+        pretrained.load("someone/no-such-model")
