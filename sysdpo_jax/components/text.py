@@ -152,7 +152,8 @@ def tokenize(
     texts = ["" if caption is None else caption for caption in captions]
     if not texts:
         return np.zeros((0, length), np.int32), np.zeros(0, np.float32)
-    sizes = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    # Too long a caption is our business below, not a warning of the tokenizer's.
+    sizes = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
     for row, size in enumerate(sizes):
         if size > length and truncation == "error":
             raise RecordError(

@@ -28,11 +28,11 @@ WEIGHTS = "diffusion_pytorch_model"
 class Part:
     """A kind of model. Everything but the module is a function of its configuration.
 
-    library, cls: what model_index.json calls it. stem: of its weight files. read, write: config.json to our
+    package, cls: what model_index.json calls it. stem: of its weight files. read, write: config.json to our
     configuration and back. naming: of its tensors. example: inputs for the module's `init`.
     """
 
-    library: str
+    package: str
     stem: str
     module: Callable[[Any], Any]
     cls: Callable[[Any], str]
@@ -75,7 +75,7 @@ def write_part(folder: Path, part: Part, module: Any, params: Params, extra: dic
     folder.mkdir()
     write_json(folder / "config.json", (extra or {}) | part.write(module.config))
     write_safetensors(folder, part.stem, stored_tensors(params, part.naming(module.config)))
-    return [part.library, part.cls(module.config)]
+    return [part.package, part.cls(module.config)]
 
 
 def _tokens(config: Any) -> tuple[Any, ...]:

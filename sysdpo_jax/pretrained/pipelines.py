@@ -117,7 +117,7 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
     text_params = component.text.params if isinstance(component.text, FrozenText) else params
     kind = _kind(component, text)
     name, part = _denoiser(kind)
-    index: dict[str, Any] = {"_class_name": kind, "vae": [VAE.library, VAE.cls(component.codec.autoencoder.config)]}
+    index: dict[str, Any] = {"_class_name": kind, "vae": [VAE.package, VAE.cls(component.codec.autoencoder.config)]}
     index[name] = write_part(folder / name, part, component.denoiser, params["denoiser"])
     write_part(folder / "vae", VAE, component.codec.autoencoder, component.codec.params)
     for key, encoder_part in TEXTS[kind].items():
