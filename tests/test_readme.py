@@ -86,10 +86,12 @@ def test_the_figures_hold_what_the_readme_claims():
     assert gain["order_consistency"]["value"] > -2 * gain["order_consistency"]["standard_error"]
 
 
-def test_the_map_names_every_folder_and_every_link_leads_somewhere():
+def test_the_map_names_every_folder_and_every_link_and_path_leads_somewhere():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("sysdpo_jax/*/__init__.py")}
     assert folders <= set(re.findall(r"`(sysdpo_jax/\w+)/`", README))
     pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
+        for path in re.findall(r"`((?:sysdpo_jax|tests|experiments|docs)/[\w/.]*)`", page.read_text()):
+            assert (ROOT / path).exists(), f"{page}: {path}"
