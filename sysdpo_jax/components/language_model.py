@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, Metrics, RecordError
 from sysdpo_jax.components.prompts import (
@@ -16,6 +16,7 @@ from sysdpo_jax.components.prompts import (
     check_vocabulary,
     completion_ids,
     fitted,
+    fitting_text,
     prompt_ids,
     turn_end,
 )
@@ -129,7 +130,9 @@ class LanguageModel(Component):
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
         """One completion for each row, a string without special tokens, up to an end or max_new_tokens.
 
-        Prompts are cut or refused as in `prepare`, with `RecordError`.
+        A string that `prepare` would find too long is shortened until it fits: tokens that were cut within a character,
+        or that a tokenizer never makes, may come back as more. Prompts are cut or refused as in `prepare`, with
+        `RecordError`.
         """
         rows = len(next(iter(parents.values())))
         prompts = [
@@ -152,8 +155,14 @@ class LanguageModel(Component):
             top_p=self.top_p,
         )
         ids, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
-        kept: list[Int[np.ndarray, length]] = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-        return list(self.tokenizer.batch_decode(kept, skip_special_tokens=True))
+        kept = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        again = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        room = self.max_new_tokens
+        return [
+            text if len(back) <= room else fitting_text(self.tokenizer, row, room)
+            for text, back, row in zip(texts, again, kept, strict=True)
+        ]
 
     @property
     def _pad(self) -> int:

@@ -93,6 +93,17 @@ def check_vocabulary(tokenizer: Any, ids: Sequence[int], vocab_size: int, what: 
         )
 
 
+def fitting_text(tokenizer: Any, ids: Sequence[int], room: int) -> str:
+    """The text of ids, shortened until it has no more than `room` tokens when it is tokenized again."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    for kept in range(len(ids) - 1, -1, -1):
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= room:
+            break
+        # What is left of a character at the end reads as U+FFFD.
+        text = str(tokenizer.decode(ids[:kept], skip_special_tokens=True)).rstrip("\ufffd")
+    return text
+
+
 def fitted(
     ids: list[int], room: int, truncation: Truncation, what: str, setting: str, row: int, start: int | None = None
 ) -> tuple[list[int], bool]:

@@ -45,4 +45,10 @@ def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
     """Both sides as feature trees with a leading axis of `len(records)`. Raises `RecordError` as `prepare` does."""
     sides = [[{**r.inputs, **side} for r, side in zip(records, column, strict=True)] for column in (
         [r.chosen for r in records], [r.rejected for r in records])]  # fmt: skip
-    return PairBatch(*(system.prepare(side) for side in sides))
+    prepared = []
+    for name, side in zip(PairBatch._fields, sides, strict=True):
+        try:
+            prepared.append(system.prepare(side))
+        except RecordError as error:
+            raise RecordError(f"{name} runs: {error}") from error
+    return PairBatch(*prepared)

@@ -1,7 +1,9 @@
 """Reading configurations strictly: what changes the result is understood or refused by name, never guessed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,16 @@ class ConfigReader:
                 f"{', '.join(f'{name}={self._values[name]!r}' for name in sorted(self._unread))}. Remove those that do "
                 "not matter for this model, or add them to its family"
             )
+
+
+def check_settings(kind: type, settings: Mapping[str, Any], made: Collection[str]) -> None:
+    """Raise `TypeError` for settings that are no fields of the component. made: those that the checkpoint gives."""
+    known = [field.name for field in fields(kind) if field.name not in made]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = f", did you mean {near[0]!r}" if near else ""
+            raise TypeError(f"{kind.__name__} has no setting {name!r}{meant}? It has {', '.join(known)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_a
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.hub import locate
 from sysdpo_jax.pretrained.language import decoder_naming, load_language_model, save_language_model
-from sysdpo_jax.pretrained.params import Shardings
+from sysdpo_jax.pretrained.params import Shardings, check_params
 from sysdpo_jax.pretrained.pipelines import denoiser_names, load_pipeline, save_pipeline
+from sysdpo_jax.pretrained.tensors import DTYPES
 from sysdpo_jax.typing import Params
 
 
@@ -46,13 +47,16 @@ def load(
 
     Raises `CheckpointError` for a checkpoint that is incomplete, of an unknown kind or pickled, naming the remedy.
     """
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value not in (*DTYPES.values(), None):
+            raise ValueError(f"{name}={value!r} is none of {', '.join(sorted(DTYPES.values()))}")
     path = locate(path_or_hub_id, revision, variant)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "shardings": shardings}
     if path.is_dir() and not (path / "config.json").exists():
         ggufs = sorted(path.glob("*.gguf"))
         if (path / "model_index.json").exists():
             return load_pipeline(path, variant=variant, **options, **settings)
-        if (path / "adapter_config.json").exists():
+        if (path / "adapter_config.json").exists() or (path / "pytorch_lora_weights.safetensors").exists():
             raise CheckpointError(f"{path} holds an adapter: load its base model instead")
         if len(ggufs) != 1:
             raise CheckpointError(
@@ -60,6 +64,8 @@ def load(
                 + (f", and {len(ggufs)} GGUF files: pass the one you mean" if ggufs else ": give a checkpoint's folder")
             )
         path = ggufs[0]
+    if (path / "config.json").exists() and (path.parent / "model_index.json").exists():
+        raise CheckpointError(f"{path} is one part of a pipeline: pass the pipeline's folder, {path.parent}")
     if path.is_file() and path.suffix != ".gguf":
         raise CheckpointError(f"{path} is a file: pass the folder that holds it (only .gguf files stand alone)")
     return load_language_model(path, variant=variant, **options, **settings)
@@ -71,12 +77,14 @@ def save(path: str | Path, component: Component, params: Params) -> None:
     LoRA factors are merged into their kernels, one layer at a time; `save_adapter` writes them apart. Of a
     generation_config.json only the token ids are kept: sampling settings are the component's own.
     Raises `FileExistsError` when `path` exists and is not an empty folder, and `CheckpointError` for a component that
-    has no Hugging Face form. Nothing half-written is left behind.
+    has no Hugging Face form and for parameters that are not its own. Nothing half-written is left behind.
     """
     with _new_folder(path) as folder:
         if isinstance(component, LanguageModel):
+            check_params(component, params)
             save_language_model(folder, component, params)
         elif isinstance(component, Diffusion | FlowMatching):
+            check_params(component, params)
             save_pipeline(folder, component, params)
         else:
             raise _no_form(component)
@@ -91,6 +99,7 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
     """
     with _new_folder(path) as folder:
         if isinstance(component, LanguageModel):
+            check_params(component, params)
             write_peft_adapter(folder, params, decoder_naming(component.decoder.config), base_model)
         elif isinstance(component, Diffusion | FlowMatching):
             others = [key for key in params if key != "denoiser"]
@@ -99,6 +108,7 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
                     f"only a denoiser's factors can be saved apart, not those of {', '.join(others)}: use save"
                 )
             name, naming = denoiser_names(component)
+            check_params(component, params)
             write_diffusers_adapter(folder, params["denoiser"], naming, name)
         else:
             raise _no_form(component)

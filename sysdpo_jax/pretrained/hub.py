@@ -1,5 +1,6 @@
 """Where a checkpoint lies: a local folder or file, or a repository of the Hugging Face hub."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -24,6 +25,10 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, variant: str
     if path.exists():
         return path
     repository = str(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
+        raise CheckpointError(
+            f"there is no folder or file {repository!r}, and it is no name of a repository on the hub"
+        )
     try:
         folder = _download(repository, revision, [])
         stems = _stems(folder)

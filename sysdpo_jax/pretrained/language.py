@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sysdpo_jax.components import LanguageModel
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, read_json, write_json
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json, write_json
 from sysdpo_jax.pretrained.decoders import find_family
 from sysdpo_jax.pretrained.gguf import read_gguf
 from sysdpo_jax.pretrained.names import Naming
@@ -41,6 +40,7 @@ def load_language_model(
     Raises `CheckpointError` for a model that is not known or would be computed wrongly, files that are missing or
     damaged (the tokenizer's too, unless one is passed), and tensors that do not fit.
     """
+    check_settings(LanguageModel, settings, {"decoder"})
     source: TensorSource
     tokenizer = settings.pop("tokenizer", None)
     if path.is_file():
@@ -54,16 +54,16 @@ def load_language_model(
         tokenizer = read_tokenizer(path) if tokenizer is None else tokenizer
     config = find_family(values.get("model_type", "(none)"), where).read(ConfigReader(values, where))
     config = replace(config, dtype=dtype, remat=remat, param_dtype=param_dtype or config.param_dtype)
-    decoder = Decoder(config)
-    abstract = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params = load_params(abstract, source, decoder_naming(config), param_dtype, shardings)
     half = config.max_position_embeddings // 2
     defaults: dict[str, Any] = {
         "max_prompt_length": min(DEFAULT_PROMPT, half),
         "max_new_tokens": min(DEFAULT_NEW, half),
         "stop_tokens": _ends(generation, values, tokenizer),
     }
-    return LanguageModel(decoder, tokenizer, **defaults | settings), params
+    # Settings are checked before the weights are read, which may take minutes.
+    component = LanguageModel(Decoder(config), tokenizer, **defaults | settings)
+    abstract = jax.eval_shape(component.init, jax.random.key(0))
+    return component, load_params(abstract, source, decoder_naming(config), param_dtype, shardings)
 
 
 def read_tokenizer(path: Path) -> Any:

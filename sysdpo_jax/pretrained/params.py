@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from sysdpo_jax.models.lora import LEAVES, is_lora, merged_kernel
+from sysdpo_jax.components import Component
+from sysdpo_jax.models.lora import LEAVES, is_lora, merged_kernel, strip_lora
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.names import Index, Naming, Tensor, tensors_of
 from sysdpo_jax.pretrained.tensors import TensorSource
@@ -74,6 +75,26 @@ def stored_tensors(params: Params, naming: Naming) -> Iterator[tuple[str, np.nda
                 layer = {k: v if tensor.layer is None else v[tensor.layer] for k, v in factors.items()}
                 whole = merged_kernel({"kernel": whole, **layer})
             yield tensor.name, tensor.to_stored(np.asarray(whole))
+
+
+def check_params(component: Component, params: Params) -> None:
+    """Raise `CheckpointError` when a tree, LoRA's leaves aside, is not that of the component."""
+    if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
+        raise CheckpointError(f"parameters are one component's tree of arrays, not {type(params).__name__}")
+    wanted = _shapes(jax.eval_shape(component.init, jax.random.key(0)))
+    found = _shapes(strip_lora(params))
+    differing = [path for path in sorted(wanted.keys() | found.keys()) if wanted.get(path) != found.get(path)]
+    if differing:
+        first = differing[0]
+        raise CheckpointError(
+            f"these parameters are not the component's: {len(differing)} arrays differ, such as {first} (expected "
+            f"{wanted.get(first, 'none')}, given {found.get(first, 'none')}). Pass one component's tree, as in "
+            "state.params['name']"
+        )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _check(

@@ -15,7 +15,7 @@ from sysdpo_jax.generation.samplers import FlowEuler
 from sysdpo_jax.models.mmdit import MMDiT
 from sysdpo_jax.models.unet import UNet2DCondition
 from sysdpo_jax.pretrained import mmdit, schedulers, unet
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, read_json, write_json
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json, write_json
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings
 from sysdpo_jax.pretrained.parts import CLIP, MMDIT, T5, UNET, VAE, Loader, Part, write_part
@@ -60,6 +60,7 @@ def load_pipeline(
     kind = index.take("_class_name")
     if kind not in DEFAULTS:
         raise CheckpointError(f"{index.where}: {kind} is not supported, only {', '.join(DEFAULTS)}")
+    check_settings(FlowMatching if kind == SD3 else Diffusion, settings, {"denoiser", "text", "codec"})
     name, part = _denoiser(kind)
     listed = [key for key in TEXTS[kind] if index.take(key, [None, None])[1] is not None]
     for key in TEXTS[kind]:

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sysdpo_jax import LanguageModel, RecordError
+from sysdpo_jax.components.prompts import fitting_text
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from tests.components.stubs import SPECIAL, WORDS, byte_tokenizer, word_tokenizer
 from tests.parity.convert import llama_params
@@ -300,6 +301,20 @@ def test_samples_of_a_chat_are_prepared_as_they_were_drawn(params):
     assert (np.abs(counts / 4000 - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 1e-6).all()
     assert p[1 : 1 + len(WORDS)].sum() > 0.1
     assert p.max() > 4 * np.median(p)
+
+
+def test_what_is_sampled_can_always_be_prepared():
+    """Random bytes are no text: most draws come back as more tokens than were drawn, and are shortened to fit."""
+    tokenizer = byte_tokenizer()
+    node = component(tokenizer, max_new_tokens=6)
+    random = node.init(KEY)
+    texts = node.sample(random, {"x": ["a red"] * 64}, KEY)
+    features = node.prepare(texts, {"x": ["a red"] * 64})
+    assert ((features["lengths"] - features["prompt_lengths"]) <= 6).all()
+    assert len(set(texts)) > 32
+    assert fitting_text(tokenizer, tokenizer("a ball")["input_ids"], 6) == "a ball"
+    cut = tokenizer("ball 😀")["input_ids"][:7]
+    assert fitting_text(tokenizer, cut, 7) == "ball "
 
 
 def test_equal_components_are_equal_and_hash_alike():

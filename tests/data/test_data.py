@@ -71,8 +71,10 @@ def test_bad_files_name_line_and_field(tmp_path, lines, message):
 
 
 def test_a_record_without_a_nodes_value_is_refused():
-    with pytest.raises(RecordError, match="y"):
+    with pytest.raises(RecordError, match=r"chosen runs: .*'y'"):
         prepare_pairs(SYSTEM, [PreferenceRecord({"x": 0}, {"z": 2}, {"y": 3, "z": 6})])
+    with pytest.raises(RecordError, match=r"rejected runs: .*'y'"):
+        prepare_pairs(SYSTEM, [PreferenceRecord({"x": 0}, {"y": 3, "z": 6}, {"z": 2})])
 
 
 def test_runs_of_an_input_are_adjacent_and_complete():

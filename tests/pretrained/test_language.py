@@ -1,5 +1,6 @@
 """Decoder checkpoints of transformers as LanguageModel components and back."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -203,6 +204,31 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
             pretrained.load(tmp_path / "good")
 
 
+def test_parameters_that_are_not_the_components_are_refused(tmp_path):
+    write_decoder(tmp_path / "in", "llama")
+    component, params = pretrained.load(tmp_path / "in")
+    fewer = dataclasses.replace(component.decoder.config, num_hidden_layers=3)
+    other = jax.eval_shape(lambda: type(component.decoder)(fewer).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    for wrong in ({"lm": params}, other["params"], {"layers": {}}):
+        for write in (pretrained.save, pretrained.save_adapter):
+            with pytest.raises(
+                CheckpointError, match=r"not the component's: \d+ arrays differ.*state\.params\['name'\]"
+            ):
+                write(tmp_path / "out", component, wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_checked_before_the_weights_are_read(tmp_path):
+    write_decoder(tmp_path, "llama")
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(TypeError, match="LanguageModel has no setting 'max_new_token', did you mean 'max_new_tokens'"):
+        pretrained.load(tmp_path, max_new_token=8)
+    with pytest.raises(ValueError, match="exceed the decoder's 64 positions"):
+        pretrained.load(tmp_path, max_new_tokens=100)
+    with pytest.raises(ValueError, match="param_dtype='fp32' is none of bfloat16, float16, float32, float64"):
+        pretrained.load(tmp_path, param_dtype="fp32")
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
     write_decoder(tmp_path / "in", "llama")
     component, params = pretrained.load(tmp_path / "in")
@@ -216,7 +242,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
     )
     wrong = sj.LanguageModel(type(component.decoder)(broken), component.tokenizer, 4, 4)
     with pytest.raises(CheckpointError, match="a mistral checkpoint cannot say qkv_bias=True"):
-        pretrained.save(tmp_path / "out", wrong, params)
+        pretrained.save(tmp_path / "out", wrong, wrong.init(jax.random.key(0)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
