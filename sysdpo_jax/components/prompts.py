@@ -4,13 +4,13 @@ All functions run on the host and raise `RecordError` that names the row.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sysdpo_jax.components.base import RecordError
 
 # What becomes of a text without room: refused, or a prompt keeps its first or its last tokens.
 Truncation = Literal["error", "keep_start", "keep_end"]
-TRUNCATIONS = ("error", "keep_start", "keep_end")
+TRUNCATIONS = get_args(Truncation)
 
 
 def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> list[int]:

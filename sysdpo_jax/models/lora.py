@@ -101,11 +101,6 @@ def is_lora(path: str) -> bool:
     return path.rpartition("/")[2] in LEAVES
 
 
-def has_lora(params: Params) -> bool:
-    """Whether any layer of the tree carries factors."""
-    return any(is_lora(path) for path in flatten_dict(params, sep="/"))
-
-
 def strip_lora(params: Params) -> Params:
     """The base: the tree without factors, its leaves the same arrays."""
     flat = flatten_dict(params, keep_empty_nodes=True, sep="/")

@@ -78,8 +78,8 @@ def check_settings(kind: type, settings: Mapping[str, Any], made: Collection[str
     for name in settings:
         if name not in known:
             near = get_close_matches(name, known, 1)
-            meant = f", did you mean {near[0]!r}" if near else ""
-            raise TypeError(f"{kind.__name__} has no setting {name!r}{meant}? It has {', '.join(known)}")
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            raise TypeError(f"{kind.__name__} has no setting {name!r}{meant}, only {', '.join(known)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

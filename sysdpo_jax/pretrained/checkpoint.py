@@ -79,15 +79,12 @@ def save(path: str | Path, component: Component, params: Params) -> None:
     Raises `FileExistsError` when `path` exists and is not an empty folder, and `CheckpointError` for a component that
     has no Hugging Face form and for parameters that are not its own. Nothing half-written is left behind.
     """
+    component = _writable(component, params)
     with _new_folder(path) as folder:
         if isinstance(component, LanguageModel):
-            check_params(component, params)
             save_language_model(folder, component, params)
-        elif isinstance(component, Diffusion | FlowMatching):
-            check_params(component, params)
-            save_pipeline(folder, component, params)
         else:
-            raise _no_form(component)
+            save_pipeline(folder, component, params)
 
 
 def save_adapter(path: str | Path, component: Component, params: Params, base_model: str | None = None) -> None:
@@ -97,21 +94,26 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
     What is trained beside the factors is not in it. Raises as `save` does, and `CheckpointError` for parameters without
     LoRA, and for trained text encoders, which `save` writes.
     """
+    component = _writable(component, params)
+    others = [] if isinstance(component, LanguageModel) else [key for key in params if key != "denoiser"]
+    if others:
+        raise CheckpointError(
+            f"only a denoiser's factors can be saved apart, not those of {', '.join(others)}: use save"
+        )
     with _new_folder(path) as folder:
         if isinstance(component, LanguageModel):
-            check_params(component, params)
             write_peft_adapter(folder, params, decoder_naming(component.decoder.config), base_model)
-        elif isinstance(component, Diffusion | FlowMatching):
-            others = [key for key in params if key != "denoiser"]
-            if others:
-                raise CheckpointError(
-                    f"only a denoiser's factors can be saved apart, not those of {', '.join(others)}: use save"
-                )
-            name, naming = denoiser_names(component)
-            check_params(component, params)
-            write_diffusers_adapter(folder, params["denoiser"], naming, name)
         else:
-            raise _no_form(component)
+            name, naming = denoiser_names(component)
+            write_diffusers_adapter(folder, params["denoiser"], naming, name)
+
+
+def _writable(component: Component, params: Params) -> LanguageModel | Diffusion | FlowMatching:
+    """The component. Raises `CheckpointError` when it has no Hugging Face form or the parameters are not its own."""
+    if not isinstance(component, LanguageModel | Diffusion | FlowMatching):
+        raise CheckpointError(f"a {type(component).__name__} has no Hugging Face form: use a run's checkpoints")
+    check_params(component, params)
+    return component
 
 
 @contextmanager
@@ -134,7 +136,3 @@ def _new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _no_form(component: Component) -> CheckpointError:
-    return CheckpointError(f"a {type(component).__name__} has no Hugging Face form: use a run's checkpoints")

@@ -9,9 +9,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sysdpo_jax.pretrained.base import CheckpointError, read_json
 
 # Configurations and tokenizers: everything small. Weights are asked for by name; pickles and other formats never.
+SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 # The folders of a pipeline that hold weights we read; a safety checker is none of them.
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None, variant: str | None = None) -> Path:

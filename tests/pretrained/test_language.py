@@ -221,7 +221,9 @@ def test_parameters_that_are_not_the_components_are_refused(tmp_path):
 def test_settings_are_checked_before_the_weights_are_read(tmp_path):
     write_decoder(tmp_path, "llama")
     save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(TypeError, match="LanguageModel has no setting 'max_new_token', did you mean 'max_new_tokens'"):
+    with pytest.raises(
+        TypeError, match=r"LanguageModel has no setting 'max_new_token' \(did you mean 'max_new_tokens'"
+    ):
         pretrained.load(tmp_path, max_new_token=8)
     with pytest.raises(ValueError, match="exceed the decoder's 64 positions"):
         pretrained.load(tmp_path, max_new_tokens=100)
