@@ -1,8 +1,9 @@
 """The contract every component keeps: three pure functions over explicit parameters, and one host-side `prepare`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.typing import Features, Params, Parents
@@ -46,6 +47,35 @@ class Component(Protocol):
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
         """One raw value per row of the parents. The inner loop is jitted."""
         ...
+
+    def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
+        """From 1 to `number` distinct likely values for each row of the parents, the likeliest first if it is known.
+
+        They are the intermediates of SysDPO-Sampling. By default those that differ among `number` samples.
+        """
+        spread = {name: [value for value in column for _ in range(number)] for name, column in parents.items()}
+        values = self.sample(params, spread, key)
+        return [distinct(values[start : start + number]) for start in range(0, len(values), number)]
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """The values without repeats, in their order: numbers, texts, messages, arrays, lists and mappings of these."""
+    kept: dict[Hashable, Any] = {}
+    for value in values:
+        kept.setdefault(_identity(value), value)
+    return list(kept.values())
+
+
+def _identity(value: Any) -> Hashable:
+    """Equal for equal values, arrays included."""
+    if isinstance(value, Mapping):
+        return tuple((name, _identity(item)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_identity(item) for item in value)
+    if isinstance(value, str | int | float):
+        return value
+    array = np.asarray(value)
+    return array.shape, array.dtype.str, array.tobytes()
 
 
 def batch_size(parents: Parents, component: str) -> int:

@@ -44,9 +44,16 @@ class Categorical(Component):
         return log_probs[tuple(jnp.moveaxis(features, -1, 0))]
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+        return [int(value) for value in jax.random.categorical(key, self._logits(params, parents))]
+
+    def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
+        """The `number` likeliest values of each row, or all of them if there are fewer; the key is not used."""
+        order = np.argsort(-np.asarray(self._logits(params, parents)), axis=-1, kind="stable")
+        return [[int(value) for value in row] for row in order[:, :number]]
+
+    def _logits(self, params: Params, parents: Parents) -> Float[Array, "batch values"]:
         rows = np.stack([np.asarray(values, np.int32) for values in parents.values()])
-        logits = params["logits"][tuple(rows)] if self.parent_sizes else jnp.tile(params["logits"], (rows.shape[1], 1))
-        return [int(value) for value in jax.random.categorical(key, logits)]
+        return params["logits"][tuple(rows)] if self.parent_sizes else jnp.tile(params["logits"], (rows.shape[1], 1))
 
 
 def _indices(values: Sequence[Any], size: int, name: str) -> np.ndarray:

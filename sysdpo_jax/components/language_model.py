@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, RecordError
+from sysdpo_jax.components.base import Component, Metrics, RecordError, batch_size, distinct
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Truncation,
@@ -20,6 +20,8 @@ from sysdpo_jax.components.prompts import (
     prompt_ids,
     turn_end,
 )
+from sysdpo_jax.generation.beam_decode import beam_generate
+from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.typing import Features, Params, Parents
@@ -41,6 +43,7 @@ class LanguageModel(Component):
     to come, so that the model does not know whose turn it is. The share of cut rows is the metric "truncated".
     stop_tokens: token ids that end a completion beside the tokenizer's end-of-sequence token, as the
     `eos_token_id` of a generation_config.json lists them.
+    search: settings of the beam search that finds `candidates`.
 
     The tokenizer may hold more tokens than the decoder, as long as no row does; its padding token is never read.
     Raises ValueError for lengths beyond the decoder's positions and ends beyond its vocabulary.
@@ -55,6 +58,7 @@ class LanguageModel(Component):
     top_p: float = 1.0
     truncation: Truncation = "error"
     stop_tokens: tuple[int, ...] = ()
+    search: BeamSearch = BeamSearch()
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -134,19 +138,10 @@ class LanguageModel(Component):
         or that a tokenizer never makes, may come back as more. Prompts are cut or refused as in `prepare`, with
         `RecordError`.
         """
-        rows = len(next(iter(parents.values())))
-        prompts = [
-            self._fitting_prompt(prompt_ids(self.tokenizer, prompt, row), row)[0]
-            for row, prompt in enumerate(self._prompts(parents, rows))
-        ]
-        tokens = np.full((rows, self.max_prompt_length), self._pad, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
         made = generate(
             self.decoder,
             params,
-            tokens,
-            np.array([len(prompt) for prompt in prompts], np.int32),
+            *self._prompt_tokens(parents),
             key,
             max_new_tokens=self.max_new_tokens,
             stop_tokens=self._ends,
@@ -154,8 +149,39 @@ class LanguageModel(Component):
             temperature=self.temperature,
             top_p=self.top_p,
         )
-        ids, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
-        kept = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+        return self._texts(np.asarray(made.tokens), np.asarray(made.lengths))
+
+    def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
+        """The distinct texts that `search` finds with `number` beams for each row, the best first; no key is used.
+
+        There are fewer than `number` where sequences of different tokens read the same. Texts are as in `sample`.
+        """
+        made = beam_generate(
+            self.decoder,
+            params,
+            *self._prompt_tokens(parents),
+            num_beams=number,
+            search=self.search,
+            max_new_tokens=self.max_new_tokens,
+            stop_tokens=self._ends,
+            pad_token=self._pad,
+        )
+        tokens, lengths, valid = np.asarray(made.tokens), np.asarray(made.lengths), np.asarray(made.valid)
+        texts = iter(self._texts(tokens[valid], lengths[valid]))
+        return [distinct([next(texts) for _ in range(found)]) for found in valid.sum(1)]
+
+    def _prompt_tokens(self, parents: Parents) -> tuple[Int[np.ndarray, "batch prompt"], Int[np.ndarray, "batch"]]:
+        """Right-padded token ids of the prompts and their lengths."""
+        rows = batch_size(parents, "LanguageModel")
+        tokens, lengths = np.full((rows, self.max_prompt_length), self._pad, np.int32), np.zeros(rows, np.int32)
+        for row, prompt in enumerate(self._prompts(parents, rows)):
+            ids, _ = self._fitting_prompt(prompt_ids(self.tokenizer, prompt, row), row)
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        return tokens, lengths
+
+    def _texts(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, "rows"]) -> list[str]:
+        """Strings of generated ids, shortened where they would not fit when they are tokenized again."""
+        kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
         again = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         room = self.max_new_tokens

@@ -53,23 +53,34 @@ def generate(
     Raises ValueError if prompts and new tokens outnumber max_position_embeddings, a setting is out of range
     or prompt_lengths is a NumPy array with values outside [1, P]; lengths on the device are not looked at.
     """
-    room, total = decoder.config.max_position_embeddings, prompts.shape[1] + max_new_tokens
-    if max_new_tokens < 1 or total > room:
-        raise ValueError(
-            f"generate: max_new_tokens {max_new_tokens} must be at least 1 and, after prompts of "
-            f"{prompts.shape[1]} tokens, fit in max_position_embeddings {room}."
-        )
+    check_prompts("generate", decoder, prompts, prompt_lengths, max_new_tokens)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1].")
-    # A device array may be traced or spread over hosts, so only host arrays can be checked.
-    if isinstance(prompt_lengths, np.ndarray) and np.any((prompt_lengths < 1) | (prompt_lengths > prompts.shape[1])):
-        raise ValueError(
-            f"generate: prompt_lengths must lie in [1, {prompts.shape[1]}], got {prompt_lengths.tolist()}; "
-            "an empty prompt needs at least a start token."
-        )
     static = decoder, max_new_tokens, stop_tokens, pad_token
     settings = jnp.float32(temperature), jnp.float32(top_p)
     return _generate(*static, params, jnp.asarray(prompts), jnp.asarray(prompt_lengths), key, settings)
+
+
+def check_prompts(
+    caller: str,
+    decoder: Decoder,
+    prompts: Int[Array | np.ndarray, "batch prompt"],
+    prompt_lengths: Int[Array | np.ndarray, " batch"],
+    max_new_tokens: int,
+) -> None:
+    """Raises the ValueErrors of `generate` on prompts and lengths, in the name of the caller."""
+    room, total = decoder.config.max_position_embeddings, prompts.shape[1] + max_new_tokens
+    if max_new_tokens < 1 or total > room:
+        raise ValueError(
+            f"{caller}: max_new_tokens {max_new_tokens} must be at least 1 and, after prompts of "
+            f"{prompts.shape[1]} tokens, fit in max_position_embeddings {room}."
+        )
+    # A device array may be traced or spread over hosts, so only host arrays can be checked.
+    if isinstance(prompt_lengths, np.ndarray) and np.any((prompt_lengths < 1) | (prompt_lengths > prompts.shape[1])):
+        raise ValueError(
+            f"{caller}: prompt_lengths must lie in [1, {prompts.shape[1]}], got {prompt_lengths.tolist()}; "
+            "an empty prompt needs at least a start token."
+        )
 
 
 def sample_token(
