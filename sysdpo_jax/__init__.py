@@ -17,15 +17,27 @@ from sysdpo_jax.components import (
     TextEncoder,
     Tool,
 )
-from sysdpo_jax.data import PreferenceRecord, epoch_batches, load_preferences, make_pairs, prepare_pairs, rollout
+from sysdpo_jax.data import (
+    PreferenceRecord,
+    draw_intermediates,
+    epoch_batches,
+    load_preferences,
+    make_pairs,
+    prepare_pairs,
+    rollout,
+    sampled_batch,
+    without_intermediates,
+)
+from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.graph import CompoundSystem, GraphError, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_TRAINABLE
 from sysdpo_jax.models.lora import LoRA, add_lora
-from sysdpo_jax.objectives import DirectObjective, PairBatch, log_ratio
+from sysdpo_jax.objectives import DirectObjective, PairBatch, SampledBatch, SamplingObjective, log_ratio
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
     NonFiniteError,
+    SearchedBatches,
     Trainer,
     TrainState,
     create_state,
@@ -41,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FROZEN",
     "LORA_TRAINABLE",
+    "BeamSearch",
     "Categorical",
     "Component",
     "ComponentOptimizer",
@@ -62,12 +75,16 @@ __all__ = [
     "RecordError",
     "SD3Text",
     "SDXLText",
+    "SampledBatch",
+    "SamplingObjective",
+    "SearchedBatches",
     "TextEncoder",
     "Tool",
     "TrainState",
     "Trainer",
     "add_lora",
     "create_state",
+    "draw_intermediates",
     "ema_params",
     "epoch_batches",
     "load_preferences",
@@ -79,5 +96,7 @@ __all__ = [
     "prepare_pairs",
     "pretrained",
     "rollout",
+    "sampled_batch",
     "tree_shardings",
+    "without_intermediates",
 ]

@@ -76,6 +76,22 @@ class CompoundSystem:
         """The keys of the parameter trees, in topological order, without repeats."""
         return tuple(dict.fromkeys(node.params_key for node in self.nodes if not node.deterministic))
 
+    @property
+    def intermediates(self) -> tuple[Node, ...]:
+        """The generative nodes that another generative node depends on, directly or through tools."""
+        read: set[str] = set()
+        for node in reversed(self.nodes):
+            # What a tool reads matters only if a generative node reads the tool.
+            if not node.deterministic or node.name in read:
+                read.update(node.parents)
+        return tuple(node for node in self.nodes if not node.deterministic and node.name in read)
+
+    @property
+    def outputs(self) -> tuple[Node, ...]:
+        """The other generative nodes: the final values, which people judge."""
+        inner = self.intermediates
+        return tuple(node for node in self.nodes if not node.deterministic and node not in inner)
+
     def node(self, name: str) -> Node:
         """The node of that name. Raises `GraphError` when there is none."""
         for node in self.nodes:
@@ -99,14 +115,15 @@ class CompoundSystem:
                 )
         return params
 
-    def prepare(self, records: Sequence[Record]) -> dict[str, Features]:
+    def prepare(self, records: Sequence[Record], nodes: Sequence[str] | None = None) -> dict[str, Features]:
         """Raw records -> `{node: features}` with a leading batch axis. A Tool's value may be missing: it is recomputed.
 
+        nodes: the nodes to prepare, all of them by default.
         Raises `RecordError` naming the row and the node for a missing value or a plate of the wrong length.
         """
         complete = [self._complete(record, row) for row, record in enumerate(records)]
         features = {}
-        for node in self.nodes:
+        for node in self.nodes if nodes is None else map(self.node, nodes):
             try:
                 features[node.name] = self._prepare_node(node, complete)
             except RecordError as error:
@@ -145,8 +162,43 @@ class CompoundSystem:
             _require(record, self.inputs, row, "input")
         columns: dict[str, list[Any]] = {name: [record[name] for record in inputs] for name in self.inputs}
         for node in self.nodes if inputs else ():
-            columns[node.name] = self._sample_node(node, params, columns, _named_key(key, node.name))
+            columns[node.name] = self.sample_node(node, params, columns, key)
         return [{name: column[row] for name, column in columns.items()} for row in range(len(inputs))]
+
+    def sample_node(
+        self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
+    ) -> list[Any]:
+        """One node's value for every row of the columns `{name: values}`, which hold at least its parents."""
+        parents, tree, node_key = self._parents_and_params(node, params, columns, key)
+        if node.plate is None:
+            return node.component.sample(tree, parents, node_key)
+        if node.deterministic and not any(self._is_plate(name) for name in node.parents):
+            values = [list(value) for value in node.component.sample(tree, parents, node_key)]
+            for row, value in enumerate(values):
+                _check_length(value, node, row)
+            return values
+        flat = node.component.sample(tree, self._unfold(node, parents), node_key)
+        return [list(flat[i : i + node.plate]) for i in range(0, len(flat), node.plate)]
+
+    def node_candidates(
+        self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], number: int, key: PRNGKeyArray
+    ) -> list[list[Any]]:
+        """From 1 to `number` distinct likely values of a node for every row of the columns, see `Component.candidates`.
+
+        Of a plate the i-th candidates of the copies go together; a copy with fewer begins again.
+        """
+        parents, tree, node_key = self._parents_and_params(node, params, columns, key)
+        if node.plate is None:
+            return node.component.candidates(tree, parents, number, node_key)
+        flat = node.component.candidates(tree, self._unfold(node, parents), number, node_key)
+        plates = [flat[i : i + node.plate] for i in range(0, len(flat), node.plate)]
+        return [[[c[i % len(c)] for c in copies] for i in range(max(map(len, copies)))] for copies in plates]
+
+    def _parents_and_params(
+        self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
+    ) -> tuple[dict[str, Sequence[Any]], Params, PRNGKeyArray]:
+        parents = {name: columns[name] for name in node.parents}
+        return parents, params.get(node.params_key, {}), _named_key(key, node.name)
 
     def describe(self) -> str:
         """The graph as Mermaid text: boxes are inputs, rounded boxes components, hexagons tools."""
@@ -175,7 +227,7 @@ class CompoundSystem:
         for node in self.nodes:
             if node.name not in values and node.deterministic:
                 columns = {name: [values[name]] for name in node.parents}
-                values[node.name] = self._sample_node(node, {}, columns, jax.random.key(0))[0]
+                values[node.name] = self.sample_node(node, {}, columns, jax.random.key(0))[0]
             _require(values, (node.name,), row, "node")
             if node.plate is not None:
                 _check_length(values[node.name], node, row)
@@ -189,21 +241,6 @@ class CompoundSystem:
         flat = [value for row in values for value in row]
         features = node.component.prepare(flat, self._unfold(node, columns))
         return jax.tree.map(lambda x: np.reshape(x, (len(values), node.plate, *x.shape[1:])), features)
-
-    def _sample_node(
-        self, node: Node, params: Params, columns: Mapping[str, list[Any]], key: PRNGKeyArray
-    ) -> list[Any]:
-        parents = {name: columns[name] for name in node.parents}
-        tree = params.get(node.params_key, {})
-        if node.plate is None:
-            return node.component.sample(tree, parents, key)
-        if node.deterministic and not any(self._is_plate(name) for name in node.parents):
-            values = [list(value) for value in node.component.sample(tree, parents, key)]
-            for row, value in enumerate(values):
-                _check_length(value, node, row)
-            return values
-        flat = node.component.sample(tree, self._unfold(node, parents), key)
-        return [list(flat[i : i + node.plate]) for i in range(0, len(flat), node.plate)]
 
     def _unfold(self, node: Node, parents: Parents) -> dict[str, list[Any]]:
         """One row a copy: plated parents give each copy its element, the others the same value to all."""

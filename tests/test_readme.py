@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 RUN = ROOT / "docs" / "progressive_images"
 
 
-OWN_SYSTEM, OWN_MODELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OWN_SYSTEM, FINAL_VALUES, OWN_MODELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run_code(code, folder):
@@ -32,13 +32,14 @@ def run_code(code, folder):
     return done.stdout
 
 
-def test_the_first_example_runs_as_it_stands_and_improves_the_system(tmp_path):
-    before, after = (float(line) for line in run_code(OWN_SYSTEM, tmp_path).split())
+def test_the_first_examples_run_as_they_stand_and_improve_the_system(tmp_path):
+    before, *after = (float(line) for line in run_code(OWN_SYSTEM + FINAL_VALUES, tmp_path).split())
     # The mean of 2048 scores of spread about 1: its standard error is 0.03.
-    assert after > before + 0.3
+    assert len(after) == 2
+    assert min(after) > before + 0.3
 
 
-def test_the_second_example_runs_as_it_stands_on_small_checkpoints(tmp_path):
+def test_the_last_example_runs_as_it_stands_on_small_checkpoints(tmp_path):
     """What it writes is loaded by transformers and diffusers, and differs from what it was given."""
     given = write_decoder(tmp_path / "path/to/decoder", "llama", max_position_embeddings=256)
     pipeline = stable_diffusion_1()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 
 def epoch_batches(data: PyTree, batch_size: int, seed: int) -> Callable[[int], PyTree]:
@@ -12,15 +12,24 @@ def epoch_batches(data: PyTree, batch_size: int, seed: int) -> Callable[[int], P
 
     Rows that do not fill a last batch are left out of that epoch. Raises `ValueError` for fewer rows than a batch.
     """
-    rows = jax.tree.leaves(data)[0].shape[0]
+    rows_at = epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed)
+
+    def batch_at(step: int) -> PyTree:
+        chosen = rows_at(step)
+        return jax.tree.map(lambda x: x[chosen], data)
+
+    return batch_at
+
+
+def epoch_rows(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, "batch"]]:
+    """`rows_at(step)`: the numbers of the rows that `epoch_batches` takes."""
     if rows < batch_size:
         raise ValueError(f"{rows} rows do not fill one batch of {batch_size}: use a smaller batch or more data")
     per_epoch = rows // batch_size
 
-    def batch_at(step: int) -> PyTree:
+    def rows_at(step: int) -> Int[np.ndarray, "batch"]:
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(rows)
-        chosen = order[place * batch_size : (place + 1) * batch_size]
-        return jax.tree.map(lambda x: x[chosen], data)
+        return order[place * batch_size : (place + 1) * batch_size]
 
-    return batch_at
+    return rows_at

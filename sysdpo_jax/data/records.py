@@ -13,7 +13,10 @@ from sysdpo_jax.objectives.log_ratio import PairBatch
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """Two runs of the system on the same inputs: `{node: value}` of the preferred one and of the other."""
+    """Two runs of the system on the same inputs: `{node: value}` of the preferred one and of the other.
+
+    Both hold every intermediate value (for `DirectObjective`) or none (for `SamplingObjective`), and every final value.
+    """
 
     inputs: Mapping[str, Any]
     chosen: Mapping[str, Any]
@@ -41,8 +44,61 @@ def load_preferences(path: str | Path) -> list[PreferenceRecord]:
     return records
 
 
+def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> bool:
+    """Whether the records hold the system's intermediate values; True for a system that has none.
+
+    Raises `RecordError` naming the row where a side holds some and not others, or another row or side does differently.
+    """
+    names = [node.name for node in system.intermediates]
+    first: bool | None = None
+    for row, record in enumerate(records):
+        for side, values in (("chosen", record.chosen), ("rejected", record.rejected)):
+            held = [name for name in names if name in values]
+            if held and len(held) < len(names):
+                missing = ", ".join(name for name in names if name not in held)
+                raise RecordError(
+                    f"record {row}: the {side} run holds {', '.join(held)} but not {missing}: give all intermediate "
+                    "values or none"
+                )
+            first = len(held) == len(names) if first is None else first
+            if first != (len(held) == len(names)):
+                raise RecordError(
+                    f"record {row}: the {side} run {'lacks' if first else 'holds'} the intermediate values "
+                    f"{', '.join(names)}, unlike those before it: give them in all records or in none"
+                )
+    return first is None or first
+
+
+def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
+    """The same preferences on the final values alone, as `SamplingObjective` takes them.
+
+    Raises `RecordError` naming the row and the final value that it lacks.
+    """
+    names = [node.name for node in system.outputs]
+
+    def final(row: int, side: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise RecordError(f"record {row}: the {side} run lacks a value for {', '.join(missing)}: add the field")
+        return {name: values[name] for name in names}
+
+    return [
+        PreferenceRecord(r.inputs, final(row, "chosen", r.chosen), final(row, "rejected", r.rejected))
+        for row, r in enumerate(records)
+    ]
+
+
 def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> PairBatch:
-    """Both sides as feature trees with a leading axis of `len(records)`. Raises `RecordError` as `prepare` does."""
+    """Both sides as feature trees with a leading axis of `len(records)`.
+
+    Raises `RecordError` as `prepare` does, and for records without intermediates.
+    """
+    if records and not hold_intermediates(system, records):
+        missing = ", ".join(node.name for node in system.intermediates)
+        raise RecordError(
+            f"the records hold no intermediate values ({missing}): record them, or train with SamplingObjective on "
+            "SearchedBatches, which searches for them"
+        )
     sides = [[{**r.inputs, **side} for r, side in zip(records, column, strict=True)] for column in (
         [r.chosen for r in records], [r.rejected for r in records])]  # fmt: skip
     prepared = []

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from sysdpo_jax.graph import CompoundSystem, Node
@@ -15,6 +16,21 @@ class PairBatch(NamedTuple):
 
     chosen: Features
     rejected: Features
+
+
+class SampledBatch(NamedTuple):
+    """Preferences on outputs alone, ready for the step: both sides with the same M intermediates a row.
+
+    intermediates, outputs: `{node: features [batch, M, ...]}` of the nodes of either kind, see
+    `CompoundSystem.intermediates`; of the outputs for both sides.
+    valid: bool [batch, M], at least one True a row; the others repeat a valid one and have no weight.
+    staleness: int32 [batch], how many steps ago the policy drew the row's intermediates.
+    """
+
+    intermediates: Features
+    outputs: PairBatch
+    valid: Array | np.ndarray
+    staleness: Array | np.ndarray
 
 
 class NodeTerms(NamedTuple):
@@ -37,13 +53,18 @@ def node_terms(
 ) -> dict[str, NodeTerms]:
     """`{node: NodeTerms}` of every trained node. No gradient flows into the reference; both see the same noise."""
     system.check_params(params)
-    terms = {}
-    for node in trained_nodes(system, reference):
-        policy, policy_metrics = system.node_log_prob(node, params[node.params_key], features[node.name], key)
-        frozen = jax.lax.stop_gradient(reference[node.params_key])
-        base, base_metrics = system.node_log_prob(node, frozen, features[node.name], key)
-        terms[node.name] = NodeTerms(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
-    return terms
+    nodes = trained_nodes(system, reference)
+    return {node.name: terms_of_node(system, node, params, reference, features[node.name], key) for node in nodes}
+
+
+def terms_of_node(
+    system: CompoundSystem, node: Node, params: Params, reference: Params, features: Features, key: PRNGKeyArray
+) -> NodeTerms:
+    """The terms of one trained node."""
+    policy, policy_metrics = system.node_log_prob(node, params[node.params_key], features, key)
+    frozen = jax.lax.stop_gradient(reference[node.params_key])
+    base, base_metrics = system.node_log_prob(node, frozen, features, key)
+    return NodeTerms(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
 
 
 def log_ratio(

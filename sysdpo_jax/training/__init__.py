@@ -5,6 +5,7 @@ from sysdpo_jax.training.identity import CheckpointMismatchError
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
 from sysdpo_jax.training.progress import Board, progress
+from sysdpo_jax.training.search import SearchedBatches
 from sysdpo_jax.training.sharding import ShardingError, make_mesh, tree_shardings
 from sysdpo_jax.training.state import TrainState, create_state, ema_params
 from sysdpo_jax.training.step import TrainStep, make_train_step
@@ -19,6 +20,7 @@ __all__ = [
     "MetricsLog",
     "NonFiniteError",
     "OptimizerError",
+    "SearchedBatches",
     "ShardingError",
     "SystemOptimizer",
     "TrainState",

@@ -55,6 +55,11 @@ class Checkpoints:
         """The step of the newest complete checkpoint, None when there is none."""
         return self._manager.latest_step()
 
+    @property
+    def oldest(self) -> int:
+        """The step of the oldest checkpoint, 0 when there is none."""
+        return min(self._manager.all_steps(), default=0)
+
     def save(self, state: TrainState) -> None:
         """Write the state unless its step is the newest already. Returns once the state may be donated."""
         step = int(state.step)

@@ -21,8 +21,10 @@ from sysdpo_jax.training.identity import as_text, describe
 from sysdpo_jax.training.metrics import MetricsLog
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import ProgressFactory, progress
+from sysdpo_jax.training.search import IntermediateSearch, SearchedBatches
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, Metrics, Objective, TrainStep, make_train_step
+from sysdpo_jax.typing import Params
 
 
 class NonFiniteError(FloatingPointError):
@@ -64,19 +66,30 @@ class Trainer:
         return make_train_step(self.system, self.objective, self.optimizer, self.mesh)
 
     def fit(
-        self, state: TrainState, batch_at: Callable[[int], PyTree], steps: int, key: PRNGKeyArray, resume: bool = True
+        self,
+        state: TrainState,
+        batch_at: Callable[[int], PyTree] | SearchedBatches,
+        steps: int,
+        key: PRNGKeyArray,
+        resume: bool = True,
     ) -> TrainState:
         """Train until `steps` updates are made in all, from the newest checkpoint of the directory if there is one.
 
         state: from `create_state` (consumed); a resumed run must be given the same initial parameters.
-        batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice.
-        Raises `NonFiniteError` after saving the state before the bad step; `CheckpointMismatchError` when the directory
+        batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or
+        `SearchedBatches`, which keep what the policy drew in the directory's intermediates/.
+        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving
+        the state before that batch; `CheckpointMismatchError` when the directory
         belongs to another run; `FileExistsError` when `resume` is False and the directory holds a checkpoint.
         """
         with ExitStack() as stack:
             checkpoints = stack.enter_context(
                 Checkpoints(
-                    Path(self.directory) / "checkpoints", state, self.optimizer, self._configuration(key), self.keep
+                    Path(self.directory) / "checkpoints",
+                    state,
+                    self.optimizer,
+                    self._configuration(batch_at, key),
+                    self.keep,
                 )
             )
             state = _start(checkpoints, state, steps, resume)
@@ -85,21 +98,42 @@ class Trainer:
             log = stack.enter_context(MetricsLog(self.directory, start)) if rank_zero else None
             report = stack.enter_context(self.progress(start, steps)) if rank_zero else None
             reader = _Reader(log, report, self.log_every, checkpoints.directory)
+            batch_of, forget = self._source(batch_at)
             proceed: Array | np.bool_ = PROCEED
             try:
                 for step in range(start, steps):
-                    state, metrics = self.step(state, batch_at(step), key, proceed)
+                    try:
+                        batch = batch_of(step, state.params)
+                    except Exception:
+                        reader.settle()
+                        checkpoints.save(state)
+                        raise
+                    state, metrics = self.step(state, batch, key, proceed)
                     proceed = metrics["finite"]
                     reader.take(step, metrics)
                     if (step + 1) % self.checkpoint_every == 0 or step + 1 == steps:
                         reader.settle()
+                        oldest = checkpoints.oldest
                         checkpoints.save(state)
+                        # The save has waited for the one before it, so that `oldest` is not all there is.
+                        forget(oldest)
             except NonFiniteError:
                 checkpoints.save(state)
                 raise
         return state
 
-    def _configuration(self, key: PRNGKeyArray) -> dict[str, str]:
+    def _source(
+        self, batch_at: Callable[[int], PyTree] | SearchedBatches
+    ) -> tuple[Callable[[int, Params], PyTree], Callable[[int], None]]:
+        """What gives the batch of (step, parameters), and what to tell the oldest checkpoint that may be resumed."""
+        if not isinstance(batch_at, SearchedBatches):
+            return lambda step, params: batch_at(step), lambda checkpoint: None
+        if batch_at.system != self.system:
+            raise ValueError("the SearchedBatches are of another system than the Trainer's: give both the same")
+        search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
+        return search.batch, search.forget
+
+    def _configuration(self, batch_at: Callable[[int], PyTree] | SearchedBatches, key: PRNGKeyArray) -> dict[str, str]:
         nodes = {f"node {node.name}": describe(node) for node in self.system.nodes}
         optimizers = {f"optimizer {name}": describe(component) for name, component in self.optimizer.components}
         return {
@@ -108,6 +142,7 @@ class Trainer:
             "ema_decay": describe(self.optimizer.ema_decay),
             "objective": describe(self.objective),
             "key": str(jax.device_get(jax.random.key_data(key)).tolist()),
+            **({"batches": describe(batch_at)} if isinstance(batch_at, SearchedBatches) else {}),
             **{f"config {name}": text for name, text in as_text(self.config).items()},
         }
 

@@ -1,0 +1,96 @@
+"""What SysDPO-Direct and SysDPO-Sampling share: the settings, the loss on two sides, TRL's metrics and their split."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sysdpo_jax.graph import GraphError
+from sysdpo_jax.objectives.log_ratio import NodeTerms
+from sysdpo_jax.objectives.losses import LOSSES, SMOOTHED
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """Settings of a loss on preferences.
+
+    beta: inverse temperature. loss: a name in `losses.LOSSES`. label_smoothing: share of labels taken to be wrong.
+    sft: (node, coefficient) pairs; each adds coefficient * mean(-log p_node(winner)) to the loss, in the node's own
+    units (nats for a language model, the weighted surrogate for a diffusion model), against falling winner likelihood.
+    Raises `ValueError` on an unknown loss or a parameter that the loss would not read.
+    """
+
+    beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    sft: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise ValueError(f"loss {self.loss!r} does not use label_smoothing: set it to 0")
+
+    def mean_loss(self, ratios: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]) -> Float[Array, ""]:
+        """The loss on the system's log-ratios of the chosen and the rejected side, plus the nodes' sft terms.
+
+        terms: of every trained node, each array [2, batch].
+        """
+        losses = LOSSES[self.loss](ratios[0], ratios[1], self.beta, self.label_smoothing)
+        return jnp.mean(losses) + self._sft(terms)
+
+    def _sft(self, terms: Mapping[str, NodeTerms]) -> Array:
+        total = jnp.zeros(())
+        for name, coefficient in self.sft:
+            if name not in terms:
+                raise GraphError(f"sft names the node {name!r}, which is not a trained node: {', '.join(terms)} are")
+            total = total - coefficient * jnp.mean(terms[name].policy[0])
+        return total
+
+    def metrics(
+        self, ratios: Float[Array, "2 batch"], logps: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]
+    ) -> dict[str, Float[Array, ""]]:
+        """TRL's reward metrics of the system, the same by node, and the components' own figures by node and model."""
+        chosen, rejected = self.beta * ratios
+        metrics = {
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "rewards/margins_std": (chosen - rejected).std(),
+            "rewards/accuracies": (chosen > rejected).mean(dtype=jnp.float32),
+            "logps/chosen": logps[0].mean(),
+            "logps/rejected": logps[1].mean(),
+        }
+        for name, term in terms.items():
+            reward = self.beta * term.ratio
+            metrics[f"rewards/chosen/{name}"] = reward[0].mean()
+            metrics[f"rewards/margins/{name}"] = (reward[0] - reward[1]).mean()
+            metrics[f"logps/chosen/{name}"] = term.policy[0].mean()
+            metrics[f"logps/rejected/{name}"] = term.policy[1].mean()
+            for model, values in (("policy", term.policy_metrics), ("reference", term.reference_metrics)):
+                metrics |= {f"{metric}/{name}/{model}": value.mean() for metric, value in values.items()}
+        return jax.lax.stop_gradient(metrics)
+
+
+def require_batch(batch: Any, kind: type, source: str) -> None:
+    """Raise `TypeError` for the batch of another objective. source: where those of this kind come from."""
+    if not isinstance(batch, kind):
+        raise TypeError(f"the objective takes a {kind.__name__}, as {source} makes it, not a {type(batch).__name__}")
+
+
+def require_trained(terms: Mapping[str, NodeTerms]) -> None:
+    """Raise `GraphError` when no node is trained."""
+    if not terms:
+        raise GraphError("every component is frozen: train at least one (its key must be in the reference)")
+
+
+def total(terms: Iterable[Array]) -> Array:
+    """Sum over nodes, in float32 whatever precision a component reports in."""
+    return sum((term.astype(jnp.promote_types(term.dtype, jnp.float32)) for term in terms), start=jnp.zeros(()))

@@ -1,0 +1,216 @@
+"""Records without intermediates, and the intermediates drawn for them."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sysdpo_jax import (
+    Categorical,
+    CompoundSystem,
+    Gaussian,
+    GraphError,
+    LanguageModel,
+    Node,
+    PreferenceRecord,
+    RecordError,
+    Tool,
+    draw_intermediates,
+    load_preferences,
+    prepare_pairs,
+    sampled_batch,
+    without_intermediates,
+)
+from sysdpo_jax.data.columns import as_values, load_columns, save_columns
+from sysdpo_jax.data.records import hold_intermediates
+from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
+
+KEY = jax.random.key(0)
+
+
+def half(value):
+    return value // 2
+
+
+def total(values):
+    return sum(values)
+
+
+# x -> route (2 values) -> part (x4, read by a tool) -> z; the tool `seen` reads the final value.
+SYSTEM = CompoundSystem(
+    ("x",),
+    (
+        Node("route", Categorical(2, (3,)), ("x",)),
+        Node("part", Categorical(4, (2,)), ("route",)),
+        Node("half", Tool(half), ("part",)),
+        Node("z", Categorical(3, (2, 2)), ("half", "route")),
+        Node("seen", Tool(half), ("z",)),
+    ),
+)
+PARAMS = SYSTEM.init(jax.random.key(1))
+WHOLE = PreferenceRecord({"x": 0}, {"route": 1, "part": 2, "z": 0}, {"route": 0, "part": 3, "z": 1})
+FINAL = PreferenceRecord({"x": 2}, {"z": 0}, {"z": 1})
+
+
+def test_intermediates_and_outputs_of_a_graph():
+    assert [node.name for node in SYSTEM.intermediates] == ["route", "part"]
+    assert [node.name for node in SYSTEM.outputs] == ["z"]
+    single = CompoundSystem(("x",), (Node("y", Categorical(2, (3,)), ("x",)), Node("t", Tool(half), ("y",))))
+    assert single.intermediates == ()
+    assert [node.name for node in single.outputs] == ["y"]
+
+
+def test_records_with_and_without_intermediates_are_told_apart():
+    assert hold_intermediates(SYSTEM, [WHOLE, WHOLE])
+    assert not hold_intermediates(SYSTEM, [FINAL, FINAL])
+    assert without_intermediates(SYSTEM, [WHOLE]) == [PreferenceRecord({"x": 0}, {"z": 0}, {"z": 1})]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([WHOLE, FINAL], "record 1: the chosen run lacks the intermediate values route, part, unlike those before it"),
+        ([FINAL, WHOLE], "record 1: the chosen run holds the intermediate values route, part, unlike those before it"),
+        (
+            [PreferenceRecord({"x": 0}, WHOLE.chosen, FINAL.rejected)],
+            "record 0: the rejected run lacks the intermediate values route, part",
+        ),
+        (
+            [WHOLE, PreferenceRecord({"x": 0}, WHOLE.chosen, {"part": 1, "z": 0})],
+            "record 1: the rejected run holds part but not route: give all intermediate values or none",
+        ),
+        ([FINAL], r"the records hold no intermediate values \(route, part\): record them, or train with Sampling"),
+    ],
+)
+def test_mixed_records_are_refused_by_row(records, message):
+    with pytest.raises(RecordError, match=message):
+        prepare_pairs(SYSTEM, records)
+
+
+def test_a_file_of_final_values_is_read(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"inputs": {"x": 2}, "chosen": {"z": 0}, "rejected": {"z": 1}}\n')
+    assert load_preferences(path) == [FINAL]
+
+
+def test_a_missing_final_value_is_named():
+    with pytest.raises(RecordError, match="record 1: the rejected run lacks a value for z: add the field"):
+        without_intermediates(SYSTEM, [FINAL, PreferenceRecord({"x": 0}, {"z": 0}, {"route": 0})])
+
+
+def log_softmax(name):
+    return np.asarray(jax.nn.log_softmax(PARAMS[name]["logits"]))
+
+
+def test_the_sets_are_distinct_and_the_likeliest_by_turns():
+    """Two routes do not fill six sets, so each is continued by its three likeliest parts: NumPy's order of both."""
+    drawn = draw_intermediates(SYSTEM, PARAMS, [{"x": x} for x in range(3)], 6, KEY)
+    for x, sets in enumerate(drawn):
+        routes = np.argsort(-log_softmax("route")[x]).tolist()
+        parts = {route: np.argsort(-log_softmax("part")[route]).tolist() for route in routes}
+        assert sets == [{"route": route, "part": parts[route][turn]} for turn in range(3) for route in routes]
+
+
+def test_all_of_a_small_space_is_found_once():
+    [sets] = draw_intermediates(SYSTEM, PARAMS, [{"x": 0}], 20, KEY)
+    expected = {(route, part) for route, part in itertools.product(range(2), range(4))}
+    assert len(sets) == 8
+    assert {(y["route"], y["part"]) for y in sets} == expected
+
+
+def test_copies_of_a_plate_go_together():
+    system = CompoundSystem(
+        ("x",),
+        (
+            Node("y", Categorical(3, (2,)), ("x",), plate=2),
+            Node("sum", Tool(total), ("y",)),
+            Node("z", Categorical(2, (5,)), ("sum",)),
+        ),
+    )
+    params = system.init(jax.random.key(2))
+    [sets] = draw_intermediates(system, params, [{"x": 1}], 3, KEY)
+    order = np.argsort(-np.asarray(params["y"]["logits"])[1]).tolist()
+    assert sets == [{"y": [value, value]} for value in order]
+
+
+def test_samples_are_the_candidates_of_a_component_without_a_search():
+    """A Gaussian's samples differ, and depend on the key alone."""
+    system = CompoundSystem(("x",), (Node("y", Gaussian(2, 1), ("x",)), Node("z", Gaussian(1, 2), ("y",))))
+    params = system.init(jax.random.key(0))
+    draws = [draw_intermediates(system, params, [{"x": [0.5]}] * 2, 4, jax.random.key(seed)) for seed in (1, 1, 2)]
+    values = np.array([[[y["y"] for y in sets] for sets in drawn] for drawn in draws])
+    assert values.shape == (3, 2, 4, 2)
+    np.testing.assert_array_equal(values[0], values[1])
+    assert len(np.unique(values[[0, 2]].reshape(-1, 2), axis=0)) == 16
+
+
+def test_a_language_models_candidates_are_distinct_texts():
+    config = DecoderConfig(len(SPECIAL) + len(WORDS), 16, 32, 2, 2, 2, max_position_embeddings=16)
+    model = LanguageModel(Decoder(config), word_tokenizer(), 4, 3)
+    params = model.init(jax.random.key(0))
+    found = model.candidates(params, {"x": ["a ball", "red"]}, 6, KEY)
+    assert len(found) == 2
+    for texts in found:
+        assert 1 < len(texts) == len(set(texts)) <= 6
+    assert found == model.candidates(params, {"x": ["a ball", "red"]}, 6, jax.random.key(9))
+    # Each fits into its room when it is tokenized again.
+    model.prepare(found[0], {"x": ["a ball"] * len(found[0])})
+
+
+def test_the_batch_holds_every_set_on_both_sides():
+    sets = [[{"route": 0, "part": 3}, {"route": 1, "part": 1}, {"route": 0, "part": 3}], [{"route": 1, "part": 0}]]
+    batch = sampled_batch(SYSTEM, [FINAL, PreferenceRecord({"x": 1}, {"z": 2}, {"z": 0})], sets, 3, [5, 0])
+    # Categorical's features: a column for each parent, then the value. Repeats and padding repeat the first set.
+    np.testing.assert_array_equal(batch.valid, [[True, True, False], [True, False, False]])
+    np.testing.assert_array_equal(batch.staleness, [5, 0])
+    np.testing.assert_array_equal(batch.intermediates["route"], [[[2, 0], [2, 1], [2, 0]], [[1, 1]] * 3])
+    np.testing.assert_array_equal(batch.intermediates["part"], [[[0, 3], [1, 1], [0, 3]], [[1, 0]] * 3])
+    np.testing.assert_array_equal(batch.outputs.chosen["z"], [[[1, 0, 0], [0, 1, 0], [1, 0, 0]], [[0, 1, 2]] * 3])
+    np.testing.assert_array_equal(batch.outputs.rejected["z"], [[[1, 0, 1], [0, 1, 1], [1, 0, 1]], [[0, 1, 0]] * 3])
+    assert set(batch.outputs.chosen) == {"z"}
+
+
+@pytest.mark.parametrize("sets", [[], [{"route": r, "part": p} for r in range(2) for p in range(2)]])
+def test_a_wrong_number_of_sets_is_refused(sets):
+    with pytest.raises(RecordError, match=f"row 0 has {len(sets)} distinct sets of intermediates, outside 1..3"):
+        sampled_batch(SYSTEM, [FINAL], [sets], 3)
+
+
+def test_a_bad_final_value_is_named():
+    bad = PreferenceRecord({"x": 1}, {"z": 0}, {"z": 3})
+    with pytest.raises(RecordError, match=r"rejected runs .* node 'z': Categorical: its own value is 3 in row 2"):
+        sampled_batch(SYSTEM, [FINAL, bad], [[{"route": 1, "part": 1}]] * 2, 2)
+
+
+def test_a_system_without_intermediates_has_none_to_draw():
+    single = CompoundSystem(("x",), (Node("y", Categorical(2, (3,)), ("x",)),))
+    with pytest.raises(GraphError, match="no intermediate values to draw"):
+        draw_intermediates(single, single.init(KEY), [{"x": 0}], 2, KEY)
+
+
+def test_columns_keep_values_as_they_are(tmp_path):
+    columns = {
+        "text": ["ä b", "", "longer\n"],
+        "number": [3, 1, 2],
+        "picture": [np.full((2, 2), i, np.float32) for i in range(3)],
+        "plate": [["a", "bb"]] * 3,
+    }
+    save_columns(tmp_path / "c.npz", columns)
+    back = {name: as_values(column) for name, column in load_columns(tmp_path / "c.npz").items()}
+    assert {name: back[name] for name in ("text", "number", "plate")} == {
+        name: columns[name] for name in ("text", "number", "plate")
+    }
+    np.testing.assert_array_equal(back["picture"], columns["picture"])
+    for bad, message in (([{"role": "user"}], "of type dict"), ([[1], [1, 2]], "not equally shaped")):
+        with pytest.raises(ValueError, match=f"the values of 'y' are {message}"):
+            save_columns(tmp_path / "d.npz", {"y": bad})
+    assert [path.name for path in tmp_path.iterdir()] == ["c.npz"]
+
+
+def test_candidates_of_a_table_without_parents():
+    component = Categorical(4)
+    params = {"logits": jnp.array([0.1, 0.4, 0.2, 0.3])}
+    assert component.candidates(params, {"x": [0, 0]}, 2, KEY) == [[1, 3], [1, 3]]

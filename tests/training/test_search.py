@@ -1,0 +1,179 @@
+"""Training on intermediates that the policy draws: the schedule, its record, and resuming bit for bit."""
+
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from sysdpo_jax import (
+    Categorical,
+    ComponentOptimizer,
+    CompoundSystem,
+    GraphError,
+    Node,
+    PreferenceRecord,
+    RecordError,
+    SamplingObjective,
+    SearchedBatches,
+    Trainer,
+    create_state,
+    draw_intermediates,
+    make_optimizer,
+)
+from sysdpo_jax.data.columns import load_columns
+from sysdpo_jax.training import CheckpointMismatchError, read_metrics
+
+SYSTEM = CompoundSystem(("x",), (Node("y", Categorical(9, (4,)), ("x",)), Node("z", Categorical(3, (9,)), ("y",))))
+RECORDS = [PreferenceRecord({"x": i % 4}, {"z": i % 3}, {"z": (i + 1) % 3}) for i in range(10)]
+OPTIMIZER = make_optimizer({name: ComponentOptimizer(optax.adam(0.1)) for name in "yz"})
+KEY = jax.random.key(3)
+
+
+def batches(**changes):
+    settings = {"batch_size": 3, "seed": 1, "num_intermediates": 4} | changes
+    return SearchedBatches(SYSTEM, settings.pop("records", RECORDS), **settings)
+
+
+def fresh():
+    return create_state(SYSTEM, SYSTEM.init(jax.random.key(0)), OPTIMIZER)
+
+
+def trainer(directory, **changes):
+    settings = {"objective": SamplingObjective(1.0), "optimizer": OPTIMIZER, "checkpoint_every": 4} | changes
+    return Trainer(SYSTEM, directory=directory, **settings)
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
+
+
+def drawn_at(directory):
+    return sorted(int(path.stem) for path in (directory / "intermediates").iterdir())
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize("stop", [4, 5])
+def test_two_parts_equal_one_run_bit_for_bit(tmp_path, every, stop):
+    """Three batches an epoch. The stop falls on a step that draws, or between two where old values are in use."""
+    whole = trainer(tmp_path / "whole").fit(fresh(), batches(every=every), 11, KEY)
+    trainer(tmp_path / "parts").fit(fresh(), batches(every=every), stop, KEY)
+    same(whole, trainer(tmp_path / "parts").fit(fresh(), batches(every=every), 11, KEY))
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_that_was_killed_after_its_checkpoint_draws_again(tmp_path):
+    """Files of later steps than the checkpoint's are not taken for the resumed run's own."""
+    whole = trainer(tmp_path / "whole").fit(fresh(), batches(every=3), 8, KEY)
+    trainer(tmp_path / "parts").fit(fresh(), batches(every=3), 5, KEY)
+    for step in (6, 7):
+        (tmp_path / "parts" / "intermediates" / f"{step:08d}.npz").write_bytes(b"torn")
+    same(whole, trainer(tmp_path / "parts").fit(fresh(), batches(every=3), 8, KEY))
+
+
+def test_the_schedule_and_the_staleness_it_logs(tmp_path):
+    """Every 6 steps, three batches an epoch: an epoch of draws, then one that finds all rows drawn.
+
+    Ten rows leave one out of each epoch; if it comes in the second one, its batch is drawn for it.
+    """
+    trainer(tmp_path, checkpoint_every=100).fit(fresh(), batches(records=RECORDS[:9], every=6), 12, KEY)
+    assert drawn_at(tmp_path) == [0, 1, 2, 6, 7, 8]
+    logged = [row["intermediates/staleness"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert logged[:3] == logged[6:9] == [0, 0, 0]
+    order = [np.random.default_rng((1, epoch)).permutation(9) for epoch in range(2)]
+    for place in range(3):
+        rows = order[1][3 * place : 3 * place + 3]
+        ages = [3 + place - int(np.flatnonzero(order[0] == row)[0]) // 3 for row in rows]
+        assert logged[3 + place] == pytest.approx(np.mean(ages), rel=1e-6)
+
+
+def test_with_every_1_each_step_draws_from_its_own_policy(tmp_path):
+    """Recomputed from the checkpoint of every step."""
+    policy = fresh().params
+    for step in range(3):
+        rows = np.random.default_rng((1, 0)).permutation(10)[3 * step : 3 * step + 3]
+        key = jax.random.fold_in(jax.random.key(1), step)
+        sets = draw_intermediates(SYSTEM, policy, [RECORDS[row].inputs for row in rows], 4, key)
+        policy = trainer(tmp_path, checkpoint_every=1).fit(fresh(), batches(), step + 1, KEY).params
+        columns = load_columns(tmp_path / "intermediates" / f"{step:08d}.npz")
+        assert columns["y"].tolist() == [y["y"] for kept in sets for y in kept]
+        assert columns["sets of each row"].tolist() == [4, 4, 4]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
+    runs = [
+        trainer(tmp_path / str(number)).fit(fresh(), batches(seed=seed), 4, KEY).params
+        for number, seed in enumerate((1, 1, 2))
+    ]
+    same(runs[0], runs[1])
+    assert not np.array_equal(runs[0]["y"]["logits"], runs[2]["y"]["logits"])
+
+
+def test_only_what_a_resumed_run_reads_is_kept(tmp_path):
+    """Checkpoints 8 and 11 (12 replaces 4): the draws since step 6 serve a run resumed at 8."""
+    trainer(tmp_path, keep=2).fit(fresh(), batches(every=3), 11, KEY)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [8, 11]
+    assert min(drawn_at(tmp_path)) == 3
+    trainer(tmp_path, keep=2).fit(fresh(), batches(every=3), 20, KEY)
+    assert min(drawn_at(tmp_path)) >= 9
+
+
+def test_a_missing_file_is_named(tmp_path):
+    trainer(tmp_path).fit(fresh(), batches(every=3), 5, KEY)
+    (tmp_path / "intermediates" / "00000003.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"00000003\.npz with the intermediates drawn at step 3 is missing"):
+        trainer(tmp_path).fit(fresh(), batches(every=3), 8, KEY)
+
+
+@pytest.mark.parametrize("changes", [{"every": 2}, {"seed": 2}, {"num_intermediates": 3}])
+def test_another_schedule_is_another_run(tmp_path, changes):
+    trainer(tmp_path).fit(fresh(), batches(), 4, KEY)
+    [(name, value)] = changes.items()
+    with pytest.raises(CheckpointMismatchError, match=re.escape(f"{name}={value}")):
+        trainer(tmp_path).fit(fresh(), batches(**changes), 8, KEY)
+
+
+def test_what_is_learned_is_not_lost_when_a_batch_fails(tmp_path):
+    """The bad value comes in the last batch of the first epoch."""
+    order = np.random.default_rng((1, 0)).permutation(10)
+    records = list(RECORDS)
+    records[order[7]] = PreferenceRecord({"x": 0}, {"z": 0}, {"z": 3})
+    with pytest.raises(RecordError, match=r"rejected runs .* its own value is 3"):
+        trainer(tmp_path, checkpoint_every=100).fit(fresh(), batches(records=records), 5, KEY)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+def test_bad_settings_and_records_are_refused(tmp_path):
+    whole = PreferenceRecord({"x": 0}, {"y": 1, "z": 0}, {"y": 1, "z": 1})
+    for changes, kind, message in (
+        ({"every": 0}, ValueError, "num_intermediates 4 and every 0 must be at least 1"),
+        ({"records": [whole] * 3}, RecordError, "the records hold intermediate values"),
+        ({"records": [*RECORDS, whole]}, RecordError, "record 10: the chosen run holds the intermediate values y"),
+        ({"batch_size": 11}, ValueError, "10 rows do not fill one batch of 11"),
+    ):
+        with pytest.raises(kind, match=message):
+            batches(**changes)
+    single = CompoundSystem(("x",), (Node("z", Categorical(3, (4,)), ("x",)),))
+    with pytest.raises(GraphError, match="no intermediate values to search for"):
+        SearchedBatches(single, RECORDS, 3, 1)
+    other = CompoundSystem(("x",), (Node("y", Categorical(9, (4,)), ("x",)), Node("z", Categorical(4, (9,)), ("y",))))
+    with pytest.raises(ValueError, match="of another system than the Trainer's"):
+        trainer(tmp_path).fit(fresh(), SearchedBatches(other, RECORDS, 3, 1), 2, KEY)
+
+
+def test_alignment_on_final_values_moves_both_components(tmp_path):
+    """Every record prefers z = 0, and the policy comes to give it: from about a third to nearly always."""
+    records = [PreferenceRecord({"x": i % 4}, {"z": 0}, {"z": 1 + i % 2}) for i in range(16)]
+    spec = SearchedBatches(SYSTEM, records, batch_size=8, seed=0, num_intermediates=4, every=5)
+    state = trainer(tmp_path).fit(fresh(), spec, 60, KEY)
+
+    def share(params):
+        y, z = (np.asarray(jax.nn.softmax(params[name]["logits"])) for name in "yz")
+        return (y @ z)[:, 0]
+
+    start = SYSTEM.init(jax.random.key(0))
+    assert share(state.params).min() > 0.9 > 0.6 > share(start).mean()
+    assert all(np.abs(state.params[name]["logits"] - start[name]["logits"]).max() > 0.1 for name in "yz")
