@@ -62,18 +62,30 @@ class ExactSystem:
         return record
 
 
+def gap(rewards: Float[np.ndarray, "x n"], log_ratio: Float[np.ndarray, "x n"], beta: float) -> float:
+    """Largest residual over all x and pairs. Log-odds and log-ratios are differences, so it is a range for each x."""
+    return float(np.ptp(rewards - beta * log_ratio, axis=1).max())
+
+
 def log_tables(params: Params) -> dict[str, np.ndarray]:
     """The logits of every node, normalised, in float64."""
     logits = {key: np.asarray(tree["logits"], np.float64) for key, tree in params.items()}
-    return {key: table - np.log(np.exp(table).sum(-1, keepdims=True)) for key, table in logits.items()}
+    # A minimum may lie at infinity, where exp alone would overflow.
+    shifted = {key: table - table.max(-1, keepdims=True) for key, table in logits.items()}
+    return {key: table - np.log(np.exp(table).sum(-1, keepdims=True)) for key, table in shifted.items()}
 
 
-def _chain(num_inputs: int) -> ExactSystem:
+def chain(name: str, num_inputs: int, intermediates: int = 3) -> ExactSystem:
+    """x -> y -> z with three outcomes."""
     return ExactSystem(
-        name="chain" if num_inputs > 1 else "chain_one_x",
+        name=name,
         num_inputs=num_inputs,
         system=CompoundSystem(
-            ("x",), (Node("y", Categorical(3, (num_inputs,)), ("x",)), Node("z", Categorical(3, (3,)), ("y",)))
+            ("x",),
+            (
+                Node("y", Categorical(intermediates, (num_inputs,)), ("x",)),
+                Node("z", Categorical(3, (intermediates,)), ("y",)),
+            ),
         ),
         values=("y", "z"),
         joint=lambda p: p["y"][:, :, None] + p["z"][None],
@@ -122,4 +134,4 @@ SHARED = ExactSystem(
     joint=lambda p: p["table"][:, :, None] + p["table"][None],
 )
 
-SYSTEMS = (_chain(num_inputs=1), _chain(num_inputs=2), DIAMOND, PLATE, SHARED)
+SYSTEMS = (chain("chain_one_x", num_inputs=1), chain("chain", num_inputs=2), DIAMOND, PLATE, SHARED)
