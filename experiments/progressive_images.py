@@ -6,28 +6,19 @@ Eight methods are compared on held-out requests (arXiv 2502.17721, section 5 in 
 output is in the folder are not repeated, so the command can be stopped and given again.
 """
 
-import argparse
-import dataclasses
 import json
-import os
-import platform
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax
-import tyro
-
+from experiments.common.command import claim, parse, provenance, run_seeds
+from experiments.common.fit import FitConfig
 from experiments.progressive.align import AlignConfig
-from experiments.progressive.pretrain import FitConfig
 from experiments.progressive.report import print_table, write
 from experiments.progressive.results import summarise
 from experiments.progressive.run import RunConfig, SeedRun
 from experiments.progressive.world import World
-from sysdpo_jax.training.progress import Board
 
 
 @dataclass(frozen=True)
@@ -60,57 +51,21 @@ PRESETS = {
 }
 
 
-def parse(arguments: list[str]) -> Config:
-    """The command line: the preset's values, replaced by any flag."""
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset", choices=tuple(PRESETS), default="full")
-    preset = early.parse_known_args(arguments)[0].preset
-    return tyro.cli(Config, args=arguments, default=PRESETS[preset], description=__doc__)
-
-
 def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and the picture, print the table."""
-    config = parse(arguments)
     began = time.monotonic()
-    _claim(config)
-    # Methods and seeds compile the same steps: compile each once.
-    jax.config.update("jax_compilation_cache_dir", str((config.folder / "compiled").absolute()))
-    with Board() as board:
-        runs = {seed: SeedRun(config.run, seed, config.folder / f"seed-{seed}", board) for seed in config.seeds}
-        # Small models leave cores idle: seeds run side by side, and a device takes their work in turn.
-        with ThreadPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
-            figures = dict(zip(runs, pool.map(SeedRun.run, runs.values()), strict=True))
-    results = summarise(figures) | {
-        "seeds": list(config.seeds),
-        "phases": {f"seed {seed} {name}": s for seed, run in runs.items() for name, s in run.seconds.items()},
-        "evaluated_on": config.run.evaluate_on,
-        "made_by": _provenance(arguments, time.monotonic() - began),
-    }
+    config = parse(PRESETS, arguments, __doc__)
+    claim(config.folder, config.run)
+    runs, figures = run_seeds(
+        config.seeds, lambda seed, board: SeedRun(config.run, seed, config.folder / f"seed-{seed}", board)
+    )
+    made_by = provenance("experiments.progressive_images", arguments, runs, config.run.evaluate_on, began)
+    results = summarise(figures) | made_by
     path = config.folder / "results.json"
     path.write_text(json.dumps(results, indent=1))
     write(config.folder, results, runs, figures)
     print_table(results)
     print(f"\n{path}\n{config.folder / 'report.html'}")
-
-
-def _claim(config: Config) -> None:
-    """The folder belongs to one configuration: phases of another must not be taken for this one's."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    path = config.folder / "config.json"
-    wanted = json.dumps(dataclasses.asdict(config.run), indent=1)
-    if path.exists() and path.read_text() != wanted:
-        raise SystemExit(f"{config.folder} holds a run of another configuration (see {path}): choose another --folder")
-    path.write_text(wanted)
-
-
-def _provenance(arguments: list[str], seconds: float) -> dict[str, Any]:
-    return {
-        "command": " ".join(["python -m experiments.progressive_images", *arguments]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "seconds_of_this_start": round(seconds, 1),
-    }
 
 
 if __name__ == "__main__":

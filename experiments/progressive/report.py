@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.progressive.results import Figures
+from experiments.common.runs import Figures
 from experiments.progressive.run import SeedRun
 from experiments.progressive.world import split_captions
 from sysdpo_jax.evaluation import (

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sysdpo_jax.evaluation.preferences import Estimate, clustered_mean, paired_difference, win_rate
-
-Figures = Mapping[str, np.ndarray]
+from experiments.common.runs import Figures, as_numbers
+from sysdpo_jax.evaluation.preferences import clustered_mean, paired_difference, win_rate
 
 # What the main comparison must show: method, and the ones it is compared with.
 COMPARISONS = (
@@ -65,8 +64,4 @@ def _difference(first: Figures, second: Figures) -> dict[str, dict[str, float | 
         "order_consistency": paired_difference(first["order"], second["order"], first["cluster"]),
         "win_rate": win_rate(first["score"], second["score"], first["cluster"]),
     }
-    return {name: _estimate(value) for name, value in made.items()}
-
-
-def _estimate(estimate: Estimate) -> dict[str, float | int]:
-    return {"value": estimate.value, "standard_error": estimate.standard_error, "n": estimate.n}
+    return {name: as_numbers(value) for name, value in made.items()}

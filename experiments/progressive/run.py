@@ -1,36 +1,28 @@
 """All phases of one seed. A phase whose output exists is not repeated: a run that was stopped goes on where it was."""
 
-import json
-import time
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from experiments.common.fit import FitConfig, fit
+from experiments.common.phases import Phases
+from experiments.common.runs import best_of, named_key, reported_rollout
+from experiments.common.storage import load_pairs, save_pairs
 from experiments.progressive import judge, pretrain
 from experiments.progressive.align import AlignConfig, align, image_part, language_part
-from experiments.progressive.storage import (
-    load_columns,
-    load_pairs,
-    load_params,
-    save_columns,
-    save_pairs,
-    save_params,
-)
 from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, diffusion, language_model
 from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Request, World, well_formed
 from sysdpo_jax import PreferenceRecord, make_pairs, rollout
+from sysdpo_jax.data.columns import load_columns, save_columns
 from sysdpo_jax.evaluation.preferences import order_consistency, preference_score
 from sysdpo_jax.training.progress import Board, Report
 from sysdpo_jax.typing import Params, Record
 
-T = TypeVar("T")
 METHODS = (
     "before",
     "best_of_n",
@@ -50,8 +42,8 @@ class RunConfig:
     world: World = World()
     models: ModelConfig = ModelConfig()
     faults: pretrain.Faults = pretrain.Faults()
-    language: pretrain.FitConfig = pretrain.FitConfig(steps=800, learning_rate=3e-3)
-    image: pretrain.FitConfig = pretrain.FitConfig(steps=1500, learning_rate=4e-3, ema_decay=0.995)
+    language: FitConfig = FitConfig(steps=800, learning_rate=3e-3)
+    image: FitConfig = FitConfig(steps=1500, learning_rate=4e-3, ema_decay=0.995)
     align: AlignConfig = AlignConfig()
     evaluate_on: Literal["validation", "test"] = "test"
     test_samples: int = 48
@@ -64,17 +56,16 @@ class SeedRun:
     """One seed in a folder of its own. `run` returns {method: columns of its figures}, one row a held-out run."""
 
     def __init__(self, config: RunConfig, seed: int, folder: Path, board: Board):
-        self.config, self.seed, self.folder, self._board = config, seed, folder, board
+        self.config, self.seed, self.folder = config, seed, folder
+        self._phases = Phases(folder, f"seed {seed}", board)
         self.system = build(config.models, config.align.timesteps, config.align.image_weight)
         self.requests = config.world.split(seed)
         self._key = jax.random.key(seed)
-        self._times = folder / "seconds.json"
-        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def seconds(self) -> dict[str, float]:
         """{phase: seconds it took}, phases of earlier starts included."""
-        return json.loads(self._times.read_text()) if self._times.exists() else {}
+        return self._phases.seconds
 
     def run(self) -> dict[str, dict[str, np.ndarray]]:
         before = {LANGUAGE: self._pretrain_language(), IMAGE: self._pretrain_images()}
@@ -102,9 +93,9 @@ class SeedRun:
         def make(report: Report) -> Params:
             made, asked = pretrain.answers(self.requests["train"], config.faults, config.language.examples, self.seed)
             features = component.prepare(made, {"request": asked})
-            return pretrain.fit(component, features, config.language, self._named("language"), report)
+            return fit(component, features, config.language, self._named("language"), report)
 
-        return self._params("pretrain_lm", config.language.steps, make)
+        return self._phases.params("pretrain_lm", config.language.steps, make)
 
     def _pretrain_images(self) -> Params:
         config = self.config
@@ -113,9 +104,9 @@ class SeedRun:
         def make(report: Report) -> Params:
             images, captions = pretrain.pictures(config.world, config.faults, config.image.examples, self.seed)
             features = component.prepare(list(images), {"caption": captions})
-            return pretrain.fit(component, features, config.image, self._named("image"), report)
+            return fit(component, features, config.image, self._named("image"), report)
 
-        return self._params("pretrain_images", config.image.steps, make)
+        return self._phases.params("pretrain_images", config.image.steps, make)
 
     def _pairs(self, name: str, params: Params, samples: int) -> list[PreferenceRecord]:
         """Preferences on whole runs of the system on the training requests."""
@@ -128,16 +119,16 @@ class SeedRun:
             return make_pairs(self.system, records, scores, self.config.align.group, self.config.align.min_margin)
 
         path = self.folder / f"{name}.npz"
-        return self._phase(name, path, len(requests) * samples, make, load_pairs, save_pairs)
+        return self._phases.run(name, path, len(requests) * samples, make, load_pairs, save_pairs)
 
     def _align(self, name: str, params: Params, pairs: Sequence[PreferenceRecord], trained: Sequence[str]) -> Params:
         config, key = self.config.align, self._named("align")
-        progress = partial(self._board.phase, self._label(name))
+        progress = self._phases.progress(name)
 
         def make(report: Report) -> Params:
             return align(self.system, params, pairs, trained, config, self.folder / name, key, progress)
 
-        return self._params(name, None, make)
+        return self._phases.params(name, None, make)
 
     def _online(self, params: Params) -> Params:
         """Further rounds: pairs from the aligned system, which becomes the reference."""
@@ -162,11 +153,11 @@ class SeedRun:
                 [judge.answer_score(r, record["answer"]) for r, record in zip(asked, records, strict=True)]
             )
             pairs = make_pairs(system, records, scores, config.group, config.min_margin)
-            progress = partial(self._board.phase, self._label("separate_local"))
+            progress = self._phases.progress("separate_local")
             folder = self.folder / "separate_local_lm"
             return align(system, params, pairs, (LANGUAGE,), config, folder, key, progress)
 
-        return self._params("separate_local_lm", None, make)[LANGUAGE]
+        return self._phases.params("separate_local_lm", None, make)[LANGUAGE]
 
     def _local_images(self, before: Params) -> Params:
         config, key = self.config.align, self._named("local images")
@@ -182,11 +173,11 @@ class SeedRun:
             measured = judge.measure(np.asarray([record["image"] for record in records]))
             scores = np.array([-abs(measured[c.attribute][row] - c.value) for row, c in enumerate(asked)])
             pairs = make_pairs(system, records, scores, config.group // 2)
-            progress = partial(self._board.phase, self._label("separate_local"))
+            progress = self._phases.progress("separate_local")
             folder = self.folder / "separate_local_unet"
             return align(system, params, pairs, (IMAGE,), config, folder, key, progress, rows_per_pair=CAPTIONS)
 
-        return self._params("separate_local_unet", None, make)[IMAGE]
+        return self._phases.params("separate_local_unet", None, make)[IMAGE]
 
     def _evaluate(self, name: str, params: Params, repeat: int = 0) -> dict[str, np.ndarray]:
         """Figures of held-out runs. The key depends on the repeat alone: every method draws the same noise."""
@@ -199,7 +190,7 @@ class SeedRun:
             asked = [request for request in requests for _ in range(samples)]
             return self._figures(params, asked, records)
 
-        return self._phase(
+        return self._phases.run(
             label, self.folder / f"{label}.npz", len(requests) * samples, make, load_columns, save_columns
         )
 
@@ -223,51 +214,13 @@ class SeedRun:
     def _best_of_n(self, before: Params, first: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """For every held-out run the best of N runs of the unaligned system, by the judge itself."""
         runs = [first, *(self._evaluate("before", before, repeat) for repeat in range(1, self.config.best_of))]
-        best = np.argmax([run["score"] for run in runs], axis=0)
-        rows = np.arange(len(best))
-        pick = {name: np.stack([run[name] for run in runs])[best, rows] for name in first if first[name].ndim}
-        return pick | {"fidelity": np.mean([run["fidelity"] for run in runs])}
+        return best_of(runs) | {"fidelity": np.mean([run["fidelity"] for run in runs])}
 
     def _rollout(
         self, params: Params, requests: Sequence[Request], samples: int, key: PRNGKeyArray, report: Report
     ) -> list[dict[str, Any]]:
-        done = 0
-
-        def count(made: int) -> None:
-            nonlocal done
-            done += made
-            report(done, "")
-
         inputs = [{"request": request.text} for request in requests]
-        return rollout(self.system, params, inputs, key, samples, self.config.batch_runs, count)
-
-    def _params(self, name: str, steps: int | None, make: Callable[[Report], Params]) -> Params:
-        return self._phase(name, self.folder / f"{name}.safetensors", steps, make, load_params, save_params)
-
-    def _phase(
-        self,
-        name: str,
-        path: Path,
-        steps: int | None,
-        make: Callable[[Report], T],
-        load: Callable[[Path], T],
-        save: Callable[[Path, T], None],
-    ) -> T:
-        """The phase's output, made unless the file exists. steps: of its bar, None when `make` shows its own."""
-        if not path.exists():
-            began = time.monotonic()
-            if steps is None:
-                value = make(lambda done, note: None)
-            else:
-                with self._board.phase(self._label(name), 0, steps) as report:
-                    value = make(report)
-            save(path, value)
-            self._times.write_text(json.dumps(self.seconds | {name: round(time.monotonic() - began, 2)}))
-        # What is used is what is on disk, so that a resumed run uses the same.
-        return load(path)
-
-    def _label(self, name: str) -> str:
-        return f"seed {self.seed} {name}"
+        return reported_rollout(self.system, params, inputs, key, samples, self.config.batch_runs, report)
 
     def _named(self, name: str) -> PRNGKeyArray:
-        return jax.random.fold_in(self._key, zlib.crc32(name.encode()))
+        return named_key(self._key, name)

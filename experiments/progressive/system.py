@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
+from experiments.common.words import word_tokenizer
 from experiments.progressive.world import CAPTION_WORDS, CAPTIONS, SIZE, VOCABULARY, split_captions
 from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, TextEncoder, Tool
 from sysdpo_jax.generation.samplers import DDIM
@@ -31,18 +29,9 @@ class ModelConfig:
     ddim_steps: int = 12
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the world; both models read it."""
-    special = ("<pad>", "<eos>", "<unk>")
-    words = {word: number for number, word in enumerate((*special, *VOCABULARY))}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
 def language_model(config: ModelConfig) -> LanguageModel:
     """A small Llama decoder that answers a request with three captions."""
-    words = tokenizer()
+    words = word_tokenizer(VOCABULARY)
     decoder = DecoderConfig(
         vocab_size=len(words),
         hidden_size=config.lm_width,
@@ -58,7 +47,7 @@ def language_model(config: ModelConfig) -> LanguageModel:
 
 def diffusion(config: ModelConfig) -> Diffusion:
     """A small pixel-space U-Net that predicts z_0; as it stands its log-probability is minus the mean squared error."""
-    words = tokenizer()
+    words = word_tokenizer(VOCABULARY)
     codec = PixelCodec((SIZE, SIZE, 3), config.patch)
     text = CLIPTextConfig(
         vocab_size=len(words),

@@ -1,4 +1,4 @@
-"""Measuring what systems produce: scorers, preference figures with standard errors, tables, pictures and the report."""
+"""Measuring what systems produce: scorers, preference figures with standard errors, tables, samples and the report."""
 
 from sysdpo_jax.evaluation.chart import Curve, Figure, learning_figures
 from sysdpo_jax.evaluation.pictures import ImageRow, ImageSequence, image_grid
@@ -14,6 +14,7 @@ from sysdpo_jax.evaluation.preferences import (
 from sysdpo_jax.evaluation.report import Report, write_report
 from sysdpo_jax.evaluation.scorers import CalibratedScorer, brightness, foreground, height, redness, size
 from sysdpo_jax.evaluation.tables import Column, Row, Table, console_table, markdown_table
+from sysdpo_jax.evaluation.texts import TextTable
 
 __all__ = [
     "CalibratedScorer",
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "Row",
     "Table",
+    "TextTable",
     "brightness",
     "clustered_mean",
     "console_table",

@@ -11,6 +11,7 @@ from sysdpo_jax.evaluation.markup import Markup, element, join
 from sysdpo_jax.evaluation.pictures import ImageRow, html_images
 from sysdpo_jax.evaluation.style import STYLE
 from sysdpo_jax.evaluation.tables import Table, html_table
+from sysdpo_jax.evaluation.texts import TextTable, html_texts
 from sysdpo_jax.graph import CompoundSystem
 
 # The page can load nothing: whatever text it shows, it makes no request.
@@ -33,6 +34,7 @@ class Report:
     system: CompoundSystem | None = None
     configuration: Mapping[str, Any] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    texts: tuple[TextTable, ...] = ()
 
 
 def write_report(path: str | Path, report: Report) -> None:
@@ -64,6 +66,9 @@ def _sections(report: Report) -> Iterator[Markup]:
         yield _section("Learning curves", element("div", *map(html_figure, report.figures), class_="charts"))
     if report.images:
         yield _section("Pictures of the same prompts and seeds", html_images(report.images))
+    if report.texts:
+        samples = (element("div", html_texts(table), class_="wide") for table in report.texts)
+        yield _section("Texts of the same prompts and seeds", *samples)
     if report.system is not None:
         drawing = element("div", draw_system(report.system), class_="wide")
         yield _section("The system", drawing, element("pre", report.system.describe()))

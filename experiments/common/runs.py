@@ -1,0 +1,53 @@
+"""Runs of a system inside a phase: keys by name, progress, the best of several."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from sysdpo_jax import CompoundSystem, rollout
+from sysdpo_jax.evaluation.preferences import Estimate
+from sysdpo_jax.training.progress import Report
+from sysdpo_jax.typing import Params, Record
+
+Figures = Mapping[str, np.ndarray]
+
+
+def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """A key that depends on the name alone, so that a new phase does not change another's noise."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def reported_rollout(
+    system: CompoundSystem,
+    params: Params,
+    inputs: Sequence[Record],
+    key: PRNGKeyArray,
+    samples: int,
+    batch_size: int,
+    report: Report,
+) -> list[dict[str, Any]]:
+    """`rollout`, with the number of runs made so far on a phase's bar."""
+    done = 0
+
+    def count(made: int) -> None:
+        nonlocal done
+        done += made
+        report(done, "")
+
+    return rollout(system, params, inputs, key, samples, batch_size, count)
+
+
+def best_of(runs: Sequence[Figures]) -> dict[str, np.ndarray]:
+    """For every row the one of the runs with the highest "score"; columns that are one number are left out."""
+    best = np.argmax([run["score"] for run in runs], axis=0)
+    rows = np.arange(len(best))
+    return {name: np.stack([run[name] for run in runs])[best, rows] for name in runs[0] if runs[0][name].ndim}
+
+
+def as_numbers(estimate: Estimate) -> dict[str, float | int]:
+    """An estimate as results.json holds it."""
+    return {"value": estimate.value, "standard_error": estimate.standard_error, "n": estimate.n}
