@@ -48,5 +48,6 @@ setup(
         # Reads GGUF files.
         "gguf": ["gguf>=0.17"],
         "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
     },
 )

@@ -87,6 +87,15 @@ class CompoundSystem:
         return tuple(node for node in self.nodes if not node.deterministic and node.name in read)
 
     @property
+    def given(self) -> tuple[Node, ...]:
+        """The tools that read inputs alone, directly or through each other: retrieval, say."""
+        drawn = {node.name for node in self.nodes if not node.deterministic}
+        for node in self.nodes:
+            if drawn.intersection(node.parents):
+                drawn.add(node.name)
+        return tuple(node for node in self.nodes if node.name not in drawn)
+
+    @property
     def outputs(self) -> tuple[Node, ...]:
         """The other generative nodes: the final values, which people judge."""
         inner = self.intermediates
@@ -121,9 +130,11 @@ class CompoundSystem:
         nodes: the nodes to prepare, all of them by default.
         Raises `RecordError` naming the row and the node for a missing value or a plate of the wrong length.
         """
-        complete = [self._complete(record, row) for row, record in enumerate(records)]
+        wanted = self.nodes if nodes is None else [self.node(name) for name in nodes]
+        needed = self._with_ancestors(wanted)
+        complete = [self._complete(record, row, needed) for row, record in enumerate(records)]
         features = {}
-        for node in self.nodes if nodes is None else map(self.node, nodes):
+        for node in wanted:
             try:
                 features[node.name] = self._prepare_node(node, complete)
             except RecordError as error:
@@ -185,14 +196,17 @@ class CompoundSystem:
     ) -> list[list[Any]]:
         """From 1 to `number` distinct likely values of a node for every row of the columns, see `Component.candidates`.
 
-        Of a plate the i-th candidates of the copies go together; a copy with fewer begins again.
+        Of a plate those combinations of the copies' candidates whose ranks have the smallest sums.
         """
         parents, tree, node_key = self._parents_and_params(node, params, columns, key)
         if node.plate is None:
             return node.component.candidates(tree, parents, number, node_key)
         flat = node.component.candidates(tree, self._unfold(node, parents), number, node_key)
         plates = [flat[i : i + node.plate] for i in range(0, len(flat), node.plate)]
-        return [[[c[i % len(c)] for c in copies] for i in range(max(map(len, copies)))] for copies in plates]
+        return [
+            [[c[i] for c, i in zip(copies, ranks, strict=True)] for ranks in _by_rank([*map(len, copies)], number)]
+            for copies in plates
+        ]
 
     def _parents_and_params(
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
@@ -220,11 +234,19 @@ class CompoundSystem:
                 f"expected the keys {list(self.param_keys)}, as system.init returns them"
             )
 
-    def _complete(self, record: Record, row: int) -> dict[str, Any]:
-        """The record with the values of its tools filled in."""
+    def _with_ancestors(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
+        """The nodes and all that they depend on, in topological order."""
+        names = {node.name for node in nodes}
+        for node in reversed(self.nodes):
+            if node.name in names:
+                names.update(node.parents)
+        return tuple(node for node in self.nodes if node.name in names)
+
+    def _complete(self, record: Record, row: int, nodes: Sequence[Node]) -> dict[str, Any]:
+        """The record with the values of tools among the nodes filled in."""
         _require(record, self.inputs, row, "input")
         values = dict(record)
-        for node in self.nodes:
+        for node in nodes:
             if node.name not in values and node.deterministic:
                 columns = {name: [values[name]] for name in node.parents}
                 values[node.name] = self.sample_node(node, {}, columns, jax.random.key(0))[0]
@@ -250,6 +272,17 @@ class CompoundSystem:
 
     def _is_plate(self, name: str) -> bool:
         return name not in self.inputs and self.node(name).plate is not None
+
+
+def _by_rank(sizes: Sequence[int], number: int) -> list[tuple[int, ...]]:
+    """The first `number` of all tuples with 0 <= t[i] < sizes[i], by their sum."""
+    found: list[tuple[int, ...]] = []
+    level = {(0,) * len(sizes)}
+    while level and len(found) < number:
+        found += sorted(level)
+        longer = ((*t[:i], t[i] + 1, *t[i + 1 :]) for t in level for i in range(len(sizes)))
+        level = {t for t in longer if all(rank < size for rank, size in zip(t, sizes, strict=True))}
+    return found[:number]
 
 
 def _named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:

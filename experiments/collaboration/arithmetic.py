@@ -4,6 +4,7 @@
 the number 2. Whoever writes the answer sees the draft and the operation, not the facts.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,8 +76,18 @@ class World:
         first, second = rng.choice(self.facts, 2, replace=False)
         return Question(facts, (facts[first][0], facts[second][0]), str(rng.choice(list(OPERATIONS))))
 
+    def __post_init__(self) -> None:
+        if not (2 <= self.facts <= len(self.names) and 1 <= self.values <= len(WORDS)):
+            raise ValueError(
+                f"World: facts {self.facts} must lie in 2..{len(self.names)} names, values {self.values} in "
+                f"1..{len(WORDS)}"
+            )
+
     def split(self, sizes: Mapping[str, int], seed: int) -> dict[str, list[Question]]:
-        """Disjoint lists of distinct questions, `{split: that many}`."""
+        """Disjoint lists of distinct questions, `{split: that many}`. Raises `ValueError` for most of all there are."""
+        orders = math.perm(len(self.names), self.facts) * self.values**self.facts
+        if 2 * sum(sizes.values()) > orders * self.facts * (self.facts - 1) * len(OPERATIONS):
+            raise ValueError(f"{sum(sizes.values())} questions are more than half of what the world has: lower them")
         rng = np.random.default_rng((seed, 0))
         made: dict[Question, None] = {}
         while len(made) < sum(sizes.values()):

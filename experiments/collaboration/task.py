@@ -45,9 +45,13 @@ class AlignConfig:
     chunk_size: int | None = None
     trainable: str = ".*"
 
+    def __post_init__(self) -> None:
+        if self.samples % self.group:
+            raise ValueError(f"align.samples {self.samples} must be a multiple of align.group {self.group}")
+
 
 class Task(Protocol):
-    """One size of the experiment. Any frozen dataclass with these methods; its fields identify a run folder."""
+    """One size of the experiment: a frozen dataclass, whose fields identify a run folder."""
 
     @property
     def align(self) -> AlignConfig: ...

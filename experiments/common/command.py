@@ -58,9 +58,14 @@ def claim(folder: Path, run: Any) -> None:
 
 
 def run_seeds(seeds: Sequence[int], make: Callable[[int, Board], R]) -> tuple[dict[int, R], dict[int, Any]]:
-    """{seed: its run} and {seed: what its `run` returned}."""
+    """{seed: its run} and {seed: what its `run` returned}. Raises SystemExit for no seeds or one given twice."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise SystemExit(f"--seeds {' '.join(map(str, seeds))}: give one or more different numbers")
     with Board() as board:
         runs = {seed: make(seed, board) for seed in seeds}
+        if len(runs) == 1:
+            # In this thread, where Ctrl-C stops it.
+            return runs, {seed: run.run() for seed, run in runs.items()}
         # Small models leave cores idle: seeds run side by side, and a device takes their work in turn.
         with ThreadPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
             figures = dict(zip(runs, pool.map(lambda run: run.run(), runs.values()), strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from sysdpo_jax import PreferenceRecord
-from sysdpo_jax.data.columns import load_columns, save_columns
+from sysdpo_jax.data.columns import as_values, load_columns, save_columns
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.typing import Params
 
@@ -34,9 +34,18 @@ def load_params(path: Path) -> Params:
 
 
 def overlay(params: Params, changed: Params) -> Params:
-    """The parameters with the leaves of `changed`, which may lack some, in their places."""
+    """The parameters with the leaves of `changed`, which may lack some, in their places.
+
+    Raises `ValueError` for a leaf that the parameters do not have.
+    """
     if not isinstance(params, Mapping):
         return changed
+    unknown = sorted(changed.keys() - params.keys())
+    if unknown:
+        raise ValueError(
+            f"the stored parameters {', '.join(unknown)} are not among the model's: other code made them; choose "
+            "another --folder"
+        )
     return {name: overlay(leaf, changed[name]) if name in changed else leaf for name, leaf in params.items()}
 
 
@@ -59,6 +68,6 @@ def load_pairs(path: Path) -> list[PreferenceRecord]:
     rows: list[dict[str, dict[str, Any]]] = [{"inputs": {}, "chosen": {}, "rejected": {}} for _ in range(number)]
     for name, column in columns.items():
         part, field = name.split("/")
-        for row, value in zip(rows, column.tolist() if column.dtype.kind == "U" else column, strict=True):
+        for row, value in zip(rows, as_values(column), strict=True):
             row[part][field] = value
     return [PreferenceRecord(**row) for row in rows]

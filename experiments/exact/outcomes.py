@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from experiments.exact.systems import ExactSystem
 from sysdpo_jax import CompoundSystem, PreferenceRecord, SampledBatch, SamplingObjective, sampled_batch
-from sysdpo_jax.components.base import distinct
 from sysdpo_jax.typing import Params
+from sysdpo_jax.values import distinct
 
 # (params, reference, share of each pair [pairs], which intermediates are in Y(x) [pairs, M]) -> loss.
 SetLoss = Callable[[Params, Params, Array, Array], Array]

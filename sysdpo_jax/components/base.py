@@ -1,12 +1,12 @@
 """The contract every component keeps: three pure functions over explicit parameters, and one host-side `prepare`."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.values import distinct
 
 Metrics = Mapping[str, Float[Array, "batch"]]
 
@@ -20,7 +20,7 @@ class Component(Protocol):
     """One generator of the system: p(value | parents).
 
     Implementations are frozen dataclasses: hashable, because a system is a static argument of the jitted step.
-    Subclass this protocol to inherit `log_prob_with_metrics`.
+    Subclass this protocol to inherit `log_prob_with_metrics` and `candidates`.
     """
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -56,26 +56,6 @@ class Component(Protocol):
         spread = {name: [value for value in column for _ in range(number)] for name, column in parents.items()}
         values = self.sample(params, spread, key)
         return [distinct(values[start : start + number]) for start in range(0, len(values), number)]
-
-
-def distinct(values: Iterable[Any]) -> list[Any]:
-    """The values without repeats, in their order: numbers, texts, messages, arrays, lists and mappings of these."""
-    kept: dict[Hashable, Any] = {}
-    for value in values:
-        kept.setdefault(_identity(value), value)
-    return list(kept.values())
-
-
-def _identity(value: Any) -> Hashable:
-    """Equal for equal values, arrays included."""
-    if isinstance(value, Mapping):
-        return tuple((name, _identity(item)) for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_identity(item) for item in value)
-    if isinstance(value, str | int | float):
-        return value
-    array = np.asarray(value)
-    return array.shape, array.dtype.str, array.tobytes()
 
 
 def batch_size(parents: Parents, component: str) -> int:

@@ -47,9 +47,10 @@ class Categorical(Component):
         return [int(value) for value in jax.random.categorical(key, self._logits(params, parents))]
 
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
-        """The `number` likeliest values of each row, or all of them if there are fewer; the key is not used."""
-        order = np.argsort(-np.asarray(self._logits(params, parents)), axis=-1, kind="stable")
-        return [[int(value) for value in row] for row in order[:, :number]]
+        """The `number` likeliest values of each row, or all possible ones if there are fewer; the key is not used."""
+        logits = np.asarray(self._logits(params, parents))
+        order = np.argsort(-logits, axis=-1, kind="stable")[:, :number]
+        return [[int(v) for v in row if own[v] > -np.inf] for row, own in zip(order, logits, strict=True)]
 
     def _logits(self, params: Params, parents: Parents) -> Float[Array, "batch values"]:
         rows = np.stack([np.asarray(values, np.int32) for values in parents.values()])

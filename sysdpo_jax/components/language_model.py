@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, RecordError, batch_size, distinct
+from sysdpo_jax.components.base import Component, Metrics, RecordError, batch_size
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Truncation,
@@ -25,6 +25,7 @@ from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.values import distinct
 
 
 @dataclass(frozen=True)
@@ -154,21 +155,28 @@ class LanguageModel(Component):
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
         """The distinct texts that `search` finds with `number` beams for each row, the best first; no key is used.
 
-        There are fewer than `number` where sequences of different tokens read the same. Texts are as in `sample`.
+        There are fewer than `number` where sequences of different tokens read the same. Texts are as in `sample`. Beams
+        beyond `number` fill the last of the search's groups. Raises `ValueError` where the model gives no number.
         """
+        groups = self.search.num_beam_groups or number
         made = beam_generate(
             self.decoder,
             params,
             *self._prompt_tokens(parents),
-            num_beams=number,
+            num_beams=-(-number // groups) * groups,
             search=self.search,
             max_new_tokens=self.max_new_tokens,
             stop_tokens=self._ends,
             pad_token=self._pad,
         )
         tokens, lengths, valid = np.asarray(made.tokens), np.asarray(made.lengths), np.asarray(made.valid)
+        if not valid.any(axis=1).all():
+            raise ValueError(
+                f"LanguageModel: the search found nothing for row {int(np.argmin(valid.any(axis=1)))}: the logits are "
+                "not finite"
+            )
         texts = iter(self._texts(tokens[valid], lengths[valid]))
-        return [distinct([next(texts) for _ in range(found)]) for found in valid.sum(1)]
+        return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
 
     def _prompt_tokens(self, parents: Parents) -> tuple[Int[np.ndarray, "batch prompt"], Int[np.ndarray, "batch"]]:
         """Right-padded token ids of the prompts and their lengths."""

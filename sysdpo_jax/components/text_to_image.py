@@ -86,9 +86,17 @@ class TextToImage(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         """Images and their captions -> latents and what the conditioner makes of the captions, each once.
 
+        An image that comes several times (the same object, as with several intermediates) is encoded once.
         Raises `RecordError` for an image that cannot be read, a caption that is no string or is too long.
         """
-        latents, frames = self.codec.encode(values)
+        once = {id(value): value for value in values}
+        places = {name: place for place, name in enumerate(once)}
+        rows = np.array([places[id(value)] for value in values], np.int32)
+        try:
+            latents, frames = (array[rows] for array in self.codec.encode(list(once.values())))
+        except RecordError:
+            # Again with every row, so that the error names the right one.
+            latents, frames = self.codec.encode(values)
         features = {"latents": latents, "text": self.text.prepare(_captions(parents), frames)}
         if self.caption_dropout:
             features["null"] = self.text.prepare([None] * len(values), frames)

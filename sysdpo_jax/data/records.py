@@ -69,18 +69,27 @@ def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecor
     return first is None or first
 
 
+def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RecordError` naming the row that lacks an input, and the input."""
+    for row, values in enumerate(rows):
+        missing = [name for name in system.inputs if name not in values]
+        if missing:
+            raise RecordError(f"record {row} lacks a value for the input {', '.join(missing)}: add the field")
+
+
 def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
     """The same preferences on the final values alone, as `SamplingObjective` takes them.
 
+    Recorded values of tools that read inputs alone stay: the intermediates may depend on them.
     Raises `RecordError` naming the row and the final value that it lacks.
     """
-    names = [node.name for node in system.outputs]
+    names, given = [node.name for node in system.outputs], [node.name for node in system.given]
 
     def final(row: int, side: str, values: Mapping[str, Any]) -> dict[str, Any]:
         missing = [name for name in names if name not in values]
         if missing:
             raise RecordError(f"record {row}: the {side} run lacks a value for {', '.join(missing)}: add the field")
-        return {name: values[name] for name in names}
+        return {name: values[name] for name in (*given, *names) if name in values}
 
     return [
         PreferenceRecord(r.inputs, final(row, "chosen", r.chosen), final(row, "rejected", r.rejected))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.objectives.log_ratio import NodeTerms, PairBatch, SampledBatch, terms_of_node
+from sysdpo_jax.objectives.log_ratio import NodeTerms, PairBatch, SampledBatch, terms_of_node, trained_nodes
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Features, Params
 
@@ -24,11 +24,14 @@ class SamplingObjective(PreferenceObjective):
 
     A node's weight multiplies its log-probability here. The log-ratio is computed as the equal
     logsumexp_y [log w_y + log p(y, z | x) / p_ref(y, z | x)] with w the softmax of log p_ref(y, z | x): the difference
-    of two large numbers is never taken, and with one intermediate it is SysDPO-Direct's to the bit.
+    of two large numbers is never taken, and with one intermediate it is SysDPO-Direct's.
 
     chunk_size: how many intermediates are evaluated at once, which bounds memory at the price of a second forward pass;
     all of them by default. A frozen component is evaluated too: its probabilities weigh the intermediates.
-    Of the settings, `sft` and the figures by node are means over the intermediates' posterior p(y | x, z).
+    A node's figures, and its `sft`, are means over the intermediates with their posterior p(y | x, z) as weights; the
+    nodes' margins do not add up to the system's, as those of SysDPO-Direct do.
+    A diffusion node's surrogate weighs intermediates too, by one draw of its noise: where its scale (the component's
+    weighting times the node's weight) is large, one intermediate gets all the weight. Watch the effective number.
     """
 
     chunk_size: int | None = None
@@ -49,10 +52,11 @@ class SamplingObjective(PreferenceObjective):
         require_batch(batch, SampledBatch, "SearchedBatches")
         system.check_params(params)
         terms = self._terms(system, params, reference, batch, key)
-        trained = {node.name: terms[node.name] for node in _generative(system) if node.params_key in reference}
+        trained = {node.name: terms[node.name] for node in trained_nodes(system, reference)}
         require_trained(trained)
-        valid = batch.valid.T[:, None, :]
         base = total(node.weight * terms[node.name].reference for node in _generative(system))
+        # What the reference cannot give has no weight, and no difference to it.
+        valid = batch.valid.T[:, None, :] & (base > -jnp.inf)
         change = jnp.where(valid, total(term.ratio for term in trained.values()), 0)
         prior = jax.lax.stop_gradient(jax.nn.log_softmax(jnp.where(valid, base, -jnp.inf), axis=0))
         ratios = jax.nn.logsumexp(prior + change, axis=0)

@@ -35,13 +35,13 @@ class NonFiniteError(FloatingPointError):
         blame = f"in node {', '.join(map(repr, nodes))}" if nodes else "in the loss or the update, in no single node"
         super().__init__(
             f"step {step} met a value that is not finite {blame}; the state before it is saved in {directory}: look at "
-            f"batch_at({step}), or lower the learning rate or the node's weight"
+            f"the batch of that step, or lower the learning rate or the node's weight"
         )
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains a system in a directory: checkpoints/, metrics.jsonl and TensorBoard events.
+    """Trains a system in a directory: checkpoints/, intermediates/, metrics.jsonl and TensorBoard events.
 
     mesh: the one the state was created on. checkpoint_every: steps between checkpoints, of which `keep` are kept; the
     last step is always saved. log_every: steps between rows of metrics. config: JSON values of the experiment (learning
@@ -142,9 +142,16 @@ class Trainer:
             "ema_decay": describe(self.optimizer.ema_decay),
             "objective": describe(self.objective),
             "key": str(jax.device_get(jax.random.key_data(key)).tolist()),
-            **({"batches": describe(batch_at)} if isinstance(batch_at, SearchedBatches) else {}),
+            **_describe_batches(batch_at),
             **{f"config {name}": text for name, text in as_text(self.config).items()},
         }
+
+
+def _describe_batches(batch_at: Callable[[int], PyTree] | SearchedBatches) -> dict[str, str]:
+    """What is known of the batches: of a function nothing."""
+    if not isinstance(batch_at, SearchedBatches):
+        return {}
+    return {"batches": describe(batch_at), "records": batch_at.fingerprint()}
 
 
 class _Reader:

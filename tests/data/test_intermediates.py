@@ -26,6 +26,7 @@ from sysdpo_jax import (
 from sysdpo_jax.data.columns import as_values, load_columns, save_columns
 from sysdpo_jax.data.records import hold_intermediates
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.values import distinct
 from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
 
 KEY = jax.random.key(0)
@@ -33,6 +34,10 @@ KEY = jax.random.key(0)
 
 def half(value):
     return value // 2
+
+
+def fails(value):
+    raise AssertionError("nothing asks for it")
 
 
 def total(values):
@@ -121,7 +126,8 @@ def test_all_of_a_small_space_is_found_once():
     assert {(y["route"], y["part"]) for y in sets} == expected
 
 
-def test_copies_of_a_plate_go_together():
+def test_copies_of_a_plate_are_combined_by_the_sum_of_their_ranks():
+    """Every combination is among as many sets as there are combinations."""
     system = CompoundSystem(
         ("x",),
         (
@@ -131,9 +137,44 @@ def test_copies_of_a_plate_go_together():
         ),
     )
     params = system.init(jax.random.key(2))
-    [sets] = draw_intermediates(system, params, [{"x": 1}], 3, KEY)
-    order = np.argsort(-np.asarray(params["y"]["logits"])[1]).tolist()
-    assert sets == [{"y": [value, value]} for value in order]
+    [few], [every] = (draw_intermediates(system, params, [{"x": 1}], number, KEY) for number in (4, 9))
+    rank = {value: place for place, value in enumerate(np.argsort(-np.asarray(params["y"]["logits"])[1]).tolist())}
+    assert few == every[:4]
+    sums = [sum(rank[value] for value in y["y"]) for y in every]
+    assert sums == sorted(sums) == [0, 1, 1, 2, 2, 2, 3, 3, 4]
+    assert len({tuple(y["y"]) for y in every}) == 9
+
+
+def test_what_a_tool_gave_of_the_inputs_is_kept():
+    """Retrieval: the recorded document, not the one that the tool would give now; and only what is needed is run."""
+    system = CompoundSystem(
+        ("x",),
+        (
+            Node("document", Tool(half), ("x",)),
+            Node("y", Categorical(3, (4,)), ("document",)),
+            Node("z", Categorical(2, (3,)), ("y",)),
+            Node("score", Tool(fails), ("z",)),
+        ),
+    )
+    params = system.init(jax.random.key(2))
+    record = PreferenceRecord({"x": 2}, {"document": 3, "z": 0}, {"document": 3, "z": 1})
+    [final] = without_intermediates(system, [record])
+    assert final == record
+    [sets] = draw_intermediates(system, params, [{"x": 2, "document": 3}], 3, KEY)
+    assert [y["y"] for y in sets] == np.argsort(-np.asarray(params["y"]["logits"])[3]).tolist()
+    batch = sampled_batch(system, [final], [sets], 3)
+    assert batch.intermediates["y"][0, :, 0].tolist() == [3, 3, 3]
+
+
+def test_sets_that_cannot_be_prepared_are_left_out():
+    """z reads y as a parent of size 2: the third value of y is no use, and a record keeps none of it alone."""
+    system = CompoundSystem(("x",), (Node("y", Categorical(3, (2,)), ("x",)), Node("z", Categorical(2, (2,)), ("y",))))
+    records = [PreferenceRecord({"x": 0}, {"z": 0}, {"z": 1})]
+    batch = sampled_batch(system, records, [[{"y": 2}, {"y": 1}, {"y": 0}]], 3)
+    np.testing.assert_array_equal(batch.valid, [[True, True, False]])
+    assert batch.intermediates["y"][0, :, 1].tolist() == [1, 0, 1]
+    with pytest.raises(RecordError, match="node 'z': Categorical: y is 2 in row 0"):
+        sampled_batch(system, records, [[{"y": 2}]], 3)
 
 
 def test_samples_are_the_candidates_of_a_component_without_a_search():
@@ -162,10 +203,10 @@ def test_a_language_models_candidates_are_distinct_texts():
 
 def test_the_batch_holds_every_set_on_both_sides():
     sets = [[{"route": 0, "part": 3}, {"route": 1, "part": 1}, {"route": 0, "part": 3}], [{"route": 1, "part": 0}]]
-    batch = sampled_batch(SYSTEM, [FINAL, PreferenceRecord({"x": 1}, {"z": 2}, {"z": 0})], sets, 3, [5, 0])
+    batch = sampled_batch(SYSTEM, [FINAL, PreferenceRecord({"x": 1}, {"z": 2}, {"z": 0})], sets, 3, 5)
     # Categorical's features: a column for each parent, then the value. Repeats and padding repeat the first set.
     np.testing.assert_array_equal(batch.valid, [[True, True, False], [True, False, False]])
-    np.testing.assert_array_equal(batch.staleness, [5, 0])
+    np.testing.assert_array_equal(batch.staleness, [5, 5])
     np.testing.assert_array_equal(batch.intermediates["route"], [[[2, 0], [2, 1], [2, 0]], [[1, 1]] * 3])
     np.testing.assert_array_equal(batch.intermediates["part"], [[[0, 3], [1, 1], [0, 3]], [[1, 0]] * 3])
     np.testing.assert_array_equal(batch.outputs.chosen["z"], [[[1, 0, 0], [0, 1, 0], [1, 0, 0]], [[0, 1, 2]] * 3])
@@ -197,11 +238,13 @@ def test_columns_keep_values_as_they_are(tmp_path):
         "number": [3, 1, 2],
         "picture": [np.full((2, 2), i, np.float32) for i in range(3)],
         "plate": [["a", "bb"]] * 3,
+        "numbers": [[1, 2]] * 3,
+        "file": ["a", "b", "c"],
     }
     save_columns(tmp_path / "c.npz", columns)
     back = {name: as_values(column) for name, column in load_columns(tmp_path / "c.npz").items()}
-    assert {name: back[name] for name in ("text", "number", "plate")} == {
-        name: columns[name] for name in ("text", "number", "plate")
+    assert {name: back[name] for name in columns if name != "picture"} == {
+        name: columns[name] for name in columns if name != "picture"
     }
     np.testing.assert_array_equal(back["picture"], columns["picture"])
     for bad, message in (([{"role": "user"}], "of type dict"), ([[1], [1, 2]], "not equally shaped")):
@@ -211,6 +254,25 @@ def test_columns_keep_values_as_they_are(tmp_path):
 
 
 def test_candidates_of_a_table_without_parents():
+    """A value of probability 0 is none."""
     component = Categorical(4)
-    params = {"logits": jnp.array([0.1, 0.4, 0.2, 0.3])}
+    params = {"logits": jnp.array([0.1, 0.4, -jnp.inf, 0.3])}
     assert component.candidates(params, {"x": [0, 0]}, 2, KEY) == [[1, 3], [1, 3]]
+    assert component.candidates(params, {"x": [0]}, 4, KEY) == [[1, 3, 0]]
+
+
+def test_values_are_equal_however_they_are_written():
+    same = [{"a": 1, "b": [2]}, {"b": [np.int64(2)], "a": np.int32(1)}]
+    assert distinct(same) == same[:1]
+    pictures = [np.zeros((2, 2)), np.ones((2, 2)), np.zeros((2, 2)), np.zeros((4,))]
+    assert [picture.shape for picture in distinct(pictures)] == [(2, 2), (2, 2), (4,)]
+
+
+def test_bad_draws_are_refused():
+    with pytest.raises(RecordError, match="record 1 lacks a value for the input x"):
+        draw_intermediates(SYSTEM, PARAMS, [{"x": 0}, {}], 2, KEY)
+    with pytest.raises(ValueError, match="missing \\['part'\\]"):
+        draw_intermediates(SYSTEM, {name: PARAMS[name] for name in ("route", "z")}, [{"x": 0}], 2, KEY)
+    for number, rows in ((0, [{"x": 0}]), (2, [])):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            draw_intermediates(SYSTEM, PARAMS, rows, number, KEY)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import llm_collaboration
-from experiments.collaboration.arithmetic import WORDS, Faults, Question, World, right_answer
+from experiments.collaboration.arithmetic import WORDS, Question, World, right_answer
 from experiments.collaboration.report import results_table
 from experiments.collaboration.results import summarise
 from experiments.collaboration.run import METHODS, SHARED_METHODS, SeedRun
@@ -75,7 +75,7 @@ def test_only_what_is_trained_is_stored_and_the_other_model_stays(folder):
 def test_report_and_table_are_written(folder):
     page = (folder / "report.html").read_text()
     assert all(method in page for method in METHODS)
-    first = json.loads(json.dumps(SMOKE.task.questions("test", 0)))[0]
+    first = SMOKE.task.questions("test", 0)[0]
     assert first["facts"] in page
     assert len((folder / "table.md").read_text().splitlines()) == len(METHODS) + 2
 
@@ -186,18 +186,16 @@ def test_the_faults_are_in_the_training_data():
     check([world.reply("larger", "seven five", rng) == "7" for _ in range(number)], 1 - misread + misread / 29)
 
 
-def test_whose_value_comes_first_is_a_matter_of_agreement():
-    """What "minus" can reach: a model that follows the other's majority, and both majorities, which do not agree."""
-    faults = Faults()
-    conventions = np.array([1 - faults.reversed_drafts, faults.reversed_drafts])
-    answers = np.array([1 - faults.reversed_answers, faults.reversed_answers])
-    together = float(conventions @ answers)
-    # Drafts and answers must agree on who comes first: alone each can only follow the other's majority.
-    assert max(answers) < 0.6
-    assert max(conventions) < 0.7
-    assert together < 0.5
-    # The two majorities disagree, so the halves of two separate trainings do not fit each other.
-    assert conventions.argmax() != answers.argmax()
+def test_a_world_with_too_few_questions_is_refused():
+    with pytest.raises(ValueError, match="30 questions are more than half"):
+        World(("ana", "bob"), 2, 2).split({"train": 30}, 0)
+    with pytest.raises(ValueError, match=r"facts 1 must lie in 2\.\.6"):
+        World(facts=1)
+
+
+def test_stored_leaves_of_other_code_are_refused():
+    with pytest.raises(ValueError, match="the stored parameters renamed are not among the model's"):
+        overlay({"m": {"w": 1}}, {"m": {"renamed": 2}})
 
 
 def test_phases_of_two_runs_do_not_share_times(tmp_path):

@@ -250,6 +250,18 @@ def test_the_effective_number_of_intermediates(gap, effective):
         np.testing.assert_allclose(metrics[f"intermediates/effective/{side}"], effective, rtol=1e-5)
 
 
+def test_an_intermediate_of_probability_0_has_no_weight():
+    """The same loss and gradients as without it, where log p - log p_ref would be infinity less infinity."""
+    never = np.zeros((2, 5))
+    never[:, 4] = -np.inf
+    params, reference = ({"y": {"logits": t["y"]["logits"] + never}, "z": t["z"]} for t in chain())
+    step = jax.value_and_grad(lambda p, batch: SamplingObjective(0.5)(CHAIN, p, reference, batch, KEY)[0])
+    loss, gradient = step(params, sampled_batch(CHAIN, RECORDS, EVERY, 5))
+    expected, slope = step(params, sampled_batch(CHAIN, RECORDS, [sets[:4] for sets in EVERY], 5))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    close(gradient, slope)
+
+
 def test_bad_settings_and_batches_are_refused():
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
         SamplingObjective(chunk_size=0)
