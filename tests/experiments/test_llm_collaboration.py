@@ -227,6 +227,15 @@ def test_differences_are_paired_and_clustered_by_seed_and_question():
     assert made["accuracy"]["n"] == 24
 
 
+def test_the_committed_run_with_real_weights_is_the_one_on_the_page():
+    results = json.loads((DOCS / "smollm2" / "results.json").read_text())
+    assert markdown_table(results_table(results)) in (DOCS / "README.md").read_text()
+    assert results["evaluated_on"] == "test"
+    for other in ("prompted", "first_only", "second_only"):
+        gain = results["differences"][f"sysdpo_sampling - {other}"]["accuracy"]
+        assert gain["value"] > 2 * gain["standard_error"], other
+
+
 def test_the_committed_run_shows_what_the_page_claims():
     results = json.loads((DOCS / "results.json").read_text())
     assert markdown_table(results_table(results)) in (DOCS / "README.md").read_text()
