@@ -25,9 +25,9 @@ from sysdpo_jax.training.metrics import read_metrics
 SHOWN = ("prompted", "sysdpo_sampling")
 QUESTIONS_SHOWN = 12
 DESCRIPTION = (
-    "A first language model drafts, a second one turns the draft into the answer and sees only a part of "
-    "the question. A program checks the answer alone. Figures are of sampled runs on held-out questions. Standard errors "
-    "are clustered by question and seed; what another training seed would change is not in them, so the tables by seed "
+    "A first language model drafts, a second one turns the draft into the answer and sees only a part of the question. "
+    "A program checks the answer alone. Figures are of sampled runs on held-out questions. Standard errors are "
+    "clustered by question and seed; what another training seed would change is not in them, so the tables by seed "
     "stand beside."
 )
 
