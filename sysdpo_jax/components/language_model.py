@@ -34,9 +34,9 @@ class LanguageModel(Component):
 
     decoder, tokenizer: the model and its Hugging Face tokenizer (with an end-of-sequence token).
     max_prompt_length, max_new_tokens: the room for prompt and completion, in tokens.
-    prompt: module-level function of the parents' values that returns a string or a list of chat messages; by default
-    the node's only parent is the prompt. A string is tokenized as the tokenizer does by default, messages through
-    its chat template.
+    prompt: module-level function of the parents' values, in the order of Node.parents, that returns a string or a list
+    of chat messages; by default the node's only parent is the prompt. A string is tokenized as the tokenizer does by
+    default, messages through its chat template.
     temperature, top_p: of `sample`; temperature 0 takes the likeliest token.
     truncation: of texts without room. "error" refuses them; "keep_start" and "keep_end" keep the first or the last
     tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. "keep_end" also
@@ -72,6 +72,8 @@ class LanguageModel(Component):
                 f"LanguageModel: max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} "
                 f"exceed the decoder's {config.max_position_embeddings} positions: lower them"
             )
+        if not isinstance(self.search, BeamSearch):
+            raise TypeError(f"LanguageModel: search must be a BeamSearch, not {type(self.search).__name__}")
         beyond = [end for end in self._ends if not 0 <= end < config.vocab_size]
         if beyond:
             raise ValueError(

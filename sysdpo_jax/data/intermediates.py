@@ -1,7 +1,8 @@
 """The intermediates of SysDPO-Sampling: drawn from a policy, and joined to preferences on final values."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -47,7 +48,8 @@ def draw_intermediates(
             continue
         if node.deterministic:
             columns = {name: [row[name] for row in rows] for name in node.parents}
-            values = system.sample_node(node, {}, columns, key)
+            with _naming(node.name):
+                values = system.sample_node(node, {}, columns, key)
             for row, value in zip(rows, values, strict=True):
                 row.setdefault(node.name, value)
             continue
@@ -55,7 +57,8 @@ def draw_intermediates(
         longest = max(map(len, sets))
         filled = rows + [rows[-1]] * (len(inputs) * longest - len(rows))
         columns = {name: [row[name] for row in filled] for name in node.parents}
-        found = system.node_candidates(node, params, columns, math.ceil(number / longest), key)
+        with _naming(node.name):
+            found = system.node_candidates(node, params, columns, math.ceil(number / longest), key)
         longer = iter([{**row, node.name: value} for value in own] for row, own in zip(rows, found, strict=False))
         # The best of each first, then the second best of each.
         sets = [_by_turns([next(longer) for _ in kept])[:number] for kept in sets]
@@ -99,7 +102,9 @@ def sampled_batch(
     try:
         features, outputs = both()
     except RecordError:
-        kept = [_usable(system, record, sets) or list(sets) for record, sets in zip(records, kept, strict=True)]
+        kept = [
+            _usable(system, record, sets, row) for row, (record, sets) in enumerate(zip(records, kept, strict=True))
+        ]
         features, outputs = both()
     return SampledBatch(
         intermediates=features,
@@ -109,16 +114,32 @@ def sampled_batch(
     )
 
 
-def _usable(system: CompoundSystem, record: PreferenceRecord, sets: Sequence[Intermediates]) -> list[Intermediates]:
-    """The sets that the record's final values can be prepared with."""
-    usable = []
+def _usable(
+    system: CompoundSystem, record: PreferenceRecord, sets: Sequence[Intermediates], row: int
+) -> list[Intermediates]:
+    """The sets that the record's final values can be prepared with. Raises `RecordError` where there is none."""
+    usable, errors = [], []
     for y in sets:
         try:
             system.prepare([{**record.inputs, **side, **y} for side in (record.chosen, record.rejected)])
-        except RecordError:
-            continue
-        usable.append(y)
+        except RecordError as error:
+            errors.append(error)
+        else:
+            usable.append(y)
+    if not usable:
+        raise RecordError(
+            f"row {row}: its final values cannot be prepared with any of its {len(sets)} sets of intermediates "
+            f"(chosen is row 0, rejected row 1 in what follows): {errors[0]}"
+        ) from errors[0]
     return usable
+
+
+@contextmanager
+def _naming(node: str) -> Iterator[None]:
+    try:
+        yield
+    except RecordError as error:
+        raise RecordError(f"node {node!r}: {error}") from error
 
 
 def _by_turns(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -24,12 +24,15 @@ class PreferenceRecord:
 
 
 def load_preferences(path: str | Path) -> list[PreferenceRecord]:
-    """Read JSON Lines: one object a line with the objects "inputs", "chosen" and "rejected".
+    """Read JSON Lines: one object a line with the objects "inputs", "chosen" and "rejected". Empty lines are skipped.
 
     Raises `RecordError` naming file, line and field for text that is no such object; `FileNotFoundError` for no file.
     """
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: JSON's strings may hold what it takes for ends of lines.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)

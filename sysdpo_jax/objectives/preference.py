@@ -82,7 +82,10 @@ class PreferenceObjective:
 def require_batch(batch: Any, kind: type, source: str) -> None:
     """Raise `TypeError` for the batch of another objective. source: where those of this kind come from."""
     if not isinstance(batch, kind):
-        raise TypeError(f"the objective takes a {kind.__name__}, as {source} makes it, not a {type(batch).__name__}")
+        raise TypeError(
+            f"the objective takes a {kind.__name__}, as {source} makes it, not a {type(batch).__name__}: "
+            "DirectObjective goes with prepare_pairs, SamplingObjective with SearchedBatches"
+        )
 
 
 def require_trained(terms: Mapping[str, NodeTerms]) -> None:

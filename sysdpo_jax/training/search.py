@@ -27,9 +27,10 @@ class SearchedBatches:
     """Batches for `SamplingObjective`: rows as `epoch_batches` takes them, intermediates from the current policy.
 
     records: preferences on final values, without intermediates. seed: of the rows' order and of the draws.
-    num_intermediates: size of Y(x). every: at the steps 0, every, 2 * every ... the policy draws for all rows of the
-    `every` batches that follow; 1 as in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves
-    draws only where it is longer than an epoch.
+    num_intermediates: size of Y(x); of a single one, the same on both sides, the nodes that draw it learn nothing.
+    every: at the steps 0, every, 2 * every ... the policy draws for all rows of the `every` batches that follow; 1 as
+    in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is longer than
+    an epoch.
     Values must be strings, numbers, or arrays of one shape. Raises `RecordError` naming the row for records that hold
     intermediates or lack an input or a final value, `GraphError` for a system without intermediates, and `ValueError`
     for a number below 1, fewer rows than a batch, or several processes, which would each need the others' draws.
@@ -66,8 +67,8 @@ class SearchedBatches:
         return epoch_rows(len(self.records), self.batch_size, self.seed)
 
     def fingerprint(self) -> str:
-        """The same for equal records, in every process."""
-        rows = [content([record.inputs, record.chosen, record.rejected]) for record in self.records]
+        """The same for records of the same inputs, in every process: final values may be mended between two starts."""
+        rows = [content(record.inputs) for record in self.records]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
@@ -96,7 +97,10 @@ class IntermediateSearch:
         rows = self._rows_at(step).tolist()
         records, sets = [self._records[row] for row in rows], [self._sets[row] for row in rows]
         spec = self._batches
-        return sampled_batch(spec.system, records, sets, spec.num_intermediates, step - drawn_at)
+        try:
+            return sampled_batch(spec.system, records, sets, spec.num_intermediates, step - drawn_at)
+        except RecordError as error:
+            raise RecordError(f"the batch of the records {rows}, counted from 0: {error}") from error
 
     def forget(self, checkpoint: int) -> None:
         """Delete what a run resumed at this checkpoint, or at a later one, does not read."""
@@ -122,7 +126,10 @@ class IntermediateSearch:
             filled = part + [part[-1]] * (spec.batch_size - len(part))
             inputs = [{**self._records[row].inputs, **self._given(row)} for row in filled]
             part_key = jax.random.fold_in(key, number)
-            drawn = draw_intermediates(spec.system, params, inputs, spec.num_intermediates, part_key)
+            try:
+                drawn = draw_intermediates(spec.system, params, inputs, spec.num_intermediates, part_key)
+            except RecordError as error:
+                raise RecordError(f"the intermediates of the records {filled}, counted from 0: {error}") from error
             sets += drawn[: len(part)]
         columns: dict[str, Any] = {
             node.name: [y[node.name] for kept in sets for y in kept] for node in spec.system.intermediates
@@ -138,7 +145,7 @@ class IntermediateSearch:
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} with the intermediates drawn at step {step} is missing, so the run cannot go on as it was: "
-                f"restore the file, or begin at a step that draws, a multiple of {self._batches.every}"
+                "restore the file, or train in another directory"
             )
         columns = {name: as_values(column) for name, column in load_columns(path).items()}
         rows, counts = columns.pop(ROWS), columns.pop(COUNTS)

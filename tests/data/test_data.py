@@ -42,6 +42,14 @@ def written(tmp_path, *lines):
     return path
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """Empty lines and a byte order mark are no records; U+2028 within a string ends none."""
+    path = tmp_path / "pairs.jsonl"
+    line = {"inputs": {"x": "a\u2028b"}, "chosen": {"y": 1}, "rejected": {"y": 2}}
+    path.write_text("\ufeff\n" + json.dumps(line, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    assert load_preferences(path) == [PreferenceRecord(**line)]
+
+
 def test_a_file_becomes_records_and_features(tmp_path):
     records = load_preferences(written(tmp_path, *LINES))
     assert records == [PreferenceRecord(**line) for line in LINES]
@@ -55,7 +63,6 @@ def test_a_file_becomes_records_and_features(tmp_path):
     ("lines", "message"),
     [
         ((LINES[0], "{"), r"pairs\.jsonl, line 2: not valid JSON"),
-        ((LINES[0], ""), r"pairs\.jsonl, line 2: not valid JSON"),
         (({"inputs": {"x": 0}, "chosen": {}},), "line 1: the field 'rejected' must be an object"),
         (([1],), "line 1: the field 'inputs' must be an object"),
         ((LINES[0] | {"chosen": [1]},), "line 1: the field 'chosen' must be an object"),
