@@ -17,6 +17,7 @@ from experiments.collaboration.small import SmallTask
 from experiments.common.fit import FitConfig
 from experiments.common.phases import Phases
 from experiments.common.storage import load_params, overlay
+from sysdpo_jax.data.columns import load_columns
 from sysdpo_jax.evaluation import markdown_table
 from sysdpo_jax.training.progress import Board
 
@@ -49,7 +50,7 @@ def test_the_smoke_run_improves_the_system(folder):
 def test_figures_are_those_of_the_answers_on_disk(folder):
     """Accuracy of one method, and its error over question means, from the stored texts."""
     row = results_of(folder)["methods"]["sysdpo_sampling"]
-    stored = np.load(folder / "seed-0" / "evaluate_sysdpo_sampling.npz")
+    stored = load_columns(folder / "seed-0" / "evaluate_sysdpo_sampling.npz")
     right, columns = [], ("facts", "names", "operation", "answer")
     for facts, names, operation, answer in zip(*(stored[n] for n in columns), strict=True):
         values = {fact[:3]: int(fact[4:]) for fact in str(facts).split()}
@@ -96,6 +97,7 @@ def test_a_folder_of_another_configuration_is_refused(folder):
         llm_collaboration.main(["--preset", "smoke", "--folder", str(folder), "--run.task.align.beta", "0.1"])
 
 
+@pytest.mark.slow
 def test_one_set_of_weights_serves_both_nodes(tmp_path):
     """Barely trained: that every phase runs, and that what is stored is one tree."""
     task = replace(
@@ -115,6 +117,7 @@ def test_one_set_of_weights_serves_both_nodes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_too_few_pairs_are_refused_with_the_remedy(tmp_path):
     align = replace(SMOKE.task.align, batch_size=4096)
     task = replace(SMOKE.task, pretraining=FitConfig(60, 5e-3, 64, 512), train_questions=8, align=align)

@@ -12,6 +12,7 @@ from experiments.progressive import judge, pretrain
 from experiments.progressive.results import summarise
 from experiments.progressive.run import METHODS
 from experiments.progressive.world import ADVERBS, ATTRIBUTES, OBJECTS, Caption, Request, World, join_captions, render
+from sysdpo_jax.data.columns import load_columns
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_the_smoke_run_improves_the_system(folder):
 def test_figures_are_those_of_the_pictures_on_disk(folder):
     """Score and order of one method from its stored pictures, by the definition (arXiv 2502.17721, section 5)."""
     results = results_of(folder)
-    stored = np.load(folder / "seed-0" / "evaluate_sysdpo.npz")
+    stored = load_columns(folder / "seed-0" / "evaluate_sysdpo.npz")
     grades = []
     for text, images in zip(stored["request"], stored["images"].astype(np.float64), strict=True):
         _, name, _, direction, attribute = str(text).split()

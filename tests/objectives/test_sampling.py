@@ -25,7 +25,7 @@ from sysdpo_jax.objectives import LOSSES
 from sysdpo_jax.objectives.preference import require_batch
 from tests.objectives.mixtures import KEY, system_of
 
-INNER = ("language model, diffusion", "two language models in one", "language model, categorical, gaussian")
+INNER = ("language model, diffusion", "language model, categorical, gaussian")
 CHAIN = CompoundSystem(
     ("x",), (Node("y", Categorical(5, (2,)), ("x",), weight=0.7), Node("z", Categorical(3, (5,)), ("y",), weight=1.3))
 )
