@@ -50,7 +50,7 @@ PRESETS = {
                 train_questions=128,
                 validation_questions=64,
                 test_questions=128,
-                align=replace(SMALL.align, steps=60, batch_size=32, num_intermediates=6),
+                align=replace(SMALL.align, steps=60, batch_size=32, num_intermediates=4),
             ),
             best_of=2,
         ),
