@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jaxtyping import PRNGKeyArray
 
 from experiments.collaboration.task import ANSWER, DRAFT, REFINER, AlignConfig
+from experiments.common.fit import adam_with_warmup
 from sysdpo_jax import (
     FROZEN,
-    ComponentOptimizer,
     CompoundSystem,
     DirectObjective,
     PreferenceRecord,
@@ -54,7 +53,10 @@ def optimizer_of(system: CompoundSystem, nodes: Sequence[str], config: AlignConf
     rates = {key: config.refiner_rate if key == REFINER else config.drafter_rate for key in system.param_keys}
     trained = {system.node(name).params_key for name in nodes}
     return make_optimizer(
-        {key: _optimizer(rates[key], config, steps) if key in trained else FROZEN for key in system.param_keys}
+        {
+            key: adam_with_warmup(rates[key], config.trainable, steps) if key in trained else FROZEN
+            for key in system.param_keys
+        }
     )
 
 
@@ -97,8 +99,3 @@ def align(
         system, objective, optimizer, directory, checkpoint_every=100, keep=1, config=asdict(config), progress=progress
     )
     return trainer.fit(create_state(system, params, optimizer), batches, steps, key).params
-
-
-def _optimizer(rate: float, config: AlignConfig, steps: int) -> ComponentOptimizer:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(10, steps // 4), steps)
-    return ComponentOptimizer(optax.adam(schedule), clip_norm=1.0, trainable=config.trainable)

@@ -1,4 +1,4 @@
-"""Supervised training of one component from scratch."""
+"""Supervised training of one component from scratch, and the optimiser of an alignment."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax import Component
+from sysdpo_jax import Component, ComponentOptimizer
 from sysdpo_jax.typing import Features, Params
 
 # Steps between two movements of the progress bar.
@@ -58,3 +58,9 @@ def fit(
         if (index + 1) % REPORT_EVERY == 0:
             report(index + 1, f"loss {float(loss):.3f}")
     return carry[2]
+
+
+def adam_with_warmup(rate: float, trainable: str, steps: int) -> ComponentOptimizer:
+    """Adam for an alignment: warm-up to the rate, then a cosine to 0. trainable: regex of the leaves it trains."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(10, steps // 4), steps)
+    return ComponentOptimizer(optax.adam(schedule), clip_norm=1.0, trainable=trainable)

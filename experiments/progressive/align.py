@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import optax
 from jaxtyping import PRNGKeyArray
 
+from experiments.common.fit import adam_with_warmup
 from experiments.progressive.system import IMAGE, LANGUAGE
 from sysdpo_jax import (
     FROZEN,
-    ComponentOptimizer,
     CompoundSystem,
     Diffusion,
     DirectObjective,
@@ -76,7 +75,7 @@ def align(
     steps = min(config.steps, config.epochs * (len(pairs) // batch_size))
     rates = {LANGUAGE: (config.language_rate, ".*"), IMAGE: (config.image_rate, CONDITIONING)}
     optimizer = make_optimizer(
-        {key: _optimizer(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
+        {key: adam_with_warmup(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
     )
     objective = DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
     seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
@@ -97,8 +96,3 @@ def image_part(system: CompoundSystem) -> CompoundSystem:
 
     single = replace(node.component, strata=1)
     return CompoundSystem(("caption",), (Node("image", single, ("caption",), params=IMAGE, weight=node.weight),))
-
-
-def _optimizer(rate: float, trainable: str, steps: int) -> ComponentOptimizer:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(10, steps // 4), steps)
-    return ComponentOptimizer(optax.adam(schedule), clip_norm=1.0, trainable=trainable)
