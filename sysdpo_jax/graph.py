@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, RecordError
+from sysdpo_jax.components.base import Component, RecordError, row_keys
 from sysdpo_jax.components.tool import Tool
-from sysdpo_jax.typing import Features, Params, Parents, Record
+from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
 
 
 class GraphError(ValueError):
@@ -142,7 +142,7 @@ class CompoundSystem:
                 raise RecordError(f"node {node.name!r}{rows}: {error}") from error
         return features
 
-    def log_prob(self, params: Params, features: Mapping[str, Features], key: PRNGKeyArray) -> dict[str, Array]:
+    def log_prob(self, params: Params, features: Mapping[str, Features], key: Keys) -> dict[str, Array]:
         """log p_k(v_k | parents) in nats of every node, `{node: Float[Array, "batch"]}`, without the nodes' weights."""
         self.check_params(params)
         return {
@@ -151,18 +151,21 @@ class CompoundSystem:
         }
 
     def node_log_prob(
-        self, node: Node, params: Params, features: Features, key: PRNGKeyArray
+        self, node: Node, params: Params, features: Features, key: Keys
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
         """One node's log-probability, summed over its plate, and its metrics, averaged over the plate.
 
-        The noise depends on the key and the node's name only, so policy and reference see the same.
+        key: one for all rows, or one a row. A row's noise depends on the key, the row's number in the batch (or its own
+        key) and the node's name only: policy and reference see the same.
         """
-        node_key = _named_key(key, node.name)
+        keys = row_keys(key, jax.tree.leaves(features)[0].shape[0])
+        keys = jax.vmap(_named_key, in_axes=(0, None))(keys, node.name)
         if node.plate is None:
-            log_prob, metrics = node.component.log_prob_with_metrics(params, features, node_key)
+            log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
             return log_prob, dict(metrics)
+        keys = jax.vmap(row_keys, in_axes=(0, None))(keys, node.plate).reshape(-1)
         folded = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), features)
-        log_prob, metrics = node.component.log_prob_with_metrics(params, folded, node_key)
+        log_prob, metrics = node.component.log_prob_with_metrics(params, folded, keys)
         means = {name: value.reshape(-1, node.plate).mean(-1) for name, value in metrics.items()}
         return log_prob.reshape(-1, node.plate).sum(-1), means
 
@@ -285,7 +288,7 @@ def _by_rank(sizes: Sequence[int], number: int) -> list[tuple[int, ...]]:
     return found[:number]
 
 
-def _named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+def _named_key(key: Keys, name: str) -> PRNGKeyArray:
     """A key that depends on the name alone, so that adding a node does not change another's noise."""
     return jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
 

@@ -4,14 +4,16 @@ Params:   nested dict of arrays, the parameters of one component or `{params_key
 Features: pytree of arrays with a leading batch axis, as `prepare` returns it
 Record:   `{name: raw value}`, one run of a system: its inputs and the value of each node (str, image, number ...)
 Parents:  `{parent name: one raw value per row}`, ordered as `Node.parents`
+Keys:     one random key for all rows, or one a row
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 Params = PyTree
 Features = PyTree
 Record = Mapping[str, Any]
 Parents = Mapping[str, Sequence[Any]]
+Keys = Key[Array, "..."]

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, PRNGKeyArray
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
 
 Metrics = Mapping[str, Float[Array, "batch"]]
@@ -20,7 +22,7 @@ class Component(Protocol):
     """One generator of the system: p(value | parents).
 
     Implementations are frozen dataclasses: hashable, because a system is a static argument of the jitted step.
-    Subclass this protocol to inherit `log_prob_with_metrics` and `candidates`.
+    Subclass this protocol to inherit `log_prob_with_metrics`, `candidates` and `units`.
     """
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -31,15 +33,16 @@ class Component(Protocol):
         """Raw values -> NumPy pytree with a leading batch axis of `len(values)`. Host side; may raise `RecordError`."""
         ...
 
-    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         """log p(value | parents) of each row in nats, up to a constant that does not depend on `params`.
 
-        Jittable. The same key gives the same noise, whatever the parameters: policy and reference share it.
+        Jittable. key: one for all rows or, as `CompoundSystem` passes it, one a row (see `row_keys`). The same key
+        gives the same noise, whatever the parameters: policy and reference share it.
         """
         ...
 
     def log_prob_with_metrics(
-        self, params: Params, features: Features, key: PRNGKeyArray
+        self, params: Params, features: Features, key: Keys
     ) -> tuple[Float[Array, "batch"], Metrics]:
         """`log_prob`, and per-row figures worth logging for policy and reference (none by default)."""
         return self.log_prob(params, features, key), {}
@@ -56,6 +59,21 @@ class Component(Protocol):
         spread = {name: [value for value in column for _ in range(number)] for name, column in parents.items()}
         values = self.sample(params, spread, key)
         return [distinct(values[start : start + number]) for start in range(0, len(values), number)]
+
+    def units(self, features: Features) -> Mapping[str, int]:
+        """`{"tokens" or "images" or ...: how many}` in prepared features, whatever axes lie before theirs. Host side.
+
+        They are what speed is counted in, as "throughput/<unit>_per_second/<node>"; none by default.
+        """
+        return {}
+
+
+def row_keys(key: Keys, rows: int) -> Key[Array, "rows"]:
+    """One key a row, made from a single key by the row's number; keys that are one a row already stay as they are.
+
+    What a row draws from its own key does not depend on the rows beside it: cutting a batch changes no noise.
+    """
+    return key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
 
 
 def batch_size(parents: Parents, component: str) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, RecordError
-from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Categorical(Component):
         columns.append(_indices(values, self.num_values, "its own value"))
         return np.stack(columns, axis=-1)
 
-    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         log_probs = jax.nn.log_softmax(params["logits"].astype(jnp.promote_types(params["logits"].dtype, jnp.float32)))
         return log_probs[tuple(jnp.moveaxis(features, -1, 0))]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, RecordError
-from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Gaussian(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         return {"value": _rows(values, self.size, "its own value"), "parents": self._parents(parents)}
 
-    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         error = (features["value"] - self._mean(params, features["parents"])) / self.scale
         normaliser = self.size * (0.5 * math.log(2 * math.pi) + math.log(self.scale))
         return -0.5 * jnp.sum(error**2, axis=-1) - normaliser

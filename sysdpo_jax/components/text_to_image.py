@@ -4,8 +4,9 @@ A subclass says how a clean latent is corrupted and how noise becomes a latent; 
 Axes: B batch, h w c latent.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, RecordError
+from sysdpo_jax.components.base import Component, Metrics, RecordError, row_keys
 from sysdpo_jax.components.codec import Codec, whole_frames
 from sysdpo_jax.components.text import TextConditioner
 from sysdpo_jax.generation.samplers import Denoiser, guided
 from sysdpo_jax.generation.schedules import expand
-from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 
 class Corrupted(NamedTuple):
@@ -102,26 +103,26 @@ class TextToImage(Component):
             features["null"] = self.text.prepare([None] * len(values), frames)
         return features
 
-    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         return self.log_prob_with_metrics(params, features, key)[0]
 
     def log_prob_with_metrics(
-        self, params: Params, features: Features, key: PRNGKeyArray
+        self, params: Params, features: Features, key: Keys
     ) -> tuple[Float[Array, "batch"], Metrics]:
-        """-(T omega / 2) * mean squared error at one (t, eps) drawn from the key.
+        """-(T omega / 2) * mean squared error at one (t, eps) of each row, drawn from its key.
 
         Metrics: that error as "mse", and "truncated", 1 where the caption was cut.
         arXiv 2311.12908, equation 14; the expectation over (t, eps) outside -log sigmoid bounds the loss from above.
         """
-        time_key, noise_key, drop_key = jax.random.split(key, 3)
         features = jax.tree.map(jnp.asarray, features)
         latents = features["latents"]
         rows = latents.shape[0]
-        noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-        example = self.corrupt(latents, noise, _stratified(time_key, rows, self.strata))
+        time_keys, noise_keys, drop_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(row_keys(key, rows))
+        noise = jax.vmap(lambda row: jax.random.normal(row, latents.shape[1:], jnp.float32))(noise_keys)
+        example = self.corrupt(latents, noise, _stratified(time_keys, self.strata))
         text = features["text"]
         if self.caption_dropout:
-            drop = jax.random.bernoulli(drop_key, self.caption_dropout, (rows,))
+            drop = jax.vmap(lambda row: jax.random.bernoulli(row, self.caption_dropout))(drop_keys)
             text = jax.tree.map(
                 lambda a, b: jnp.where(drop.reshape(rows, *(1,) * (a.ndim - 1)), b, a), text, features["null"]
             )
@@ -135,6 +136,10 @@ class TextToImage(Component):
         scale = expand(-0.5 * example.weight / error[0].size, error)
         metrics = {"mse": jnp.mean(error**2, axis=inner), "truncated": text["truncated"]}
         return jnp.sum(scale * error**2, axis=inner), metrics
+
+    def units(self, features: Features) -> Mapping[str, int]:
+        """The images."""
+        return {"images": math.prod(features["latents"].shape[: -len(self.codec.latent_shape)])}
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
         """One image [height, width, channels] in [0, 1] for each caption."""
@@ -169,10 +174,10 @@ def _captions(parents: Parents) -> list[str]:
     return list(captions)
 
 
-def _stratified(key: PRNGKeyArray, rows: int, strata: int) -> Float[Array, "batch"]:
-    """Uniform numbers; the rows of one group share a random start and lie 1/strata apart, so each is uniform alone."""
-    if rows % strata:
-        raise ValueError(f"{rows} rows do not divide into groups of strata={strata}")
-    start = jax.random.uniform(key, (rows // strata, 1))
+def _stratified(keys: Key[Array, "batch"], strata: int) -> Float[Array, "batch"]:
+    """Uniform numbers; the rows of a group share the start that its first row draws and lie 1/strata apart."""
+    if len(keys) % strata:
+        raise ValueError(f"{len(keys)} rows do not divide into groups of strata={strata}")
+    start = jax.vmap(jax.random.uniform)(keys[::strata])[:, None]
     u = (start + jnp.arange(strata) / strata).reshape(-1) % 1.0
     return jnp.minimum(u, 1.0 - jnp.finfo(u.dtype).epsneg)

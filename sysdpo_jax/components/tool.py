@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, batch_size
-from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Tool(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         return np.zeros((len(values), 0), np.float32)
 
-    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         return jnp.zeros(features.shape[0])
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:

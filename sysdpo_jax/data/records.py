@@ -114,7 +114,7 @@ def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
     sides = [[{**r.inputs, **side} for r, side in zip(records, column, strict=True)] for column in (
         [r.chosen for r in records], [r.rejected for r in records])]  # fmt: skip
     prepared = []
-    for name, side in zip(PairBatch._fields, sides, strict=True):
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
         try:
             prepared.append(system.prepare(side))
         except RecordError as error:

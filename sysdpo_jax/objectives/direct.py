@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import PairBatch, node_terms
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
-from sysdpo_jax.typing import Params
+from sysdpo_jax.typing import Keys, Params
 
 
 @dataclass(frozen=True)
@@ -18,15 +17,15 @@ class DirectObjective(PreferenceObjective):
     """-E log sigmoid(beta [sum_k r_k(winner) - sum_k r_k(loser)]) and its family (arXiv 2502.17721, section 4.1)."""
 
     def __call__(
-        self, system: CompoundSystem, params: Params, reference: Params, batch: PairBatch, key: PRNGKeyArray
+        self, system: CompoundSystem, params: Params, reference: Params, batch: PairBatch, key: Keys
     ) -> tuple[Array, dict[str, Array]]:
         """The mean loss over the batch and scalar metrics under TRL's names, plus their split by node.
 
         Both sides go through each model in one forward pass and share the noise of the key. Metrics: see `metrics`.
         """
         require_batch(batch, PairBatch, "prepare_pairs")
-        pair = jax.tree.map(lambda *sides: jnp.stack(sides), *batch)
-        terms = jax.vmap(partial(node_terms, system, params, reference), in_axes=(0, None))(pair, key)
+        pair, precomputed = batch.stacked()
+        terms = jax.vmap(partial(node_terms, system, params, reference), in_axes=(0, None, 0))(pair, key, precomputed)
         require_trained(terms)
         ratios, logps = total(term.ratio for term in terms.values()), total(term.policy for term in terms.values())
         loss = self.mean_loss(ratios, terms)

@@ -1,21 +1,32 @@
 """The log-ratio of a system: a sum over its nodes."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.typing import Features, Params
+from sysdpo_jax.typing import Features, Keys, Params
 
 
 class PairBatch(NamedTuple):
-    """Preferences ready for the step: two feature trees, as `CompoundSystem.prepare` returns them."""
+    """Preferences ready for the step: two feature trees, as `CompoundSystem.prepare` returns them.
+
+    reference: `{node: (chosen, rejected)}` in nats, each [batch], of nodes whose reference was evaluated before,
+    see `training.precompute_reference`.
+    """
 
     chosen: Features
     rejected: Features
+    reference: Mapping[str, tuple[Any, Any]] | None = None
+
+    def stacked(self) -> tuple[Features, dict[str, Array]]:
+        """The features of both sides, every array [2, batch, ...], and the reference's log-probabilities [2, batch]."""
+        features = jax.tree.map(lambda *sides: jnp.stack(sides), self.chosen, self.rejected)
+        return features, {name: jnp.stack(sides) for name, sides in (self.reference or {}).items()}
 
 
 class SampledBatch(NamedTuple):
@@ -49,26 +60,53 @@ def trained_nodes(system: CompoundSystem, reference: Params) -> tuple[Node, ...]
 
 
 def node_terms(
-    system: CompoundSystem, params: Params, reference: Params, features: Mapping[str, Features], key: PRNGKeyArray
+    system: CompoundSystem,
+    params: Params,
+    reference: Params,
+    features: Mapping[str, Features],
+    key: Keys,
+    precomputed: Mapping[str, Array] | None = None,
 ) -> dict[str, NodeTerms]:
-    """`{node: NodeTerms}` of every trained node. No gradient flows into the reference; both see the same noise."""
+    """`{node: NodeTerms}` of every trained node. No gradient flows into the reference; both see the same noise.
+
+    precomputed: `{node: log-probabilities [batch]}` under the reference, of the nodes whose reference tree is None.
+    """
     system.check_params(params)
-    nodes = trained_nodes(system, reference)
-    return {node.name: terms_of_node(system, node, params, reference, features[node.name], key) for node in nodes}
+    given = precomputed or {}
+    return {
+        node.name: terms_of_node(system, node, params, reference, features[node.name], key, given.get(node.name))
+        for node in trained_nodes(system, reference)
+    }
 
 
 def terms_of_node(
-    system: CompoundSystem, node: Node, params: Params, reference: Params, features: Features, key: PRNGKeyArray
+    system: CompoundSystem,
+    node: Node,
+    params: Params,
+    reference: Params,
+    features: Features,
+    key: Keys,
+    precomputed: Array | None = None,
 ) -> NodeTerms:
-    """The terms of one trained node."""
+    """The terms of one trained node. precomputed: its log-probabilities [batch] under the reference.
+
+    Raises `ValueError` when the node's reference tree is None and nothing was precomputed.
+    """
     policy, policy_metrics = system.node_log_prob(node, params[node.params_key], features, key)
+    if precomputed is not None:
+        return NodeTerms(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
+    if reference[node.params_key] is None:
+        raise ValueError(
+            f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
+            f"{node.name!r} under it: make the batches from what precompute_reference returns, with DirectObjective"
+        )
     frozen = jax.lax.stop_gradient(reference[node.params_key])
     base, base_metrics = system.node_log_prob(node, frozen, features, key)
     return NodeTerms(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
 
 
 def log_ratio(
-    system: CompoundSystem, params: Params, reference: Params, features: Mapping[str, Features], key: PRNGKeyArray
+    system: CompoundSystem, params: Params, reference: Params, features: Mapping[str, Features], key: Keys
 ) -> dict[str, Array]:
     """weight_k (log p_theta_k - log p_ref_k) of every node in nats, `{node: Float[Array, "batch"]}`.
 

@@ -57,13 +57,16 @@ class PreferenceObjective:
     def metrics(
         self, ratios: Float[Array, "2 batch"], logps: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]
     ) -> dict[str, Float[Array, ""]]:
-        """TRL's reward metrics of the system, the same by node, and the components' own figures by node and model."""
+        """TRL's reward metrics of the system, the same by node, and the components' own figures by node and model.
+
+        All are means over the rows, so that those of parts of a batch can be averaged.
+        """
         chosen, rejected = self.beta * ratios
         metrics = {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),
             "rewards/margins": (chosen - rejected).mean(),
-            "rewards/margins_std": (chosen - rejected).std(),
+            "rewards/margins_squared": jnp.square(chosen - rejected).mean(),
             "rewards/accuracies": (chosen > rejected).mean(dtype=jnp.float32),
             "logps/chosen": logps[0].mean(),
             "logps/rejected": logps[1].mean(),

@@ -5,12 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.objectives.log_ratio import NodeTerms, PairBatch, SampledBatch, terms_of_node, trained_nodes
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
-from sysdpo_jax.typing import Features, Params
+from sysdpo_jax.typing import Features, Keys, Params
 
 # {node: terms}, each array [M, 2, batch]: intermediates, sides, rows.
 Terms = dict[str, NodeTerms]
@@ -42,7 +42,7 @@ class SamplingObjective(PreferenceObjective):
             raise ValueError(f"chunk_size must be at least 1 intermediate, got {self.chunk_size}")
 
     def __call__(
-        self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: PRNGKeyArray
+        self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: Keys
     ) -> tuple[Array, dict[str, Array]]:
         """The mean loss over the batch and the metrics of `DirectObjective`.
 
@@ -75,11 +75,11 @@ class SamplingObjective(PreferenceObjective):
         }
 
     def _terms(
-        self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: PRNGKeyArray
+        self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: Keys
     ) -> Terms:
         def one(intermediates: Features, outputs: PairBatch) -> Terms:
             """The terms [2, batch] with one intermediate for every row."""
-            pair = jax.tree.map(lambda *sides: jnp.stack(sides), *outputs)
+            pair, _ = outputs.stacked()
             terms = {}
             for node in _generative(system):
                 of_node = partial(_terms_of_node, system, node, params, reference, key=key)
@@ -103,7 +103,7 @@ def _generative(system: CompoundSystem) -> tuple[Node, ...]:
 
 
 def _terms_of_node(
-    system: CompoundSystem, node: Node, params: Params, reference: Params, features: Features, key: PRNGKeyArray
+    system: CompoundSystem, node: Node, params: Params, reference: Params, features: Features, key: Keys
 ) -> NodeTerms:
     """The terms [batch] of a trained node, or of a frozen one, which is evaluated once and without gradient."""
     if node.params_key in reference:

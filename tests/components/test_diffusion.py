@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from sysdpo_jax import Diffusion, FrozenText, PixelCodec, RecordError, TextEncoder
+from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.components.text import check_truncation
 from sysdpo_jax.components.text_to_image import _stratified
 from sysdpo_jax.generation.samplers import DDIM
@@ -148,7 +149,7 @@ def test_every_time_is_reached(drawn):
     """Both ends of the schedule are among 40,000 draws (a given t is missed with probability exp(-40))."""
     node = component()
     noise = jnp.zeros((40_000, 1, 1, 1))
-    made = node.corrupt(noise, noise, _stratified(KEY, 40_000, 1))
+    made = node.corrupt(noise, noise, _stratified(row_keys(KEY, 40_000), 1))
     assert made.time.min() == 0
     assert made.time.max() == 999
 
@@ -167,7 +168,7 @@ def test_strata_spread_the_times_of_a_group(strata, drawn):
 
 def test_each_row_of_a_group_is_uniform_alone():
     """5000 groups of 3: the mean of every row's u within 5 standard errors of 1/2."""
-    u = np.asarray(_stratified(KEY, 15_000, 3)).reshape(-1, 3)
+    u = np.asarray(_stratified(row_keys(KEY, 15_000), 3)).reshape(-1, 3)
     assert (np.abs(u.mean(0) - 0.5) < 5 / np.sqrt(12 * 5000)).all()
     assert u.min() >= 0
     assert u.max() < 1
