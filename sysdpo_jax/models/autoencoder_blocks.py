@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sysdpo_jax.models.attention import attend
 from sysdpo_jax.models.autoencoder_config import AutoencoderConfig
-from sysdpo_jax.models.layers import attend
 from sysdpo_jax.models.unet_blocks import Image, Resampler, ResnetBlock2D, conv, dense, group_norm, nearest
 
 

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from sysdpo_jax.models.layers import Dense, LayerNorm, attend
+from sysdpo_jax.models.attention import attend
+from sysdpo_jax.models.layers import Dense, LayerNorm
+from sysdpo_jax.models.partitioning import constrain, residual
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -77,15 +79,15 @@ class CLIPAttention(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens width"], visible: Bool[Array, "batch tokens tokens"]
-    ) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         c = self.config
         queries, keys, values = (
             _dense(c, c.hidden_size, name)(x).reshape(*x.shape[:2], c.num_attention_heads, -1)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        return _dense(c, c.hidden_size, "out_proj")(attend(queries, keys, values, visible).reshape(x.shape))
+        queries, keys, values = (constrain(y, "batch", "length", "heads", None) for y in (queries, keys, values))
+        mixed = constrain(attend(queries, keys, values, causal=True), "batch", "length", "heads", None)
+        return _dense(c, c.hidden_size, "out_proj")(mixed.reshape(x.shape))
 
 
 class CLIPMLP(nn.Module):
@@ -97,7 +99,7 @@ class CLIPMLP(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         c = self.config
         h = ACTIVATIONS[c.hidden_act](_dense(c, c.intermediate_size, "fc1")(x))
-        return _dense(c, c.hidden_size, "fc2")(h)
+        return _dense(c, c.hidden_size, "fc2")(constrain(h, "batch", "length", "mlp"))
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -106,12 +108,10 @@ class CLIPEncoderLayer(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens width"], visible: Bool[Array, "batch tokens tokens"]
-    ) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         c = self.config
-        x = x + CLIPAttention(c, name="self_attn")(_norm(c, "layer_norm1")(x), visible)
-        return x + CLIPMLP(c, name="mlp")(_norm(c, "layer_norm2")(x))
+        x = residual(x + CLIPAttention(c, name="self_attn")(_norm(c, "layer_norm1")(x)))
+        return residual(x + CLIPMLP(c, name="mlp")(_norm(c, "layer_norm2")(x)))
 
 
 class CLIPTextEncoder(nn.Module):
@@ -141,12 +141,10 @@ class CLIPTextEncoder(nn.Module):
             )
         tokens = self._embedding("token_embedding", c.vocab_size)(token_ids)
         positions = self._embedding("position_embedding", c.max_position_embeddings)(jnp.arange(length))
-        x = penultimate = tokens + positions
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        visible = jnp.broadcast_to(causal, (batch, length, length))
+        x = penultimate = residual(tokens + positions)
         for i in range(c.num_hidden_layers):
             penultimate = x
-            x = CLIPEncoderLayer(c, name=f"layers_{i}")(x, visible)
+            x = CLIPEncoderLayer(c, name=f"layers_{i}")(x)
         last = _norm(c, "final_layer_norm")(x)
         end = jnp.argmax(token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id, axis=1)
         pooled = last[jnp.arange(batch), end]

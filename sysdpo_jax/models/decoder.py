@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sysdpo_jax.models.attention import attend
 from sysdpo_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
-from sysdpo_jax.models.layers import Dense, RMSNorm, attend
+from sysdpo_jax.models.layers import Dense, RMSNorm
 from sysdpo_jax.models.lora import low_rank
+from sysdpo_jax.models.partitioning import constrain, residual
+from sysdpo_jax.models.remat import recomputed
 from sysdpo_jax.models.rotary import rotary_angles, rotate
 
 INIT = nn.initializers.normal(0.02)
@@ -62,15 +65,19 @@ class Attention(nn.Module):
         x: Float[Array, "batch length width"],
         past: tuple[Array, Array] | None,
         rotation: Rotation,
-        visible: Bool[Array, "batch length slots"],
+        visible: Bool[Array, "batch length slots"] | None,
         slot: Slot,
     ) -> tuple[Float[Array, "batch length width"], tuple[Array, Array] | None]:
-        """The layer's output and, if `past` was given, the new keys and values [B, L, G, K]."""
+        """The layer's output and, if `past` was given, the new keys and values [B, L, G, K].
+
+        visible: as in `Block`, of this layer's kind.
+        """
         c = self.config
 
         def heads(name: str, count: int) -> Array:
             projected = _dense(c, count * c.head_width, name, c.attention_bias or c.qkv_bias)(x)
-            return projected.reshape(*x.shape[:2], count, c.head_width)
+            projected = projected.reshape(*x.shape[:2], count, c.head_width)
+            return constrain(projected, "batch", "length", "heads", None)
 
         queries, keys = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
         values = heads("v_proj", c.num_key_value_heads)
@@ -82,7 +89,18 @@ class Attention(nn.Module):
             fresh = keys, values
             keys = jax.lax.dynamic_update_slice_in_dim(past[0], keys, slot, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(past[1], values, slot, axis=1)
-        mixed = attend(queries, keys, values, visible, c.score_scale, c.attn_logit_softcapping)
+        mixed = attend(
+            queries,
+            keys,
+            values,
+            visible,
+            c.score_scale,
+            c.attn_logit_softcapping,
+            causal=visible is None,
+            window=c.window(c.layer_kinds[0]) if visible is None else None,
+            implementation=c.attention if past is None else "auto",
+        )
+        mixed = constrain(mixed, "batch", "length", "heads", None)
         return _dense(c, x.shape[-1], "o_proj", c.attention_bias)(mixed.reshape(*x.shape[:2], -1)), fresh
 
 
@@ -97,13 +115,15 @@ class MLP(nn.Module):
         gate = _dense(self.config, inner, "gate_proj")(x)
         up = _dense(self.config, inner, "up_proj")(x)
         activated = ACTIVATIONS[self.config.hidden_act](gate)
-        return _dense(self.config, x.shape[-1], "down_proj")(activated * up)
+        hidden = constrain(activated * up, "batch", "length", "mlp")
+        return _dense(self.config, x.shape[-1], "down_proj")(hidden)
 
 
 class Block(nn.Module):
     """One layer, the body of the scan over layers: attention, then MLP, each on the normed residual.
 
     All layers have this one body; `kind` picks what differs between them from the rotations and masks of all kinds.
+    visible: None where layers are all of one kind and a token sees every token before it, within the layers' window.
     """
 
     config: DecoderConfig
@@ -115,18 +135,19 @@ class Block(nn.Module):
         past: tuple[Array, Array] | None,
         kind: Int[Array, ""],
         rotations: Rotations,
-        visible: Bool[Array, "kinds batch length slots"],
+        visible: Bool[Array, "kinds batch length slots"] | None,
         slot: Slot,
     ) -> tuple[Float[Array, "batch length width"], tuple[Array, Array] | None]:
-        c, (cos, sin, seen) = self.config, (_pick(table, kind) for table in (*rotations, visible))
+        c, (cos, sin) = self.config, (_pick(table, kind) for table in rotations)
+        seen = None if visible is None else _pick(visible, kind)
         normed = _norm(c, "input_layernorm")(x)
         mixed, fresh = Attention(c, name="self_attn")(normed, past, (cos, sin), seen, slot)
         if not c.post_norms:
-            x = x + mixed
-            return x + MLP(c, name="mlp")(_norm(c, "post_attention_layernorm")(x)), fresh
-        x = x + _norm(c, "post_attention_layernorm")(mixed)
+            x = residual(x + mixed)
+            return residual(x + MLP(c, name="mlp")(_norm(c, "post_attention_layernorm")(x))), fresh
+        x = residual(x + _norm(c, "post_attention_layernorm")(mixed))
         inner = MLP(c, name="mlp")(_norm(c, "pre_feedforward_layernorm")(x))
-        return x + _norm(c, "post_feedforward_layernorm")(inner), fresh
+        return residual(x + _norm(c, "post_feedforward_layernorm")(inner)), fresh
 
 
 def _pick(table: Array, kind: Array) -> Array:
@@ -152,7 +173,7 @@ class Head(nn.Module):
 def _logits(hidden: Array, kernel: Array, dtype: str) -> Array:
     flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
     logits = jnp.matmul(flat, kernel.astype(dtype), preferred_element_type=jnp.float32)
-    return logits.reshape(*hidden.shape[:-1], -1)
+    return constrain(logits.reshape(*hidden.shape[:-1], -1), "batch", "length", "vocab")
 
 
 class Decoder(nn.Module):
@@ -172,7 +193,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=INIT
         )
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = recomputed(Block, c.remat, prevent_cse=False)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -209,11 +230,17 @@ class Decoder(nn.Module):
         positions: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length width"]:
-        """Hidden states after the final norm, in config.dtype."""
-        valid = jnp.ones(tokens.shape, bool) if mask is None else mask
+        """Hidden states after the final norm, in config.dtype.
+
+        Leave the mask out where rows are padded on the right alone: a real token sees none of the padding anyway, and
+        no mask [B, L, L] is built if the layers are all of one kind.
+        """
+        c, valid = self.config, jnp.ones(tokens.shape, bool) if mask is None else mask
+        # A window counts positions; only without given ones are they those of the slots.
+        alike = len(set(c.layer_kinds)) == 1 and (positions is None or c.window(c.layer_kinds[0]) is None)
         if positions is None:
             positions = _counted(valid, 0, tokens.shape[1])
-        hidden, _ = self._run(tokens, positions, None, valid, positions, 0)
+        hidden, _ = self._run(tokens, positions, None, None if mask is None and alike else valid, positions, 0)
         return hidden
 
     def extend(
@@ -243,7 +270,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """What enters the first layer."""
-        x = self.embed_tokens(tokens)
+        x = residual(self.embed_tokens(tokens))
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embeddings else x
 
     def head(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length vocab"]:
@@ -259,22 +286,23 @@ class Decoder(nn.Module):
         tokens: Array,
         positions: Array,
         past: tuple[Array, Array] | None,
-        valid: Bool[Array, "batch slots"],
+        valid: Bool[Array, "batch slots"] | None,
         slot_positions: Int[Array, "batch slots"],
         slot: Slot,
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        c, slots = self.config, valid.shape[1]
+        c, slots = self.config, slot_positions.shape[1]
         if slots > c.max_position_embeddings:
             raise ValueError(
                 f"Decoder: {slots} tokens exceed max_position_embeddings {c.max_position_embeddings}; "
                 "shorten the input."
             )
-        own_slot = slot + jnp.arange(tokens.shape[1])
-        seen = valid[:, None, :] & (jnp.arange(slots) <= own_slot[:, None])
-        distance = positions[:, :, None] - slot_positions[:, None, :]
-        kinds = tuple(dict.fromkeys(c.layer_kinds))
-        windows = [c.window(kind) for kind in kinds]
-        visible = jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
+        kinds, visible = tuple(dict.fromkeys(c.layer_kinds)), None
+        if valid is not None:
+            own_slot = slot + jnp.arange(tokens.shape[1])
+            seen = valid[:, None, :] & (jnp.arange(slots) <= own_slot[:, None])
+            distance = positions[:, :, None] - slot_positions[:, None, :]
+            windows = [c.window(kind) for kind in kinds]
+            visible = jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
         angles = [rotary_angles(positions, c.head_width, *c.rope(kind)) for kind in kinds]
         rotations = jnp.stack([cos for cos, _ in angles]), jnp.stack([sin for _, sin in angles])
         kind = jnp.array([kinds.index(name) for name in c.layer_kinds])

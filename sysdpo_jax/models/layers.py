@@ -1,17 +1,17 @@
-"""Pieces shared by the models: dense products, convolution, norms, attention.
+"""Pieces shared by the models: dense products, convolution, norms.
 
-Axes: B batch, L length, S slots, H heads, K head width, D model width, C channels.
+Axes: D model width, F features, C channels.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from sysdpo_jax.models.lora import low_rank
+from sysdpo_jax.models.partitioning import constrain, gathered
 
 Initializer = nn.initializers.Initializer
 
@@ -35,7 +35,7 @@ class Dense(nn.Module):
         width = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (width, self.features), self.param_dtype)
         flat = x.reshape(-1, width).astype(self.dtype)
-        y = flat @ kernel.astype(self.dtype)
+        y = flat @ gathered(self.path, kernel.astype(self.dtype))
         if self.has_variable("params", "lora_a"):
             y = y + low_rank(self, flat, self.dtype)
         if self.use_bias:
@@ -66,7 +66,7 @@ class EmbeddingMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch features"]:
         first, second = (Dense(self.features, True, self.dtype, self.param_dtype, name=f"linear_{i}") for i in (1, 2))
-        return second(nn.silu(first(x)))
+        return constrain(second(constrain(nn.silu(first(x)), "batch", "mlp")), "batch", "residual")
 
 
 class RMSNorm(nn.Module):
@@ -146,7 +146,7 @@ class Conv(nn.Module):
         edges = ((self.size - 1) // 2,) * 2 if self.padding is None else self.padding
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            kernel,
+            gathered(self.path, kernel),
             window_strides=(self.stride, self.stride),
             padding=(edges, edges),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -165,34 +165,3 @@ def _affine(norm: LayerNorm | GroupNorm, x: Array) -> Array:
     weight = norm.param("weight", nn.initializers.ones, (x.shape[-1],), norm.param_dtype)
     bias = norm.param("bias", nn.initializers.zeros, (x.shape[-1],), norm.param_dtype)
     return x * weight.astype(jnp.float32) + bias.astype(jnp.float32)
-
-
-def attend(
-    queries: Float[Array, "batch length heads width"],
-    keys: Float[Array, "batch slots groups width"],
-    values: Float[Array, "batch slots groups width"],
-    visible: Bool[Array, "batch length slots"] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "batch length heads width"]:
-    """softmax(scale q k) v with the softmax in float32 (arXiv 1706.03762, equation 1).
-
-    The heads that share a key-value head (arXiv 2305.13245) are stacked along the length: each product is one
-    matrix product per group and nothing is repeated. A query that sees no slot gets a finite average.
-    visible: which slots a query sees, all by default. scale: 1 / sqrt(K) by default.
-    softcap: c in c tanh(scores / c), which bounds the scores (Gemma 2, arXiv 2408.00118, section 2).
-    """
-    batch, length, heads, width = queries.shape
-    slots, groups = keys.shape[1:3]
-    split = queries.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-    stacked = split.reshape(batch, groups, -1, width)
-    scores = jnp.matmul(stacked, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    scores = (scores / math.sqrt(width) if scale is None else scores * scale).reshape(batch, heads, length, slots)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if visible is not None:
-        scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    stacked = weights.astype(values.dtype).reshape(batch, groups, -1, slots)
-    mixed = jnp.matmul(stacked, values.transpose(0, 2, 1, 3)).reshape(batch, heads, length, width)
-    return mixed.transpose(0, 2, 1, 3)

@@ -3,14 +3,14 @@
 Images are [batch, height, width, channels], where diffusers has the channels first.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.mmdit_blocks import JointBlock, Modulation, PatchEmbed, TimeAndText, dense, modulate
 from sysdpo_jax.models.mmdit_config import MMDiTConfig, position_table, position_waves
+from sysdpo_jax.models.partitioning import constrain, residual
+from sysdpo_jax.models.remat import recomputed
 
 __all__ = ["MMDiT", "MMDiTConfig", "position_table", "position_waves"]
 
@@ -40,10 +40,10 @@ class MMDiT(nn.Module):
                     f"MMDiT: latents of {height} x {width}: both must be multiples of patch_size={c.patch_size} and "
                     f"at most {c.patch_size * c.pos_embed_max_size} (pos_embed_max_size={c.pos_embed_max_size} patches)"
                 )
-        block_type: Any = nn.remat(JointBlock) if c.remat else JointBlock
+        block_type = recomputed(JointBlock, c.remat)
         x = PatchEmbed(c, name="pos_embed")(sample)
         condition = TimeAndText(c, name="time_text_embed")(timesteps.astype(jnp.float32), pooled_projections)
-        text: Array | None = dense(c, c.width, "context_embedder")(encoder_hidden_states)
+        text: Array | None = residual(dense(c, c.width, "context_embedder")(encoder_hidden_states))
         for i in range(c.num_layers):
             block = block_type(c, i in c.dual_attention_layers, i == c.num_layers - 1, name=f"transformer_blocks_{i}")
             x, text = block(x, text, condition)
@@ -51,4 +51,5 @@ class MMDiT(nn.Module):
         x = dense(c, c.patch_size**2 * c.out_channels, "proj_out")(modulate(x, scale, shift))
         rows, columns = height // c.patch_size, width // c.patch_size
         x = x.reshape(-1, rows, columns, c.patch_size, c.patch_size, c.out_channels).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(-1, height, width, c.out_channels).astype(jnp.float32)
+        x = x.reshape(-1, height, width, c.out_channels).astype(jnp.float32)
+        return constrain(x, "batch", "height", "width", None)

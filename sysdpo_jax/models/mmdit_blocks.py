@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sysdpo_jax.models.layers import Conv, Dense, EmbeddingMLP, Projection, RMSNorm, attend, standardise
+from sysdpo_jax.models.attention import attend
+from sysdpo_jax.models.layers import Conv, Dense, EmbeddingMLP, Projection, RMSNorm, standardise
 from sysdpo_jax.models.mmdit_config import MMDiTConfig, position_table
+from sysdpo_jax.models.partitioning import constrain, residual
 from sysdpo_jax.models.unet_blocks import timestep_embedding
 
 Image = Float[Array, "batch height width channels"]
@@ -42,7 +44,7 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition: Condition) -> tuple[Condition, ...]:
         parts = dense(self.config, self.parts * self.config.width, "linear")(nn.silu(condition))
-        return tuple(jnp.split(parts, self.parts, axis=-1))
+        return tuple(constrain(part, "batch", "residual") for part in jnp.split(parts, self.parts, axis=-1))
 
 
 class TimeAndText(nn.Module):
@@ -78,7 +80,7 @@ class PatchEmbed(nn.Module):
         top, left = ((side - n) // 2 for n in (rows, columns))
         crop = table.reshape(side, side, c.width)[top : top + rows, left : left + columns]
         positions = jax.lax.stop_gradient(crop).astype(jnp.float32)
-        return (x + positions).astype(c.dtype).reshape(x.shape[0], -1, c.width)
+        return residual((x + positions).astype(c.dtype).reshape(x.shape[0], -1, c.width))
 
 
 class JointAttention(nn.Module):
@@ -100,7 +102,8 @@ class JointAttention(nn.Module):
             queries, keys, values = (
                 jnp.concatenate(pair, axis=1) for pair in zip((queries, keys, values), added, strict=True)
             )
-        mixed = attend(queries, keys, values).reshape(x.shape[0], -1, c.width)
+        mixed = constrain(attend(queries, keys, values, implementation=c.attention), "batch", "length", "heads", None)
+        mixed = mixed.reshape(x.shape[0], -1, c.width)
         out = dense(c, c.width, "to_out_0")(mixed[:, :length])
         return out, dense(c, c.width, "to_add_out")(mixed[:, length:]) if self.returns_text else None
 
@@ -111,6 +114,7 @@ class JointAttention(nn.Module):
             dense(c, c.width, name)(x).reshape(*x.shape[:2], c.num_attention_heads, c.attention_head_dim)
             for name in projections
         ]
+        made = [constrain(part, "batch", "length", "heads", None) for part in made]
         if c.qk_norm:
             made[:2] = [
                 RMSNorm(EPS, c.dtype, c.param_dtype, name=name)(part) for name, part in zip(norms, made, strict=False)
@@ -127,7 +131,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Patches) -> Patches:
         c = self.config
         hidden = Projection(4 * c.width, c.dtype, c.param_dtype, name="net_0")(x)
-        return dense(c, c.width, "net_2")(nn.gelu(hidden, approximate=True))
+        hidden = constrain(nn.gelu(hidden, approximate=True), "batch", "length", "mlp")
+        return dense(c, c.width, "net_2")(hidden)
 
 
 class JointBlock(nn.Module):
@@ -151,13 +156,14 @@ class JointBlock(nn.Module):
             text_shift, text_scale, text_gate, *text_ff = Modulation(c, 6, name="norm1_context")(condition)
         joint = JointAttention(c, returns_text=not self.last, name="attn")
         mixed, text_mixed = joint(modulate(x, scale, shift), modulate(text, text_scale, text_shift))
-        out = x + gate[:, None] * mixed
+        out = residual(x + gate[:, None] * mixed)
         if second:
             shift2, scale2, gate2 = second
-            out = out + gate2[:, None] * JointAttention(c, name="attn2")(modulate(x, scale2, shift2))[0]
-        out = out + gate_ff[:, None] * FeedForward(c, name="ff")(modulate(out, scale_ff, shift_ff))
+            out = residual(out + gate2[:, None] * JointAttention(c, name="attn2")(modulate(x, scale2, shift2))[0])
+        out = residual(out + gate_ff[:, None] * FeedForward(c, name="ff")(modulate(out, scale_ff, shift_ff)))
         if text_mixed is None:
             return out, None
-        text = text + text_gate[:, None] * text_mixed
+        text = residual(text + text_gate[:, None] * text_mixed)
         shift_ff, scale_ff, gate_ff = text_ff
-        return out, text + gate_ff[:, None] * FeedForward(c, name="ff_context")(modulate(text, scale_ff, shift_ff))
+        inner = FeedForward(c, name="ff_context")(modulate(text, scale_ff, shift_ff))
+        return out, residual(text + gate_ff[:, None] * inner)

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sysdpo_jax.models.attention import check_attention
+from sysdpo_jax.models.remat import check_remat
+
 
 @dataclass(frozen=True)
 class MMDiTConfig:
@@ -18,7 +21,8 @@ class MMDiTConfig:
     pos_embed_max_size: side of the table of positions, in patches.
     dual_attention_layers: blocks with a second attention among the patches, as in Stable Diffusion 3.5 medium.
     qk_norm: None or "rms_norm", of the queries and keys of each head.
-    remat: recompute each block's activations in the backward pass.
+    remat: what of each block is recomputed in the backward pass, see `remat.recomputed`.
+    attention: how attention is computed, see `attention.choose`.
     dtype: precision of the products; norms, softmax and the output are float32 in any case.
     Raises ValueError for what cannot be built.
     """
@@ -36,11 +40,14 @@ class MMDiTConfig:
     pos_embed_max_size: int = 96
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
-    remat: bool = False
+    remat: str | None = None
+    attention: str = "auto"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_remat(self.remat, "MMDiTConfig")
+        check_attention(self.attention, "MMDiTConfig")
         if self.patch_size not in (1, 2):
             raise ValueError(f"MMDiTConfig: patch_size must be 1 or 2, not {self.patch_size}")
         if self.width % 4:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sysdpo_jax.models.layers import Dense, RMSNorm
+from sysdpo_jax.models.partitioning import constrain, residual
 
 States = Float[Array, "batch tokens width"]
 Bias = Float[Array, "heads tokens tokens"]
@@ -107,8 +108,9 @@ class T5Attention(nn.Module):
         queries, keys, values = (
             _dense(c, c.num_heads * c.d_kv, name)(x).reshape(*x.shape[:2], c.num_heads, c.d_kv) for name in "qkv"
         )
-        mixed = attend_with_bias(queries, keys, values, bias, mask).reshape(*x.shape[:2], -1)
-        return _dense(c, c.d_model, "o")(mixed), bias
+        queries, keys, values = (constrain(y, "batch", "length", "heads", None) for y in (queries, keys, values))
+        mixed = constrain(attend_with_bias(queries, keys, values, bias, mask), "batch", "length", "heads", None)
+        return _dense(c, c.d_model, "o")(mixed.reshape(*x.shape[:2], -1)), bias
 
 
 class T5AttentionLayer(nn.Module):
@@ -120,7 +122,7 @@ class T5AttentionLayer(nn.Module):
     def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None, bias: Bias | None) -> tuple[States, Bias]:
         normed = _norm(self.config, "layer_norm")(x)
         mixed, bias = T5Attention(self.config, name="SelfAttention")(normed, mask, bias)
-        return x + mixed, bias
+        return residual(x + mixed), bias
 
 
 class T5GatedMLP(nn.Module):
@@ -132,7 +134,8 @@ class T5GatedMLP(nn.Module):
     def __call__(self, x: States) -> States:
         c = self.config
         gate = nn.gelu(_dense(c, c.d_ff, "wi_0")(x), approximate=True)
-        return _dense(c, c.d_model, "wo")(gate * _dense(c, c.d_ff, "wi_1")(x))
+        hidden = constrain(gate * _dense(c, c.d_ff, "wi_1")(x), "batch", "length", "mlp")
+        return _dense(c, c.d_model, "wo")(hidden)
 
 
 class T5FeedForwardLayer(nn.Module):
@@ -142,7 +145,7 @@ class T5FeedForwardLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: States) -> States:
-        return x + T5GatedMLP(self.config, name="DenseReluDense")(_norm(self.config, "layer_norm")(x))
+        return residual(x + T5GatedMLP(self.config, name="DenseReluDense")(_norm(self.config, "layer_norm")(x)))
 
 
 class T5Block(nn.Module):
@@ -183,4 +186,4 @@ class T5Encoder(nn.Module):
         embed = nn.Embed(
             c.vocab_size, c.d_model, c.dtype, c.param_dtype, embedding_init=nn.initializers.normal(1.0), name="shared"
         )
-        return T5Stack(c, name="encoder")(embed(token_ids), mask).astype(jnp.float32)
+        return T5Stack(c, name="encoder")(residual(embed(token_ids)), mask).astype(jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.layers import EmbeddingMLP
+from sysdpo_jax.models.partitioning import constrain
 from sysdpo_jax.models.unet_blocks import (
     DownBlock,
     MidBlock,
@@ -46,7 +47,7 @@ class UNet2DCondition(nn.Module):
         c = self.config
         text = encoder_hidden_states.astype(c.dtype)
         time = self._time(timesteps, text_embeds, time_ids)
-        x = conv(c, c.block_out_channels[0], "conv_in")(sample)
+        x = constrain(conv(c, c.block_out_channels[0], "conv_in")(sample), "batch", "height", "width", "residual")
         levels = len(c.block_out_channels)
         skips = [x]
         for i, kind in enumerate(c.down_block_types):
@@ -63,7 +64,8 @@ class UNet2DCondition(nn.Module):
             up = UpBlock(c, c.block_out_channels[level], heads, c.depths[level], name=f"up_blocks_{i}")
             x = up(x, kept, time, text, size)
         x = nn.silu(group_norm(c, "conv_norm_out")(x))
-        return conv(c, c.out_channels, "conv_out")(x).astype(jnp.float32)
+        x = constrain(conv(c, c.out_channels, "conv_out")(x), "batch", "height", "width", None)
+        return x.astype(jnp.float32)
 
     def _time(self, timesteps: Array, text_embeds: Array | None, time_ids: Array | None) -> Array:
         c = self.config

@@ -4,14 +4,17 @@ Members of diffusers' lists are named by their index: resnets_0, attentions_1, t
 Axes: B batch, h w image, C channels, L positions (h * w), S text tokens, D text width, T time embedding.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sysdpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, Projection, attend
+from sysdpo_jax.models.attention import attend
+from sysdpo_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, Projection
+from sysdpo_jax.models.partitioning import constrain, residual
+from sysdpo_jax.models.remat import recomputed
 from sysdpo_jax.models.unet_config import UNetConfig
 
 Image = Float[Array, "batch height width channels"]
@@ -68,10 +71,11 @@ class ResnetBlock2D(nn.Module):
         h = conv(c, self.channels, "conv1")(nn.silu(group_norm(c, "norm1")(x)))
         if time is not None:
             h = h + dense(c, self.channels, "time_emb_proj")(nn.silu(time))[:, None, None, :]
+        h = constrain(h, "batch", "height", "width", "channels")
         h = conv(c, self.channels, "conv2")(nn.silu(group_norm(c, "norm2")(h)))
         if x.shape[-1] != self.channels:
             x = conv(c, self.channels, "conv_shortcut", size=1)(x)
-        return x + h
+        return _image(x + h)
 
 
 class Attention(nn.Module):
@@ -85,9 +89,12 @@ class Attention(nn.Module):
         c, width = self.config, x.shape[-1]
 
         def heads(name: str, y: Array) -> Array:
-            return dense(c, width, name, use_bias=False)(y).reshape(*y.shape[:2], self.heads, -1)
+            made = dense(c, width, name, use_bias=False)(y).reshape(*y.shape[:2], self.heads, -1)
+            return constrain(made, "batch", "length", "heads", None)
 
-        mixed = attend(heads("to_q", x), heads("to_k", context), heads("to_v", context))
+        queries, keys, values = heads("to_q", x), heads("to_k", context), heads("to_v", context)
+        mixed = attend(queries, keys, values, implementation=c.attention)
+        mixed = constrain(mixed, "batch", "length", "heads", None)
         return dense(c, width, "to_out_0")(mixed.reshape(x.shape))
 
 
@@ -100,7 +107,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Tokens) -> Tokens:
         c, width = self.config, x.shape[-1]
         h, gate = jnp.split(Projection(8 * width, c.dtype, c.param_dtype, name="net_0")(x), 2, axis=-1)
-        return dense(c, width, "net_2")(h * nn.gelu(gate, approximate=False))
+        hidden = constrain(h * nn.gelu(gate, approximate=False), "batch", "length", "mlp")
+        return dense(c, width, "net_2")(hidden)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -114,9 +122,9 @@ class BasicTransformerBlock(nn.Module):
         c = self.config
         norms = [LayerNorm(1e-5, c.dtype, c.param_dtype, name=f"norm{i}") for i in (1, 2, 3)]
         normed = norms[0](x)
-        x = x + Attention(c, self.heads, name="attn1")(normed, normed)
-        x = x + Attention(c, self.heads, name="attn2")(norms[1](x), text)
-        return x + FeedForward(c, name="ff")(norms[2](x))
+        x = residual(x + Attention(c, self.heads, name="attn1")(normed, normed))
+        x = residual(x + Attention(c, self.heads, name="attn2")(norms[1](x), text))
+        return residual(x + FeedForward(c, name="ff")(norms[2](x)))
 
 
 class Transformer2DModel(nn.Module):
@@ -129,12 +137,12 @@ class Transformer2DModel(nn.Module):
     @nn.compact
     def __call__(self, x: Image, text: Text) -> Image:
         c, channels = self.config, x.shape[-1]
-        block = recomputed(c, BasicTransformerBlock)
+        block = recomputed(BasicTransformerBlock, c.remat)
         h = group_norm(c, "norm", eps=1e-6)(x).reshape(x.shape[0], -1, channels)
-        h = dense(c, channels, "proj_in")(h)
+        h = residual(dense(c, channels, "proj_in")(h))
         for i in range(self.depth):
             h = block(c, self.heads, name=f"transformer_blocks_{i}")(h, text)
-        return x + dense(c, channels, "proj_out")(h).reshape(x.shape)
+        return _image(x + dense(c, channels, "proj_out")(h).reshape(x.shape))
 
 
 class Resampler(nn.Module):
@@ -149,7 +157,7 @@ class Resampler(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image) -> Float[Array, "batch h w channels"]:
-        return conv(self.config, x.shape[-1], "conv", stride=self.stride, padding=self.padding)(x)
+        return _image(conv(self.config, x.shape[-1], "conv", stride=self.stride, padding=self.padding)(x))
 
 
 class DownBlock(nn.Module):
@@ -167,7 +175,7 @@ class DownBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Image, time: TimeEmbedding, text: Text) -> tuple[Array, tuple[Array, ...]]:
         c, kept = self.config, []
-        resnet = recomputed(c, ResnetBlock2D)
+        resnet = recomputed(ResnetBlock2D, c.remat)
         for i in range(c.layers_per_block):
             x = resnet(c, self.channels, name=f"resnets_{i}")(x, time)
             if self.heads:
@@ -189,7 +197,7 @@ class MidBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Image, time: TimeEmbedding, text: Text) -> Image:
         c, channels = self.config, x.shape[-1]
-        resnet = recomputed(c, ResnetBlock2D)
+        resnet = recomputed(ResnetBlock2D, c.remat)
         x = resnet(c, channels, name="resnets_0")(x, time)
         x = Transformer2DModel(c, self.heads, self.depth, name="attentions_0")(x, text)
         return resnet(c, channels, name="resnets_1")(x, time)
@@ -212,7 +220,7 @@ class UpBlock(nn.Module):
         self, x: Image, kept: tuple[Array, ...], time: TimeEmbedding, text: Text, size: tuple[int, int] | None
     ) -> Float[Array, "batch h w out"]:
         c = self.config
-        resnet = recomputed(c, ResnetBlock2D)
+        resnet = recomputed(ResnetBlock2D, c.remat)
         for i, skip in enumerate(reversed(kept)):
             x = resnet(c, self.channels, name=f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), time)
             if self.heads:
@@ -222,9 +230,8 @@ class UpBlock(nn.Module):
         return Resampler(c, 1, name="upsamplers_0")(nearest(x, size))
 
 
-def recomputed(c: UNetConfig, block: Any) -> Any:
-    """The block's class, its activations recomputed in the backward pass where the configuration says so."""
-    return nn.remat(block) if c.remat else block
+def _image(x: Array) -> Array:
+    return constrain(x, "batch", "height", "width", "residual")
 
 
 def nearest(x: Image, size: tuple[int, int]) -> Float[Array, "batch h w channels"]:

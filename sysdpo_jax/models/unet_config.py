@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from sysdpo_jax.models.attention import check_attention
+from sysdpo_jax.models.remat import check_remat
+
 # block type -> whether it has cross-attention
 ADDED_EMBEDDINGS = (None, "text_time")
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -19,7 +22,8 @@ class UNetConfig:
     projection_class_embeddings_input_dim, that of all of them and the pooled text together.
     use_linear_projection: only says how a checkpoint stores proj_in and proj_out; the mathematics is the same.
     sample_size, upcast_attention: kept for the checkpoint, for pipelines in PyTorch; nothing here depends on them.
-    remat: recompute each residual and transformer block's activations in the backward pass.
+    remat: what of each residual and transformer block is recomputed in the backward pass, see `remat.recomputed`.
+    attention: how attention is computed, see `attention.choose`.
     dtype: precision of the products; norms, softmax and the output are float32 in any case.
     Raises ValueError for a block type or an added embedding it does not know, lists of different lengths or heads that
     do not divide.
@@ -44,11 +48,14 @@ class UNetConfig:
     use_linear_projection: bool = False
     sample_size: int | tuple[int, int] | None = None
     upcast_attention: bool = False
-    remat: bool = False
+    remat: str | None = None
+    attention: str = "auto"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_remat(self.remat, "UNetConfig")
+        check_attention(self.attention, "UNetConfig")
         for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             types = getattr(self, name)
             unknown = [kind for kind in types if kind not in known]

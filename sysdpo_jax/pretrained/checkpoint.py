@@ -26,7 +26,7 @@ def load(
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: bool = False,
+    remat: str | None = None,
     shardings: Shardings | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -38,10 +38,11 @@ def load(
     a `Diffusion` or `FlowMatching` whose autoencoder and text encoders are frozen inside it.
     path_or_hub_id: local folder or file, or the name of a repository, of which `revision` is downloaded.
     dtype: of the computation. param_dtype: of the parameters, by default as they are stored; train whole models in
-    float32. remat: recompute activations in the backward pass. shardings: function from abstract parameters to their
-    shardings, for example `functools.partial(tree_shardings, mesh)`, asked for frozen parts too; by default all are on
-    the first device. Each device's block is read by itself: no host holds a whole model that it does not keep. variant:
-    of the weights' file names, such as "fp16"; parts that lack it are read from their plain files.
+    float32. remat: what is recomputed in the backward pass, None, "full" or a policy of `models/remat.py`.
+    shardings: function from abstract parameters to their shardings, for example
+    `functools.partial(tree_shardings, mesh)`, asked for frozen parts too; by default all are on the first device. Each
+    device's block is read by itself: no host holds a whole model that it does not keep. variant: of the weights' file
+    names, such as "fp16"; parts that lack it are read from their plain files.
     settings: fields of the component (max_new_tokens, guidance_scale ...); for pipelines also `train_text=True`, which
     moves the text encoders from the frozen part to the parameters.
 

@@ -8,7 +8,7 @@ from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 
 Model = TypeVar("Model")
 # How we compute and keep parameters; a checkpoint's configuration does not say.
-OURS = ("dtype", "param_dtype", "remat")
+OURS = ("dtype", "param_dtype", "remat", "attention")
 # What transformers writes for every model: token ids, settings of generate, of storage and of other tasks.
 # fmt: off
 UNUSED = (

@@ -27,7 +27,7 @@ def load_language_model(
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: bool = False,
+    remat: str | None = None,
     shardings: Shardings | None = None,
     variant: str | None = None,
     **settings: Any,

@@ -43,7 +43,7 @@ def load_pipeline(
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: bool = False,
+    remat: str | None = None,
     shardings: Shardings | None = None,
     variant: str | None = None,
     train_text: bool = False,

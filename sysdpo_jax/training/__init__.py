@@ -1,13 +1,15 @@
 """Training: state, step, placement on devices, checkpoints, and the loop that drives them."""
 
 from sysdpo_jax.training.checkpoints import Checkpoints
+from sysdpo_jax.training.describe import describe_sharding
 from sysdpo_jax.training.identity import CheckpointMismatchError
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
 from sysdpo_jax.training.progress import Board, progress
+from sysdpo_jax.training.reference import precompute_reference
 from sysdpo_jax.training.search import SearchedBatches
-from sysdpo_jax.training.sharding import ShardingError, make_mesh, tree_shardings
-from sysdpo_jax.training.state import TrainState, create_state, ema_params
+from sysdpo_jax.training.sharding import ShardingError, batch_shard, make_mesh, tree_shardings
+from sysdpo_jax.training.state import TrainState, abstract_state, create_state, ema_params
 from sysdpo_jax.training.step import TrainStep, make_train_step
 from sysdpo_jax.training.trainer import NonFiniteError, Trainer
 
@@ -26,11 +28,15 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "Trainer",
+    "abstract_state",
+    "batch_shard",
     "create_state",
+    "describe_sharding",
     "ema_params",
     "make_mesh",
     "make_optimizer",
     "make_train_step",
+    "precompute_reference",
     "progress",
     "read_metrics",
     "tree_shardings",

@@ -1,26 +1,54 @@
 """Checkpoints of a run, through Orbax: what training changes, and the identity of all that it does not.
 
-A checkpoint holds the step, trained leaves, optimiser state and average, as `{path: array}`, and the run's `Identity`.
-The reference and frozen leaves are not stored, only fingerprinted: a run resumes from the same initial parameters.
+A checkpoint holds the step, trained leaves, optimiser state and average, as `{path: array}`, their fingerprints, the
+state of the input pipeline, and the run's `Identity`. The reference and frozen leaves are not stored, only
+fingerprinted: a run resumes from the same initial parameters. The random key is part of the identity, because a step's
+key is folded from it and the step.
+
+Arrays are copied to the host, then written in the background into a folder of another name, which is renamed when it is
+complete: a process that is killed leaves the older checkpoints and nothing else that counts.
 """
 
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from sysdpo_jax.training.identity import Identity, array_types, check_same, fingerprints
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState, join, split
 
+# The name of a metric, and which of its values is the best.
+Best = tuple[str, Literal["min", "max"]]
+# What a JSON file holds of the input pipeline.
+DataState = dict[str, Any]
+
+ARRAYS, ABOUT = "state", "about"
+
+
+class CorruptCheckpointError(RuntimeError):
+    """A checkpoint cannot be read or is not what was written: the message names its path and the reason."""
+
 
 class Checkpoints:
-    """The newest `keep` checkpoints below `directory`. Writing goes on in the background and is atomic.
+    """The newest `keep` checkpoints below `directory` and the best one.
 
-    state: any state of the run, for its structure, placement, reference and frozen leaves. config: `{name: text}`.
-    Use it as a context manager: leaving waits until everything is written.
+    state: any state of the run, for its structure, placement, reference and frozen leaves. config: `{path: text}`.
+    best: by which metric of `save`; None keeps no best one.
+    Use it as a context manager: leaving waits until everything is written. Partial checkpoints that it finds are
+    renamed to `<step>.corrupt-<number>` with a warning, and so are damaged ones by `restore`.
     """
 
     def __init__(
@@ -30,7 +58,10 @@ class Checkpoints:
         optimizer: SystemOptimizer,
         config: dict[str, str],
         keep: int = 2,
+        best: Best | None = None,
     ):
+        if keep < 1:
+            raise ValueError(f"keep {keep} must be at least 1: the newest checkpoint is what a run resumes from")
         self._mask = optimizer.mask(state.params)
         carry, fixed = split(state, self._mask)
         self._identity: Identity = {
@@ -39,8 +70,13 @@ class Checkpoints:
             "reference": fingerprints(fixed.reference),
             "frozen": fingerprints(fixed.frozen),
         }
-        self.directory = Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
+        for path in self.directory.glob("*"):
+            problem = _missing(path) if path.name.isdigit() else None
+            if problem is not None:
+                _set_aside(path, problem)
+        multihost_utils.sync_global_devices("sysdpo_jax: partial checkpoints are set aside")
+        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -56,34 +92,138 @@ class Checkpoints:
         return self._manager.latest_step()
 
     @property
-    def oldest(self) -> int:
-        """The step of the oldest checkpoint, 0 when there is none."""
-        return min(self._manager.all_steps(), default=0)
+    def best(self) -> int | None:
+        """The step of the checkpoint with the best metric, None when no checkpoint has one."""
+        return None if self._best is None else self._manager.best_step()
 
-    def save(self, state: TrainState) -> None:
-        """Write the state unless its step is the newest already. Returns once the state may be donated."""
+    @property
+    def oldest(self) -> int:
+        """The step of the oldest of the newest `keep` checkpoints, 0 when there is none."""
+        return min(sorted(self._manager.all_steps())[-self._keep :], default=0)
+
+    @property
+    def set_aside(self) -> tuple[Path, ...]:
+        """Where the checkpoints are that could not be used."""
+        return tuple(sorted(self.directory.glob("*.corrupt-*")))
+
+    def save(self, state: TrainState, data: DataState, metric: float | None = None) -> None:
+        """Write the state unless its step is the newest already. Returns once the state may be donated.
+
+        data: of the input pipeline, JSON values. metric: the value of `best`'s metric; one that is not finite is none.
+        """
         step = int(state.step)
         if step == self.latest:
             return
-        arrays = by_path(split(state, self._mask)[0])
-        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), identity=ocp.args.JsonSave(self._identity))
-        if not self._manager.save(step, args=items, force=True):
+        carry = split(state, self._mask)[0]
+        about = {"identity": self._identity, "data": data, "fingerprints": fingerprints(carry)}
+        items = {ARRAYS: ocp.args.StandardSave(by_path(carry)), ABOUT: ocp.args.JsonSave(about)}
+        known = self._best is not None and metric is not None and math.isfinite(metric)
+        metrics = {self._best[0]: metric} if self._best is not None and known else None
+        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
             raise RuntimeError(
                 f"{self.directory} did not take the checkpoint of step {step}; its newest is {self.latest}"
             )
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint with the placement of `state`, whose reference and frozen leaves it keeps.
+    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, DataState]:
+        """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps, and its data state.
 
-        Raises `CheckpointMismatchError` naming the differing paths when the checkpoint belongs to another run, and
-        `FileNotFoundError` when there is none.
+        step: None for the newest that can be read; damaged ones are set aside with a warning. The placement may be
+        another than that of the run which saved it, on other devices or processes.
+        Raises `CheckpointMismatchError` naming the differing fields when the checkpoint belongs to another run,
+        `FileNotFoundError` when there is none, and `CorruptCheckpointError` when `step` is damaged or none is left.
         """
-        if self.latest is None:
-            raise FileNotFoundError(f"{self.directory} holds no checkpoint")
-        identity = self._manager.restore(self.latest, args=ocp.args.Composite(identity=ocp.args.JsonRestore())).identity
-        check_same(identity, self._identity, f"the checkpoint {self.directory / str(self.latest)}")
+        if step is not None:
+            return self._read(state, step)
+        while (newest := self.latest) is not None:
+            problem = ""
+            try:
+                restored = self._read(state, newest)
+            except CorruptCheckpointError as error:
+                problem = str(error)
+            # A file may be damaged that only some processes read.
+            if multihost_utils.process_allgather(np.array(not problem)).all():
+                return restored
+            _set_aside(self.directory / str(newest), problem or "another process cannot read it")
+            multihost_utils.sync_global_devices("sysdpo_jax: a damaged checkpoint is set aside")
+            self._manager.reload()
+        if self.set_aside:
+            raise CorruptCheckpointError(
+                f"{self.directory} has no checkpoint that can be used, {', '.join(p.name for p in self.set_aside)} are "
+                "damaged: mend one and give it its number as name, or train in another directory"
+            )
+        raise FileNotFoundError(f"{self.directory} holds no checkpoint")
+
+    def _read(self, state: TrainState, step: int) -> tuple[TrainState, DataState]:
+        path = self.directory / str(step)
+        with _reading(path):
+            about = self._manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
+            identity, data, saved = about["identity"], about["data"], about["fingerprints"]
+        check_same(identity, self._identity, f"the checkpoint {path}")
         carry, fixed = split(state, self._mask)
         wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in by_path(carry).items()}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        arrays = self._manager.restore(self.latest, args=items).state
-        return join(jax.tree.unflatten(jax.tree.structure(carry), [arrays[path] for path in wanted]), fixed)
+        with _reading(path):
+            items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore(wanted)})
+            arrays = self._manager.restore(step, args=items)[ARRAYS]
+        restored = jax.tree.unflatten(jax.tree.structure(carry), [arrays[name] for name in wanted])
+        changed = [name for name, text in fingerprints(restored).items() if saved.get(name) != text]
+        if changed:
+            raise CorruptCheckpointError(f"{path}: the array {changed[0]} is not the one that was saved")
+        return join(restored, fixed), data
+
+
+def _options(keep: int, best: Best | None) -> ocp.CheckpointManagerOptions:
+    # What a killed run left half-written is removed.
+    if best is None:
+        return ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
+    name, mode = best
+    worst = -math.inf if mode == "max" else math.inf
+
+    def value(metrics: dict[str, float]) -> float:
+        # Of an earlier start with another metric nothing is known.
+        return metrics.get(name, worst)
+
+    best_one = BestN(get_metric_fn=value, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False)
+    return ocp.CheckpointManagerOptions(
+        best_fn=value,
+        best_mode=mode,
+        preservation_policy=AnyPreservationPolicy([LatestN(keep), best_one]),
+        cleanup_tmp_directories=True,
+    )
+
+
+def _missing(path: Path) -> str | None:
+    """Why a folder is not a whole checkpoint, None when it has all its parts."""
+    if not (path / ARRAYS).is_dir():
+        return f"its folder {ARRAYS} is missing"
+    for file in (path / ABOUT / "metadata", path / "metrics" / "metrics"):
+        if file.parent.name == ABOUT and not file.is_file():
+            return f"its file {file.relative_to(path)} is missing"
+        try:
+            if file.is_file():
+                json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"its file {file.relative_to(path)} is not JSON: {error}"
+    return None
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    if jax.process_index() != 0:
+        return
+    names = (path.with_name(f"{path.name}.corrupt-{number}") for number in count(1))
+    target = next(name for name in names if not name.exists())
+    path.rename(target)
+    warnings.warn(f"the checkpoint {path} cannot be used and is now {target}: {problem}", stacklevel=3)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What Orbax and TensorStore raise for a damaged checkpoint, as `CorruptCheckpointError`."""
+    try:
+        yield
+    except Exception as error:
+        # Orbax wraps what TensorStore says of a file in a plain Exception.
+        cause = error.__cause__ if type(error) is Exception else error
+        # Other errors, such as of memory or rights, are no damage.
+        if not isinstance(cause, KeyError | ValueError | TypeError | FileNotFoundError | NotADirectoryError):
+            raise
+        raise CorruptCheckpointError(f"{path} cannot be read: {str(cause).splitlines()[0][:300]}") from error

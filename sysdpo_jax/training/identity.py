@@ -6,12 +6,14 @@ part of its own configuration.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, PyTree, UInt32
 
 from sysdpo_jax.training.sharding import by_path
@@ -24,20 +26,18 @@ class CheckpointMismatchError(ValueError):
     """A checkpoint belongs to another run: the message names the differing paths with both values."""
 
 
-def describe(value: Any) -> str:
-    """Text that is the same in every process: numbers and strings as they are, dataclasses by field, others by name."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = ", ".join(
-            f"{f.name}={describe(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.compare
-        )
-        return f"{type(value).__name__}({fields})"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(describe(item) for item in value)})"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{k}: {describe(v)}' for k, v in sorted(value.items(), key=str))}}}"
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)
+def describe(name: str, value: Any) -> dict[str, str]:
+    """`{path: text}` of a value and its fields, paths "."-joined below `name`; the same in every process.
+
+    Dataclasses by field, mappings by key, sequences that hold such by number; numbers and strings as they are, others
+    by the name of their type.
+    """
+    parts = _parts(value)
+    if parts is None:
+        return {name: _text(value)}
+    kind = type(value).__name__ if dataclasses.is_dataclass(value) else f"{len(parts)} values"
+    below = [describe(f"{name}.{key}", part) for key, part in parts.items()]
+    return {name: kind} | {path: text for texts in below for path, text in texts.items()}
 
 
 def array_types(tree: PyTree) -> dict[str, str]:
@@ -46,10 +46,14 @@ def array_types(tree: PyTree) -> dict[str, str]:
 
 
 def fingerprints(tree: PyTree) -> dict[str, str]:
-    """`{path: type and 64-bit fingerprint}` of the leaves, computed where they lie; independent of their sharding."""
-    words = {path: _fingerprint(leaf) for path, leaf in by_path(tree).items()}
+    """`{path: type and 64-bit fingerprint}` of the leaves, computed where they lie; independent of their sharding.
+
+    Every process gets those of the whole leaves, whatever part it holds.
+    """
+    # One at a time: programs with collectives that do not wait for each other hang on CPUs of several processes.
+    words = {path: jax.device_get(_fingerprint_of(_whole(leaf))(leaf)) for path, leaf in by_path(tree).items()}
     types = array_types(tree)
-    return {path: f"{types[path]} {high:08x}{low:08x}" for path, (high, low) in jax.device_get(words).items()}
+    return {path: f"{types[path]} {high:08x}{low:08x}" for path, (high, low) in words.items()}
 
 
 def check_same(saved: Identity, present: Identity, where: str) -> None:
@@ -57,10 +61,12 @@ def check_same(saved: Identity, present: Identity, where: str) -> None:
     lines = []
     for section in sorted(set(saved) | set(present)):
         old, new = saved.get(section, {}), present.get(section, {})
-        differing = [path for path in sorted(set(old) | set(new)) if old.get(path) != new.get(path)]
+        differing = {path for path in set(old) | set(new) if old.get(path) != new.get(path)}
         lines += [
             f"  {section} {path}: saved {old.get(path, 'nothing')}, now {new.get(path, 'nothing')}"
-            for path in differing
+            for path in sorted(differing)
+            # Of a value whose kind differs all fields do.
+            if not any(path.startswith(f"{other}.") for other in differing)
         ]
     if lines:
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
@@ -76,7 +82,36 @@ def as_text(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in config.items()}
 
 
-@jax.jit
+def _parts(value: Any) -> dict[str, Any] | None:
+    """The values that make up a value, None for one that is described as a whole."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.compare}
+    if isinstance(value, Mapping):
+        return {str(key): part for key, part in value.items()}
+    if isinstance(value, tuple | list) and any(_parts(part) is not None for part in value):
+        return {str(number): part for number, part in enumerate(value)}
+    return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_text, value))})"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _whole(leaf: Array) -> Sharding:
+    placed = leaf.sharding
+    return NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else placed
+
+
+@cache
+def _fingerprint_of(result: Sharding) -> Callable[[Array], Array]:
+    """result: where the fingerprint lies; each process can read its own copy."""
+    return jax.jit(_fingerprint, out_shardings=result)
+
+
 def _fingerprint(leaf: Array) -> UInt32[Array, "2"]:
     """Sums of mixed (bits, place) words modulo 2^32: additions commute, so any partition gives the same."""
     bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf

@@ -1,14 +1,32 @@
-"""Metrics of a run on disk: metrics.jsonl, one object a step, and TensorBoard events beside it."""
+"""Metrics of a run: read from the device at the logging interval, kept in metrics.jsonl and TensorBoard events."""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Array, PyTree
+
+from sysdpo_jax.training.state import TrainState
+from sysdpo_jax.training.throughput import Meter, Throughput
+
+
+class NonFiniteError(FloatingPointError):
+    """A step met a value that is not finite. step: its number; nodes: those to blame; the state before it is saved."""
+
+    def __init__(self, step: int, nodes: tuple[str, ...], directory: Path):
+        self.step, self.nodes = step, nodes
+        blame = f"in node {', '.join(map(repr, nodes))}" if nodes else "in the loss or the update, in no single node"
+        super().__init__(
+            f"step {step} met a value that is not finite {blame}; the state before it is saved in {directory}: look at "
+            f"the batch of that step, or lower the learning rate or the node's weight"
+        )
 
 
 class MetricsLog:
@@ -50,6 +68,81 @@ class MetricsLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
+
+
+class MetricsReader:
+    """Reads the steps' metrics when a row is due, after the step that follows it is dispatched: no device waits.
+
+    log, report: what takes rows and progress, None for nothing. throughput: what makes its part of a row. every: steps
+    between rows. directory: of the checkpoints, for the message of `NonFiniteError`. best: the metric that `mean`
+    averages, None for none.
+    """
+
+    def __init__(
+        self,
+        log: MetricsLog | None,
+        report: Callable[[int, str], None] | None,
+        throughput: Throughput,
+        every: int,
+        directory: Path,
+        best: str | None = None,
+    ):
+        self._log, self._report, self._throughput = log, report, throughput
+        self._every, self._directory, self._best = every, directory, best
+        self._meter: Meter | None = None
+        self._waiting: list[tuple[int, Mapping[str, Array]]] = []
+        self._values: list[float] = []
+
+    def count(self, step: int, state: TrainState, batch: PyTree) -> None:
+        """Count what a step is about to work on. batch: this process's rows, not placed."""
+        if self._log is not None:
+            meter = self._throughput.start(state, batch) if self._meter is None else self._meter
+            self._meter = self._throughput.count(meter, step, batch)
+
+    def take(self, step: int, metrics: Mapping[str, Array]) -> None:
+        """Keep the metrics of a step that is dispatched; read those before it if the last of them makes a row.
+
+        Raises `NonFiniteError` for the first of them that met a value that is not finite, at most `every` steps late:
+        the step keeps the state as it was before that one. Raises `ValueError` when there is no metric `best`.
+        """
+        if self._best is not None and self._best not in metrics:
+            raise ValueError(f"best: the step has no metric {self._best!r}, choose one of {', '.join(sorted(metrics))}")
+        if self._waiting and self._waiting[-1][0] % self._every == 0:
+            self._read()
+        self._waiting.append((step, metrics))
+
+    def settle(self) -> None:
+        """Read what waits and put the rows on disk. Raises `NonFiniteError` as `take` does."""
+        self._read()
+        if self._log is not None:
+            self._log.flush()
+
+    def mean(self) -> float | None:
+        """Mean of `best` over what was read since the last call: rows and settled steps. None when nothing was."""
+        values, self._values = self._values, []
+        return float(np.mean(values)) if values else None
+
+    def _read(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        step, metrics = waiting[-1]
+        values = jax.device_get(metrics)
+        if not values["finite"]:
+            raise self._error(waiting)
+        if self._best is not None:
+            self._values.append(float(values[self._best]))
+        if self._log is not None and self._meter is not None and step % self._every == 0:
+            self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
+            self._log.write(step, {name: x for name, x in values.items() if not name.startswith("finite")} | speed)
+        if self._report is not None:
+            self._report(step + 1, f"loss {float(values['loss']):.4f}")
+
+    def _error(self, waiting: list[tuple[int, Mapping[str, Array]]]) -> NonFiniteError:
+        # A step after a bad one counts as bad too.
+        step, metrics = next((step, metrics) for step, metrics in waiting if not metrics["finite"])
+        bad = (name for name, value in metrics.items() if name.startswith("finite/") and not value)
+        return NonFiniteError(step, tuple(name.removeprefix("finite/") for name in bad), self._directory)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

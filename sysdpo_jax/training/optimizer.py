@@ -7,7 +7,7 @@ array, so gradients and optimiser memory exist for trained leaves only.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,32 @@ class ComponentOptimizer:
     gradient, None for no clipping. mode: "frozen" keeps the tree as it is, out of reference and optimiser memory.
     trainable: regex found in the "/"-joined path below the params key; leaves that it misses are not trained,
     nor are the constants of a model (LoRA's scale, a fixed table of positions).
+    master_weights: keep float32 copies of trained leaves of less precision, which updates add up in; the parameters
+    are these, rounded. state_dtype: precision that the optimiser's arrays (moments) are kept in between updates, which
+    compute in that of the optimiser; by default both are the same.
     """
 
     optimizer: optax.GradientTransformation
     clip_norm: float | None = 1.0
     mode: Literal["full", "frozen"] = "full"
     trainable: str = ".*"
+    master_weights: bool = False
+    state_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("full", "frozen"):
             raise OptimizerError(f"unknown mode {self.mode!r}: choose 'full' or 'frozen'")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise OptimizerError(f"clip_norm must be positive, got {self.clip_norm}: use None for no clipping")
+        if self.state_dtype is not None and not jnp.issubdtype(jnp.dtype(self.state_dtype), jnp.floating):
+            raise OptimizerError(f"state_dtype {self.state_dtype!r} is no floating-point type: bfloat16, for example")
+
+
+class MasterState(NamedTuple):
+    """The optimiser's state of a component with master weights: those, in float32, and the transformation's own."""
+
+    weights: Params
+    inner: PyTree
 
 
 FROZEN = ComponentOptimizer(optax.set_to_zero(), mode="frozen")
@@ -88,7 +102,7 @@ class SystemOptimizer:
 
     def init(self, trained: Params) -> dict[str, PyTree]:
         """The optimiser states `{params_key: state}` of the trained leaves."""
-        return {key: component.optimizer.init(trained[key]) for key, component in self._active()}
+        return {key: _init(component, trained[key]) for key, component in self._active()}
 
     def update(
         self, gradients: Params, opt_state: Mapping[str, PyTree], trained: Params
@@ -101,8 +115,7 @@ class SystemOptimizer:
         for key, component in self._active():
             norms[key] = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients[key]))
             clipped = _clip(gradients[key], norms[key], component.clip_norm)
-            updates, states[key] = component.optimizer.update(clipped, opt_state[key], trained[key])
-            leaves[key] = optax.apply_updates(trained[key], updates)
+            leaves[key], states[key] = _advance(component, clipped, opt_state[key], trained[key])
         return leaves, states, norms
 
     def _active(self) -> list[tuple[str, ComponentOptimizer]]:
@@ -138,6 +151,42 @@ def _matches(tree: Params, component: ComponentOptimizer) -> PyTree:
         return trained and name.rpartition("/")[2] not in CONSTANTS
 
     return jax.tree_util.tree_map_with_path(matches, tree)
+
+
+def _init(component: ComponentOptimizer, trained: Params) -> PyTree:
+    weights = _in_float32(trained) if component.master_weights else trained
+    inner = _narrow(component.optimizer.init(weights), component.state_dtype)
+    return MasterState(weights, inner) if component.master_weights else inner
+
+
+def _advance(component: ComponentOptimizer, gradients: Params, state: PyTree, trained: Params) -> tuple[Params, PyTree]:
+    """One update: new leaves and state."""
+    weights, inner = state if component.master_weights else (trained, state)
+    if component.master_weights:
+        gradients = _in_float32(gradients)
+    # The precision that the transformation itself would keep its state in.
+    own = jax.eval_shape(component.optimizer.init, weights)
+    wide = jax.tree.map(lambda x, like: x.astype(like.dtype), inner, own)
+    updates, wide = component.optimizer.update(gradients, wide, weights)
+    weights = optax.apply_updates(weights, updates)
+    inner = _narrow(wide, component.state_dtype)
+    if not component.master_weights:
+        return weights, inner
+    rounded = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, trained)
+    return rounded, MasterState(weights, inner)
+
+
+def _in_float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _narrow(state: PyTree, dtype: str | None) -> PyTree:
+    """Arrays of real numbers in `dtype`; counts and single numbers stay as they are."""
+
+    def keep(x: Array) -> Array:
+        return x.astype(dtype) if jnp.ndim(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return state if dtype is None else jax.tree.map(keep, state)
 
 
 def _clip(gradients: PyTree, norm: Float[Array, ""], limit: float | None) -> PyTree:

@@ -1,24 +1,40 @@
 """Where arrays live: one mesh for the whole system, and rules from parameter paths to partition specs.
 
-Mesh axes: data (copies of the parameters), fsdp (parameters cut over devices), tensor (cut by the rules of a model).
-A batch is cut over data x fsdp. Paths are "/"-joined, `params_key/module/.../leaf`.
+Mesh axes: data (copies of the parameters), fsdp (parameters cut over devices, gathered layer by layer), tensor (heads
+and hidden widths cut over devices, which each compute their part). A batch is cut over data x fsdp.
+Paths are "/"-joined, `params_key/module/.../leaf`.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from sysdpo_jax.models.partitioning import logical_axes, num_parts
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
-# Leaves with fewer elements stay whole on every device: gathering them costs more than their memory.
-MIN_SHARDED_SIZE = 2**16
+# Where the logical axes of models/partitioning.py lie; those not named here are never cut.
+LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("channels", "tensor"),
+    ("vocab", "tensor"),
+)
+
+# Leaves with fewer elements that no table cuts stay whole on every device. Small enough that the whole ones are less
+# than a thousandth of what a device holds of any model family on 8 devices.
+MIN_SHARDED_SIZE = 2**9
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -50,11 +66,13 @@ def by_path(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def tree_shardings(mesh: Mesh, tree: PyTree, rules: Rules = ()) -> PyTree:
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, rules: Rules = ()) -> PyTree:
     """A `NamedSharding` for each leaf of `tree` (anything with a shape).
 
-    rules: (regex, spec) pairs; the first whose regex is found in the leaf's path decides. A leaf that no rule names is
-    cut over fsdp along its largest divisible axis when it has at least `MIN_SHARDED_SIZE` elements, else kept whole.
+    rules: (regex, spec) pairs; the first whose regex is found in the leaf's path decides. A leaf that no rule names has
+    the logical axes of the model families' tables (`models.partitioning`), of which those are cut that the mesh
+    divides. A leaf of at least `MIN_SHARDED_SIZE` elements that fsdp does not cut by then, of a model in no table or of
+    an odd width, is cut over fsdp along its largest divisible axis; a smaller one stays whole.
     Raises `ShardingError` for a rule that does not fit the leaf.
     """
 
@@ -64,9 +82,16 @@ def tree_shardings(mesh: Mesh, tree: PyTree, rules: Rules = ()) -> PyTree:
             if re.search(pattern, name):
                 _check_spec(mesh, name, shape, pattern, spec)
                 return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, _default_spec(mesh, shape))
+        return NamedSharding(mesh, _spec(mesh, shape, logical_axes(name)))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+@contextmanager
+def activation_rules(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """Trace a function of this mesh in it: the models' activations are then placed by their logical axes."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(LOGICAL_RULES):
+        yield
 
 
 def like_params(mesh: Mesh, tree: PyTree, params: Mapping[str, Any]) -> PyTree:
@@ -83,39 +108,88 @@ def like_params(mesh: Mesh, tree: PyTree, params: Mapping[str, Any]) -> PyTree:
             twin = params.get("/".join([key, *parts[start:]]))
             if twin is not None and twin.shape == shape:
                 return twin.sharding
-        return NamedSharding(mesh, _default_spec(mesh, shape))
+        return NamedSharding(mesh, _spec(mesh, shape))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
-    """The batch cut along its leading axis over data x fsdp; every process passes the whole batch.
+def batch_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): of count equal blocks of a batch's rows this process gives the index-th to `place_batch`.
 
-    Raises `ShardingError` naming the first leaf whose leading axis cannot be cut evenly.
+    Processes that hold the same rows, as when tensor spans them, have the same index. Where the devices of a process
+    are no neighbours along the batch, its block lies in pieces: the same rows as in one process, in another order.
+    Raises `ShardingError` for a mesh that gives two processes some rows in common, or this one none.
     """
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts, held = _batch_parts(mesh), dict[int, set[int]]()
+    places: Mapping[Any, Any] = NamedSharding(mesh, BATCH_SPEC).devices_indices_map((parts,))
+    for device, (rows,) in places.items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    shards = sorted({tuple(sorted(places)) for places in held.values()})
+    if jax.process_index() not in held:
+        raise ShardingError(f"process {jax.process_index()} has no device on the mesh: use all devices, or end it")
+    if len({len(places) for places in shards}) > 1 or sum(map(len, shards)) != parts:
+        raise ShardingError(
+            f"the {parts} parts of a batch (data x fsdp) fall on the processes as {shards}, which are not disjoint and "
+            "of one size: choose data x fsdp a multiple of the processes, or a divisor of their number"
+        )
+    return shards.index(tuple(sorted(held[jax.process_index()]))), len(shards)
+
+
+def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
+    """The batch cut along its leading axis over data x fsdp; every process passes its own rows, see `batch_shard`.
+
+    Raises `ShardingError` naming the first leaf whose leading axis cannot be cut evenly or is not the others'.
+    """
+    sharding, (_, count) = NamedSharding(mesh, BATCH_SPEC), batch_shard(mesh)
+    parts, rows = _batch_parts(mesh) // count, None
     for name, leaf in by_path(batch).items():
         shape = np.shape(leaf)
         if not shape or shape[0] % parts:
+            whose = "data x fsdp" if count == 1 else f"data x fsdp / {count} blocks: pass this process's rows only"
             raise ShardingError(
-                f"batch leaf {name!r} of shape {list(shape)} must have a multiple of {parts} rows (data x fsdp)"
+                f"batch leaf {name!r} of shape {list(shape)} must have a multiple of {parts} rows ({whose})"
+            )
+        rows = shape[0] if rows is None else rows
+        if shape[0] != rows:
+            raise ShardingError(
+                f"batch leaf {name!r} of shape {list(shape)} has not the {rows} rows of those before it: give all "
+                "leaves the same rows"
             )
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index]), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *np.shape(x)[1:])), batch
+    )
 
 
-def _default_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
-    parts = mesh.shape["fsdp"]
-    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or not divisible or math.prod(shape) < MIN_SHARDED_SIZE:
-        return PartitionSpec()
-    axis = max(divisible, key=lambda a: shape[a])
-    return PartitionSpec(*(None,) * axis, "fsdp")
+def _batch_parts(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _check_spec(mesh: Mesh, name: str, shape: tuple[int, ...], pattern: str, spec: PartitionSpec) -> None:
+def _spec(
+    mesh: Mesh | AbstractMesh, shape: tuple[int, ...], logical: Sequence[str | None] | None = None
+) -> PartitionSpec:
+    """logical: of the last axes of a leaf that a table knows, before which stand stacked layers and windows."""
+    if logical is None or len(logical) > len(shape):
+        logical = (None,) * len(shape)
+    rules: dict[str | None, Any] = dict(LOGICAL_RULES)
+    first, fsdp = len(shape) - len(logical), mesh.shape["fsdp"]
+    spec: list[Any] = [None] * first
+    for name, size in zip(logical, shape[first:], strict=True):
+        parts = num_parts(mesh.shape, rules.get(name))
+        spec.append(rules[name] if parts > 1 and size % parts == 0 else None)
+    if "fsdp" not in spec and fsdp > 1 and math.prod(shape) >= MIN_SHARDED_SIZE:
+        free = [axis for axis in range(first, len(shape)) if spec[axis] is None and shape[axis] % fsdp == 0]
+        if free:
+            spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def _check_spec(
+    mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...], pattern: str, spec: PartitionSpec
+) -> None:
     if len(spec) > len(shape):
         raise ShardingError(
             f"rule {pattern!r} gives {len(spec)} axes to {name!r} of shape {list(shape)}: narrow the rule"

@@ -5,32 +5,52 @@ read in place. A step whose loss, gradients or new parameters are not finite cha
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
+from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.training.optimizer import SystemOptimizer, combine
-from sysdpo_jax.training.sharding import BATCH_SPEC, make_mesh, place_batch, replicated
+from sysdpo_jax.training.sharding import (
+    BATCH_SPEC,
+    ShardingError,
+    activation_rules,
+    make_mesh,
+    place_batch,
+    replicated,
+)
 from sysdpo_jax.training.state import Carry, Fixed, TrainState, join, split, whole_reference
-from sysdpo_jax.typing import Params
+from sysdpo_jax.typing import Keys, Params
 
 Metrics = dict[str, Array]
-Objective = Callable[[CompoundSystem, Params, Params, Any, PRNGKeyArray], tuple[Array, Metrics]]
+Objective = Callable[[CompoundSystem, Params, Params, Any, Keys], tuple[Array, Metrics]]
 
 PROCEED = np.bool_(True)
 
 
 def make_train_step(
-    system: CompoundSystem, objective: Objective, optimizer: SystemOptimizer, mesh: Mesh | None = None
+    system: CompoundSystem,
+    objective: Objective,
+    optimizer: SystemOptimizer,
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
 ) -> "TrainStep":
-    """`step(state, batch, key) -> (state, metrics)`, see `TrainStep`. mesh: the one the state was created on."""
+    """`step(state, batch, key) -> (state, metrics)`, see `TrainStep`. mesh: the one the state was created on.
+
+    accumulate: how many parts of a batch go through the models one after the other, which bounds memory; their
+    gradients are averaged in float32. Objectives are means over rows and noise is a row's own, so the update is that
+    of the whole batch, up to rounding.
+    """
     optimizer.check(system)
-    return TrainStep(system, objective, optimizer, make_mesh() if mesh is None else mesh)
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1 part, got {accumulate}")
+    return TrainStep(system, objective, optimizer, make_mesh() if mesh is None else mesh, accumulate)
 
 
 class TrainStep:
@@ -42,8 +62,11 @@ class TrainStep:
     whose component's gradient is not).
     """
 
-    def __init__(self, system: CompoundSystem, objective: Objective, optimizer: SystemOptimizer, mesh: Mesh):
+    def __init__(
+        self, system: CompoundSystem, objective: Objective, optimizer: SystemOptimizer, mesh: Mesh, accumulate: int
+    ):
         self.system, self.objective, self.optimizer, self.mesh = system, objective, optimizer, mesh
+        self.accumulate = accumulate
         self._mask: PyTree = None
         self._jitted: dict[Any, Any] = {}
 
@@ -80,7 +103,7 @@ class TrainStep:
         carries, fixes = jax.tree.map(self._sharding, (carry, fixed))
         whole = replicated(self.mesh)
         return jax.jit(
-            self._update,
+            partial(self._update, carries.trained),
             donate_argnums=0,
             in_shardings=(carries, fixes, NamedSharding(self.mesh, BATCH_SPEC), whole, whole),
             out_shardings=(carries, whole),
@@ -93,13 +116,23 @@ class TrainStep:
         return sharding
 
     def _update(
-        self, carry: Carry, fixed: Fixed, batch: PyTree, key: PRNGKeyArray, proceed: Bool[Array, ""]
+        self,
+        placement: PyTree,
+        carry: Carry,
+        fixed: Fixed,
+        batch: PyTree,
+        key: PRNGKeyArray,
+        proceed: Bool[Array, ""],
     ) -> tuple[Carry, Metrics]:
-        def loss_of(trained: Params) -> tuple[Array, Metrics]:
+        def loss_of(trained: Params, part: PyTree, key: Keys) -> tuple[Array, Metrics]:
             params, reference = combine(trained, fixed.frozen), whole_reference(fixed)
-            return self.objective(self.system, params, reference, batch, jax.random.fold_in(key, carry.step))
+            return self.objective(self.system, params, reference, part, key)
 
-        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(carry.trained)
+        step_key = jax.random.fold_in(key, carry.step)
+        with activation_rules(self.mesh):
+            (loss, metrics), gradients = self._gradients(loss_of, carry.trained, batch, step_key)
+        # Summed over the devices into each one's own part, as soon as they are made.
+        gradients = jax.lax.with_sharding_constraint(gradients, placement)
         trained, opt_state, norms = self.optimizer.update(gradients, carry.opt_state, carry.trained)
         ema = _average(carry.ema, trained, self.optimizer.ema_decay)
         finite = jnp.isfinite(loss) & _all_finite(norms) & _all_finite(trained)
@@ -108,6 +141,34 @@ class TrainStep:
         kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, carry)
         metrics = {"loss": loss} | metrics | {f"grad_norm/{name}": norm for name, norm in norms.items()}
         return kept, metrics | {"finite": good} | self._finite_nodes(metrics)
+
+    def _gradients(
+        self, loss_of: Callable[..., tuple[Array, Metrics]], trained: Params, batch: PyTree, key: PRNGKeyArray
+    ) -> tuple[tuple[Array, Metrics], Params]:
+        """((loss, metrics), gradients) of the batch, part by part where `accumulate` says so."""
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        if self.accumulate == 1:
+            return value_and_grad(trained, batch, key)
+        rows, shares = jax.tree.leaves(batch)[0].shape[0], self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if rows % (self.accumulate * shares):
+            raise ShardingError(
+                f"{rows} rows cannot be cut into {self.accumulate} equal parts on each of {shares} places (data x fsdp)"
+                f": make the batch a multiple of {self.accumulate * shares}, or change accumulate"
+            )
+        cut = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
+
+        def parts(x: Array) -> Array:
+            # Every device gives a share of its own rows to each part, so that none moves.
+            by_part = jnp.swapaxes(x.reshape(rows // self.accumulate, self.accumulate, *x.shape[1:]), 0, 1)
+            return jax.lax.with_sharding_constraint(by_part, cut)
+
+        def add(total: Params, part: tuple[PyTree, Keys]) -> tuple[Params, tuple[Array, Metrics]]:
+            values, gradients = value_and_grad(trained, *part)
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype) / self.accumulate, total, gradients), values
+
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), trained)
+        gradients, values = jax.lax.scan(add, zeros, jax.tree.map(parts, (batch, row_keys(key, rows))))
+        return jax.tree.map(lambda x: x.mean(0), values), gradients
 
     def _finite_nodes(self, metrics: Metrics) -> Metrics:
         """A bad term spoils every gradient, so gradients are blamed only when all terms are finite."""

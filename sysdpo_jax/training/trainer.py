@@ -1,52 +1,51 @@
-"""The loop around the step: data, metrics, checkpoints, resuming, and stopping when a value is not finite.
+"""The loop around the step: data, metrics, checkpoints, resuming, stopping when asked or at a value that is not finite.
 
 Step k is the update made from `batch_at(k)`; a state or checkpoint of step s has made steps 0 ... s - 1.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from sysdpo_jax.data.pipeline import read_ahead
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.training.checkpoints import Checkpoints
+from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.identity import as_text, describe
-from sysdpo_jax.training.metrics import MetricsLog
+from sysdpo_jax.training.metrics import MetricsLog, MetricsReader, NonFiniteError
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.preemption import Asked, Preempted, stop_requests
 from sysdpo_jax.training.progress import ProgressFactory, progress
 from sysdpo_jax.training.search import IntermediateSearch, SearchedBatches
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, Metrics, Objective, TrainStep, make_train_step
+from sysdpo_jax.training.throughput import Throughput
 from sysdpo_jax.typing import Params
 
-
-class NonFiniteError(FloatingPointError):
-    """A step met a value that is not finite. step: its number; nodes: those to blame; the state before it is saved."""
-
-    def __init__(self, step: int, nodes: tuple[str, ...], directory: Path):
-        self.step, self.nodes = step, nodes
-        blame = f"in node {', '.join(map(repr, nodes))}" if nodes else "in the loss or the update, in no single node"
-        super().__init__(
-            f"step {step} met a value that is not finite {blame}; the state before it is saved in {directory}: look at "
-            f"the batch of that step, or lower the learning rate or the node's weight"
-        )
+# What gives the batch of a step, see `Trainer.fit`.
+BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | grain.MapDataset[Any]
 
 
 @dataclass(frozen=True)
 class Trainer:
     """Trains a system in a directory: checkpoints/, intermediates/, metrics.jsonl and TensorBoard events.
 
-    mesh: the one the state was created on. checkpoint_every: steps between checkpoints, of which `keep` are kept; the
-    last step is always saved. log_every: steps between rows of metrics. config: JSON values of the experiment (learning
-    rates, data); like objective, system and optimiser they must be the same when the run resumes. progress: shows
-    the bar.
+    mesh: the one the state was created on. accumulate: parts of a batch, see `make_train_step`. checkpoint_every: steps
+    between checkpoints, of which the newest `keep` are kept; the last step is always saved. best: a metric and "min" or
+    "max", such as ("rewards/accuracies", "max"): the checkpoint with the best mean of it over the steps read since the
+    one before is kept too. log_every: steps between rows of metrics; the host waits for the device at no other step.
+    config: JSON values of the experiment (learning rates, data); like objective, system and optimiser they must be the
+    same when the run resumes. progress: shows the bar. profile: (first, last), the steps first ... last - 1 are traced
+    by jax.profiler into profile/.
     """
 
     system: CompoundSystem
@@ -54,21 +53,28 @@ class Trainer:
     optimizer: SystemOptimizer
     directory: str | Path
     mesh: Mesh | None = None
+    accumulate: int = 1
     checkpoint_every: int = 100
     keep: int = 2
+    best: Best | None = None
     log_every: int = 1
     config: Mapping[str, Any] = field(default_factory=dict)
     progress: ProgressFactory = progress
+    profile: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
+            raise ValueError(f"profile {self.profile} must be (first, last) with 0 <= first < last")
 
     @cached_property
     def step(self) -> TrainStep:
         """The jitted step, compiled once for all calls of `fit`."""
-        return make_train_step(self.system, self.objective, self.optimizer, self.mesh)
+        return make_train_step(self.system, self.objective, self.optimizer, self.mesh, self.accumulate)
 
     def fit(
         self,
         state: TrainState,
-        batch_at: Callable[[int], PyTree] | SearchedBatches,
+        batch_at: BatchSource,
         steps: int,
         key: PRNGKeyArray,
         resume: bool = True,
@@ -76,56 +82,113 @@ class Trainer:
         """Train until `steps` updates are made in all, from the newest checkpoint of the directory if there is one.
 
         state: from `create_state` (consumed); a resumed run must be given the same initial parameters.
-        batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or
-        `SearchedBatches`, which keep what the policy drew in the directory's intermediates/.
-        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving
-        the state before that batch; `CheckpointMismatchError` when the directory
-        belongs to another run; `FileExistsError` when `resume` is False and the directory holds a checkpoint.
+        batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or a Grain
+        dataset whose element k is the batch of step k (`preference_dataset`), read ahead in threads; or
+        `SearchedBatches`, which keep what the policy drew in the directory's intermediates/. On several processes each
+        gives its own rows, see `batch_shard`.
+        SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
+        are saved and `Preempted` is raised, which ends the script with exit code 0; so does Ctrl-C with
+        `KeyboardInterrupt`, in one process. See `stop_requests`.
+        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving,
+        in one process, the state before that batch; `CheckpointMismatchError` when the directory belongs to another
+        run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume` is False
+        and the directory holds a checkpoint.
         """
-        with ExitStack() as stack:
-            checkpoints = stack.enter_context(
-                Checkpoints(
-                    Path(self.directory) / "checkpoints",
-                    state,
-                    self.optimizer,
-                    self._configuration(batch_at, key),
-                    self.keep,
-                )
-            )
-            state = _start(checkpoints, state, steps, resume)
-            start = int(state.step)
-            rank_zero = jax.process_index() == 0
-            log = stack.enter_context(MetricsLog(self.directory, start)) if rank_zero else None
-            report = stack.enter_context(self.progress(start, steps)) if rank_zero else None
-            reader = _Reader(log, report, self.log_every, checkpoints.directory)
-            batch_of, forget = self._source(batch_at)
-            proceed: Array | np.bool_ = PROCEED
-            try:
-                for step in range(start, steps):
-                    try:
-                        batch = batch_of(step, state.params)
-                    except Exception:
-                        reader.settle()
-                        checkpoints.save(state)
-                        raise
-                    state, metrics = self.step(state, batch, key, proceed)
-                    proceed = metrics["finite"]
-                    reader.take(step, metrics)
-                    if (step + 1) % self.checkpoint_every == 0 or step + 1 == steps:
-                        reader.settle()
-                        oldest = checkpoints.oldest
-                        checkpoints.save(state)
-                        # The save has waited for the one before it, so that `oldest` is not all there is.
-                        forget(oldest)
-            except NonFiniteError:
-                checkpoints.save(state)
-                raise
+        with stop_requests(Path(self.directory).absolute() / "checkpoints") as asked:
+            state, done = self._fit(state, batch_at, steps, key, resume, asked)
+            # Everything is on disk now.
+            stop = asked(done)
+        if stop is not None:
+            if isinstance(stop, Preempted) and jax.process_index() == 0:
+                print(stop, file=sys.stderr, flush=True)
+            raise stop
         return state
 
+    def checkpoints(self, state: TrainState, batch_at: BatchSource, key: PRNGKeyArray) -> Checkpoints:
+        """Those of the directory, to be used as a context manager; arguments as for `fit`, which leaves the state.
+
+        `checkpoints.restore(state, checkpoints.best)[0]` is the best state.
+        """
+        configuration = self._configuration(batch_at, key)
+        directory = Path(self.directory) / "checkpoints"
+        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best)
+
+    def _fit(
+        self,
+        state: TrainState,
+        batch_at: BatchSource,
+        steps: int,
+        key: PRNGKeyArray,
+        resume: bool,
+        asked: Asked,
+    ) -> tuple[TrainState, int]:
+        """The state and its step: `steps` unless the run was asked to stop."""
+        with ExitStack() as stack:
+            checkpoints = stack.enter_context(self.checkpoints(state, batch_at, key))
+            state = _start(checkpoints, state, steps, resume)
+            done = int(state.step)
+            rank_zero = jax.process_index() == 0
+            log = stack.enter_context(MetricsLog(self.directory, done)) if rank_zero else None
+            report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
+            best = None if self.best is None else self.best[0]
+            throughput = Throughput(self.system, self.optimizer, self.step.mesh)
+            reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best)
+            profile = _Profile(self.profile if rank_zero else None, Path(self.directory) / "profile")
+            stack.callback(profile.close)
+            batch_of, forget = self._source(batch_at, done, steps, stack)
+
+            def save() -> None:
+                # A batch is a function of its step: that is the whole state of the input, Grain's iterator included.
+                step = int(state.step)
+                checkpoints.save(state, {"step": step}, reader.mean())
+
+            def checkpoint() -> None:
+                reader.settle()
+                oldest = checkpoints.oldest
+                save()
+                # The save has waited for the one before it, so that `oldest` is not all there is.
+                forget(oldest)
+
+            proceed: Array | np.bool_ = PROCEED
+            try:
+                stop = asked(done)
+                while done < steps and stop is None:
+                    try:
+                        batch = batch_of(done, state.params)
+                    except Exception:
+                        reader.settle()
+                        # Other processes, which have their batches, would not join.
+                        if jax.process_count() == 1:
+                            save()
+                        raise
+                    reader.count(done, state, batch)
+                    profile.before(done)
+                    state, metrics = self.step(state, batch, key, proceed)
+                    proceed = metrics["finite"]
+                    reader.take(done, metrics)
+                    profile.after(done, metrics)
+                    done += 1
+                    stop = asked(done)
+                    if done % self.checkpoint_every == 0:
+                        checkpoint()
+                checkpoint()
+            except NonFiniteError:
+                save()
+                raise
+        return state, done
+
     def _source(
-        self, batch_at: Callable[[int], PyTree] | SearchedBatches
+        self, batch_at: BatchSource, start: int, steps: int, stack: ExitStack
     ) -> tuple[Callable[[int, Params], PyTree], Callable[[int], None]]:
-        """What gives the batch of (step, parameters), and what to tell the oldest checkpoint that may be resumed."""
+        """What gives the batch of (step, parameters), and what to tell the oldest checkpoint that may be resumed.
+
+        It is asked for the steps start, start + 1, ... below `steps`, while `stack` is open.
+        """
+        if isinstance(batch_at, grain.MapDataset):
+            if len(batch_at) < steps:
+                raise ValueError(f"the dataset ends after {len(batch_at)} of the {steps} steps: repeat it")
+            batches = stack.enter_context(read_ahead(batch_at, start))
+            return lambda step, params: next(batches), lambda checkpoint: None
         if not isinstance(batch_at, SearchedBatches):
             return lambda step, params: batch_at(step), lambda checkpoint: None
         if batch_at.system != self.system:
@@ -133,68 +196,58 @@ class Trainer:
         search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
         return search.batch, search.forget
 
-    def _configuration(self, batch_at: Callable[[int], PyTree] | SearchedBatches, key: PRNGKeyArray) -> dict[str, str]:
-        nodes = {f"node {node.name}": describe(node) for node in self.system.nodes}
-        optimizers = {f"optimizer {name}": describe(component) for name, component in self.optimizer.components}
+    def _configuration(self, batch_at: BatchSource, key: PRNGKeyArray) -> dict[str, str]:
+        described = [describe(f"node {node.name}", node) for node in self.system.nodes]
+        described += [describe(f"optimizer {name}", component) for name, component in self.optimizer.components]
+        described += [describe("ema_decay", self.optimizer.ema_decay), describe("objective", self.objective)]
         return {
-            **nodes,
-            **optimizers,
-            "ema_decay": describe(self.optimizer.ema_decay),
-            "objective": describe(self.objective),
+            **{path: text for texts in described for path, text in texts.items()},
             "key": str(jax.device_get(jax.random.key_data(key)).tolist()),
             **_describe_batches(batch_at),
             **{f"config {name}": text for name, text in as_text(self.config).items()},
         }
 
 
-def _describe_batches(batch_at: Callable[[int], PyTree] | SearchedBatches) -> dict[str, str]:
-    """What is known of the batches: of a function nothing."""
+def _describe_batches(batch_at: BatchSource) -> dict[str, str]:
+    """What is known of the batches: of a function or a dataset nothing."""
     if not isinstance(batch_at, SearchedBatches):
         return {}
-    return {"batches": describe(batch_at), "records": batch_at.fingerprint()}
+    return {**describe("batches", batch_at), "records": batch_at.fingerprint()}
 
 
-class _Reader:
-    """Reads each step's metrics after the next step is dispatched, so that the device never waits for the host."""
+class _Profile:
+    """Traces the steps [first, last) with jax.profiler."""
 
-    def __init__(self, log: MetricsLog | None, report: Callable[[int, str], None] | None, every: int, directory: Path):
-        self._log, self._report, self._every, self._directory = log, report, every, directory
-        self._waiting: tuple[int, Metrics] | None = None
+    def __init__(self, steps: tuple[int, int] | None, directory: Path):
+        self._steps, self._directory, self._running = steps or (0, 0), directory, False
 
-    def take(self, step: int, metrics: Metrics) -> None:
-        self._read()
-        self._waiting = (step, metrics)
+    def before(self, step: int) -> None:
+        first, last = self._steps
+        if not self._running and first <= step < last:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
 
-    def settle(self) -> None:
-        """Read what waits and put the rows on disk."""
-        self._read()
-        if self._log is not None:
-            self._log.flush()
+    def after(self, step: int, metrics: Metrics) -> None:
+        if self._running and step + 1 == self._steps[1]:
+            jax.block_until_ready(metrics)
+            self.close()
 
-    def _read(self) -> None:
-        if self._waiting is None:
-            return
-        (step, metrics), self._waiting = self._waiting, None
-        if not metrics["finite"]:
-            bad = (name for name, value in metrics.items() if name.startswith("finite/") and not value)
-            raise NonFiniteError(step, tuple(name.removeprefix("finite/") for name in bad), self._directory)
-        if self._log is not None and step % self._every == 0:
-            values = jax.device_get({k: v for k, v in metrics.items() if not k.startswith("finite")})
-            self._log.write(step, values)
-        if self._report is not None:
-            self._report(step + 1, f"loss {float(metrics['loss']):.4f}")
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def _start(checkpoints: Checkpoints, state: TrainState, steps: int, resume: bool) -> TrainState:
-    latest = checkpoints.latest
-    if latest is None:
+    # A directory of damaged checkpoints is not an empty one.
+    if checkpoints.latest is None and not checkpoints.set_aside:
         return state
     if not resume:
         raise FileExistsError(f"{checkpoints.directory} holds a checkpoint: resume, or choose another directory")
-    restored = checkpoints.restore(state)
-    if not int(state.step) <= latest <= steps:
+    restored, data = checkpoints.restore(state)
+    if not int(state.step) <= data["step"] <= steps:
         raise ValueError(
-            f"{checkpoints.directory} holds step {latest}, which is not between the given state's step "
+            f"{checkpoints.directory} holds step {data['step']}, which is not between the given state's step "
             f"{int(state.step)} and the {steps} steps asked for: choose another directory or more steps"
         )
     return restored

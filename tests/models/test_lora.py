@@ -77,7 +77,7 @@ NOISY = (
 )
 FAMILIES = {
     "decoder": (Decoder(DECODER), (TOKENS,)),
-    "decoder, rematerialised": (Decoder(dataclasses.replace(DECODER, remat=True)), (TOKENS,)),
+    "decoder, rematerialised": (Decoder(dataclasses.replace(DECODER, remat="full")), (TOKENS,)),
     "unet": (UNet2DCondition(UNET), NOISY),
     "mmdit": (MMDiT(MMDIT), (*NOISY, np.random.default_rng(3).normal(size=(2, 10)).astype(np.float32))),
     "t5": (T5Encoder(T5), (TOKENS,)),

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from transformers import PreTrainedModel
 
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig, init_cache
+from sysdpo_jax.models.remat import POLICIES
 from tests.parity.convert import llama_params, llama_tree, torch_decoder
 
 BASE = DecoderConfig(
@@ -33,6 +34,7 @@ VARIANTS = {
 # Two float32 implementations that order their sums differently; the logits below are of order 10.
 TOLERANCE = 1e-4
 LENGTHS = np.array([9, 4, 1])
+MIXED = ("full_attention", "sliding_attention", "full_attention")
 # Nearly all the time of these tests is compilation, of programs that run once.
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -112,8 +114,8 @@ def sequence_log_prob(params: PyTree, config: DecoderConfig, tokens: jax.Array, 
 
 
 @pytest.mark.parametrize("name", ["grouped", "tied"])
-@pytest.mark.parametrize("remat", [False, True])
-def test_gradients(name: str, remat: bool) -> None:
+@pytest.mark.parametrize("remat", [None, "full"])
+def test_gradients(name: str, remat: str | None) -> None:
     """The gradient of a padded batch's log-probability in every parameter, against torch autograd.
 
     1e-3 of each array's largest entry: float32 sums over 3 layers and 3 rows, ordered differently.
@@ -146,13 +148,31 @@ def test_remat_changes_nothing() -> None:
     """The recomputed forward is the same program, so values and gradients agree to float32 rounding."""
     params = llama_params(llama(BASE))
     tokens, mask = jnp.array(random_tokens((3, 12))), jnp.array(padding("right", 12))
-    both = [
+    kept, *others = [
         jax.jit(jax.value_and_grad(sequence_log_prob), static_argnums=1, compiler_options=QUICK)(
             params, dataclasses.replace(BASE, remat=remat), tokens, mask
         )
-        for remat in (False, True)
+        for remat in (None, *POLICIES)
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max()), *both)
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max()), kept, other)
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding", "mixed"])
+def test_rows_padded_on_the_right_need_no_mask(kind: str) -> None:
+    """A real token sees what is before it, so the padding behind it changes nothing: the same sums, up to rounding."""
+    layers = {"full": {}, "sliding": {"sliding_window": 3}, "mixed": {"sliding_window": 3, "layer_types": MIXED}}
+    config = dataclasses.replace(BASE, **layers[kind])
+    params, tokens, mask = llama_params(llama(BASE)), jnp.array(random_tokens((3, 12))), padding("right", 12)
+    masked = run(config, params, tokens, None, jnp.array(mask), method="hidden_states")
+    free = run(config, params, tokens, method="hidden_states")
+    np.testing.assert_allclose(
+        np.asarray(free)[mask], np.asarray(masked)[mask], rtol=0, atol=1e-6 * np.abs(masked).max()
+    )
+    program = jax.make_jaxpr(lambda p, t: Decoder(config).apply({"params": p}, t, method="hidden_states"))(
+        params, tokens
+    )
+    assert ("bool[3,12,12]" in str(program)) == (kind == "mixed")
 
 
 @pytest.mark.parametrize("chunks", [(12,), (5, 7), (8, 1, 1, 1, 1)])
@@ -196,6 +216,10 @@ def test_errors() -> None:
         dataclasses.replace(BASE, hidden_size=50)
     with pytest.raises(ValueError, match="even"):
         dataclasses.replace(BASE, head_dim=7)
+    with pytest.raises(ValueError, match="'everything': choose None or one of full, dots_saveable"):
+        dataclasses.replace(BASE, remat="everything")
+    with pytest.raises(ValueError, match="unknown attention 'paged': choose among auto, plain"):
+        dataclasses.replace(BASE, attention="paged")
     init = Decoder(BASE).init
     with pytest.raises(ValueError, match="max_position_embeddings 64"):
         jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 65), jnp.int32))

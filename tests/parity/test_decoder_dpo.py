@@ -46,7 +46,7 @@ def test_loss_and_gradient(name: str) -> None:
     assert margins.abs().max() < 5
 
     tokenizer = IdTokenizer()
-    component = LanguageModel(Decoder(VARIANTS[name]), tokenizer, max_prompt_length=6, max_new_tokens=6)
+    component = LanguageModel(Decoder(VARIANTS[name]), tokenizer, max_prompt_length=6, max_new_tokens=9)
     system = CompoundSystem(("request",), (Node("answer", component, ("request",)),))
     whole = {"prompt_lengths": PROMPTS, "truncated": np.zeros(4, np.float32)}
     sides = [{"answer": whole | {"tokens": TOKENS[side], "lengths": LENGTHS[side]}} for side in LENGTHS]

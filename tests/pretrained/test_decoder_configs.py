@@ -227,7 +227,7 @@ def test_written_and_read_back(values: dict[str, Any]) -> None:
 
 def test_precision_and_remat_are_no_part_of_a_file() -> None:
     config = read(HUB["Qwen2.5-0.5B"])
-    run = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16", remat=True)
+    run = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16", remat="full", attention="xla")
     assert FAMILIES["qwen2"].write(run) == FAMILIES["qwen2"].write(config)
 
 

@@ -90,9 +90,11 @@ def test_what_load_is_told(tmp_path):
     """Precision of parameters and products, recomputation, lengths, and the further ends of generation_config.json."""
     write_decoder(tmp_path, "llama")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
-    component, params = pretrained.load(tmp_path, dtype="bfloat16", param_dtype="float16", remat=True, max_new_tokens=7)
+    component, params = pretrained.load(
+        tmp_path, dtype="bfloat16", param_dtype="float16", remat="full", max_new_tokens=7
+    )
     config = component.decoder.config
-    assert (config.dtype, config.param_dtype, config.remat) == ("bfloat16", "float16", True)
+    assert (config.dtype, config.param_dtype, config.remat) == ("bfloat16", "float16", "full")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float16")}
     assert (component.max_prompt_length, component.max_new_tokens, component.stop_tokens) == (32, 7, (5,))
     with pytest.raises(TypeError, match="max_tokens"):

@@ -34,7 +34,7 @@ SMALL = DecoderConfig(
     max_position_embeddings=16,
 )
 WIDE = dataclasses.replace(
-    SMALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_key_value_heads=4, remat=True
+    SMALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_key_value_heads=4, remat="full"
 )
 OPTIMIZER = make_optimizer({"lm": ComponentOptimizer(optax.adam(1e-2), trainable=TRAINABLE)})
 OBJECTIVE = DirectObjective(0.5)
@@ -74,7 +74,7 @@ def start(config, objective=OBJECTIVE):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"dtype": "bfloat16", "remat": True}], ids=["float32", "bfloat16, rematerialised"]
+    "change", [{}, {"dtype": "bfloat16", "remat": "full"}], ids=["float32", "bfloat16, rematerialised"]
 )
 def test_step_zero_has_no_margin_and_only_factors_change(change):
     """1e-6, an ulp of the log-probability: XLA fuses a forward pass otherwise when its gradient is wanted."""

@@ -1,0 +1,149 @@
+"""What experiments/benchmarks/gpu.py measures: systems of one node, their random weights and batches."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray
+
+from experiments.scaling.shapes import (
+    LLAMA_3_8B,
+    LLAMA_32_1B,
+    SDXL,
+    SIZE_IDS,
+    image_features,
+    painter,
+    text_features,
+    writer,
+)
+from sysdpo_jax import (
+    LORA_TRAINABLE,
+    Component,
+    ComponentOptimizer,
+    CompoundSystem,
+    LoRA,
+    Node,
+    PairBatch,
+    add_lora,
+    make_optimizer,
+)
+from sysdpo_jax.models.decoder import DecoderConfig
+from sysdpo_jax.models.unet import UNetConfig
+from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.typing import Features, Params
+
+PRECISION: dict[str, Any] = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"}
+TINY_DECODER = replace(
+    LLAMA_3_8B,
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+TINY_UNET = replace(
+    SDXL,
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    block_out_channels=(8,),
+    layers_per_block=1,
+    transformer_layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=16,
+    norm_num_groups=4,
+    addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=32,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One component as a system, how it is trained, and its batch.
+
+    size: of a batch, for people. transformation: optax's. side: the features of one side of the pairs, from a NumPy
+    generator. lora_rank: 0 trains all weights, with master weights in float32.
+    """
+
+    name: str
+    component: Component
+    size: str
+    transformation: optax.GradientTransformation
+    side: Callable[[np.random.Generator], Features]
+    lora_rank: int = 0
+
+    @property
+    def trained(self) -> str:
+        """What is trained, for people."""
+        return f"LoRA {self.lora_rank}" if self.lora_rank else "all"
+
+    @property
+    def system(self) -> CompoundSystem:
+        return CompoundSystem(("x",), (Node(self.name, self.component, ("x",)),))
+
+    @property
+    def optimizer(self) -> SystemOptimizer:
+        if self.lora_rank:
+            component = ComponentOptimizer(self.transformation, trainable=LORA_TRAINABLE)
+        else:
+            component = ComponentOptimizer(self.transformation, master_weights=True)
+        return make_optimizer({self.name: component})
+
+    def params(self, key: PRNGKeyArray) -> Params:
+        """Random weights, made on the device in their own precision."""
+        params = jax.jit(self.system.init)(key)
+        if not self.lora_rank:
+            return params
+        return {self.name: add_lora(params[self.name], LoRA(self.lora_rank, 2.0 * self.lora_rank), key)}
+
+    def batch(self) -> PairBatch:
+        """Pairs of random features, the same every time."""
+        chosen, rejected = ({self.name: self.side(np.random.default_rng(seed))} for seed in (0, 1))
+        return PairBatch(chosen, rejected)
+
+
+def language(name: str, config: DecoderConfig, pairs: int, length: int, rate: float, lora_rank: int = 0) -> Case:
+    """A decoder on pairs of texts of `length` tokens, the first half of them the prompt, with AdamW."""
+    model = writer(replace(config, **PRECISION), length // 2, length - length // 2)
+
+    def side(rng: np.random.Generator) -> Features:
+        shapes: Mapping[str, Any] = text_features(model, pairs)
+        return {
+            "tokens": rng.integers(0, config.vocab_size, shapes["tokens"].shape, np.int32),
+            "prompt_lengths": np.full(pairs, length // 2, np.int32),
+            "lengths": np.full(pairs, length, np.int32),
+            "truncated": np.zeros(pairs, np.float32),
+        }
+
+    return Case(name, model, f"{pairs} pairs x {length} tokens", optax.adamw(rate), side, lora_rank)
+
+
+def images(name: str, config: UNetConfig, pairs: int, pixels: int, rate: float) -> Case:
+    """A U-Net on the latents of pairs of square images, with Adafactor."""
+    model = painter(replace(config, **PRECISION), pixels)
+
+    def side(rng: np.random.Generator) -> Features:
+        shapes = image_features(model, pairs)
+        random = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+        text, pooled, _ = random["text"]["encoded"]
+        frames = np.full((pairs, SIZE_IDS), pixels, np.float32)
+        return random | {"text": {"encoded": (text, pooled, frames), "truncated": np.zeros(pairs, np.float32)}}
+
+    return Case(name, model, f"{pairs} pairs x {pixels} pixels", optax.adafactor(rate), side)
+
+
+# {preset: {case: what makes it}}
+CASES: dict[str, dict[str, Callable[[], Case]]] = {
+    "large": {
+        "llama-3.2-1b": lambda: language("llama-3.2-1b", LLAMA_32_1B, pairs=8, length=1024, rate=1e-6),
+        "llama-3-8b": lambda: language("llama-3-8b", LLAMA_3_8B, pairs=4, length=1024, rate=1e-5, lora_rank=16),
+        "sdxl": lambda: images("sdxl", SDXL, pairs=2, pixels=1024, rate=1e-6),
+    },
+    "tiny": {
+        "decoder": lambda: language("decoder", TINY_DECODER, pairs=2, length=16, rate=1e-3, lora_rank=2),
+        "unet": lambda: images("unet", TINY_UNET, pairs=1, pixels=64, rate=1e-4),
+    },
+}

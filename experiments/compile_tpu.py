@@ -1,0 +1,195 @@
+"""Compile the training step of a large system for a TPU slice, on a machine without TPUs, and say whether it fits.
+
+    python -m experiments.compile_tpu --system llama3-8b+sdxl --topology v5e:4x4 --mode full > step.json
+
+It is the step that a run would take (`make_train_step`), with its optimiser, reference, donation and sharding;
+parameters and batch are shapes. What it prints, as JSON, is the compiler's account of one chip's memory, the collective
+operations, and the operations counted from shapes. It needs libtpu: `pip install ".[tpu-aot]"`.
+
+Expected: the command above in some minutes on two cores, with "fits": true; docs/scaling has the files of such runs.
+"""
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, Literal
+
+import jax
+import tyro
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from experiments.scaling.chips import USABLE_HBM_GIB, mesh_of, topology
+from experiments.scaling.hlo import collectives_by_kind
+from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
+from sysdpo_jax import CompoundSystem, make_train_step
+from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
+from sysdpo_jax.training.optimizer import SystemOptimizer, combine, partition
+from sysdpo_jax.training.state import TrainState, abstract_state
+
+GIB = 2**30
+FLOPS_NOTE = (
+    "operations of one step on all chips, counted from shapes: 'model' is what the mathematics needs (a trained "
+    "model's forward pass 3 times, 2 with LoRA, its reference's once, on both sides), 'with_recomputation' adds what "
+    "the backward pass computes again; attention counts every score. The compiler's own figure is of one chip, has a "
+    "scanned layer once and a kernel not at all: it is stated to be compared, not used"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to compile.
+
+    system: a name in experiments/scaling/systems.py. topology: generation and sides, v5e:4x4. mode: train all weights
+    of all models, or LoRA factors (rank 16, attention). data, fsdp, tensor: the mesh; fsdp is by default what the
+    others leave. batch: pairs in a step, by default one for each chip or, with tensor, for each group of them.
+    accumulate: parts the batch is cut into. sequence: tokens of prompt and completion. image_size: pixels a side, by
+    default the model's own. intermediates: of SysDPO-Sampling. param_dtype: of the weights, of which those that are
+    trained have float32 master weights; state_dtype: of the optimiser's moments. attention, remat: see DecoderConfig.
+    """
+
+    system: str = "smollm2-135m+sd15"
+    topology: str = "v5e:2x2"
+    mode: Literal["full", "lora"] = "full"
+    data: int = 1
+    fsdp: int | None = None
+    tensor: int = 1
+    batch: int | None = None
+    accumulate: int = 1
+    sequence: int = 1024
+    image_size: int | None = None
+    intermediates: int = 4
+    param_dtype: Dtype = "bfloat16"
+    state_dtype: Dtype = "float32"
+    attention: str = "flash"
+    remat: str = "full"
+
+
+def plan(config: Config, mesh: Mesh) -> tuple[Example, SystemOptimizer, TrainState, PyTree]:
+    """The system, its optimiser, and the shapes of its state and batch. Raises SystemExit for an unknown system."""
+    if config.system not in SYSTEMS:
+        raise SystemExit(f"unknown system {config.system!r}: choose one of {', '.join(SYSTEMS)}")
+    own_size, make = SYSTEMS[config.system]
+    size = Size(config.sequence, config.image_size or own_size, config.intermediates)
+    example = make(size, Computing(config.attention, config.remat, config.param_dtype))
+    shapes = jax.eval_shape(plain(example.system).init, jax.random.key(0))
+    params, optimizer = fine_tuning(config.mode, shapes, config.state_dtype)
+    state = abstract_state(example.system, params, optimizer, mesh)
+    return example, optimizer, state, example.batch(config.batch or mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def plain(system: CompoundSystem) -> CompoundSystem:
+    """The same system with attention as plain products, whose parameters are the same."""
+    return replace(
+        system, nodes=tuple(replace(node, component=plain_attention(node.component)) for node in system.nodes)
+    )
+
+
+def count(example: Example, optimizer: SystemOptimizer, state: TrainState, batch: PyTree) -> dict[str, Any]:
+    """FLOPs of one step, see FLOPS_NOTE."""
+    model = step_flops(example.system, optimizer, state, batch)
+    mask = optimizer.mask(state.params)
+    trained, frozen = partition(state.params, mask)
+
+    def gradients(trained: PyTree, frozen: PyTree, reference: PyTree, batch: PyTree) -> PyTree:
+        def loss(leaves: PyTree) -> Any:
+            params = combine(leaves, frozen)
+            return example.objective(plain(example.system), params, reference, batch, jax.random.key(0))
+
+        return jax.grad(loss, has_aux=True)(trained)
+
+    again = count_flops(gradients, trained, frozen, state.reference, batch)
+    return {"note": FLOPS_NOTE, "model": model, "model_total": sum(model.values()), "with_recomputation": again}
+
+
+def compiled_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
+    """The program, or the compiler's message where it finds no room for it in a chip's memory."""
+    try:
+        return lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, str(error)
+
+
+def account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]:
+    """Memory of one chip in GiB, the collectives, and the compiler's FLOPs."""
+    memory: Any = compiled.memory_analysis()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+    return {
+        "fits": memory.peak_memory_in_bytes <= usable_gib * GIB,
+        "memory_per_chip_gib": {name: round(size / GIB, 3) for name, size in sizes.items()},
+        "collectives_per_chip": collectives_by_kind(compiled.as_text() or ""),
+        "compiler_flops_per_chip": (compiled.cost_analysis() or {}).get("flops"),
+    }
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Everything that is printed."""
+    generation = config.topology.partition(":")[0]
+    mesh = mesh_of(topology(config.topology), config.data, config.fsdp, config.tensor)
+    example, optimizer, state, batch = plan(config, mesh)
+    began = time.monotonic()
+    step = make_train_step(example.system, example.objective, optimizer, mesh, config.accumulate)
+    lowered = step.lower(state, batch, jax.random.key(0))
+    traced = time.monotonic()
+    compiled, refusal = compiled_step(lowered)
+    done = time.monotonic()
+    usable = USABLE_HBM_GIB[generation]
+    if compiled is None:
+        result: dict[str, Any] = {"fits": False, "compiler": _first_lines(refusal or "")}
+    else:
+        result = account(compiled, usable)
+    return {
+        "system": config.system,
+        "topology": config.topology,
+        "mode": config.mode,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "pairs_per_step": jax.tree.leaves(batch)[0].shape[0],
+        "sequence": config.sequence,
+        "image_size": config.image_size or SYSTEMS[config.system][0],
+        "parameters": {key: sum(leaf.size for leaf in jax.tree.leaves(tree)) for key, tree in state.params.items()},
+        "usable_hbm_gib": usable,
+        **result,
+        "seconds": {"trace_and_lower": round(traced - began, 1), "compile": round(done - traced, 1)},
+        "flops": count(example, optimizer, state, batch),
+    }
+
+
+def _first_lines(message: str) -> str:
+    """How much is used of how much, without the list of buffers."""
+    return re.split(r"\n\s*\n|Largest program allocations", message, maxsplit=1)[0][:2000]
+
+
+def main(arguments: list[str]) -> None:
+    """Print the account. Raises SystemExit with code 1 when the step does not fit."""
+    config = tyro.cli(Config, args=arguments, description=__doc__)
+    # No device of this machine is needed, and one that is busy would be in the way.
+    jax.config.update("jax_platforms", "cpu")
+    result = run(config)
+    result["made_by"] = {
+        "command": " ".join(["python -m experiments.compile_tpu", *arguments]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
+    }
+    print(json.dumps(result, indent=1))
+    if not result["fits"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

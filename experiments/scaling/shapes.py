@@ -1,0 +1,133 @@
+"""Models by shape alone: components and prepared features of published models, without weights, tokenizers or data.
+
+Shapes are from the models' config.json on the Hugging Face hub.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from sysdpo_jax import Diffusion, LanguageModel, PixelCodec
+from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.typing import Features, Params
+
+LLAMA_3_8B = DecoderConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    max_position_embeddings=8192,
+)
+LLAMA_32_1B = replace(
+    LLAMA_3_8B, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True
+)
+QWEN15_18B = DecoderConfig(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=5504,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    rope_theta=1000000.0,
+    max_position_embeddings=32768,
+    qkv_bias=True,
+    model_type="qwen2",
+)
+SMOLLM2_135M = DecoderConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    rms_norm_eps=1e-5,
+    rope_theta=100000.0,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+SD15 = UNetConfig(cross_attention_dim=768)
+SDXL = UNetConfig(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+    use_linear_projection=True,
+)
+PIXELS_PER_LATENT = 8
+TEXT_TOKENS, SIZE_IDS = 77, 6
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Conditioning that comes encoded, as `FrozenText` leaves it, for a U-Net of this shape.
+
+    Its features are made by shape, so that `prepare` has nothing to do; it raises NotImplementedError.
+    """
+
+    unet: UNetConfig
+
+    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
+        return {}
+
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        text = jax.ShapeDtypeStruct((1, TEXT_TOKENS, self.unet.cross_attention_dim), jnp.float32)
+        if self.unet.addition_embed_type is None:
+            return (text,)
+        sizes = SIZE_IDS * (self.unet.addition_time_embed_dim or 0)
+        pooled = (self.unet.projection_class_embeddings_input_dim or 0) - sizes
+        shapes = (1, pooled), (1, SIZE_IDS)
+        return text, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
+        raise NotImplementedError("EncodedText: these features come from their shapes, not from captions")
+
+    def encode(self, params: Params, features: dict[str, Features]) -> tuple[Array, ...]:
+        return tuple(features["encoded"])
+
+
+def writer(config: DecoderConfig, prompt: int, new: int) -> LanguageModel:
+    """A language model that can only be given features. prompt, new: their room in tokens."""
+    return LanguageModel(Decoder(config), SimpleNamespace(eos_token_id=1, pad_token_id=0), prompt, new)
+
+
+def painter(config: UNetConfig, pixels: int) -> Diffusion:
+    """An epsilon diffusion model of square images, of whose codec only the latents' shape is known."""
+    side = pixels // PIXELS_PER_LATENT
+    return Diffusion(UNet2DCondition(config), EncodedText(config), PixelCodec((side, side, config.in_channels)))
+
+
+def text_features(component: LanguageModel, *leading: int) -> dict[str, Any]:
+    """Shapes of what `prepare` makes of texts; leading: the batch and, where there is one, the plate."""
+    length = component.max_prompt_length + component.max_new_tokens
+    count = jax.ShapeDtypeStruct(leading, jnp.int32)
+    return {
+        "tokens": jax.ShapeDtypeStruct((*leading, length), jnp.int32),
+        "prompt_lengths": count,
+        "lengths": count,
+        "truncated": jax.ShapeDtypeStruct(leading, jnp.float32),
+    }
+
+
+def image_features(component: Diffusion, *leading: int) -> dict[str, Any]:
+    """Shapes of what `prepare` makes of images and captions."""
+    encoded = tuple(jax.ShapeDtypeStruct((*leading, *s.shape[1:]), s.dtype) for s in component.text.shapes())
+    return {
+        "latents": jax.ShapeDtypeStruct((*leading, *component.codec.latent_shape), jnp.float32),
+        "text": {"encoded": encoded, "truncated": jax.ShapeDtypeStruct(leading, jnp.float32)},
+    }

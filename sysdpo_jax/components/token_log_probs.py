@@ -1,0 +1,64 @@
+"""Log-probabilities of tokens without the logits of a whole sequence.
+
+Axes: B batch, L length, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+MAX_CHUNKS = 16
+# Of a chunk's logits in float32: smaller ones save nothing that matters.
+MIN_CHUNK_BYTES = 4 * 2**20
+
+Head = Callable[[Float[Array, "batch length width"]], Float[Array, "batch length vocab"]]
+
+
+def token_log_probs(
+    head: Head, hidden: Float[Array, "batch length width"], targets: Int[Array, "batch length"], vocab: int
+) -> Float[Array, "batch length"]:
+    """log softmax(head(hidden))[target] in float32, over `number_of_chunks` stretches of the length, one by one.
+
+    The backward pass computes each stretch's logits again, so that no array [B, L, V] exists in either pass.
+    head: logits in float32 of hidden states, whichever stretch they come from; vocab: how many.
+    """
+    batch, length, width = hidden.shape
+    size = -(-length // number_of_chunks(batch * length, width, vocab))
+    if size == length:
+        return _log_probs(head, hidden, targets)
+
+    def of_chunk(chunk: tuple[Array, Array]) -> Array:
+        return _log_probs(head, *chunk)
+
+    made = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), (_cut(hidden, size), _cut(targets, size)))
+    return jnp.moveaxis(made, 0, 1).reshape(batch, -1)[:, :length]
+
+
+def number_of_chunks(rows: int, width: int, vocab: int) -> int:
+    """Into how many stretches the rows (batch times length) are cut; 1 where that would cost memory.
+
+    The compiler's temporary bytes of the gradient in hidden states and kernel [D, V], both sides of a preference at
+    once (float32, CPU): 6 L unchunked and K + 6 L / n in n chunks, with L the bytes of one side's logits and K those of
+    the kernel, a product that waits to be added to the sum over chunks. So chunks pay from L = K / 5.6 on, and are
+    used from K / 4 on. (Measured: K = 108 MiB, L = 384 MiB: 2304 and, in 16 chunks, 175 MiB; L = 12 MiB: 144 and 112.)
+    A frozen kernel has no such sum and a single side half the logits: there the best threshold would be 0 and K / 1.9.
+    A mesh divides rows and kernel alike, so the ratio of the whole arrays decides.
+    """
+    if 4 * rows < width:
+        return 1
+    return max(1, min(MAX_CHUNKS, 4 * rows * vocab // MIN_CHUNK_BYTES))
+
+
+def _log_probs(head: Head, hidden: Array, targets: Array) -> Array:
+    logits = head(hidden)
+    # A comparison: a gather's gradient scatters into another array of logits, and a mesh may cut the vocabulary.
+    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _cut(x: Array, size: int) -> Array:
+    """[B, L, ...] as [chunks, B, size, ...], padded with zeros; the batch stays whole, for a mesh cuts it."""
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
+    return jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

@@ -1,0 +1,157 @@
+"""Attention, softmax(scale q k) v (arXiv 1706.03762, equation 1), by the means that suit the platform.
+
+Axes: B batch, L length, S slots, H heads, G key-value heads, K head width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# What a configuration's `attention` may name.
+IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "flash")
+# Shorter than the kernel's smallest block, the matrix of scores is small and plain products are as good.
+MIN_FLASH_LENGTH = 128
+# Of cuDNN's fused attention on every GPU that has it; the newest take wider heads.
+MAX_CUDNN_WIDTH = 128
+
+
+def attend(
+    queries: Float[Array, "batch length heads width"],
+    keys: Float[Array, "batch slots groups width"],
+    values: Float[Array, "batch slots groups width"],
+    visible: Bool[Array, "batch length slots"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "batch length heads width"]:
+    """softmax(scale q k) v with the softmax in float32; heads may share key-value heads (arXiv 2305.13245).
+
+    A query that sees no slot gets a finite average.
+    visible: which slots a query sees, all by default. scale: 1 / sqrt(K) by default.
+    softcap: c in c tanh(scores / c), which bounds the scores (Gemma 2, arXiv 2408.00118, section 2).
+    causal: query i sees slot j only where j <= i, and with a window (arXiv 2004.05150) only where i - j < window.
+    implementation: one of IMPLEMENTATIONS, see `choose`.
+    Raises ValueError for a window without `causal` and for an implementation that cannot do this.
+    """
+    if window is not None and not causal:
+        raise ValueError(f"attend: window {window} needs causal=True")
+    kind = choose(
+        implementation, jax.default_backend(), queries.dtype.name, queries.shape, visible is not None, softcap
+    )
+    if kind == "plain":
+        return _plain(queries, keys, values, _both(visible, queries, keys, causal, window), scale, softcap)
+    scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
+    if kind == "flash":
+        # Importing Pallas takes half a second, which only TPUs get something for.
+        from sysdpo_jax.models.flash import flash
+
+        return flash(queries, keys, values, scale, causal, window)
+    return jax.nn.dot_product_attention(
+        queries,
+        keys,
+        values,
+        mask=None if visible is None else visible[:, None],
+        scale=scale,
+        is_causal=causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn" if kind == "cudnn" else "xla",
+    )
+
+
+def choose(
+    implementation: str, backend: str, dtype: str, shape: tuple[int, ...], masked: bool, softcap: float | None
+) -> str:
+    """The implementation for queries of this shape [B, L, H, K] and dtype, on one of jax's backends.
+
+    "plain": matrix products and a softmax written here, the fastest on CPUs and the only one with a soft cap.
+    "xla": `jax.nn.dot_product_attention`, the same with fewer passes over the scores on accelerators.
+    "cudnn": cuDNN's fused attention, for NVIDIA GPUs since Ampere.
+    "flash": jax's splash kernel for TPUs, see `flash`. It is chosen at tracing, so name it to compile for a TPU ahead
+    of time: "auto" then sees the machine at hand.
+    "auto": on a TPU flash from MIN_FLASH_LENGTH queries on, on such a GPU cudnn, where these can run; else xla, and on
+    CPUs and with a soft cap plain. Only cudnn and flash never hold scores [B, H, L, S].
+
+    Raises ValueError for an unknown name and for a named implementation that cannot run, with the reason.
+    """
+    check_attention(implementation, "attend")
+    if implementation != "auto":
+        reason = _refusal(implementation, backend, dtype, shape, masked, softcap)
+        if reason is not None:
+            raise ValueError(
+                f"attend: attention {implementation!r} {reason} (queries {shape}, {dtype}); choose another or 'auto'"
+            )
+        return implementation
+    if softcap is not None or backend == "cpu":
+        return "plain"
+    fused = {"tpu": "flash", "gpu": "cudnn"}.get(backend, "xla")
+    short = fused == "flash" and shape[1] < MIN_FLASH_LENGTH
+    return "xla" if short or _refusal(fused, backend, dtype, shape, masked, softcap) else fused
+
+
+def check_attention(name: str, where: str) -> None:
+    """Raises ValueError unless the name is one of IMPLEMENTATIONS."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"{where}: unknown attention {name!r}: choose among {', '.join(IMPLEMENTATIONS)}")
+
+
+def _refusal(
+    implementation: str, backend: str, dtype: str, shape: tuple[int, ...], masked: bool, softcap: float | None
+) -> str | None:
+    """Why an implementation cannot run, None if it can."""
+    if implementation == "plain":
+        return None
+    if softcap is not None:
+        return "has no soft cap on scores"
+    if implementation == "xla":
+        return None
+    if masked:
+        return "takes no mask, only causal attention and windows"
+    if implementation == "flash":
+        return "computes in float32 and bfloat16 only" if dtype not in ("float32", "bfloat16") else None
+    if dtype not in ("bfloat16", "float16"):
+        return "computes in bfloat16 and float16 only"
+    if shape[-1] % 8 or shape[-1] > MAX_CUDNN_WIDTH:
+        return f"needs a head width that is a multiple of 8 and at most {MAX_CUDNN_WIDTH}"
+    return None if backend == "gpu" and _since_ampere() else "needs an NVIDIA GPU of compute capability 8.0 or more"
+
+
+def _since_ampere() -> bool:
+    # AMD's are named otherwise ("gfx90a").
+    major = str(jax.local_devices(backend="gpu")[0].compute_capability).partition(".")[0]
+    return major.isdigit() and int(major) >= 8
+
+
+def _both(
+    visible: Array | None, queries: Array, keys: Array, causal: bool, window: int | None
+) -> Bool[Array, "rows length slots"] | None:
+    """The mask of what the caller and causality let a query see; one row where it is the same in all."""
+    if not causal:
+        return visible
+    behind = jnp.arange(queries.shape[1])[:, None] - jnp.arange(keys.shape[1])
+    seen = (behind >= 0)[None] if window is None else ((behind >= 0) & (behind < window))[None]
+    return seen if visible is None else seen & visible
+
+
+def _plain(
+    queries: Array, keys: Array, values: Array, visible: Array | None, scale: float | None, softcap: float | None
+) -> Float[Array, "batch length heads width"]:
+    """The heads that share a key-value head are stacked along the length: one matrix product per group."""
+    batch, length, heads, width = queries.shape
+    slots, groups = keys.shape[1:3]
+    split = queries.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    stacked = split.reshape(batch, groups, -1, width)
+    scores = jnp.matmul(stacked, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores = (scores / math.sqrt(width) if scale is None else scores * scale).reshape(batch, heads, length, slots)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if visible is not None:
+        scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    stacked = weights.astype(values.dtype).reshape(batch, groups, -1, slots)
+    mixed = jnp.matmul(stacked, values.transpose(0, 2, 1, 3)).reshape(batch, heads, length, width)
+    return mixed.transpose(0, 2, 1, 3)

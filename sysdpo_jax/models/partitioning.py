@@ -1,0 +1,147 @@
+"""Logical axes: what the axes of every parameter and activation mean, one table per model family.
+
+A mesh maps logical axes to its own (`training.sharding.LOGICAL_RULES`), so no model knows a mesh.
+Of parameters: embed, the width of the residual stream; heads, mlp, channels, vocab, what lies between two maps.
+Of activations: batch, length, height, width, residual (the stream itself), and the same heads, mlp, channels, vocab.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core.spmd import get_logical_axis_rules
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+# Names of trailing axes; the axes before them (stacked layers, a convolution's window) have no name and are never cut.
+Axes = tuple[str | None, ...]
+Table = tuple[tuple[str, Axes], ...]
+
+# Patterns are found in a module's "/"-joined path; the axes are those of its kernel or embedding, input first.
+DECODER: Table = (
+    (r"embed_tokens$", ("vocab", "embed")),
+    (r"lm_head$", ("embed", "vocab")),
+    (r"(^|/)self_attn/[qkv]_proj$", ("embed", "heads")),
+    (r"(^|/)self_attn/o_proj$", ("heads", "embed")),
+    (r"(^|/)mlp/(gate|up)_proj$", ("embed", "mlp")),
+    (r"(^|/)mlp/down_proj$", ("mlp", "embed")),
+    (r"(^|/)layers/.*norm$", (None, None)),
+)
+
+CLIP: Table = (
+    (r"token_embedding$", ("vocab", "embed")),
+    (r"position_embedding$", (None, "embed")),
+    (r"(^|/)self_attn/[qkv]_proj$", ("embed", "heads")),
+    (r"(^|/)self_attn/out_proj$", ("heads", "embed")),
+    (r"(^|/)mlp/fc1$", ("embed", "mlp")),
+    (r"(^|/)mlp/fc2$", ("mlp", "embed")),
+    (r"text_projection$", ("embed", None)),
+)
+
+T5: Table = (
+    (r"(^|/)shared$", ("vocab", "embed")),
+    (r"relative_attention_bias$", (None, "heads")),
+    (r"SelfAttention/[qkv]$", ("embed", "heads")),
+    (r"SelfAttention/o$", ("heads", "embed")),
+    (r"DenseReluDense/wi_[01]$", ("embed", "mlp")),
+    (r"DenseReluDense/wo$", ("mlp", "embed")),
+)
+
+# A residual block's inner channels are cut as a feed-forward layer's hidden width is.
+UNET: Table = (
+    (r"attn[12]/to_[qkv]$", ("embed", "heads")),
+    (r"attn[12]/to_out_0$", ("heads", "embed")),
+    (r"(^|/)ff/net_0/proj$", ("embed", "mlp")),
+    (r"(^|/)ff/net_2$", ("mlp", "embed")),
+    (r"attentions_\d+/proj_(in|out)$", (None, "embed")),
+    (r"resnets_\d+/conv1$", ("embed", "channels")),
+    (r"resnets_\d+/conv2$", ("channels", "embed")),
+    (r"resnets_\d+/time_emb_proj$", ("embed", "channels")),
+    (r"resnets_\d+/conv_shortcut$", (None, "embed")),
+    (r"(down|up)samplers_0/conv$", (None, "embed")),
+    (r"(time|add)_embedding/linear_1$", ("embed", "mlp")),
+    (r"(time|add)_embedding/linear_2$", ("mlp", "embed")),
+    (r"(^|/)conv_in$", (None, "embed")),
+    (r"(^|/)conv_out$", ("embed", None)),
+)
+
+MMDIT: Table = (
+    (r"pos_embed/proj$", (None, "embed")),
+    (r"(timestep|text)_embedder/linear_1$", ("embed", "mlp")),
+    (r"(timestep|text)_embedder/linear_2$", ("mlp", "embed")),
+    (r"context_embedder$", (None, "embed")),
+    (r"attn2?/(to_[qkv]|add_[qkv]_proj)$", ("embed", "heads")),
+    (r"attn2?/(to_out_0|to_add_out)$", ("heads", "embed")),
+    (r"(^|/)ff(_context)?/net_0/proj$", ("embed", "mlp")),
+    (r"(^|/)ff(_context)?/net_2$", ("mlp", "embed")),
+    (r"norm(1|1_context|_out)/linear$", ("embed", "mlp")),
+    (r"(^|/)proj_out$", ("embed", None)),
+)
+
+FAMILIES = {"decoder": DECODER, "clip": CLIP, "t5": T5, "unet": UNET, "mmdit": MMDIT}
+
+
+@functools.cache
+def logical_axes(path: str) -> Axes | None:
+    """The logical axes of a parameter's last axes, by its path `module/leaf`; None where no table knows it.
+
+    A bias and a norm's weight have the output axis of their table's row. LoRA's factors have its input axis (lora_a)
+    and its output axis (lora_b); their rank is never cut.
+    """
+    module, _, leaf = path.rpartition("/")
+    for table in FAMILIES.values():
+        for pattern, (first, last) in table:
+            if re.search(pattern, module):
+                leaves: dict[str, Axes] = {
+                    "kernel": (first, last),
+                    "embedding": (first, last),
+                    "bias": (last,),
+                    "weight": (last,),
+                    "lora_a": (first, None),
+                    "lora_b": (None, last),
+                }
+                return leaves.get(leaf)
+    return None
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Place an activation on the mesh of the trace by the logical axes of its axes; without rules or mesh, x itself.
+
+    An axis whose size the mesh does not divide is left to the compiler. Never changes a value.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rules: dict[str | None, Any] = dict(get_logical_axis_rules())
+    if mesh.empty or not rules:
+        return x
+    axes = tuple(
+        name if size % num_parts(mesh.shape, rules.get(name)) == 0 else PartitionSpec.UNCONSTRAINED
+        for name, size in zip(names, x.shape, strict=True)
+    )
+    return nn.with_logical_constraint(x, axes)
+
+
+def gathered(path: tuple[str, ...], kernel: Array) -> Array:
+    """A module's kernel as its products use it: gathered over fsdp, cut over tensor where its table says so.
+
+    Left to itself the compiler may move a convolution's activations instead, which are larger. path: the module's.
+    """
+    axes = logical_axes("/".join((*path, "kernel")))
+    if axes is None:
+        return kernel
+    names = (None if name == "embed" else name for name in axes)
+    return constrain(kernel, *(None,) * (kernel.ndim - len(axes)), *names)
+
+
+def residual(x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+    """`constrain` for a sequence model's residual stream: its width is whole on every device."""
+    return constrain(x, "batch", "length", "residual")
+
+
+def num_parts(sizes: Mapping[str, int], mesh_axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts an axis is cut that lies over these axes of a mesh of these sizes."""
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+    return math.prod(sizes[name] for name in names)

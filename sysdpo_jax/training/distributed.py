@@ -1,0 +1,61 @@
+"""Several processes as one run, on JAX's own runtime: a process that dies ends the others instead of hanging them."""
+
+import os
+import sys
+from types import TracebackType
+
+import jax
+
+# Seconds without a sign of life after which a process counts as dead.
+HEARTBEAT_TIMEOUT = 30
+# What jax.distributed says where it recognises no cluster and was told of none.
+NO_CLUSTER = "coordinator_address should be defined"
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout_seconds: int = HEARTBEAT_TIMEOUT,
+) -> None:
+    """Join the other processes of the run. Call it first: before anything asks JAX for a device.
+
+    Without arguments Cloud TPU, GKE, Slurm and Open MPI are recognised; elsewhere the run stays one process. Otherwise:
+    coordinator_address: "host:port" of process 0, with a free port; num_processes, process_id: how many there are and
+    which this one is, from 0.
+
+    When a process dies, JAX aborts the others and names it ("The following tasks are unhealthy"): within
+    `heartbeat_timeout_seconds` and a few more, at once where it was process 0. One that stops with an exception exits
+    with code 1 at once, without waiting for the others. Start all of them again: they go on from the newest checkpoint.
+    Raises what `jax.distributed.initialize` does, `RuntimeError` when JAX has devices already or joined before.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout_seconds
+        )
+    except ValueError as error:
+        told = (coordinator_address, num_processes, process_id) != (None, None, None)
+        if told or NO_CLUSTER not in str(error):
+            raise
+        return
+    if jax.process_count() > 1:
+        _exit_at_errors(heartbeat_timeout_seconds)
+
+
+def _exit_at_errors(timeout: int) -> None:
+    """Skip what JAX does at exit after an exception: it waits minutes for the others, who wait for this process."""
+    shown, where = sys.excepthook, f"process {jax.process_index()} of {jax.process_count()}"
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        shown(kind, error, trace)
+        print(
+            f"{where} stops at the error above; the others are aborted within about {timeout} seconds. Where it says "
+            "that a connection was lost, another process died first: see its log. Then start all of them again: the "
+            "run goes on from its newest checkpoint.",
+            file=sys.stderr,
+        )
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
+
+    sys.excepthook = hook

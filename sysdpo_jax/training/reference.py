@@ -1,0 +1,109 @@
+"""Reference log-probabilities computed once, before training, so that the reference's weights need no memory in it."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sysdpo_jax.data.columns import load_columns, save_columns
+from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.objectives.log_ratio import PairBatch
+from sysdpo_jax.training.identity import describe, fingerprints
+from sysdpo_jax.training.sharding import by_path, make_mesh, place_batch
+from sysdpo_jax.typing import Features, Params
+
+SIDES = ("chosen", "rejected")
+
+
+def precompute_reference(
+    system: CompoundSystem,
+    reference: Params,
+    pairs: PairBatch,
+    keys: Sequence[str],
+    directory: str | Path | None = None,
+    batch_size: int = 16,
+    mesh: Mesh | None = None,
+) -> PairBatch:
+    """`pairs` with the log-probabilities in nats, under `reference`, of all nodes whose params key is among `keys`.
+
+    Give `create_state` the same keys as `precomputed`, and drop your own `reference` to free its memory.
+    pairs: NumPy arrays of `prepare_pairs`, whole. reference: `{params_key: tree}`, on the mesh (default: one device).
+    directory: keeps the values, a file for each node, named by a hash of the data (token ids, so the tokenizer as
+    well), the weights and the node; a second call reads it. batch_size: rows of one forward pass.
+    They agree with those of the training step up to rounding, because a forward pass alone compiles to other sums.
+    Raises `ValueError` for a key of no node, a node that draws noise (its reference must see the noise of each step),
+    and in several processes.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    if jax.process_count() > 1:
+        raise ValueError("precompute_reference works in one process: run it before the others start, with a directory")
+    unknown = set(keys) - set(system.param_keys)
+    if unknown:
+        raise ValueError(f"no node has the params key {sorted(unknown)[0]!r}; there are {', '.join(system.param_keys)}")
+    nodes = [node for node in system.nodes if node.params_key in keys and not node.deterministic]
+    sides = {node.name: [side[node.name] for side in (pairs.chosen, pairs.rejected)] for node in nodes}
+    known = dict(pairs.reference or {})
+    for node in nodes:
+        _refuse_noise(system, node, reference[node.params_key], sides[node.name][0], mesh)
+        path = None if directory is None else Path(directory) / f"{node.name}-{_name(node, reference, sides)}.npz"
+        if path is None or not path.exists():
+            chosen, rejected = (
+                _log_probs(system, node, reference[node.params_key], side, batch_size, mesh)
+                for side in sides[node.name]
+            )
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_columns(path, dict(zip(SIDES, (chosen, rejected), strict=True)))
+        else:
+            columns = load_columns(path)
+            chosen, rejected = (np.asarray(columns[side], np.float32) for side in SIDES)
+        known[node.name] = chosen, rejected
+    return pairs._replace(reference=known)
+
+
+def _name(node: Node, reference: Params, sides: dict[str, list[Features]]) -> str:
+    """A hash of what the values depend on, the same in every process."""
+    digest = hashlib.sha256()
+    for path, text in (describe("node", node) | fingerprints(reference[node.params_key])).items():
+        digest.update(f"{path} {text}".encode())
+    for side in sides[node.name]:
+        for path, leaf in by_path(side).items():
+            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _log_probs(
+    system: CompoundSystem, node: Node, params: Params, features: Features, batch_size: int, mesh: Mesh
+) -> Float[np.ndarray, "rows"]:
+    rows = jax.tree.leaves(features)[0].shape[0]
+    slices = []
+    for start in range(0, rows, batch_size):
+        # Padded with the last row, so that one shape is compiled.
+        chosen = np.minimum(np.arange(start, start + batch_size), rows - 1)
+        part = place_batch(mesh, jax.tree.map(lambda x, chosen=chosen: x[chosen], features))
+        slices.append(np.asarray(_log_prob(system, node, params, part, jax.random.key(0))))
+    return np.concatenate(slices)[:rows].astype(np.float32)
+
+
+def _refuse_noise(system: CompoundSystem, node: Node, params: Params, features: Features, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    part = place_batch(mesh, jax.tree.map(lambda x: np.repeat(x[:1], parts, axis=0), features))
+    one, other = (np.asarray(_log_prob(system, node, params, part, jax.random.key(seed))) for seed in (0, 1))
+    if not np.array_equal(one, other):
+        raise ValueError(
+            f"node {node.name!r} draws noise, so its reference must be evaluated in every step: leave "
+            f"{node.params_key!r} out of the keys"
+        )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _log_prob(
+    system: CompoundSystem, node: Node, params: Params, features: Any, key: PRNGKeyArray
+) -> Float[Array, "rows"]:
+    return system.node_log_prob(node, params, features, key)[0]

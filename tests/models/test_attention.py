@@ -1,0 +1,188 @@
+"""Every implementation of attention against the formula written out, in float32 on the CPU.
+
+Tolerances are of the largest entry: 2e-6 between float32 sums in another order, 1e-5 for the kernel, which sums blocks
+one after another and rescales them.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+from sysdpo_jax.models.attention import attend, choose
+from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.models.mmdit import MMDiTConfig
+from sysdpo_jax.models.unet import UNetConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shape and restrictions of one attention."""
+
+    length: int
+    slots: int
+    heads: int = 2
+    groups: int = 2
+    width: int = 8
+    causal: bool = False
+    window: int | None = None
+    scale: float | None = None
+
+
+CASES = {
+    "image": Case(144, 144, width=40, scale=0.3),
+    "text": Case(130, 77),
+    "grouped, causal": Case(200, 200, heads=4, causal=True),
+    "window": Case(140, 140, heads=3, groups=1, causal=True, window=9),
+}
+
+
+def inputs(case: Case) -> tuple[jax.Array, ...]:
+    """Queries, keys, values and what the result is multiplied with."""
+    shapes = [(2, case.length, case.heads, case.width), *[(2, case.slots, case.groups, case.width)] * 2]
+    keys = jax.random.split(jax.random.key(0), 4)
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, [*shapes, shapes[0]], strict=True))
+
+
+def formula(case: Case, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """softmax(scale q k) v, head by head."""
+    scale = case.width**-0.5 if case.scale is None else case.scale
+    keys, values = (jnp.repeat(x, case.heads // case.groups, axis=2) for x in (keys, values))
+    scores = scale * jnp.einsum("blhk,bshk->bhls", queries, keys, precision="highest")
+    behind = np.arange(case.length)[:, None] - np.arange(case.slots)
+    seen = (behind >= 0) | (not case.causal)
+    if case.window is not None:
+        seen &= behind < case.window
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * seen
+    return jnp.einsum("bhls,bshk->blhk", weights / weights.sum(-1, keepdims=True), values, precision="highest")
+
+
+def check(case: Case, implementation: str, tolerance: float) -> None:
+    """Values and gradients in queries, keys and values."""
+    *args, onto = inputs(case)
+
+    def both(function: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+        out, back = jax.vjp(function, *args)
+        return out, *back(onto)
+
+    found = jax.jit(
+        lambda: both(
+            functools.partial(
+                attend, scale=case.scale, causal=case.causal, window=case.window, implementation=implementation
+            )
+        )
+    )()
+    for got, wanted in zip(found, jax.jit(lambda: both(functools.partial(formula, case)))(), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("implementation", ["plain", "xla"])
+def test_products(case: Case, implementation: str) -> None:
+    check(case, implementation, 2e-6)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel runs in Pallas's interpreter."""
+    made = functools.partial(kernels.make_splash_mha, interpret=True)
+    monkeypatch.setattr(kernels, "make_splash_mha", made)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_kernel(case: Case) -> None:
+    check(case, "flash", 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "xla"])
+def test_a_mask_joins_causality(implementation: str) -> None:
+    case = Case(6, 6, heads=4, causal=True)
+    *args, _ = inputs(case)
+    visible = jax.random.bernoulli(jax.random.key(1), 0.6, (2, 6, 6)) | jnp.eye(6, dtype=bool)
+    both = attend(*args, visible, causal=True, implementation=implementation)
+    once = attend(*args, visible & jnp.tril(jnp.ones((6, 6), bool)), implementation="plain")
+    np.testing.assert_allclose(both, once, rtol=0, atol=2e-6 * np.abs(once).max())
+    assert np.abs(both - attend(*args, visible, implementation="plain")).max() > 0.1
+
+
+def test_what_auto_chooses() -> None:
+    long, short = (2, 4096, 8, 64), (2, 77, 8, 64)
+
+    def auto(backend: str, dtype: str = "bfloat16", shape: tuple[int, ...] = long, **rest: object) -> str:
+        return choose("auto", backend, dtype, shape, bool(rest.get("masked")), 50.0 if rest.get("softcap") else None)
+
+    assert auto("tpu") == auto("tpu", "float32") == "flash"
+    assert auto("tpu", shape=short) == auto("tpu", masked=True) == auto("tpu", "float16") == "xla"
+    assert auto("gpu", "float32") == auto("gpu", masked=True) == auto("gpu", shape=(2, 4096, 1, 512)) == "xla"
+    assert auto("gpu", shape=(2, 4096, 8, 60)) == "xla"
+    assert auto("cpu") == auto("tpu", softcap=True) == auto("gpu", softcap=True) == "plain"
+
+
+def test_auto_asks_the_gpu_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"8.0": "cudnn", "9.0": "cudnn", "7.5": "xla", "gfx90a": "xla"}
+    for capability, wanted in answers.items():
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda backend, device=device: [device])
+        assert choose("auto", "gpu", "bfloat16", (2, 4096, 8, 64), False, None) == wanted
+
+
+def test_a_named_implementation_runs_or_says_why_not() -> None:
+    args = [jnp.zeros((1, 4, 2, 8))] * 3
+    visible = jnp.ones((1, 4, 4), bool)
+    with pytest.raises(ValueError, match="'flash' takes no mask"):
+        attend(*args, visible, implementation="flash")
+    with pytest.raises(ValueError, match="'xla' has no soft cap"):
+        attend(*args, softcap=2.0, implementation="xla")
+    with pytest.raises(ValueError, match="'flash' computes in float32 and bfloat16"):
+        attend(*(x.astype("float16") for x in args), implementation="flash")
+    with pytest.raises(ValueError, match="'cudnn' computes in bfloat16 and float16"):
+        attend(*args, implementation="cudnn")
+    with pytest.raises(ValueError, match="'cudnn' needs a head width"):
+        attend(*(jnp.zeros((1, 4, 2, 12), "bfloat16"),) * 3, implementation="cudnn")
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU"):
+        attend(*(x.astype("bfloat16") for x in args), implementation="cudnn")
+    with pytest.raises(ValueError, match="unknown attention 'best'"):
+        attend(*args, implementation="best")
+    with pytest.raises(ValueError, match="window 2 needs causal"):
+        attend(*args, window=2)
+    for config in (UNetConfig, MMDiTConfig):
+        with pytest.raises(ValueError, match="unknown attention 'best'"):
+            config(attention="best")
+        with pytest.raises(ValueError, match="unknown remat 'some'"):
+            config(remat="some")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_decoder_computes_as_its_configuration_says() -> None:
+    config = DecoderConfig(64, 32, 48, 1, 4, 2, attention="flash")
+    plain, flash = Decoder(dataclasses.replace(config, attention="plain")), Decoder(config)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 20)))
+    params = jax.jit(plain.init)(jax.random.key(1), tokens)
+    wanted = jax.jit(plain.apply)(params, tokens)
+    np.testing.assert_allclose(jax.jit(flash.apply)(params, tokens), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    with pytest.raises(ValueError, match="takes no mask"):
+        jax.eval_shape(lambda p, t, m: flash.apply(p, t, mask=m), params, tokens, jnp.ones((2, 20), bool))
+
+
+def test_the_kernel_compiles_for_a_tpu() -> None:
+    pytest.importorskip("libtpu", reason="pip install libtpu to compile for TPUs")
+    command = [sys.executable, "-m", "tests.models.tpu_kernel"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    # Forward, recomputed forward and two of the backward pass, in the loops over the layers.
+    assert found["kernels"] >= 4
+    assert (found["gathers"], found["scores"]) == (0, 0)
