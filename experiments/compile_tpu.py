@@ -27,7 +27,7 @@ from jaxtyping import PyTree
 from experiments.scaling.chips import USABLE_HBM_GIB, mesh_of, topology
 from experiments.scaling.hlo import collectives_by_kind
 from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
-from sysdpo_jax import CompoundSystem, make_train_step
+from sysdpo_jax import CompoundSystem, SampledBatch, make_train_step
 from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
 from sysdpo_jax.training.optimizer import SystemOptimizer, combine, partition
 from sysdpo_jax.training.state import TrainState, abstract_state
@@ -144,9 +144,13 @@ def run(config: Config) -> dict[str, Any]:
     began = time.monotonic()
     step = make_train_step(example.system, example.objective, optimizer, mesh, config.accumulate)
     lowered = step.lower(state, batch, jax.random.key(0))
-    traced = time.monotonic()
+    traced, cpu = time.monotonic(), time.process_time()
     compiled, refusal = compiled_step(lowered)
-    done = time.monotonic()
+    seconds = {
+        "trace_and_lower": round(traced - began, 1),
+        "compile": round(time.monotonic() - traced, 1),
+        "compile_of_all_cores": round(time.process_time() - cpu, 1),
+    }
     usable = USABLE_HBM_GIB[generation]
     if compiled is None:
         result: dict[str, Any] = {"fits": False, "compiler": _first_lines(refusal or "")}
@@ -160,11 +164,12 @@ def run(config: Config) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "pairs_per_step": jax.tree.leaves(batch)[0].shape[0],
         "sequence": config.sequence,
-        "image_size": config.image_size or SYSTEMS[config.system][0],
+        "image_size": config.image_size or SYSTEMS[config.system][0] or None,
+        "intermediates": config.intermediates if isinstance(batch, SampledBatch) else None,
         "parameters": {key: sum(leaf.size for leaf in jax.tree.leaves(tree)) for key, tree in state.params.items()},
         "usable_hbm_gib": usable,
         **result,
-        "seconds": {"trace_and_lower": round(traced - began, 1), "compile": round(done - traced, 1)},
+        "seconds": seconds,
         "flops": count(example, optimizer, state, batch),
     }
 

@@ -1,10 +1,12 @@
 """Training: state, step, placement on devices, checkpoints, and the loop that drives them."""
 
-from sysdpo_jax.training.checkpoints import Checkpoints
+from sysdpo_jax.training.checkpoints import Checkpoints, CorruptCheckpointError
 from sysdpo_jax.training.describe import describe_sharding
+from sysdpo_jax.training.distributed import initialize
 from sysdpo_jax.training.identity import CheckpointMismatchError
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
+from sysdpo_jax.training.preemption import Preempted
 from sysdpo_jax.training.progress import Board, progress
 from sysdpo_jax.training.reference import precompute_reference
 from sysdpo_jax.training.search import SearchedBatches
@@ -19,9 +21,11 @@ __all__ = [
     "CheckpointMismatchError",
     "Checkpoints",
     "ComponentOptimizer",
+    "CorruptCheckpointError",
     "MetricsLog",
     "NonFiniteError",
     "OptimizerError",
+    "Preempted",
     "SearchedBatches",
     "ShardingError",
     "SystemOptimizer",
@@ -33,6 +37,7 @@ __all__ = [
     "create_state",
     "describe_sharding",
     "ema_params",
+    "initialize",
     "make_mesh",
     "make_optimizer",
     "make_train_step",
