@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, RecordError, row_keys
+from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import Tool
 from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
 
@@ -358,6 +359,12 @@ def _find_cycle(parents: Mapping[str, Sequence[str]]) -> list[str]:
 def _check_plates(nodes: tuple[Node, ...]) -> None:
     plates = {node.name: node.plate for node in nodes}
     for node in nodes:
+        component = node.component
+        if isinstance(component, TextToImage) and (node.plate or 1) % component.strata:
+            raise GraphError(
+                f"node {node.name!r} has a component of strata={component.strata}, which must divide its plate of "
+                f"{node.plate or 1}: copies share what strata spread, rows of a batch do not"
+            )
         for parent in node.parents:
             if node.plate is not None and plates.get(parent) not in (None, node.plate):
                 raise GraphError(

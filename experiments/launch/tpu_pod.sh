@@ -8,16 +8,16 @@
 #   experiments/launch/tpu_pod.sh logs | stop | status | delete
 #
 # Checkpoints go to the bucket, which all hosts see (create it with a hierarchical namespace, where renaming a folder is
-# atomic). Where a host dies the others end with an error, and systemd starts all of them again. `stop`, a maintenance
-# event and a preemption send SIGTERM: the state is saved. A preempted spot slice does not come back by itself: delete,
-# create, install, run.
+# atomic). Where a process dies the others end with an error, and systemd starts all of them again. `stop`, a maintenance
+# event and a preemption send SIGTERM: the state is saved. After a maintenance event, which restarts the hosts: install,
+# run. A preempted spot slice does not come back by itself: delete, create, install, run.
 set -euo pipefail
 
 : "${PROJECT:?the Google Cloud project}" "${ZONE:?the zone of the slice}"
 NAME=${NAME:-sysdpo}
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
-SPOT=${SPOT:---spot}
+SPOT=${SPOT---spot}
 MOUNT=${MOUNT:-/mnt/runs}
 RUN=${RUN:-aligned}
 # Mesh, batch and anything else that train_pod takes.
@@ -48,10 +48,10 @@ case "${1:-help}" in
     ;;
   run)
     : "${WRITER:?}" "${PAINTER:?}" "${PREFERENCES:?paths below the mount, or hub names for the models}"
-    # 75 (EX_TEMPFAIL) marks a preempted run as not finished, so that systemd starts it again after a maintenance event.
-    on_all "sudo systemd-run --unit=$NAME --uid=\$USER --working-directory=\$HOME/sysdpo --setenv=HOME=\$HOME \
+    # 75 (EX_TEMPFAIL) marks a preempted run as not finished. A unit that failed keeps its name until it is reset.
+    on_all "sudo systemctl reset-failed $NAME 2> /dev/null || true; sudo systemd-run --unit=$NAME --uid=\$USER --working-directory=\$HOME/sysdpo --setenv=HOME=\$HOME \
       --property=Restart=on-failure --property=RestartSec=30 --property=TimeoutStopSec=90 \
-      .venv/bin/python -m experiments.launch.train_pod --writer $WRITER --painter $PAINTER \
+      \$HOME/sysdpo/.venv/bin/python -m experiments.launch.train_pod --writer $WRITER --painter $PAINTER \
       --preferences $PREFERENCES --directory $MOUNT/$RUN --preempted-exit-code 75 $FLAGS"
     ;;
   logs) on_all "journalctl --unit=$NAME --lines=50 --no-pager" ;;

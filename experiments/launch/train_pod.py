@@ -24,10 +24,6 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import sysdpo_jax as sj
-from sysdpo_jax.data.pipeline import preference_dataset
-from sysdpo_jax.training.distributed import initialize
-from sysdpo_jax.training.preemption import Preempted
-from sysdpo_jax.training.sharding import batch_shard
 from sysdpo_jax.typing import Params
 
 
@@ -37,7 +33,8 @@ class Config:
 
     data, fsdp, tensor: the mesh; fsdp None takes the devices that the other two leave.
     batch_size: pairs a step, of all processes together. lora_rank: 0 trains all weights, in float32.
-    warmup: steps. weight: of the image's log-ratio beside the caption's. dtype: of the computation.
+    warmup: steps. weight: of the image's log-ratio beside the caption's. dtype: of the computation. remat: see
+    `pretrained.load`; accumulate, profile: see `Trainer`. resume: False refuses a directory that holds a checkpoint.
     """
 
     writer: str
@@ -57,10 +54,21 @@ class Config:
     max_prompt_length: int = 256
     max_new_tokens: int = 77
     dtype: str = "bfloat16"
+    remat: str | None = "full"
+    accumulate: int = 1
+    profile: tuple[int, int] | None = None
+    resume: bool = True
     checkpoint_every: int = 100
     log_every: int = 10
     seed: int = 0
     preempted_exit_code: int = 0
+
+
+# What a resumed run must have as it was: the others may change with the machine.
+SAME = (
+    "writer", "painter", "preferences", "steps", "batch_size", "beta", "weight", "learning_rate", "warmup", "lora_rank",
+    "max_prompt_length", "max_new_tokens", "dtype", "seed",
+)  # fmt: skip
 
 
 def build(config: Config, mesh: Mesh) -> tuple[sj.CompoundSystem, Params, sj.ComponentOptimizer]:
@@ -69,7 +77,7 @@ def build(config: Config, mesh: Mesh) -> tuple[sj.CompoundSystem, Params, sj.Com
     common: dict[str, Any] = {
         "dtype": config.dtype,
         "param_dtype": "float32" if full else config.dtype,
-        "remat": "full",
+        "remat": config.remat,
         "shardings": partial(place, mesh),
     }
     room: dict[str, Any] = {"max_prompt_length": config.max_prompt_length, "max_new_tokens": config.max_new_tokens}
@@ -106,27 +114,29 @@ def place(mesh: Mesh, tree: Mapping[str, Any]) -> PyTree:
 def main(arguments: list[str]) -> None:
     """Train until `steps`, from the newest checkpoint if there is one."""
     config = tyro.cli(Config, args=arguments, description=__doc__)
-    initialize()
+    sj.initialize()
     mesh = sj.make_mesh(config.data, config.fsdp or jax.device_count() // (config.data * config.tensor), config.tensor)
     system, params, component = build(config, mesh)
     optimizer = sj.make_optimizer(dict.fromkeys(system.param_keys, component))
     records = sj.load_preferences(config.preferences)
-    batches = preference_dataset(system, records, config.batch_size, config.seed, shard=batch_shard(mesh))
+    batches = sj.preference_dataset(system, records, config.batch_size, config.seed, shard=sj.batch_shard(mesh))
     trainer = sj.Trainer(
         system,
         sj.DirectObjective(config.beta),
         optimizer,
         config.directory,
         mesh=mesh,
+        accumulate=config.accumulate,
+        profile=config.profile,
         checkpoint_every=config.checkpoint_every,
         log_every=config.log_every,
-        config={"preferences": str(config.preferences), "learning_rate": config.learning_rate},
+        config={name: str(getattr(config, name)) for name in SAME},
     )
     state = sj.create_state(system, params, optimizer, mesh)
     del params
     try:
-        state = trainer.fit(state, batches, config.steps, jax.random.key(config.seed + 1))
-    except Preempted:
+        state = trainer.fit(state, batches, config.steps, jax.random.key(config.seed + 1), config.resume)
+    except sj.Preempted:
         raise SystemExit(config.preempted_exit_code) from None
     if jax.process_index() == 0:
         print(f"{int(state.step)} steps done; checkpoints in {config.directory / 'checkpoints'}")

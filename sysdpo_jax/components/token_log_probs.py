@@ -42,9 +42,10 @@ def number_of_chunks(rows: int, width: int, vocab: int) -> int:
     The compiler's temporary bytes of the gradient in hidden states and kernel [D, V], both sides of a preference at
     once (float32, CPU): 6 L unchunked and K + 6 L / n in n chunks, with L the bytes of one side's logits and K those of
     the kernel, a product that waits to be added to the sum over chunks. So chunks pay from L = K / 5.6 on, and are
-    used from K / 4 on. (Measured: K = 108 MiB, L = 384 MiB: 2304 and, in 16 chunks, 175 MiB; L = 12 MiB: 144 and 112.)
+    used from K / 4 on. (Measured: K = 108 MiB, L = 384 MiB: 2304 and, in 16 chunks, 175 MiB; L = 24 MiB: 144 and 112.)
     A frozen kernel has no such sum and a single side half the logits: there the best threshold would be 0 and K / 1.9.
-    A mesh divides rows and kernel alike, so the ratio of the whole arrays decides.
+    fsdp and tensor divide rows and kernel alike, so the ratio of the whole arrays decides; data divides the rows alone,
+    and where it is above 1 chunks are used a little too early.
     """
     if 4 * rows < width:
         return 1

@@ -43,6 +43,9 @@ def attend(
     kind = choose(
         implementation, jax.default_backend(), queries.dtype.name, queries.shape, visible is not None, softcap
     )
+    if kind == "flash" and implementation == "auto" and jax.device_count() > 1:
+        # The compiler cannot cut a kernel, and without a mesh nobody says how to spread it.
+        kind = "xla" if jax.sharding.get_abstract_mesh().empty else kind
     if kind == "plain":
         return _plain(queries, keys, values, _both(visible, queries, keys, causal, window), scale, softcap)
     scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
@@ -73,8 +76,9 @@ def choose(
     "cudnn": cuDNN's fused attention, for NVIDIA GPUs since Ampere.
     "flash": jax's splash kernel for TPUs, see `flash`. It is chosen at tracing, so name it to compile for a TPU ahead
     of time: "auto" then sees the machine at hand.
-    "auto": on a TPU flash from MIN_FLASH_LENGTH queries on, on such a GPU cudnn, where these can run; else xla, and on
-    CPUs and with a soft cap plain. Only cudnn and flash never hold scores [B, H, L, S].
+    "auto": on a TPU flash from MIN_FLASH_LENGTH queries on (with several devices only under a mesh), on such a GPU
+    cudnn, where these can run; else xla, and on CPUs and with a soft cap plain. Only cudnn and flash never hold scores
+    [B, H, L, S].
 
     Raises ValueError for an unknown name and for a named implementation that cannot run, with the reason.
     """

@@ -1,13 +1,14 @@
 """SysDPO-Direct: one loss for the whole system, when the records hold the intermediate values."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
+from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.objectives.log_ratio import PairBatch, node_terms
+from sysdpo_jax.objectives.log_ratio import PairBatch, as_rows, node_terms, repeated
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Keys, Params
 
@@ -24,8 +25,11 @@ class DirectObjective(PreferenceObjective):
         Both sides go through each model in one forward pass and share the noise of the key. Metrics: see `metrics`.
         """
         require_batch(batch, PairBatch, "prepare_pairs")
-        pair, precomputed = batch.stacked()
-        terms = jax.vmap(partial(node_terms, system, params, reference), in_axes=(0, None, 0))(pair, key, precomputed)
+        rows, sides = jax.tree.leaves(batch)[0].shape[0], batch.sides()
+        precomputed = {name: jnp.stack(values, axis=1).reshape(-1) for name, values in (batch.reference or {}).items()}
+        keys = repeated(row_keys(key, rows), (2,))
+        terms = node_terms(system, params, reference, as_rows(sides), keys, precomputed)
+        terms = jax.tree.map(lambda x: x.reshape(rows, 2).T, terms)
         require_trained(terms)
         ratios, logps = total(term.ratio for term in terms.values()), total(term.policy for term in terms.values())
         loss = self.mean_loss(ratios, terms)

@@ -1,12 +1,13 @@
 """The log-ratio of a system: a sum over its nodes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.typing import Features, Keys, Params
@@ -23,10 +24,9 @@ class PairBatch(NamedTuple):
     rejected: Features
     reference: Mapping[str, tuple[Any, Any]] | None = None
 
-    def stacked(self) -> tuple[Features, dict[str, Array]]:
-        """The features of both sides, every array [2, batch, ...], and the reference's log-probabilities [2, batch]."""
-        features = jax.tree.map(lambda *sides: jnp.stack(sides), self.chosen, self.rejected)
-        return features, {name: jnp.stack(sides) for name, sides in (self.reference or {}).items()}
+    def sides(self) -> Features:
+        """The features of both sides, every array [batch, 2, ...] with the chosen one first."""
+        return jax.tree.map(lambda *sides: jnp.stack(sides, axis=1), self.chosen, self.rejected)
 
 
 class SampledBatch(NamedTuple):
@@ -77,6 +77,20 @@ def node_terms(
         node.name: terms_of_node(system, node, params, reference, features[node.name], key, given.get(node.name))
         for node in trained_nodes(system, reference)
     }
+
+
+def as_rows(tree: PyTree, axes: int = 2) -> PyTree:
+    """Every array [batch, ..., *rest] with its first `axes` axes as one of rows, those of a preference together.
+
+    A mesh that cuts the batch cuts the rows in the same way. (The axis that `vmap` adds would be the outer one, and the
+    compiler would gather the whole batch to apply a convolution.)
+    """
+    return jax.tree.map(lambda x: jnp.reshape(x, (math.prod(x.shape[:axes]), *x.shape[axes:])), tree)
+
+
+def repeated(keys: Keys, counts: tuple[int, ...]) -> Keys:
+    """The key of each preference for all of its rows, as `as_rows` orders them: [batch] -> [batch * prod(counts)]."""
+    return jnp.broadcast_to(keys.reshape(-1, *(1 for _ in counts)), (len(keys), *counts)).reshape(-1)
 
 
 def terms_of_node(

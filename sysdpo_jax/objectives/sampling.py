@@ -1,14 +1,22 @@
 """SysDPO-Sampling: the loss when the records hold final values only, and the intermediates are searched for."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.objectives.log_ratio import NodeTerms, PairBatch, SampledBatch, terms_of_node, trained_nodes
+from sysdpo_jax.objectives.log_ratio import (
+    NodeTerms,
+    PairBatch,
+    SampledBatch,
+    as_rows,
+    repeated,
+    terms_of_node,
+    trained_nodes,
+)
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Features, Keys, Params
 
@@ -77,25 +85,39 @@ class SamplingObjective(PreferenceObjective):
     def _terms(
         self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: Keys
     ) -> Terms:
-        def one(intermediates: Features, outputs: PairBatch) -> Terms:
-            """The terms [2, batch] with one intermediate for every row."""
-            pair, _ = outputs.stacked()
+        keys = row_keys(key, batch.valid.shape[0])
+
+        def evaluated(intermediates: Features, outputs: PairBatch) -> Terms:
+            """The terms [m, 2, batch] with m intermediates for every row, features [batch, m, ...]."""
+            number = jax.tree.leaves(intermediates)[0].shape[1]
+            # [batch, 2, m, ...] -> [batch, m, 2, ...]
+            sides = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), outputs.sides())
             terms = {}
             for node in _generative(system):
-                of_node = partial(_terms_of_node, system, node, params, reference, key=key)
-                if node.name in intermediates:
-                    # It is the same on both sides.
-                    terms[node.name] = jax.tree.map(lambda x: jnp.stack([x, x]), of_node(intermediates[node.name]))
-                else:
-                    terms[node.name] = jax.vmap(of_node)(pair[node.name])
+                inner = node.name in intermediates
+                counts = (number,) if inner else (number, 2)
+                features = as_rows(intermediates[node.name] if inner else sides[node.name], 1 + len(counts))
+                values = _terms_of_node(system, node, params, reference, features, repeated(keys, counts))
+                # An intermediate is the same on both sides.
+                by_row = jax.tree.map(lambda x, last=1 if inner else 2: x.reshape(len(keys), number, last), values)
+                terms[node.name] = jax.tree.map(
+                    lambda x: jnp.broadcast_to(x, (len(keys), number, 2)).transpose(1, 2, 0), by_row
+                )
             return terms
 
-        by_intermediate = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (batch.intermediates, batch.outputs))
-        if self.chunk_size is None or self.chunk_size >= batch.valid.shape[1]:
-            return jax.vmap(one)(*by_intermediate)
+        features, total_number, size = (batch.intermediates, batch.outputs), batch.valid.shape[1], self.chunk_size
+        if size is None or size >= total_number:
+            return evaluated(*features)
         # Without the checkpoint every chunk's activations would wait for the backward pass.
-        again = jax.checkpoint(one)
-        return jax.lax.map(lambda features: again(*features), by_intermediate, batch_size=self.chunk_size)
+        again = jax.checkpoint(evaluated)
+        whole = total_number // size
+        cut = lambda x: jnp.moveaxis(x[:, : whole * size].reshape(len(x), whole, size, *x.shape[2:]), 1, 0)  # noqa: E731
+        made = jax.lax.map(lambda chunk: again(*chunk), jax.tree.map(cut, features))
+        terms = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), made)
+        if whole * size == total_number:
+            return terms
+        rest = again(*jax.tree.map(lambda x: x[:, whole * size :], features))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), terms, rest)
 
 
 def _generative(system: CompoundSystem) -> tuple[Node, ...]:

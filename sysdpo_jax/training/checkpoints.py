@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -71,7 +70,7 @@ class Checkpoints:
             "frozen": fingerprints(fixed.frozen),
         }
         self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
-        for path in self.directory.glob("*"):
+        for path in self.directory.glob("*") if jax.process_index() == 0 else ():
             problem = _missing(path) if path.name.isdigit() else None
             if problem is not None:
                 _set_aside(path, problem)
@@ -127,29 +126,36 @@ class Checkpoints:
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, DataState]:
         """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps, and its data state.
 
-        step: None for the newest that can be read; damaged ones are set aside with a warning. The placement may be
-        another than that of the run which saved it, on other devices or processes.
+        step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read. The
+        placement may be another than that of the run which saved it, on other devices or processes.
+        On several processes the one that meets the damage sets it aside and raises `CorruptCheckpointError`, because
+        the others wait for it in the middle of reading: start all of them again, and they use the one before.
         Raises `CheckpointMismatchError` naming the differing fields when the checkpoint belongs to another run,
         `FileNotFoundError` when there is none, and `CorruptCheckpointError` when `step` is damaged or none is left.
         """
         if step is not None:
             return self._read(state, step)
-        while (newest := self.latest) is not None:
-            problem = ""
+        damaged: dict[int, str] = {}
+        for newest in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._read(state, newest)
             except CorruptCheckpointError as error:
-                problem = str(error)
-            # A file may be damaged that only some processes read.
-            if multihost_utils.process_allgather(np.array(not problem)).all():
-                return restored
-            _set_aside(self.directory / str(newest), problem or "another process cannot read it")
-            multihost_utils.sync_global_devices("sysdpo_jax: a damaged checkpoint is set aside")
-            self._manager.reload()
-        if self.set_aside:
+                if jax.process_count() > 1:
+                    _set_aside(self.directory / str(newest), str(error))
+                    raise
+                damaged[newest] = str(error)
+                continue
+            for other, problem in damaged.items():
+                _set_aside(self.directory / str(other), problem)
+            if damaged:
+                self._manager.reload()
+            return restored
+        if damaged or self.set_aside:
+            names = [*map(str, damaged), *(path.name for path in self.set_aside)]
             raise CorruptCheckpointError(
-                f"{self.directory} has no checkpoint that can be used, {', '.join(p.name for p in self.set_aside)} are "
-                "damaged: mend one and give it its number as name, or train in another directory"
+                f"{self.directory} has no checkpoint that can be used, {', '.join(names)} are damaged: mend one and "
+                "give it its number as name, or train in another directory"
+                + "".join(f"\n  {problem}" for problem in damaged.values())
             )
         raise FileNotFoundError(f"{self.directory} holds no checkpoint")
 
@@ -207,7 +213,8 @@ def _missing(path: Path) -> str | None:
 
 
 def _set_aside(path: Path, problem: str) -> None:
-    if jax.process_index() != 0:
+    if not path.exists():
+        # Another process was faster.
         return
     names = (path.with_name(f"{path.name}.corrupt-{number}") for number in count(1))
     target = next(name for name in names if not name.exists())

@@ -65,7 +65,8 @@ def step_flops(system: CompoundSystem, optimizer: SystemOptimizer, state: TrainS
     once more where LoRA factors alone are trained, as the gradients of the other weights are not formed; and 1 for the
     reference unless the batch brings its values. A frozen model has 0, and in a `SampledBatch`, where it weighs the
     intermediates, 1. Recomputation and the optimiser are not counted. Where `trainable` picks out some of the weights
-    themselves it is an upper bound.
+    themselves it is an upper bound; with LoRA it is a few percent too low, because the products of attention, whose
+    backward pass takes two of them in any case, are counted as all others.
     Arrays may be shapes. Raises `TypeError` for another batch.
     """
     match batch:

@@ -15,7 +15,7 @@ from sysdpo_jax.data.columns import load_columns, save_columns
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.objectives.log_ratio import PairBatch
 from sysdpo_jax.training.identity import describe, fingerprints
-from sysdpo_jax.training.sharding import by_path, make_mesh, place_batch
+from sysdpo_jax.training.sharding import activation_rules, by_path, make_mesh, place_batch
 from sysdpo_jax.typing import Features, Params
 
 SIDES = ("chosen", "rejected")
@@ -37,12 +37,11 @@ def precompute_reference(
     directory: keeps the values, a file for each node, named by a hash of the data (token ids, so the tokenizer as
     well), the weights and the node; a second call reads it. batch_size: rows of one forward pass.
     They agree with those of the training step up to rounding, because a forward pass alone compiles to other sums.
+    A checkpoint does not know what a freed reference was: give `Trainer(config=...)` something that names it.
     Raises `ValueError` for a key of no node, a node that draws noise (its reference must see the noise of each step),
-    and in several processes.
+    and in several processes where a file is missing.
     """
     mesh = make_mesh() if mesh is None else mesh
-    if jax.process_count() > 1:
-        raise ValueError("precompute_reference works in one process: run it before the others start, with a directory")
     unknown = set(keys) - set(system.param_keys)
     if unknown:
         raise ValueError(f"no node has the params key {sorted(unknown)[0]!r}; there are {', '.join(system.param_keys)}")
@@ -50,9 +49,14 @@ def precompute_reference(
     sides = {node.name: [side[node.name] for side in (pairs.chosen, pairs.rejected)] for node in nodes}
     known = dict(pairs.reference or {})
     for node in nodes:
-        _refuse_noise(system, node, reference[node.params_key], sides[node.name][0], mesh)
         path = None if directory is None else Path(directory) / f"{node.name}-{_name(node, reference, sides)}.npz"
         if path is None or not path.exists():
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"precompute_reference evaluates in one process only, and has no file of the node {node.name!r} in "
+                    f"{directory}: call it with that directory in a process of its own first"
+                )
+            _refuse_noise(system, node, reference[node.params_key], sides[node.name][0], mesh)
             chosen, rejected = (
                 _log_probs(system, node, reference[node.params_key], side, batch_size, mesh)
                 for side in sides[node.name]
@@ -87,14 +91,14 @@ def _log_probs(
         # Padded with the last row, so that one shape is compiled.
         chosen = np.minimum(np.arange(start, start + batch_size), rows - 1)
         part = place_batch(mesh, jax.tree.map(lambda x, chosen=chosen: x[chosen], features))
-        slices.append(np.asarray(_log_prob(system, node, params, part, jax.random.key(0))))
+        slices.append(np.asarray(_log_prob(system, node, mesh, params, part, jax.random.key(0))))
     return np.concatenate(slices)[:rows].astype(np.float32)
 
 
 def _refuse_noise(system: CompoundSystem, node: Node, params: Params, features: Features, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     part = place_batch(mesh, jax.tree.map(lambda x: np.repeat(x[:1], parts, axis=0), features))
-    one, other = (np.asarray(_log_prob(system, node, params, part, jax.random.key(seed))) for seed in (0, 1))
+    one, other = (np.asarray(_log_prob(system, node, mesh, params, part, jax.random.key(seed))) for seed in (0, 1))
     if not np.array_equal(one, other):
         raise ValueError(
             f"node {node.name!r} draws noise, so its reference must be evaluated in every step: leave "
@@ -102,8 +106,9 @@ def _refuse_noise(system: CompoundSystem, node: Node, params: Params, features: 
         )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _log_prob(
-    system: CompoundSystem, node: Node, params: Params, features: Any, key: PRNGKeyArray
+    system: CompoundSystem, node: Node, mesh: Mesh, params: Params, features: Any, key: PRNGKeyArray
 ) -> Float[Array, "rows"]:
-    return system.node_log_prob(node, params, features, key)[0]
+    with activation_rules(mesh):
+        return system.node_log_prob(node, params, features, key)[0]

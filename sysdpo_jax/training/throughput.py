@@ -3,6 +3,7 @@
 All of it is host arithmetic on the batches as they were prepared; no figure waits for a device.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jaxtyping import PyTree
 
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import PairBatch, SampledBatch
-from sysdpo_jax.training.flops import step_flops
+from sysdpo_jax.training.flops import FlopsError, step_flops
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import batch_shard
 from sysdpo_jax.training.state import TrainState
@@ -63,11 +64,16 @@ class Throughput:
     def start(self, state: TrainState, batch: PyTree) -> Meter:
         """The meter before the first step, whose batch (this process's rows, not placed) has the shapes of all.
 
-        The batch's FLOPs are counted from shapes, where the peak is known and the batch is one of pairs.
+        The batch's FLOPs are counted from shapes, where the peak is known and the batch is one of pairs. Warns where a
+        component's cannot be counted.
         """
         if peak_flops(self._kind) is None or not isinstance(batch, PairBatch | SampledBatch):
             return Meter(None)
-        return Meter(step_flops(self.system, self.optimizer, state, batch))
+        try:
+            return Meter(step_flops(self.system, self.optimizer, state, batch))
+        except FlopsError as error:
+            warnings.warn(f"the metrics will have no throughput/mfu: {error}", stacklevel=2)
+            return Meter(None)
 
     def count(self, meter: Meter, step: int, batch: PyTree) -> Meter:
         """The meter with a step's batch (this process's rows, not placed)."""

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from tests.distributed.two_processes import BATCH, HEARTBEAT, PROCESSES, ROWS, S
 
 ROOT = Path(__file__).parents[2]
 STEPS, LONG = 8, 10_000
+# Seconds until a run has compiled and trains; as long as that on a machine with much else to do.
+START = 400
 # Seconds beyond the heartbeat within which a process must have noticed that another is dead; the machine may be busy.
-GRACE = 25
+GRACE = 30
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Run:
 
     def wait_for_step(self, step: int) -> None:
         """Until process 0 has printed that so many steps are done."""
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + START
         while str(step) not in self.text(0).splitlines():
             assert all(process.poll() is None for process in self.processes), (
                 self.text(0)[-2000:] + self.text(1)[-2000:]
@@ -73,32 +76,43 @@ class Run:
     def codes(self, timeout: float) -> list[int]:
         """Exit codes once all have ended; a process that hangs is an error."""
         deadline = time.monotonic() + timeout
-        try:
-            return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
+        return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
     def finished(self) -> "Run":
-        codes = self.codes(300)
+        codes = self.codes(START)
         assert codes == [0] * len(codes), "\n".join(self.text(i)[-3000:] for i in range(len(codes)))
         return self
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def start(tmp_path_factory):
+    """`start(directory, processes, steps, ...)` a run; what is left of the one before, of a failed test, is ended."""
+    cache, runs = tmp_path_factory.mktemp("cache"), []
+
+    def begin(directory: Path, *args: Any, **settings: Any) -> Run:
+        for run in runs:
+            run.end()
+        runs.append(Run(directory))
+        return runs[-1].start(cache, *args, **settings)
+
+    yield begin
+    for run in runs:
+        run.end()
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, cache):
-    return Run(tmp_path_factory.mktemp("one")).start(cache, 1, STEPS).finished().directory
+def one(tmp_path_factory, start):
+    return start(tmp_path_factory.mktemp("one"), 1, STEPS).finished().directory
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, cache):
-    return Run(tmp_path_factory.mktemp("two")).start(cache, PROCESSES, STEPS).finished().directory
+def two(tmp_path_factory, start):
+    return start(tmp_path_factory.mktemp("two"), PROCESSES, STEPS).finished().directory
 
 
 def losses(directory):
@@ -138,11 +152,11 @@ def test_one_process_writes_the_metrics(two):
     assert len(list(two.glob("events.out.tfevents*"))) == 1
 
 
-def test_one_process_alone_restores_the_checkpoint_bit_for_bit(two, cache, tmp_path):
+def test_one_process_alone_restores_the_checkpoint_bit_for_bit(two, start, tmp_path):
     """On one device, what was cut over eight."""
     final = [arrays(two / f"final-{process}.npz") for process in range(PROCESSES)]
     copy = shutil.copytree(two, tmp_path / "copy")
-    Run(copy).start(cache, 1, STEPS).finished()
+    start(copy, 1, STEPS).finished()
     restored = arrays(copy / "restored.npz")
     assert len(restored) > 20
     for ours, *theirs in zip(restored, *final, strict=True):
@@ -185,13 +199,13 @@ def test_without_a_cluster_there_is_one_process():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_other_with_a_clear_error(tmp_path, cache, killed):
-    run = Run(tmp_path / "run").start(cache, PROCESSES, LONG, pause=0.01)
-    run.wait_for_step(4)
+def test_a_killed_process_ends_the_other_with_a_clear_error(tmp_path, start, killed):
+    run = start(tmp_path / "run", PROCESSES, LONG, pause=0.01)
+    run.wait_for_step(8)  # the checkpoint of step 3 is complete when that of step 6 begins
     run.processes[killed].send_signal(signal.SIGKILL)
-    start = time.monotonic()
+    at = time.monotonic()
     codes = run.codes(HEARTBEAT + GRACE)
-    print(f"the other process ended {time.monotonic() - start:.1f} s after the kill")
+    print(f"the other process ended {time.monotonic() - at:.1f} s after the kill")
     assert codes[killed] == -signal.SIGKILL
     assert codes[1 - killed] not in (0, -signal.SIGKILL)
     text = run.text(1 - killed)
@@ -202,26 +216,26 @@ def test_a_killed_process_ends_the_other_with_a_clear_error(tmp_path, cache, kil
     # Started again, they go on.
     saved = max(int(path.name) for path in (run.directory / "checkpoints").iterdir() if path.name.isdigit())
     assert saved >= 3
-    again = Run(run.directory).start(cache, PROCESSES, saved + 3).finished()
+    again = start(run.directory, PROCESSES, saved + 3).finished()
     assert [row["step"] for row in read_metrics(again.directory / "metrics.jsonl")] == list(range(saved + 3))
 
 
 @pytest.mark.slow
-def test_an_exception_in_one_process_ends_both(tmp_path, cache):
-    run = Run(tmp_path / "run").start(cache, PROCESSES, LONG, bad=5 * BATCH // 2)
+def test_an_exception_in_one_process_ends_both(tmp_path, start):
+    run = start(tmp_path / "run", PROCESSES, LONG, bad=5 * BATCH // 2)
     run.wait_for_step(1)
     codes = run.codes(60 + HEARTBEAT + GRACE)
     assert codes[1] == 1
     assert codes[0] not in (0, -signal.SIGKILL)
     assert "counted from 0" in run.text(1)
-    assert "process 1 of 2 stops at the error above; the others are aborted within about 5 seconds" in run.text(1)
+    assert "process 1 of 2 stops at the error above; the others are aborted within about 10 seconds" in run.text(1)
     assert "The following tasks are unhealthy (stopped sending heartbeats):\n1\n" in run.text(0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
-def test_sigterm_to_one_process_saves_and_ends_both_at_one_step(tmp_path, cache, asked):
-    run = Run(tmp_path / "run").start(cache, PROCESSES, LONG, pause=0.01)
+def test_sigterm_to_one_process_saves_and_ends_both_at_one_step(tmp_path, start, asked):
+    run = start(tmp_path / "run", PROCESSES, LONG, pause=0.01)
     run.wait_for_step(4)
     run.processes[asked].send_signal(signal.SIGTERM)
     assert run.codes(60) == [0, 0], run.text(0)[-3000:] + run.text(1)[-3000:]

@@ -33,7 +33,7 @@ from sysdpo_jax.training import (
 from sysdpo_jax.training.sharding import AXES, place_batch
 from tests.components.stubs import WORDS, Affine, Embedding, word_tokenizer
 
-PROCESSES, HEARTBEAT, ROWS, BATCH, SEED = 2, 5, 48, 16, 4
+PROCESSES, HEARTBEAT, ROWS, BATCH, SEED = 2, 10, 48, 16, 4
 CONFIG = DecoderConfig(
     vocab_size=16,
     hidden_size=32,

@@ -36,6 +36,7 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_smoke_run_improves_the_system(folder):
     """Seed and machine fix the numbers; both models must beat the start and each alone by two standard errors."""
     results = results_of(folder)
@@ -47,6 +48,7 @@ def test_the_smoke_run_improves_the_system(folder):
     assert results["methods"]["sysdpo_direct"]["accuracy"] > results["methods"]["prompted"]["accuracy"] + 0.1
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_answers_on_disk(folder):
     """Accuracy of one method, and its error over question means, from the stored texts."""
     row = results_of(folder)["methods"]["sysdpo_sampling"]
@@ -62,6 +64,7 @@ def test_figures_are_those_of_the_answers_on_disk(folder):
     np.testing.assert_allclose(row["accuracy_se"], by_question.std(ddof=1) / np.sqrt(128))
 
 
+@pytest.mark.slow
 def test_only_what_is_trained_is_stored_and_the_other_model_stays(folder):
     before = {name: load_params(folder / "seed-0" / f"pretrain_{name}.safetensors") for name in ("drafter", "refiner")}
     for method, trained in (("first_only", "drafter"), ("answer_recorded", "refiner")):
@@ -73,6 +76,7 @@ def test_only_what_is_trained_is_stored_and_the_other_model_stays(folder):
         assert all(jax.tree.leaves({k: v for k, v in same.items() if k != trained}))
 
 
+@pytest.mark.slow
 def test_report_and_table_are_written(folder):
     page = (folder / "report.html").read_text()
     assert all(method in page for method in METHODS)
@@ -81,6 +85,7 @@ def test_report_and_table_are_written(folder):
     assert len((folder / "table.md").read_text().splitlines()) == len(METHODS) + 2
 
 
+@pytest.mark.slow
 def test_a_phase_whose_output_exists_is_not_repeated(folder):
     """Without one output exactly it is made again, to the same numbers."""
     before = results_of(folder)
@@ -92,6 +97,7 @@ def test_a_phase_whose_output_exists_is_not_repeated(folder):
     assert {path for path, stamp in kept.items() if path.stat().st_mtime_ns != stamp} == {removed}
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(folder):
     with pytest.raises(SystemExit, match=r"holds a run of another configuration .* choose another --folder"):
         llm_collaboration.main(["--preset", "smoke", "--folder", str(folder), "--run.task.align.beta", "0.1"])

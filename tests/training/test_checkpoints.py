@@ -100,7 +100,7 @@ def empty(path):
 
 DAMAGES = {
     "a file cut short": (cut, "cannot be read: "),
-    "bits flipped": (flip, r"the array trained/a/kernel is not the one that was saved|cannot be read"),
+    "bits flipped": (flip, r"the array (trained|ema)/a/kernel is not the one that was saved|cannot be read"),
     "no manifest": (lambda path: (path / "state/manifest.ocdbt").unlink(), "cannot be read: "),
     "no arrays": (lambda path: shutil.rmtree(path / "state"), "its folder state is missing"),
     "no metadata": (lambda path: (path / "about/metadata").unlink(), "its file about/metadata is missing"),
@@ -137,15 +137,11 @@ def test_when_none_is_left_it_is_an_error_every_time(tmp_path):
     saved(tmp_path, [1, 2])
     for step in ("1", "2"):
         cut(tmp_path / step)
-    message = r"no checkpoint that can be used, 1\.corrupt-1, 2\.corrupt-1 are damaged"
-    with (
-        pytest.warns(UserWarning, match="cannot be used") as caught,
-        pytest.raises(CorruptCheckpointError, match=message),
-    ):
-        restore(tmp_path)
-    assert len(caught) == 2
-    with pytest.raises(CorruptCheckpointError, match=message):
-        restore(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CorruptCheckpointError, match="no checkpoint that can be used, 2, 1 are damaged"):
+            restore(tmp_path)
+    # What no reading confirms may be an error of the reading: all stay where they are.
+    assert names(tmp_path) == ["1", "2"]
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         restore(tmp_path / "new")
 
