@@ -26,6 +26,7 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_smoke_run_improves_the_system(folder):
     """Seed and machine fix the numbers; alignment must beat the start by two standard errors of the difference."""
     results = results_of(folder)
@@ -37,6 +38,7 @@ def test_the_smoke_run_improves_the_system(folder):
     assert results["methods"]["sysdpo"]["well_formed"] > 0.8
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_pictures_on_disk(folder):
     """Score and order of one method from its stored pictures, by the definition (arXiv 2502.17721, section 5)."""
     results = results_of(folder)
@@ -53,6 +55,7 @@ def test_figures_are_those_of_the_pictures_on_disk(folder):
     np.testing.assert_allclose(results["methods"]["sysdpo"]["order_consistency"], in_order, atol=0.02)
 
 
+@pytest.mark.slow
 def test_report_table_and_picture_are_written(folder):
     page = (folder / "report.html").read_text()
     assert all(method in page for method in METHODS)
@@ -61,6 +64,7 @@ def test_report_table_and_picture_are_written(folder):
     assert len((folder / "table.md").read_text().splitlines()) >= len(METHODS) + 2
 
 
+@pytest.mark.slow
 def test_a_phase_whose_output_exists_is_not_repeated(folder):
     """Without two outputs exactly these are made again, to the same numbers."""
     before = results_of(folder)
@@ -77,6 +81,7 @@ def test_a_phase_whose_output_exists_is_not_repeated(folder):
     assert changed == {folder / "seed-0" / "evaluate_sysdpo.npz"}
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(folder):
     with pytest.raises(SystemExit, match=r"holds a run of another configuration .* choose another --folder"):
         progressive_images.main(["--preset", "smoke", "--folder", str(folder), "--run.align.beta", "0.5"])

@@ -29,7 +29,7 @@ def test_step_zero_is_ln_2_for_every_mixture(name):
 @pytest.mark.parametrize("name", NODES)
 def test_the_gradient_reaches_every_component(name):
     system, params, reference, batch = start(name)
-    gradients = jax.grad(lambda p: DirectObjective(0.1)(system, p, reference, batch, KEY)[0])(params)
+    gradients = jax.jit(jax.grad(lambda p: DirectObjective(0.1)(system, p, reference, batch, KEY)[0]))(params)
     for key, tree in gradients.items():
         assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree)) > 0, key
 
@@ -38,7 +38,7 @@ def test_the_gradient_reaches_every_component(name):
 def test_swapping_winner_and_loser_turns_the_margin(name):
     """The two sides are drawn from the same noise: log sigmoid(m) - log sigmoid(-m) = m."""
     system, params, reference, batch = start(name)
-    objective = DirectObjective(0.01)
+    objective = jax.jit(DirectObjective(0.01), static_argnums=0)
     loss, metrics = objective(system, params, reference, batch, KEY)
     turned, turned_metrics = objective(system, params, reference, PairBatch(batch.rejected, batch.chosen), KEY)
     margin = metrics["rewards/margins"]
