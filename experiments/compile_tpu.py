@@ -6,7 +6,7 @@ It is the step that a run would take (`make_train_step`), with its optimiser, re
 parameters and batch are shapes. What it prints, as JSON, is the compiler's account of one chip's memory, the collective
 operations, and the operations counted from shapes. It needs libtpu: `pip install ".[tpu-aot]"`.
 
-Expected: the command above in some minutes on two cores, with "fits": true; docs/scaling has the files of such runs.
+Two language models compile in minutes on two cores; SDXL's U-Net, with its many shapes, takes more than twenty.
 """
 
 import json

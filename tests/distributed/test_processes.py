@@ -21,6 +21,9 @@ from sysdpo_jax.data.pipeline import READ_AHEAD
 from sysdpo_jax.training import distributed, read_metrics
 from tests.distributed.two_processes import BATCH, HEARTBEAT, PROCESSES, ROWS, SEED, SYSTEM, Source
 
+# Starting several processes takes minutes where the machine is busy.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS, LONG = 8, 10_000
 # Seconds until a run has compiled and trains; as long as that on a machine with much else to do.
