@@ -25,8 +25,9 @@ def initialize(
     which this one is, from 0.
 
     When a process dies, JAX aborts the others and names it ("The following tasks are unhealthy"): within
-    `heartbeat_timeout_seconds` and a few more, at once where it was process 0. One that stops with an exception exits
-    with code 1 at once, without waiting for the others. Start all of them again: they go on from the newest checkpoint.
+    `heartbeat_timeout_seconds` and a few more, at once where it was process 0. Where a collective loses its connection
+    before that, as on CPUs, it raises. A process that stops with an exception exits with code 1 at once, without
+    waiting for the others. Start all of them again: they go on from the newest checkpoint.
     Raises what `jax.distributed.initialize` does, `RuntimeError` when JAX has devices already or joined before.
     """
     try:
