@@ -24,12 +24,13 @@ import tyro
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.scaling.chips import USABLE_HBM_GIB, mesh_of, topology
+from experiments.scaling.chips import USABLE_HBM_GIB, topology
 from experiments.scaling.hlo import collectives_by_kind
 from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
-from sysdpo_jax import CompoundSystem, SampledBatch, make_train_step
+from sysdpo_jax import CompoundSystem, SampledBatch, make_mesh, make_train_step
 from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
 from sysdpo_jax.training.optimizer import SystemOptimizer, combine, partition
+from sysdpo_jax.training.sharding import ShardingError
 from sysdpo_jax.training.state import TrainState, abstract_state
 
 GIB = 2**30
@@ -139,7 +140,10 @@ def account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]:
 def run(config: Config) -> dict[str, Any]:
     """Everything that is printed."""
     generation = config.topology.partition(":")[0]
-    mesh = mesh_of(topology(config.topology), config.data, config.fsdp, config.tensor)
+    try:
+        mesh = make_mesh(config.data, config.fsdp, config.tensor, topology(config.topology))
+    except ShardingError as error:
+        raise SystemExit(f"{config.topology}: {error}") from error
     example, optimizer, state, batch = plan(config, mesh)
     began = time.monotonic()
     step = make_train_step(example.system, example.objective, optimizer, mesh, config.accumulate)

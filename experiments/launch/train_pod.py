@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> None:
     """Train until `steps`, from the newest checkpoint if there is one."""
     config = tyro.cli(Config, args=arguments, description=__doc__)
     sj.initialize()
-    mesh = sj.make_mesh(config.data, config.fsdp or jax.device_count() // (config.data * config.tensor), config.tensor)
+    mesh = sj.make_mesh(config.data, config.fsdp, config.tensor)
     system, params, component = build(config, mesh)
     optimizer = sj.make_optimizer(dict.fromkeys(system.param_keys, component))
     records = sj.load_preferences(config.preferences)

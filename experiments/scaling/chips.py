@@ -7,9 +7,6 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
-
-from sysdpo_jax.training.sharding import AXES
 
 # GiB of HBM that the compiler lets a program use on one chip, as its refusals state them ("exceeds available HBM
 # (15.75G)"); the rest of the chip's 32, 16, 95 and 32 GB it keeps.
@@ -47,17 +44,3 @@ def topology(name: str) -> list[Any]:
     if len(devices) != chips:
         raise SystemExit(f"{name} has {len(devices)} devices for {chips} chips: memory a chip cannot be told")
     return devices
-
-
-def mesh_of(devices: list[Any], data: int, fsdp: int | None, tensor: int) -> Mesh:
-    """All chips as a mesh; fsdp: None takes those that data and tensor leave.
-
-    Raises SystemExit for sizes that do not make the number of chips.
-    """
-    rest = len(devices) // (data * tensor) if fsdp is None else fsdp
-    if data * rest * tensor != len(devices):
-        raise SystemExit(
-            f"a mesh of data {data} x fsdp {fsdp or 'the rest'} x tensor {tensor} does not use the topology's "
-            f"{len(devices)} chips"
-        )
-    return jax.make_mesh((data, rest, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

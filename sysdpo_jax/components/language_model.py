@@ -24,7 +24,7 @@ from sysdpo_jax.components.token_log_probs import token_log_probs
 from sysdpo_jax.generation.beam_decode import beam_generate
 from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.generation.decode import generate
-from sysdpo_jax.models.decoder import Decoder
+from sysdpo_jax.models.decoder import Decoder, head_params
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
 
@@ -126,12 +126,12 @@ class LanguageModel(Component):
         """
         features = jax.tree.map(jnp.asarray, features)
         tokens, starts = features["tokens"], features["prompt_lengths"]
-        variables = {"params": params}
         # Rows are padded on the right, so that causality alone hides the padding.
-        hidden: Any = self.decoder.apply(variables, tokens, method="hidden_states")
+        hidden: Any = self.decoder.apply({"params": params}, tokens, method="hidden_states")
         place = starts[:, None] + jnp.arange(self.max_new_tokens)
         token_log_prob = token_log_probs(
-            lambda part: cast(Array, self.decoder.apply(variables, part, method="head")),
+            lambda head, part: cast(Array, self.decoder.apply({"params": head}, part, method="head")),
+            head_params(self.decoder.config, params),
             jnp.take_along_axis(hidden, place[..., None] - 1, axis=1, mode="clip"),
             jnp.take_along_axis(tokens, place, axis=1, mode="clip"),
             self.decoder.config.vocab_size,

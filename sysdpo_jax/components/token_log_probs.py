@@ -4,56 +4,67 @@ Axes: B batch, L length, D width, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
+
+from sysdpo_jax.models.partitioning import on_own_rows
 
 MAX_CHUNKS = 16
 # Of a chunk's logits in float32: smaller ones save nothing that matters.
 MIN_CHUNK_BYTES = 4 * 2**20
 
-Head = Callable[[Float[Array, "batch length width"]], Float[Array, "batch length vocab"]]
+# (its parameters, hidden states) -> logits in float32, whichever stretch of a sequence they come from.
+Head = Callable[[PyTree, Float[Array, "batch length width"]], Float[Array, "batch length vocab"]]
 
 
 def token_log_probs(
-    head: Head, hidden: Float[Array, "batch length width"], targets: Int[Array, "batch length"], vocab: int
+    head: Head,
+    params: PyTree,
+    hidden: Float[Array, "batch length width"],
+    targets: Int[Array, "batch length"],
+    vocab: int,
 ) -> Float[Array, "batch length"]:
-    """log softmax(head(hidden))[target] in float32, over `number_of_chunks` stretches of the length, one by one.
+    """log softmax(head(params, hidden))[target] in float32, over stretches of the length, one by one.
 
     The backward pass computes each stretch's logits again, so that no array [B, L, V] exists in either pass.
-    head: logits in float32 of hidden states, whichever stretch they come from; vocab: how many.
+    params: the head's alone, which are gathered once for all stretches. vocab: the number of logits.
     """
+    return on_own_rows(partial(_in_chunks, head, vocab), params, hidden, targets)
+
+
+def _in_chunks(head: Head, vocab: int, params: PyTree, hidden: Array, targets: Array) -> Array:
     batch, length, width = hidden.shape
     size = -(-length // number_of_chunks(batch * length, width, vocab))
     if size == length:
-        return _log_probs(head, hidden, targets)
+        return _log_probs(head, params, hidden, targets)
 
     def of_chunk(chunk: tuple[Array, Array]) -> Array:
-        return _log_probs(head, *chunk)
+        return _log_probs(head, params, *chunk)
 
     made = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), (_cut(hidden, size), _cut(targets, size)))
     return jnp.moveaxis(made, 0, 1).reshape(batch, -1)[:, :length]
 
 
 def number_of_chunks(rows: int, width: int, vocab: int) -> int:
-    """Into how many stretches the rows (batch times length) are cut; 1 where that would cost memory.
+    """Into how many stretches a device's rows (batch times length) are cut; 1 where that would cost memory.
 
     The compiler's temporary bytes of the gradient in hidden states and kernel [D, V], both sides of a preference at
     once (float32, CPU): 6 L unchunked and K + 6 L / n in n chunks, with L the bytes of one side's logits and K those of
     the kernel, a product that waits to be added to the sum over chunks. So chunks pay from L = K / 5.6 on, and are
     used from K / 4 on. (Measured: K = 108 MiB, L = 384 MiB: 2304 and, in 16 chunks, 175 MiB; L = 24 MiB: 144 and 112.)
     A frozen kernel has no such sum and a single side half the logits: there the best threshold would be 0 and K / 1.9.
-    fsdp and tensor divide rows and kernel alike, so the ratio of the whole arrays decides; data divides the rows alone,
-    and where it is above 1 chunks are used a little too early.
+    Over fsdp the kernel and its gradient are whole while the loop runs; tensor divides logits and kernel alike.
     """
     if 4 * rows < width:
         return 1
     return max(1, min(MAX_CHUNKS, 4 * rows * vocab // MIN_CHUNK_BYTES))
 
 
-def _log_probs(head: Head, hidden: Array, targets: Array) -> Array:
-    logits = head(hidden)
+def _log_probs(head: Head, params: PyTree, hidden: Array, targets: Array) -> Array:
+    logits = head(params, hidden)
     # A comparison: a gather's gradient scatters into another array of logits, and a mesh may cut the vocabulary.
     chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
     return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -23,6 +23,7 @@ from sysdpo_jax.models.lora import low_rank
 from sysdpo_jax.models.partitioning import constrain, residual
 from sysdpo_jax.models.remat import recomputed
 from sysdpo_jax.models.rotary import rotary_angles, rotate
+from sysdpo_jax.typing import Params
 
 INIT = nn.initializers.normal(0.02)
 Slot = int | Int[Array, ""]
@@ -174,6 +175,12 @@ def _logits(hidden: Array, kernel: Array, dtype: str) -> Array:
     flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
     logits = jnp.matmul(flat, kernel.astype(dtype), preferred_element_type=jnp.float32)
     return constrain(logits.reshape(*hidden.shape[:-1], -1), "batch", "length", "vocab")
+
+
+def head_params(config: DecoderConfig, params: Params) -> Params:
+    """The part of a Decoder's parameters that its method "head" reads."""
+    name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return {name: params[name]}
 
 
 class Decoder(nn.Module):

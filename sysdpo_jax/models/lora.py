@@ -28,7 +28,7 @@ TRAINABLE = r"lora_[ab]$"
 # attention among patches, so "cross_attention" is the U-Net's alone.
 TARGETS = {
     "attention": r"(^|/)([qkvo]_proj|out_proj|to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out|SelfAttention/[qkvo])$",
-    "cross_attention": r"(^|/)attentions_\d+/transformer_blocks_\d+/attn2/(to_[qkv]|to_out_0)$",
+    "cross_attention": r"(^|/)attentions_\d+/transformer_blocks/attn2/(to_[qkv]|to_out_0)$",
     "mlp": r"(^|/)((gate|up|down)_proj|fc[12]|ff(_context)?/(net_0/proj|net_2)|wi_[01]|wo)$",
     "all_linear": r"^(?!(.*/)?lm_head$)",
 }

@@ -8,14 +8,14 @@ Of activations: batch, length, height, width, residual (the stream itself), and 
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree, Shaped
 
 # Names of trailing axes; the axes before them (stacked layers, a convolution's window) have no name and are never cut.
 Axes = tuple[str | None, ...]
@@ -117,6 +117,9 @@ def constrain(x: Array, *names: str | None) -> Array:
     rules: dict[str | None, Any] = dict(get_logical_axis_rules())
     if mesh.empty or not rules:
         return x
+    if mesh.manual_axes:
+        # Within `on_own_rows` the batch is cut already.
+        names = tuple(None if name == "batch" else name for name in names)
     axes = tuple(
         name if size % num_parts(mesh.shape, rules.get(name)) == 0 else PartitionSpec.UNCONSTRAINED
         for name, size in zip(names, x.shape, strict=True)
@@ -139,6 +142,22 @@ def gathered(path: tuple[str, ...], kernel: Array) -> Array:
 def residual(x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
     """`constrain` for a sequence model's residual stream: its width is whole on every device."""
     return constrain(x, "batch", "length", "residual")
+
+
+def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Array, "batch ..."]) -> Array:
+    """function(shared, *rows) -> [batch, ...], each device with its own rows and the whole of what is shared.
+
+    Around a loop over stretches of the rows this gathers `shared` once before it and sums its gradient over devices
+    once after it, where the compiler would do both in every round. What lies over tensor stays cut. A plain call
+    without a mesh and where the mesh does not divide the rows.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), dict(get_logical_axis_rules()).get("batch")
+    if mesh.empty or not axes or rows[0].shape[0] % num_parts(mesh.shape, axes):
+        return function(shared, *rows)
+    spec, names = PartitionSpec(axes), {axes} if isinstance(axes, str) else set(axes)
+    places = (PartitionSpec(), *(spec,) * len(rows))
+    # check_vma=True would sum the gradient where `shared` meets the rows: in every round.
+    return jax.shard_map(function, in_specs=places, out_specs=spec, axis_names=names, check_vma=False)(shared, *rows)
 
 
 def num_parts(sizes: Mapping[str, int], mesh_axes: str | tuple[str, ...] | None) -> int:

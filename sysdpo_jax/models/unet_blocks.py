@@ -1,6 +1,6 @@
 """The blocks of a text-conditioned U-Net, with the structure, semantics and parameter names of diffusers' blocks.
 
-Members of diffusers' lists are named by their index: resnets_0, attentions_1, to_out_0.
+Members of diffusers' lists are named by their index: resnets_0, attentions_1, to_out_0; transformer_blocks are stacked.
 Axes: B batch, h w image, C channels, L positions (h * w), S text tokens, D text width, T time embedding.
 """
 
@@ -112,23 +112,29 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward, each after a LayerNorm and around a residual."""
+    """Self-attention, attention to the text, feed-forward, each after a LayerNorm and around a residual.
+
+    The body of the scan over a transformer's blocks, which wants a pair: the second part is empty.
+    """
 
     config: UNetConfig
     heads: int
 
     @nn.compact
-    def __call__(self, x: Tokens, text: Text) -> Tokens:
+    def __call__(self, x: Tokens, text: Text) -> tuple[Tokens, None]:
         c = self.config
         norms = [LayerNorm(1e-5, c.dtype, c.param_dtype, name=f"norm{i}") for i in (1, 2, 3)]
         normed = norms[0](x)
         x = residual(x + Attention(c, self.heads, name="attn1")(normed, normed))
         x = residual(x + Attention(c, self.heads, name="attn2")(norms[1](x), text))
-        return residual(x + FeedForward(c, name="ff")(norms[2](x)))
+        return residual(x + FeedForward(c, name="ff")(norms[2](x))), None
 
 
 class Transformer2DModel(nn.Module):
-    """An image as a sequence of positions through `depth` blocks, around a residual."""
+    """An image as a sequence of positions through `depth` blocks, around a residual.
+
+    The blocks' parameters are stacked on a leading axis: what is compiled is one block, however many there are.
+    """
 
     config: UNetConfig
     heads: int
@@ -137,11 +143,13 @@ class Transformer2DModel(nn.Module):
     @nn.compact
     def __call__(self, x: Image, text: Text) -> Image:
         c, channels = self.config, x.shape[-1]
-        block = recomputed(BasicTransformerBlock, c.remat)
+        block = recomputed(BasicTransformerBlock, c.remat, prevent_cse=False)
+        blocks = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth
+        )
         h = group_norm(c, "norm", eps=1e-6)(x).reshape(x.shape[0], -1, channels)
         h = residual(dense(c, channels, "proj_in")(h))
-        for i in range(self.depth):
-            h = block(c, self.heads, name=f"transformer_blocks_{i}")(h, text)
+        h, _ = blocks(c, self.heads, name="transformer_blocks")(h, text)
         return _image(x + dense(c, channels, "proj_out")(h).reshape(x.shape))
 
 

@@ -20,7 +20,7 @@ class Naming:
     """What one kind of model adds to the general rule.
 
     rename: (regex, replacement) pairs applied in order to the dotted name.
-    stacked: name of the list whose members we keep stacked on a leading axis, or None.
+    stacked: name of the lists whose members we keep stacked on a leading axis, or None.
     pointwise: regex of the dense kernels that are stored as 1 x 1 convolutions, or None.
     aliases: (regex, replacement) pairs from tensor names of old checkpoints to today's.
     ignored: regex of stored tensors that hold nothing a model learns, or None.
@@ -71,8 +71,8 @@ class Tensor:
 def tensor_name(path: str, naming: Naming) -> str:
     """The stored name of the module or parameter at a "/"-joined path; "{layer}" stands for the place in a stack."""
     *modules, leaf = path.split("/")
-    if modules and modules[0] == naming.stacked:
-        modules.insert(1, "{layer}")
+    if naming.stacked in modules:
+        modules.insert(modules.index(naming.stacked) + 1, "{layer}")
     listed = [re.sub(r"_(\d+)$", r".\1", name) for name in modules]
     name = ".".join([*listed, "weight" if leaf in ("kernel", "embedding") else re.sub(r"_(\d+)$", r".\1", leaf)])
     for pattern, replacement in naming.rename:
@@ -83,7 +83,7 @@ def tensor_name(path: str, naming: Naming) -> str:
 def tensors_of(path: str, shape: tuple[int, ...], naming: Naming) -> Iterator[Tensor]:
     """The stored tensors that make up the parameter of that path and shape."""
     name = tensor_name(path, naming)
-    stacked = path.split("/")[0] == naming.stacked
+    stacked = naming.stacked in path.split("/")
     ndim = len(shape) - stacked
     axes, trailing = tuple(range(ndim)), 0
     if path.endswith("/kernel") or path == "kernel":

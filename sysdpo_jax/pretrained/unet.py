@@ -84,4 +84,5 @@ def write(config: UNetConfig) -> dict[str, Any]:
 
 
 def naming(config: UNetConfig) -> Naming:
-    return Naming(rename=RENAME, pointwise=None if config.use_linear_projection else POINTWISE)
+    pointwise = None if config.use_linear_projection else POINTWISE
+    return Naming(rename=RENAME, stacked="transformer_blocks", pointwise=pointwise)

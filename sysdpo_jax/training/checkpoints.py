@@ -1,9 +1,9 @@
 """Checkpoints of a run, through Orbax: what training changes, and the identity of all that it does not.
 
-A checkpoint holds the step, trained leaves, optimiser state and average, as `{path: array}`, their fingerprints, the
-state of the input pipeline, and the run's `Identity`. The reference and frozen leaves are not stored, only
-fingerprinted: a run resumes from the same initial parameters. The random key is part of the identity, because a step's
-key is folded from it and the step.
+A checkpoint holds the step, trained leaves, optimiser state and average, as `{path: array}`, their fingerprints, and
+the run's `Identity`. The reference and frozen leaves are not stored, only fingerprinted: a run resumes from the same
+initial parameters. The step is the whole state of the input pipeline too, as every batch is a function of it; the
+random key is part of the identity, because a step's key is folded from it and the step.
 
 Arrays are copied to the host, then written in the background into a folder of another name, which is renamed when it is
 complete: a process that is killed leaves the older checkpoints and nothing else that counts.
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -31,8 +31,6 @@ from sysdpo_jax.training.state import TrainState, join, split
 
 # The name of a metric, and which of its values is the best.
 Best = tuple[str, Literal["min", "max"]]
-# What a JSON file holds of the input pipeline.
-DataState = dict[str, Any]
 
 ARRAYS, ABOUT = "state", "about"
 
@@ -105,16 +103,16 @@ class Checkpoints:
         """Where the checkpoints are that could not be used."""
         return tuple(sorted(self.directory.glob("*.corrupt-*")))
 
-    def save(self, state: TrainState, data: DataState, metric: float | None = None) -> None:
+    def save(self, state: TrainState, metric: float | None = None) -> None:
         """Write the state unless its step is the newest already. Returns once the state may be donated.
 
-        data: of the input pipeline, JSON values. metric: the value of `best`'s metric; one that is not finite is none.
+        metric: the value of `best`'s metric; one that is not finite is none.
         """
         step = int(state.step)
         if step == self.latest:
             return
         carry = split(state, self._mask)[0]
-        about = {"identity": self._identity, "data": data, "fingerprints": fingerprints(carry)}
+        about = {"identity": self._identity, "fingerprints": fingerprints(carry)}
         items = {ARRAYS: ocp.args.StandardSave(by_path(carry)), ABOUT: ocp.args.JsonSave(about)}
         known = self._best is not None and metric is not None and math.isfinite(metric)
         metrics = {self._best[0]: metric} if self._best is not None and known else None
@@ -123,8 +121,8 @@ class Checkpoints:
                 f"{self.directory} did not take the checkpoint of step {step}; its newest is {self.latest}"
             )
 
-    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, DataState]:
-        """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps, and its data state.
+    def restore(self, state: TrainState, step: int | None = None) -> TrainState:
+        """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps.
 
         step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read. The
         placement may be another than that of the run which saved it, on other devices or processes.
@@ -159,11 +157,11 @@ class Checkpoints:
             )
         raise FileNotFoundError(f"{self.directory} holds no checkpoint")
 
-    def _read(self, state: TrainState, step: int) -> tuple[TrainState, DataState]:
+    def _read(self, state: TrainState, step: int) -> TrainState:
         path = self.directory / str(step)
         with _reading(path):
             about = self._manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
-            identity, data, saved = about["identity"], about["data"], about["fingerprints"]
+            identity, saved = about["identity"], about["fingerprints"]
         check_same(identity, self._identity, f"the checkpoint {path}")
         carry, fixed = split(state, self._mask)
         wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in by_path(carry).items()}
@@ -174,7 +172,7 @@ class Checkpoints:
         changed = [name for name, text in fingerprints(restored).items() if saved.get(name) != text]
         if changed:
             raise CorruptCheckpointError(f"{path}: the array {changed[0]} is not the one that was saved")
-        return join(restored, fixed), data
+        return join(restored, fixed)
 
 
 def _options(keep: int, best: Best | None) -> ocp.CheckpointManagerOptions:

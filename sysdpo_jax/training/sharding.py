@@ -43,10 +43,21 @@ class ShardingError(ValueError):
     """An array cannot be placed on the mesh: the message names its path, its shape and the remedy."""
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of the first data * fsdp * tensor devices. Raises `ShardingError` when there are fewer."""
-    needed, devices = data * fsdp * tensor, jax.devices()
-    if needed > len(devices):
+def make_mesh(
+    data: int = 1, fsdp: int | None = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of the first data * fsdp * tensor devices.
+
+    fsdp: None takes all that data and tensor leave. devices: jax.devices() by default, or those of a topology to
+    compile for. Raises `ShardingError` when there are fewer, or when data and tensor do not divide them.
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp is None:
+        fsdp, rest = divmod(len(devices), data * tensor)
+        if rest:
+            raise ShardingError(f"data {data} x tensor {tensor} does not divide the {len(devices)} devices")
+    needed = data * fsdp * tensor
+    if not 0 < needed <= len(devices):
         raise ShardingError(f"a mesh of {data} x {fsdp} x {tensor} needs {needed} devices, there are {len(devices)}")
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
 

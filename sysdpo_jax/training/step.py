@@ -130,9 +130,7 @@ class TrainStep:
 
         step_key = jax.random.fold_in(key, carry.step)
         with activation_rules(self.mesh):
-            (loss, metrics), gradients = self._gradients(loss_of, carry.trained, batch, step_key)
-        # Summed over the devices into each one's own part, as soon as they are made.
-        gradients = jax.lax.with_sharding_constraint(gradients, placement)
+            (loss, metrics), gradients = self._gradients(loss_of, placement, carry.trained, batch, step_key)
         trained, opt_state, norms = self.optimizer.update(gradients, carry.opt_state, carry.trained)
         ema = _average(carry.ema, trained, self.optimizer.ema_decay)
         finite = jnp.isfinite(loss) & _all_finite(norms) & _all_finite(trained)
@@ -143,10 +141,20 @@ class TrainStep:
         return kept, metrics | {"finite": good} | self._finite_nodes(metrics)
 
     def _gradients(
-        self, loss_of: Callable[..., tuple[Array, Metrics]], trained: Params, batch: PyTree, key: PRNGKeyArray
+        self,
+        loss_of: Callable[..., tuple[Array, Metrics]],
+        placement: PyTree,
+        trained: Params,
+        batch: PyTree,
+        key: PRNGKeyArray,
     ) -> tuple[tuple[Array, Metrics], Params]:
         """((loss, metrics), gradients) of the batch, part by part where `accumulate` says so."""
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+
+        def value_and_grad(trained: Params, part: PyTree, key: Keys) -> tuple[tuple[Array, Metrics], Params]:
+            values, gradients = jax.value_and_grad(loss_of, has_aux=True)(trained, part, key)
+            # Summed over the devices into each one's own part, as soon as they are made.
+            return values, jax.lax.with_sharding_constraint(gradients, placement)
+
         if self.accumulate == 1:
             return value_and_grad(trained, batch, key)
         rows, shares = jax.tree.leaves(batch)[0].shape[0], self.mesh.shape["data"] * self.mesh.shape["fsdp"]

@@ -107,7 +107,7 @@ class Trainer:
     def checkpoints(self, state: TrainState, batch_at: BatchSource, key: PRNGKeyArray) -> Checkpoints:
         """Those of the directory, to be used as a context manager; arguments as for `fit`, which leaves the state.
 
-        `checkpoints.restore(state, checkpoints.best)[0]` is the best state.
+        `checkpoints.restore(state, checkpoints.best)` is the best state.
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"
@@ -138,9 +138,7 @@ class Trainer:
             batch_of, forget = self._source(batch_at, done, steps, stack)
 
             def save() -> None:
-                # A batch is a function of its step: that is the whole state of the input, Grain's iterator included.
-                step = int(state.step)
-                checkpoints.save(state, {"step": step}, reader.mean())
+                checkpoints.save(state, reader.mean())
 
             def checkpoint() -> None:
                 reader.settle()
@@ -244,10 +242,10 @@ def _start(checkpoints: Checkpoints, state: TrainState, steps: int, resume: bool
         return state
     if not resume:
         raise FileExistsError(f"{checkpoints.directory} holds a checkpoint: resume, or choose another directory")
-    restored, data = checkpoints.restore(state)
-    if not int(state.step) <= data["step"] <= steps:
+    restored = checkpoints.restore(state)
+    if not int(state.step) <= int(restored.step) <= steps:
         raise ValueError(
-            f"{checkpoints.directory} holds step {data['step']}, which is not between the given state's step "
+            f"{checkpoints.directory} holds step {int(restored.step)}, which is not between the given state's step "
             f"{int(state.step)} and the {steps} steps asked for: choose another directory or more steps"
         )
     return restored

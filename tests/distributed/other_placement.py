@@ -43,9 +43,9 @@ def restored(first, second):
     with tempfile.TemporaryDirectory() as directory:
         saved, target = moved(fresh(first)), fresh(second)
         with opened(directory, saved) as checkpoints:
-            checkpoints.save(saved, {})
+            checkpoints.save(saved)
         with opened(directory, target) as checkpoints:
-            found = checkpoints.restore(target)[0]
+            found = checkpoints.restore(target)
     placed = [x.sharding for x in jax.tree.leaves(found)] == [x.sharding for x in jax.tree.leaves(target)]
     rows = found.params["a"]["kernel"].addressable_shards[0].data.shape[0]
     return {

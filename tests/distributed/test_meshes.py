@@ -14,14 +14,19 @@ ROOT = Path(__file__).parents[2]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    command = [sys.executable, "-W", "error", "-m", "tests.distributed.eight_devices"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}  # the resumed run compiles nothing new
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | cache
+def printed(module, **settings):
+    """What a module of this folder prints when it runs in a process with 8 devices."""
+    command = [sys.executable, "-W", "error", "-m", f"tests.distributed.{module}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | settings
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    # The resumed run compiles nothing new.
+    return printed("eight_devices", JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "mixed"])
@@ -49,3 +54,21 @@ def test_parameters_and_moments_are_cut_as_the_rules_say(results):
 
 def test_a_sharded_run_resumes_bit_for_bit(results):
     assert results["resumed_bit_for_bit"]
+
+
+def test_the_chunked_head_gathers_its_kernel_once_and_sums_its_gradient_once():
+    """6 chunks of 4 tokens; 1e-5 off the gradient by hand in float64."""
+    found = printed("head_on_meshes")
+    kernel = 8 * 64 * 4
+    assert set(found) == {"8x1x1", "1x8x1", "2x2x2"}
+    for result in found.values():
+        assert max(result["errors"].values()) < 1e-5
+    assert found["8x1x1"]["collectives"] == [["all-reduce", kernel, 1]]
+    assert found["1x8x1"]["collectives"] == [["all-gather", kernel, 1], ["all-reduce", kernel, 1]]
+    split = found["2x2x2"]["collectives"]
+    assert [each for each in split if each[1] >= kernel / 2] == [
+        ["all-gather", kernel // 2, 1],
+        ["all-reduce", kernel // 2, 1],
+    ]
+    # The maximum and the sum of a chunk's exponentials over the vocabulary's parts: the loop is there.
+    assert any(times >= 6 for _, _, times in split)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# test_meshes.py has a smaller system for every run of the tests.
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 # Level 0 compiles in half the time and keeps every collective.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

@@ -123,8 +123,9 @@ def test_unknown_names_are_answered_with_the_known_ones(monkeypatch):
     for name in ("v5x:2x2", "v5e", "v5e:2x"):
         with pytest.raises(SystemExit, match="v4, v5e, v5p, v6e"):
             chips.topology(name)
-    with pytest.raises(SystemExit, match="data 3 x fsdp the rest x tensor 1"):
-        chips.mesh_of(jax.devices()[:1], 3, None, 1)
+    monkeypatch.setattr(compile_tpu, "topology", lambda name: jax.devices()[:1])
+    with pytest.raises(SystemExit, match="v5e:2x2: data 3 x tensor 1 does not divide the 1 devices"):
+        compile_tpu.run(compile_tpu.Config(data=3))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r'libtpu: pip install "\.\[tpu-aot\]"'):
         chips.topology("v5e:2x2")

@@ -103,7 +103,7 @@ def test_the_tpu_launch_runs_the_entry_point_on_all_workers(tmp_path):
     config = parsed(words[words.index(MODULE) + 1 :])
     # The bucket's mount, resumed by default, and a preempted run counts as not finished.
     assert (config.directory, config.preempted_exit_code) == (Path("/mnt/runs/aligned"), 75)
-    assert words[:2] == ["sudo", "systemd-run"]
+    assert words[words.index("systemd-run") - 1] == "sudo"
     assert {"--property=Restart=on-failure", "--property=TimeoutStopSec=90"} <= set(words)
     # systemd's stop is SIGTERM to the process.
     assert stop[-1] == "--command=sudo systemctl stop sysdpo"

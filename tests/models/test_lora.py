@@ -133,7 +133,7 @@ def test_named_sets_find_the_layers_of_each_family():
         "up_blocks_1/attentions_0",
         "up_blocks_1/attentions_1",
     ]
-    unet = [f"{block}/transformer_blocks_0" for block in blocks]
+    unet = [f"{block}/transformer_blocks" for block in blocks]
     projections = ("to_k", "to_out_0", "to_q", "to_v")
     assert targeted("decoder", "attention") == [f"layers/self_attn/{n}_proj" for n in "koqv"]
     assert targeted("decoder", "mlp") == [f"layers/mlp/{n}_proj" for n in ("down", "gate", "up")]

@@ -13,12 +13,13 @@ def torch_tree(arrays: dict[str, np.ndarray]) -> PyTree:
     """Arrays under PyTorch's parameter names (values or gradients) as our tree.
 
     Lists become indexed names, linear weights [out, in] kernels [in, out], convolutions [out, in, h, w] kernels
-    [h, w, in, out]; a transformer's 1x1 projections are dense.
+    [h, w, in, out]; a transformer's 1x1 projections are dense; its blocks are stacked.
     """
     tree: dict[str, Any] = {}
+    stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, array in arrays.items():
         path = re.sub(r"^(text_model\.)?(encoder\.(?=layers)|embeddings\.)?", "", name)
-        *parents, leaf = re.sub(r"\.(\d+)", r"_\1", path).split(".")
+        *parents, leaf = re.sub(r"(?<!transformer_blocks)\.(\d+)", r"_\1", path).split(".")
         if parents[-1].endswith("_embedding") and array.ndim == 2:
             leaf = "embedding"
         elif array.ndim == 2:
@@ -27,6 +28,13 @@ def torch_tree(arrays: dict[str, np.ndarray]) -> PyTree:
             leaf, array = "kernel", array.transpose(2, 3, 1, 0)
             if parents[-1] in ("proj_in", "proj_out"):
                 array = array[0, 0]
+        if "transformer_blocks" in parents:
+            # named_parameters() has the blocks in their order.
+            place = parents.index("transformer_blocks") + 1
+            stack = stacks.setdefault((*parents[:place], *parents[place + 1 :], leaf), [])
+            assert len(stack) == int(parents.pop(place))
+            array = np.stack([*stack, array])
+            stack.append(array[-1])
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

@@ -35,7 +35,7 @@ def opened(directory, **settings):
 def saved(directory, steps, metrics=(), **settings):
     with opened(directory, **settings) as checkpoints:
         for step, metric in zip(steps, metrics or [None] * len(steps), strict=True):
-            checkpoints.save(state_of(step), {"step": step}, metric)
+            checkpoints.save(state_of(step), metric)
 
 
 def restore(directory):
@@ -57,11 +57,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mode, best, kept):
     assert names(tmp_path) == [str(step) for step in kept]
     with opened(tmp_path, best=("reward", mode)) as checkpoints:
         assert (checkpoints.latest, checkpoints.best, checkpoints.oldest) == (5, best, 4)
-        restored, data = checkpoints.restore(state_of(0), checkpoints.best)
-        same(restored, state_of(best))
-        assert data == {"step": best}
+        same(checkpoints.restore(state_of(0), checkpoints.best), state_of(best))
         # One that is better takes its place, the newest stay.
-        checkpoints.save(state_of(6), {"step": 6}, 1.0 if mode == "max" else 0.0)
+        checkpoints.save(state_of(6), 1.0 if mode == "max" else 0.0)
         assert checkpoints.best == 6
     assert names(tmp_path) == ["5", "6"]
 
@@ -69,7 +67,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mode, best, kept):
 def test_another_metric_is_not_compared_with_the_one_before(tmp_path):
     saved(tmp_path, [1, 2], [5.0, 4.0], best=("old", "max"))
     with opened(tmp_path, best=("new", "max")) as checkpoints:
-        checkpoints.save(state_of(3), {"step": 3}, -1.0)
+        checkpoints.save(state_of(3), -1.0)
         assert checkpoints.best == 3
     with pytest.raises(ValueError, match="keep 0 must be at least 1"):
         opened(tmp_path, keep=0)
@@ -116,9 +114,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     saved(tmp_path, [1, 2, 3], [0.1, 0.2, 0.3], best=("reward", "max"))
     damage(tmp_path / "3")
     with pytest.warns(UserWarning, match=rf"{tmp_path / '3'} cannot be used and is now .*3\.corrupt-1: .*({reason})"):
-        restored, data = restore(tmp_path)
+        restored = restore(tmp_path)
     same(restored, state_of(2))
-    assert data == {"step": 2}
     assert names(tmp_path) == ["2", "3.corrupt-1"]
 
 
@@ -128,7 +125,7 @@ def test_the_same_step_can_be_saved_and_damaged_again(tmp_path):
         saved(tmp_path, [3])
         empty(tmp_path / "3")
         with pytest.warns(UserWarning, match=rf"3\.corrupt-{number}"):
-            same(restore(tmp_path)[0], state_of(1))
+            same(restore(tmp_path), state_of(1))
     with opened(tmp_path) as checkpoints:
         assert [path.name for path in checkpoints.set_aside] == ["3.corrupt-1", "3.corrupt-2"]
 
@@ -152,7 +149,7 @@ def test_an_asked_for_step_that_is_damaged_is_an_error_and_stays(tmp_path):
     with opened(tmp_path) as checkpoints:
         with pytest.raises(CorruptCheckpointError, match=f"{tmp_path / '2'} cannot be read"):
             checkpoints.restore(state_of(0), 2)
-        same(checkpoints.restore(state_of(0), 1)[0], state_of(1))
+        same(checkpoints.restore(state_of(0), 1), state_of(1))
     assert names(tmp_path) == ["1", "2"]
 
 
@@ -176,7 +173,7 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
     shutil.copytree(tmp_path / "1", half)
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest == 1
-        checkpoints.save(state_of(2), {"step": 2})
+        checkpoints.save(state_of(2))
     assert names(tmp_path) == ["1", "2"]
 
 
@@ -186,8 +183,8 @@ def test_a_reference_that_is_gone_has_no_fingerprint(tmp_path):
     gone = state._replace(reference=dict.fromkeys(state.reference))
     for given in (state, gone):
         with Checkpoints(tmp_path / str(given is gone), given, OPTIMIZER, CONFIG) as checkpoints:
-            checkpoints.save(given, {})
-            same(checkpoints.restore(given)[0], given)
+            checkpoints.save(given)
+            same(checkpoints.restore(given), given)
     assert fingerprints(gone.reference) == {}
     assert Path(tmp_path / "True" / "1").is_dir()
 

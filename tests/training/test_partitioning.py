@@ -8,49 +8,22 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from experiments.scaling.shapes import LLAMA_3_8B, SDXL, SMOLLM2_135M
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
-from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from sysdpo_jax.models.partitioning import constrain, logical_axes
 from sysdpo_jax.models.t5 import T5Config, T5Encoder
-from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.models.unet import UNet2DCondition
 from sysdpo_jax.training.sharding import AXES, ShardingError, activation_rules, by_path, tree_shardings
 
-SMOLLM2 = DecoderConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
-LLAMA3 = DecoderConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
-SDXL = UNetConfig(
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 2),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 # Fewer of the layers that are not stacked: one is like another.
 TOKENS = ((1, 8), jnp.int32)
 IMAGE, TIME = ((1, 16, 16, 4), jnp.float32), ((1,), jnp.float32)
 FAMILIES = {
-    "decoder, tied": (Decoder(SMOLLM2), TOKENS),
-    "decoder, 8B": (Decoder(LLAMA3), TOKENS),
+    "decoder, tied": (Decoder(SMOLLM2_135M), TOKENS),
+    "decoder, 8B": (Decoder(LLAMA_3_8B), TOKENS),
     "clip": (CLIPTextEncoder(CLIPTextConfig(num_hidden_layers=2)), TOKENS),
     "t5": (T5Encoder(T5Config(num_layers=2)), TOKENS),
     "unet, SDXL": (
@@ -105,16 +78,16 @@ def test_stacked_layers_and_windows_stay_whole(name):
     """Three parts fit a window of 3 x 3 and 30 layers, but not most widths."""
     leaves = by_path(abstract(name))
     for path, sharding in by_path(tree_shardings(mesh(fsdp=3), abstract(name))).items():
-        leading = 1 if "/layers/" in path else max(0, leaves[path].ndim - 2)
+        leading = 1 if "/layers/" in path or "/transformer_blocks/" in path else max(0, leaves[path].ndim - 2)
         assert not any(sharding.spec[:leading]), path
 
 
 def test_heads_and_hidden_widths_are_cut_over_tensor():
     specs = {p: s.spec for p, s in by_path(tree_shardings(mesh(2, 2, 2), abstract("unet, SDXL"))).items()}
-    block = "model/mid_block/attentions_0/transformer_blocks_0"
-    assert specs[f"{block}/attn2/to_k/kernel"] == PartitionSpec("fsdp", "tensor")
-    assert specs[f"{block}/attn1/to_out_0/kernel"] == PartitionSpec("tensor", "fsdp")
-    assert specs[f"{block}/ff/net_0/proj/bias"] == PartitionSpec("tensor")
+    block = "model/mid_block/attentions_0/transformer_blocks"
+    assert specs[f"{block}/attn2/to_k/kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert specs[f"{block}/attn1/to_out_0/kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    assert specs[f"{block}/ff/net_0/proj/bias"] == PartitionSpec(None, "tensor")
     assert specs["model/mid_block/resnets_0/conv1/kernel"] == PartitionSpec(None, None, "fsdp", "tensor")
 
 

@@ -65,6 +65,15 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     assert int(trainer.fit(fresh(), BATCH_AT, 2, KEY).step) == 2
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts its background jobs, perhaps these tests, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_ctrl_c_interrupts_at_once(tmp_path):
     with stop_requests(tmp_path) as asked:
         assert asked(6) is None

@@ -179,7 +179,7 @@ def test_the_best_checkpoint_is_that_of_the_best_mean(tmp_path):
     state = fresh()
     with runner.checkpoints(state, BATCH_AT, KEY) as checkpoints:
         assert checkpoints.best == best
-        assert int(checkpoints.restore(state, best)[0].step) == best
+        assert int(checkpoints.restore(state, best).step) == best
     with pytest.raises(ValueError, match=r"has no metric 'reward', choose one of .*loss"):
         trainer(tmp_path / "other", best=("reward", "max")).fit(fresh(), BATCH_AT, 1, KEY)
 
