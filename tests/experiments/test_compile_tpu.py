@@ -15,7 +15,11 @@ from experiments import compile_tpu
 from experiments.scaling import chips
 from experiments.scaling.hlo import HloError, collectives_by_kind
 from experiments.scaling.shapes import LLAMA_3_8B, QWEN15_18B, SD15, SDXL, SMOLLM2_135M, painter, writer
+from experiments.scaling.table import figures_table, read_results
 from sysdpo_jax import make_mesh
+from sysdpo_jax.evaluation import markdown_table
+
+SCALING = Path(__file__).parents[2] / "docs" / "scaling"
 
 # As the TPU compiler writes it, shortened: a scan of 12 layers with a gather, a sum that is scattered, and a gather in
 # parts that run beside other work.
@@ -172,3 +176,11 @@ def test_a_tiny_step_compiles_for_four_chips(system, mode):
     flops = result["flops"]
     assert flops["model_total"] == sum(flops["model"].values())
     assert flops["with_recomputation"] > flops["model_total"]
+
+
+def test_the_page_shows_what_the_compiler_said():
+    results = read_results(SCALING)
+    assert markdown_table(figures_table(results)) in SCALING.with_suffix(".md").read_text()
+    for result in results:
+        assert result["fits"], result["made_by"]["command"]
+        assert result["memory_per_chip_gib"]["peak"] <= result["usable_hbm_gib"]
