@@ -41,7 +41,11 @@ def stored_shapes(family, config, module, *inputs, method="__call__"):
     made = jax.eval_shape(lambda key, *args: module.init(key, *args, method=method), jax.random.key(0), *args)["params"]
     leaves = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(made)}
     naming = family.naming(config)
-    return {t.name: t.shape(shape) for path, shape in leaves.items() for t in tensors_of(path, shape, naming)}
+    return {
+        tensor.name: tensor.shape(shape if tensor.layer is None else shape[1:])
+        for path, shape in leaves.items()
+        for tensor in tensors_of(path, shape, naming)
+    }
 
 
 def torch_shapes(make):
