@@ -5,24 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sysdpo_jax.evaluation import Column, Row, Table
-
 COLUMNS = (
-    Column("pairs", 0, best=None),
-    Column("tokens", 0, best=None),
-    Column("pixels", 0, best=None),
-    Column("M", 0, best=None),
-    Column("arguments", 2, best=None),
-    Column("temporaries", 2, best=None),
-    Column("peak", 2, best=None),
-    Column("of", 2, best=None),
-    Column("compile s", 0, best=None),
+    *("system", "mode", "topology", "pairs", "tokens", "pixels", "M"),
+    *("arguments", "temporaries", "peak", "of", "compile s"),
 )
-
-
-def figures_table(results: Iterable[Mapping[str, Any]]) -> Table:
-    """Memory of one chip in GiB; pixels a side; M: intermediates."""
-    return Table("Memory of one chip", COLUMNS, tuple(_row(result) for result in results), label="step")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -30,9 +16,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def _row(result: Mapping[str, Any]) -> Row:
+def figures_table(results: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown. Memory of one chip in GiB; pixels a side; M: intermediates."""
+    rules = ["---"] * 3 + ["---:"] * (len(COLUMNS) - 3)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, rules, *map(_row, results)))
+
+
+def _row(result: Mapping[str, Any]) -> list[str]:
+    names = ("system", "mode", "topology", "pairs_per_step", "sequence", "image_size", "intermediates")
     memory = result["memory_per_chip_gib"]
-    held = (memory[name] for name in ("arguments", "temporaries", "peak"))
-    sizes = (result[name] for name in ("pairs_per_step", "sequence", "image_size", "intermediates"))
-    values = (*sizes, *held, result["usable_hbm_gib"], result["seconds"]["compile"])
-    return Row(f"{result['system']}, {result['mode']}, {result['topology']}", values)
+    held = [memory[name] for name in ("arguments", "temporaries", "peak")] + [result["usable_hbm_gib"]]
+    sizes = ("–" if result[name] is None else str(result[name]) for name in names)  # noqa: RUF001
+    return [*sizes, *(f"{size:.2f}" for size in held), f"{result['seconds']['compile']:.0f}"]
