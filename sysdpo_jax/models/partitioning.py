@@ -151,13 +151,17 @@ def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Ar
     once after it, where the compiler would do both in every round. What lies over tensor stays cut. A plain call
     without a mesh and where the mesh does not divide the rows.
     """
-    mesh, axes = jax.sharding.get_abstract_mesh(), dict(get_logical_axis_rules()).get("batch")
-    if mesh.empty or not axes or rows[0].shape[0] % num_parts(mesh.shape, axes):
+    mesh, names = jax.sharding.get_abstract_mesh(), dict(get_logical_axis_rules()).get("batch") or ()
+    # The compiler refuses sums over axes of one device beside an axis that it cuts itself.
+    axes = tuple(name for name in names if not mesh.empty and mesh.shape[name] > 1)
+    if not axes or rows[0].shape[0] % num_parts(mesh.shape, axes):
         return function(shared, *rows)
-    spec, names = PartitionSpec(axes), {axes} if isinstance(axes, str) else set(axes)
+    spec = PartitionSpec(axes)
     places = (PartitionSpec(), *(spec,) * len(rows))
     # check_vma=True would sum the gradient where `shared` meets the rows: in every round.
-    return jax.shard_map(function, in_specs=places, out_specs=spec, axis_names=names, check_vma=False)(shared, *rows)
+    return jax.shard_map(function, in_specs=places, out_specs=spec, axis_names=set(axes), check_vma=False)(
+        shared, *rows
+    )
 
 
 def num_parts(sizes: Mapping[str, int], mesh_axes: str | tuple[str, ...] | None) -> int:
