@@ -6,8 +6,7 @@ It is the step that a run would take (`make_train_step`), with its optimiser, re
 parameters and batch are shapes. What it prints, as JSON, is the compiler's account of one chip's memory, the collective
 operations, and the operations counted from shapes. It needs libtpu: `pip install ".[tpu-aot]"`.
 
-On two cores two language models compile in minutes; SDXL's U-Net, whose convolutions are of many shapes, takes half an
-hour.
+Two language models compile in minutes on two cores; SDXL's U-Net takes far longer (docs/scaling.md has the seconds).
 """
 
 import json
@@ -135,18 +134,30 @@ def account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]:
     return {
         "fits": memory.peak_memory_in_bytes <= usable_gib * GIB,
         "memory_per_chip_gib": {name: round(size / GIB, 3) for name, size in sizes.items()},
-        "collectives_per_chip": collectives_by_kind(compiled.as_text() or ""),
+        "collectives_per_chip": _collectives(compiled),
         "compiler_flops_per_chip": (compiled.cost_analysis() or {}).get("flops"),
     }
+
+
+def _collectives(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """By kind, or why the program cannot be read: JAX does not take back everything that libtpu writes."""
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        return {"unreadable": str(error).splitlines()[0][:300]}
+    return dict(collectives_by_kind(text))
 
 
 def run(config: Config) -> dict[str, Any]:
     """Everything that is printed."""
     generation = config.topology.partition(":")[0]
+    devices = topology(config.topology)
     try:
-        mesh = make_mesh(config.data, config.fsdp, config.tensor, topology(config.topology))
+        mesh = make_mesh(config.data, config.fsdp, config.tensor, devices)
     except ShardingError as error:
         raise SystemExit(f"{config.topology}: {error}") from error
+    if mesh.size != len(devices):
+        raise SystemExit(f"{config.topology}: data x fsdp x tensor is {mesh.size} of {len(devices)} chips: take all")
     example, optimizer, state, batch = plan(config, mesh)
     began = time.monotonic()
     step = make_train_step(example.system, example.objective, optimizer, mesh, config.accumulate)

@@ -29,7 +29,8 @@ def token_log_probs(
 ) -> Float[Array, "batch length"]:
     """log softmax(head(params, hidden))[target] in float32, over stretches of the length, one by one.
 
-    The backward pass computes each stretch's logits again, so that no array [B, L, V] exists in either pass.
+    The backward pass computes each stretch's logits again: no array [B, L, V] exists in either pass where
+    `number_of_chunks` is above 1, which is wherever that saves memory.
     params: the head's alone, which are gathered once for all stretches. vocab: the number of logits.
     """
     return on_own_rows(partial(_in_chunks, head, vocab), params, hidden, targets)
@@ -51,16 +52,13 @@ def _in_chunks(head: Head, vocab: int, params: PyTree, hidden: Array, targets: A
 def number_of_chunks(rows: int, width: int, vocab: int) -> int:
     """Into how many stretches a device's rows (batch times length) are cut; 1 where that would cost memory.
 
-    The compiler's temporary bytes of the gradient in hidden states and kernel [D, V], both sides of a preference at
-    once (float32, CPU): 6 L unchunked and K + 6 L / n in n chunks, with L the bytes of one side's logits and K those of
-    the kernel, a product that waits to be added to the sum over chunks. So chunks pay from L = K / 5.6 on, and are
-    used from K / 4 on. (Measured: K = 108 MiB, L = 384 MiB: 2304 and, in 16 chunks, 175 MiB; L = 24 MiB: 144 and 112.)
-    A frozen kernel has no such sum and a single side half the logits: there the best threshold would be 0 and K / 1.9.
-    Over fsdp the kernel and its gradient are whole while the loop runs; tensor divides logits and kernel alike.
+    The compiler's temporary bytes of the gradient in hidden states and kernel [D, V] (float32, CPU) are 3 L unchunked
+    and K + 3 L / n in n chunks, with L the bytes of the rows' logits and K those of the kernel, a product that waits to
+    be added to the sum over chunks. (Measured: K = 32 MiB, L = 32 MiB: 96 and, in 16 chunks, 36 MiB; L = 8 MiB: 24 and
+    33.) Over fsdp the kernel and its gradient are whole while the loop runs; tensor divides logits and kernel alike.
     """
-    if 4 * rows < width:
-        return 1
-    return max(1, min(MAX_CHUNKS, 4 * rows * vocab // MIN_CHUNK_BYTES))
+    chunks = min(MAX_CHUNKS, 4 * rows * vocab // MIN_CHUNK_BYTES)
+    return chunks if width * chunks < 3 * rows * (chunks - 1) else 1
 
 
 def _log_probs(head: Head, params: PyTree, hidden: Array, targets: Array) -> Array:

@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=INIT
         )
-        block = recomputed(Block, c.remat, prevent_cse=False)
+        block = recomputed(Block, c.remat, prevent_cse=c.num_hidden_layers == 1)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},

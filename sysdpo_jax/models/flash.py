@@ -4,7 +4,6 @@ Axes: B batch, L length, S slots, H heads, G key-value heads, K head width.
 """
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -13,8 +12,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
+from sysdpo_jax.models.partitioning import num_parts
+
 LANES, MAX_BLOCK = 128, 512
-Axes = str | tuple[str, ...] | None
 
 
 def flash(
@@ -36,18 +36,13 @@ def flash(
     if mesh.empty:
         return local(queries, keys, values)
     rows, _, heads, _ = nn.logical_to_mesh_axes(("batch", None, "heads", None)) or (None,) * 4
-    if queries.shape[0] % _size(mesh, rows):
+    if queries.shape[0] % num_parts(mesh.shape, rows):
         rows = None
     # A head stays with the key-value head that it reads.
-    if keys.shape[2] % _size(mesh, heads):
+    if keys.shape[2] % num_parts(mesh.shape, heads):
         heads = None
     spec = jax.sharding.PartitionSpec(rows, None, heads, None)
     return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(queries, keys, values)
-
-
-def _size(mesh: jax.sharding.AbstractMesh, axes: Axes) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def _local(queries: Array, keys: Array, values: Array, scale: float, causal: bool, window: int | None) -> Array:

@@ -58,6 +58,7 @@ UNET: Table = (
     (r"(^|/)ff/net_0/proj$", ("embed", "mlp")),
     (r"(^|/)ff/net_2$", ("mlp", "embed")),
     (r"attentions_\d+/proj_(in|out)$", (None, "embed")),
+    (r"transformer_blocks/norm\d$", (None, None)),
     (r"resnets_\d+/conv1$", ("embed", "channels")),
     (r"resnets_\d+/conv2$", ("channels", "embed")),
     (r"resnets_\d+/time_emb_proj$", ("embed", "channels")),
@@ -118,8 +119,8 @@ def constrain(x: Array, *names: str | None) -> Array:
     if mesh.empty or not rules:
         return x
     if mesh.manual_axes:
-        # Within `on_own_rows` the batch is cut already.
-        names = tuple(None if name == "batch" else name for name in names)
+        # Within `on_own_rows` the rows are cut already.
+        names = tuple(None if set(mesh.manual_axes) & set(_axes(rules.get(name))) else name for name in names)
     axes = tuple(
         name if size % num_parts(mesh.shape, rules.get(name)) == 0 else PartitionSpec.UNCONSTRAINED
         for name, size in zip(names, x.shape, strict=True)
@@ -153,7 +154,7 @@ def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Ar
     """
     mesh, names = jax.sharding.get_abstract_mesh(), dict(get_logical_axis_rules()).get("batch") or ()
     # The compiler refuses sums over axes of one device beside an axis that it cuts itself.
-    axes = tuple(name for name in names if not mesh.empty and mesh.shape[name] > 1)
+    axes = () if mesh.empty else tuple(name for name in _axes(names) if mesh.shape[name] > 1)
     if not axes or rows[0].shape[0] % num_parts(mesh.shape, axes):
         return function(shared, *rows)
     spec = PartitionSpec(axes)
@@ -166,5 +167,8 @@ def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Ar
 
 def num_parts(sizes: Mapping[str, int], mesh_axes: str | tuple[str, ...] | None) -> int:
     """Into how many parts an axis is cut that lies over these axes of a mesh of these sizes."""
-    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-    return math.prod(sizes[name] for name in names)
+    return math.prod(sizes[name] for name in _axes(mesh_axes))
+
+
+def _axes(mesh_axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()

@@ -17,7 +17,8 @@ def recomputed(block: Any, remat: str | None, prevent_cse: bool = True) -> Any:
     """The block's class, recomputing as `remat` says: None nothing, "full" all but its inputs, else by the policy.
 
     "dots_saveable" keeps the results of all matrix products, "dots_with_no_batch_dims_saveable" those of dense layers
-    without attention's scores. prevent_cse: needed unless the block is the body of a scan.
+    without attention's scores. prevent_cse: needed unless the block is the body of a scan, which must
+    run more than once: the compiler takes a loop of one round apart and merges what is computed twice.
     """
     return block if remat is None else nn.remat(block, prevent_cse=prevent_cse, policy=POLICIES[remat])
 

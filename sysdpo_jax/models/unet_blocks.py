@@ -143,7 +143,7 @@ class Transformer2DModel(nn.Module):
     @nn.compact
     def __call__(self, x: Image, text: Text) -> Image:
         c, channels = self.config, x.shape[-1]
-        block = recomputed(BasicTransformerBlock, c.remat, prevent_cse=False)
+        block = recomputed(BasicTransformerBlock, c.remat, prevent_cse=self.depth == 1)
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth
         )

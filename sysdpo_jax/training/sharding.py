@@ -7,6 +7,7 @@ Paths are "/"-joined, `params_key/module/.../leaf`.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,23 +44,37 @@ class ShardingError(ValueError):
     """An array cannot be placed on the mesh: the message names its path, its shape and the remedy."""
 
 
-def make_mesh(
-    data: int = 1, fsdp: int | None = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int | None = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the first data * fsdp * tensor devices.
 
     fsdp: None takes all that data and tensor leave. devices: jax.devices() by default, or those of a topology to
-    compile for. Raises `ShardingError` when there are fewer, or when data and tensor do not divide them.
+    compile for. Those of several slices (of TPUs; JAX takes a host of GPUs for one) lie slice by slice, so that data,
+    and what is left of fsdp, span them. Raises `ShardingError` when there are fewer, when data and tensor do not divide
+    them, and where tensor would span slices.
     """
     devices = jax.devices() if devices is None else devices
+    if min(data, tensor, 1 if fsdp is None else fsdp) < 1:
+        raise ShardingError(f"a mesh of {data} x {fsdp} x {tensor}: sizes are 1 or more")
     if fsdp is None:
         fsdp, rest = divmod(len(devices), data * tensor)
         if rest:
             raise ShardingError(f"data {data} x tensor {tensor} does not divide the {len(devices)} devices")
     needed = data * fsdp * tensor
-    if not 0 < needed <= len(devices):
+    if needed > len(devices):
         raise ShardingError(f"a mesh of {data} x {fsdp} x {tensor} needs {needed} devices, there are {len(devices)}")
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+    devices, shape, types = devices[:needed], (data, fsdp, tensor), (AxisType.Auto,) * 3
+    slices = Counter(_slice_of(device) for device in devices)
+    if len(slices) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if any(count % tensor for count in slices.values()):
+        raise ShardingError(f"tensor {tensor} would span slices of {min(slices.values())} devices: choose a divisor")
+    # jax.make_mesh refuses several slices.
+    ordered = np.array(sorted(devices, key=lambda device: (_slice_of(device), device.id)), object)
+    return Mesh(ordered.reshape(shape), AXES, axis_types=types)
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", 0) or 0
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -187,8 +187,9 @@ def _reference(tree: Params, mask: PyTree, dtype: str | None) -> Params:
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> Array:
-    if not sharding.is_fully_addressable and not (isinstance(leaf, jax.Array) and leaf.sharding == sharding):
-        # Placed by parts: device_put would gather the whole leaf from every process to compare them.
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if not sharding.is_fully_addressable and not spread:
+        # By parts: device_put would gather the whole leaf from every process to compare them, which is not done.
         return jax.make_array_from_callback(np.shape(leaf), sharding, lambda part: np.asarray(leaf[part]))
     # A NumPy array may change under us, so only immutable arrays may share their memory.
     return jax.device_put(leaf, sharding, may_alias=isinstance(leaf, jax.Array))

@@ -129,6 +129,9 @@ def test_unknown_names_are_answered_with_the_known_ones(monkeypatch):
     monkeypatch.setattr(compile_tpu, "topology", lambda name: jax.devices()[:1])
     with pytest.raises(SystemExit, match="v5e:2x2: data 3 x tensor 1 does not divide the 1 devices"):
         compile_tpu.run(compile_tpu.Config(data=3))
+    monkeypatch.setattr(compile_tpu, "topology", lambda name: jax.devices() * 2)
+    with pytest.raises(SystemExit, match="is 1 of 2 chips: take all"):
+        compile_tpu.run(compile_tpu.Config(fsdp=1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r'libtpu: pip install "\.\[tpu-aot\]"'):
         chips.topology("v5e:2x2")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.training.sharding import by_path
 from tests.parity.convert_diffusion import randomise, torch_gradients, torch_params
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -119,6 +120,23 @@ def test_gradients_with_recomputed_activations_equal_autograd():
     args = arguments(inputs)
     found = jax.jit(jax.grad(lambda p: jnp.mean(module.apply({"params": p}, *args) ** 2)))(torch_params(model))
     assert_gradients_equal(found, torch_gradients(model))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_recomputation_is_kept_apart_where_no_loop_does_it(name):
+    """The compiler takes a scan of one block apart, and would merge what the backward pass computes again.
+
+    Residual blocks have one barrier each; a transformer of depth 1 has one, of more it is a loop.
+    """
+    _, _, inputs = case(name)
+    module, args = UNet2DCondition(UNetConfig(**CONFIGS[name], remat="full")), arguments(inputs)
+    params = jax.eval_shape(module.init, jax.random.key(0), *args)
+    program = jax.jit(jax.grad(lambda p: jnp.sum(module.apply(p, *args)))).lower(params).as_text()
+    leaves = by_path(params)
+    residual = [path for path in leaves if path.endswith("conv1/kernel")]
+    depths = [leaf.shape[0] for path, leaf in leaves.items() if path.endswith("attn1/to_q/kernel")]
+    assert 1 in depths
+    assert program.count("optimization_barrier") == len(residual) + depths.count(1)
 
 
 def test_diffusion_dpo_gradients_equal_autograd():

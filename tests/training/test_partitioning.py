@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from sysdpo_jax.models.partitioning import constrain, logical_axes
 from sysdpo_jax.models.t5 import T5Config, T5Encoder
 from sysdpo_jax.models.unet import UNet2DCondition
-from sysdpo_jax.training.sharding import AXES, ShardingError, activation_rules, by_path, tree_shardings
+from sysdpo_jax.training.sharding import AXES, ShardingError, activation_rules, by_path, make_mesh, tree_shardings
 
 # Fewer of the layers that are not stacked: one is like another.
 TOKENS = ((1, 8), jnp.int32)
@@ -104,6 +105,40 @@ def test_lora_factors_are_cut_as_their_kernel():
     specs = {p: s.spec for p, s in by_path(tree_shardings(mesh(1, 2, 2), {"lm": lora})).items()}
     assert specs["lm/layers/self_attn/q_proj/lora_a"] == PartitionSpec(None, "fsdp")
     assert specs["lm/layers/self_attn/q_proj/lora_b"] == PartitionSpec(None, None, "tensor")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "stand-in"
+
+
+def test_devices_of_several_slices_lie_slice_by_slice():
+    """As JAX numbers them on several hosts of GPUs, and in another order."""
+    devices = [Device(n, n % 2) for n in range(8)]
+    made = make_mesh(2, None, 2, devices)
+    assert dict(made.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert [[device.slice_index for device in row.flat] for row in made.devices] == [[0] * 4, [1] * 4]
+    whole = make_mesh(1, None, 2, devices)
+    assert [device.slice_index for device in whole.devices.flat] == [0] * 4 + [1] * 4
+    with pytest.raises(ShardingError, match="tensor 8 would span slices of 4 devices"):
+        make_mesh(1, None, 8, devices)
+
+
+@pytest.mark.parametrize("sizes", [(0, None, 1), (-2, None, -1), (1, 0, 1)])
+def test_sizes_of_a_mesh_are_positive(sizes):
+    with pytest.raises(ShardingError, match="sizes are 1 or more"):
+        make_mesh(*sizes)
+
+
+def test_norms_of_stacked_blocks_have_an_axis_of_their_own():
+    """Not the default, which would cut the longest axis that the mesh divides, the stack's too."""
+    assert logical_axes("unet/mid_block/attentions_0/transformer_blocks/norm1/weight") == (None,)
 
 
 def test_a_users_rule_comes_first_and_must_fit():
