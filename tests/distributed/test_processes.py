@@ -135,6 +135,10 @@ def test_losses_are_those_of_one_process(one, two):
     np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
 
 
+def test_parameters_on_both_processes_move_to_another_mesh(two):
+    assert [json.loads((two / f"moved-{process}.json").read_text()) for process in range(PROCESSES)] == [True] * 2
+
+
 def test_each_process_read_its_part_only(two):
     """What the sources were asked for, beside the rows of the global batches: its block of each, and a few ahead."""
     source = Source(0.0, None)

@@ -102,9 +102,19 @@ def main(directory: Path, steps: int, pause: float, port: str | None, process: i
     (directory / f"rows-{process}.json").write_text(json.dumps(source.rows))
     if not alone:
         (directory / f"placing-{process}.json").write_text(json.dumps(placing()))
+        (directory / f"moved-{process}.json").write_text(json.dumps(moves(state.params)))
     leaves = jax.tree.leaves((state.step, state.params, state.opt_state, state.ema))
     name = "restored" if restoring else f"final-{process}"
     np.savez(directory / f"{name}.npz", *(multihost_utils.process_allgather(leaf, tiled=True) for leaf in leaves))
+
+
+def moves(params) -> bool:
+    """Whether parameters that lie in parts on both processes are the same where each has them whole."""
+    whole = create_state(SYSTEM, params, OPTIMIZER, make_mesh(data=8)).params
+    pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(params), strict=True)
+    return all(
+        np.array_equal(np.asarray(new), multihost_utils.process_allgather(old, tiled=True)) for new, old in pairs
+    )
 
 
 def placing() -> dict[str, object]:
