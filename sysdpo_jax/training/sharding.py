@@ -99,8 +99,10 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, rules: Rules = ()) -
     the logical axes of the model families' tables (`models.partitioning`), of which those are cut that the mesh
     divides. A leaf of at least `MIN_SHARDED_SIZE` elements that fsdp does not cut by then, of a model in no table or of
     an odd width, is cut over fsdp along its largest divisible axis; a smaller one stays whole.
-    Raises `ShardingError` for a rule that does not fit the leaf.
+    Raises `ShardingError` for a rule that does not fit the leaf and for a mesh of other axes than `AXES`.
     """
+    if tuple(mesh.axis_names) != AXES:
+        raise ShardingError(f"the mesh has the axes {mesh.axis_names}, not {AXES}: make it with make_mesh")
 
     def place(path: Sequence[Any], leaf: Any) -> NamedSharding:
         name, shape = path_name(path), tuple(np.shape(leaf))

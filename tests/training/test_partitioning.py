@@ -136,6 +136,12 @@ def test_sizes_of_a_mesh_are_positive(sizes):
         make_mesh(*sizes)
 
 
+def test_a_mesh_of_other_axes_is_refused():
+    other = AbstractMesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ShardingError, match=r"axes \('model',\), not .*: make it with make_mesh"):
+        tree_shardings(other, {"x": jnp.zeros(4)})
+
+
 def test_norms_of_stacked_blocks_have_an_axis_of_their_own():
     """Not the default, which would cut the longest axis that the mesh divides, the stack's too."""
     assert logical_axes("unet/mid_block/attentions_0/transformer_blocks/norm1/weight") == (None,)
