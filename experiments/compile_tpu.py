@@ -34,7 +34,7 @@ from sysdpo_jax.training.sharding import ShardingError
 from sysdpo_jax.training.state import TrainState, abstract_state
 
 GIB = 2**30
-# Without one pass that orders a core's instructions it takes an eighth less time; memory and collectives are the same.
+# Without one pass that orders a core's instructions it takes an eighth less time, and memory is the same.
 OPTIONS: dict[str, str | bool] = {"xla_jf_critical_path_scheduler": "false"}
 FLOPS_NOTE = (
     "operations of one step on all chips, counted from shapes: 'model' is what the mathematics needs (a trained "
