@@ -6,17 +6,20 @@ It is the step that a run would take (`make_train_step`), with its optimiser, re
 parameters and batch are shapes. What it prints, as JSON, is the compiler's account of one chip's memory, the collective
 operations, and the operations counted from shapes. It needs libtpu: `pip install ".[tpu-aot]"`.
 
-Two language models compile in minutes on two cores; SDXL's U-Net takes far longer (docs/scaling.md has the seconds).
+The compiler's level O1 takes minutes where its default, which a run uses, takes half an hour for SDXL's U-Net and finds
+somewhat less memory (docs/scaling.md has both).
 """
 
 import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -34,8 +37,6 @@ from sysdpo_jax.training.sharding import ShardingError
 from sysdpo_jax.training.state import TrainState, abstract_state
 
 GIB = 2**30
-# Without one pass that orders a core's instructions it takes an eighth less time, and memory is the same.
-OPTIONS: dict[str, str | bool] = {"xla_jf_critical_path_scheduler": "false"}
 FLOPS_NOTE = (
     "operations of one step on all chips, counted from shapes: 'model' is what the mathematics needs (a trained "
     "model's forward pass 3 times, 2 with LoRA, its reference's once, on both sides), 'with_recomputation' adds what "
@@ -54,6 +55,7 @@ class Config:
     accumulate: parts the batch is cut into. sequence: tokens of prompt and completion. image_size: pixels a side, by
     default the model's own. intermediates: of SysDPO-Sampling. param_dtype: of the weights, of which those that are
     trained have float32 master weights; state_dtype: of the optimiser's moments. attention, remat: see DecoderConfig.
+    level: the compiler's effort; "default" is what a run uses.
     """
 
     system: str = "smollm2-135m+sd15"
@@ -71,6 +73,7 @@ class Config:
     state_dtype: Dtype = "float32"
     attention: str = "flash"
     remat: str = "full"
+    level: Literal["O0", "O1", "default"] = "O1"
 
 
 def plan(config: Config, mesh: Mesh) -> tuple[Example, SystemOptimizer, TrainState, PyTree]:
@@ -113,7 +116,7 @@ def count(example: Example, optimizer: SystemOptimizer, state: TrainState, batch
 def compiled_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
     """The program, or the compiler's message where it finds no room for it in a chip's memory."""
     try:
-        return lowered.compile(compiler_options=OPTIONS), None
+        return lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -185,6 +188,7 @@ def run(config: Config) -> dict[str, Any]:
         "image_size": config.image_size or SYSTEMS[config.system][0] or None,
         "intermediates": config.intermediates if isinstance(batch, SampledBatch) else None,
         "parameters": {key: sum(leaf.size for leaf in jax.tree.leaves(tree)) for key, tree in state.params.items()},
+        "level": config.level,
         "usable_hbm_gib": usable,
         **result,
         "seconds": seconds,
@@ -197,16 +201,28 @@ def _first_lines(message: str) -> str:
     return re.split(r"\n\s*\n|Largest program allocations", message, maxsplit=1)[0][:2000]
 
 
+def _commit() -> str | None:
+    """Of the working tree, with "-dirty" where it has changes; None outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def main(arguments: list[str]) -> None:
     """Print the account. Raises SystemExit with code 1 when the step does not fit."""
     config = tyro.cli(Config, args=arguments, description=__doc__)
     # No device of this machine is needed, and one that is busy would be in the way.
     jax.config.update("jax_platforms", "cpu")
+    if config.level != "default":
+        jax.config.update("jax_optimization_level", config.level)
     result = run(config)
     result["made_by"] = {
         "command": " ".join(["python -m experiments.compile_tpu", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": _commit(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
     }
     print(json.dumps(result, indent=1))

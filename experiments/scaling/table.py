@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    *("system", "mode", "topology", "pairs", "tokens", "pixels", "M"),
+    *("system", "mode", "topology", "level", "pairs", "tokens", "pixels", "M"),
     *("arguments", "temporaries", "peak", "of", "compile s"),
 )
 
@@ -18,12 +18,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def figures_table(results: Iterable[Mapping[str, Any]]) -> str:
     """Markdown. Memory of one chip in GiB; pixels a side; M: intermediates."""
-    rules = ["---"] * 3 + ["---:"] * (len(COLUMNS) - 3)
+    rules = ["---"] * 4 + ["---:"] * (len(COLUMNS) - 4)
     return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, rules, *map(_row, results)))
 
 
 def _row(result: Mapping[str, Any]) -> list[str]:
-    names = ("system", "mode", "topology", "pairs_per_step", "sequence", "image_size", "intermediates")
+    names = ("system", "mode", "topology", "level", "pairs_per_step", "sequence", "image_size", "intermediates")
     memory = result["memory_per_chip_gib"]
     held = [memory[name] for name in ("arguments", "temporaries", "peak")] + [result["usable_hbm_gib"]]
     sizes = ("–" if result[name] is None else str(result[name]) for name in names)  # noqa: RUF001
