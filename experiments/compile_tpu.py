@@ -33,7 +33,7 @@ from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size
 from sysdpo_jax import CompoundSystem, SampledBatch, make_mesh, make_train_step
 from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
 from sysdpo_jax.training.optimizer import SystemOptimizer, combine, partition
-from sysdpo_jax.training.sharding import ShardingError
+from sysdpo_jax.training.sharding import ShardingError, batch_parts
 from sysdpo_jax.training.state import TrainState, abstract_state
 
 GIB = 2**30
@@ -86,7 +86,7 @@ def plan(config: Config, mesh: Mesh) -> tuple[Example, SystemOptimizer, TrainSta
     shapes = jax.eval_shape(plain(example.system).init, jax.random.key(0))
     params, optimizer = fine_tuning(config.mode, shapes, config.state_dtype)
     state = abstract_state(example.system, params, optimizer, mesh)
-    return example, optimizer, state, example.batch(config.batch or mesh.shape["data"] * mesh.shape["fsdp"])
+    return example, optimizer, state, example.batch(config.batch or batch_parts(mesh))
 
 
 def plain(system: CompoundSystem) -> CompoundSystem:

@@ -15,7 +15,7 @@ from sysdpo_jax.data.columns import load_columns, save_columns
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.objectives.log_ratio import PairBatch
 from sysdpo_jax.training.identity import describe, fingerprints
-from sysdpo_jax.training.sharding import activation_rules, by_path, make_mesh, place_batch
+from sysdpo_jax.training.sharding import activation_rules, batch_parts, by_path, make_mesh, place_batch
 from sysdpo_jax.typing import Features, Params
 
 SIDES = ("chosen", "rejected")
@@ -96,8 +96,7 @@ def _log_probs(
 
 
 def _refuse_noise(system: CompoundSystem, node: Node, params: Params, features: Features, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    part = place_batch(mesh, jax.tree.map(lambda x: np.repeat(x[:1], parts, axis=0), features))
+    part = place_batch(mesh, jax.tree.map(lambda x: np.repeat(x[:1], batch_parts(mesh), axis=0), features))
     one, other = (np.asarray(_log_prob(system, node, mesh, params, part, jax.random.key(seed))) for seed in (0, 1))
     if not np.array_equal(one, other):
         raise ValueError(

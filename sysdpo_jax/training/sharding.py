@@ -141,6 +141,11 @@ def like_params(mesh: Mesh, tree: PyTree, params: Mapping[str, Any]) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts the rows of a batch: data x fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): of count equal blocks of a batch's rows this process gives the index-th to `place_batch`.
 
@@ -148,7 +153,7 @@ def batch_shard(mesh: Mesh) -> tuple[int, int]:
     are no neighbours along the batch, its block lies in pieces: the same rows as in one process, in another order.
     Raises `ShardingError` for a mesh that gives two processes some rows in common, or this one none.
     """
-    parts, held = _batch_parts(mesh), dict[int, set[int]]()
+    parts, held = batch_parts(mesh), dict[int, set[int]]()
     places: Mapping[Any, Any] = NamedSharding(mesh, BATCH_SPEC).devices_indices_map((parts,))
     for device, (rows,) in places.items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
@@ -169,7 +174,7 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     Raises `ShardingError` naming the first leaf whose leading axis cannot be cut evenly or is not the others'.
     """
     sharding, (_, count) = NamedSharding(mesh, BATCH_SPEC), batch_shard(mesh)
-    parts, rows = _batch_parts(mesh) // count, None
+    parts, rows = batch_parts(mesh) // count, None
     for name, leaf in by_path(batch).items():
         shape = np.shape(leaf)
         if not shape or shape[0] % parts:
@@ -188,10 +193,6 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x, (len(x) * count, *np.shape(x)[1:])), batch
     )
-
-
-def _batch_parts(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _spec(

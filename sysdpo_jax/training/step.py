@@ -21,6 +21,7 @@ from sysdpo_jax.training.sharding import (
     BATCH_SPEC,
     ShardingError,
     activation_rules,
+    batch_parts,
     make_mesh,
     place_batch,
     replicated,
@@ -157,7 +158,7 @@ class TrainStep:
 
         if self.accumulate == 1:
             return value_and_grad(trained, batch, key)
-        rows, shares = jax.tree.leaves(batch)[0].shape[0], self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows, shares = jax.tree.leaves(batch)[0].shape[0], batch_parts(self.mesh)
         if rows % (self.accumulate * shares):
             raise ShardingError(
                 f"{rows} rows cannot be cut into {self.accumulate} equal parts on each of {shares} places (data x fsdp)"
