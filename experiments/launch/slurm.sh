@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on GPU nodes under Slurm, one process a GPU: JAX finds the others in Slurm's environment.
 #
-#   WRITER=... PAINTER=... PREFERENCES=... DIRECTORY=/shared/runs/aligned sbatch experiments/launch/slurm.sh
+#   CONFIG=/shared/my_run.yaml DIRECTORY=/shared/runs/my_run sbatch experiments/launch/slurm.sh
 #
 # The directory must be on a file system that all nodes see. 90 seconds before the time limit, and when the job is
 # preempted, every process gets SIGTERM, saves and exits with 75; the job is then queued again and goes on. What fails
@@ -18,17 +18,17 @@
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 
-: "${WRITER:?}" "${PAINTER:?}" "${PREFERENCES:?}" "${DIRECTORY:?on a file system that all nodes see}"
+: "${CONFIG:?the YAML file of the run}" "${DIRECTORY:?on a file system that all nodes see}"
 PYTHON=${PYTHON:-.venv/bin/python}
-# Mesh, batch and anything else that train_pod takes.
-FLAGS=${FLAGS:---data 1 --tensor 1 --batch-size 16 --steps 1000}
+# Anything else that experiments.train takes.
+FLAGS=${FLAGS:-}
 
 code=0
 # The first process that has saved and exits must not have the others killed while they save; where one dies, JAX ends the
 # others. FLAGS is split into words on purpose.
 # shellcheck disable=SC2086
-srun --kill-on-bad-exit=0 "$PYTHON" -m experiments.launch.train_pod --writer "$WRITER" --painter "$PAINTER" \
-  --preferences "$PREFERENCES" --directory "$DIRECTORY" --preempted-exit-code 75 $FLAGS || code=$?
+srun --kill-on-bad-exit=0 "$PYTHON" -m experiments.train --config "$CONFIG" --directory "$DIRECTORY" \
+  --preempted-exit-code 75 $FLAGS || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
   exit 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice: every host of it runs experiments.launch.train_pod as a systemd unit.
+# A run on a Cloud TPU slice: every host of it runs experiments.train as a systemd unit.
 #
-#   export PROJECT=... ZONE=us-west4-a BUCKET=my-bucket WRITER=... PAINTER=... PREFERENCES=...
+#   export PROJECT=... ZONE=us-west4-a BUCKET=my-bucket CONFIG=/mnt/runs/my_run.yaml
 #   experiments/launch/tpu_pod.sh create     # a queued resource, spot by default; wait until `status` says ACTIVE
 #   experiments/launch/tpu_pod.sh install    # the library, and the bucket at $MOUNT, on all hosts
 #   experiments/launch/tpu_pod.sh run        # starts, or goes on from the newest checkpoint
@@ -20,8 +20,8 @@ RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 SPOT=${SPOT---spot}
 MOUNT=${MOUNT:-/mnt/runs}
 RUN=${RUN:-aligned}
-# Mesh, batch and anything else that train_pod takes.
-FLAGS=${FLAGS:---data 1 --tensor 1 --batch-size 16 --steps 1000}
+# Anything else that experiments.train takes.
+FLAGS=${FLAGS:-}
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 on_all() {
@@ -47,12 +47,12 @@ case "${1:-help}" in
       mountpoint -q $MOUNT || gcsfuse --implicit-dirs $BUCKET $MOUNT"
     ;;
   run)
-    : "${WRITER:?}" "${PAINTER:?}" "${PREFERENCES:?paths below the mount, or hub names for the models}"
+    : "${CONFIG:?the YAML file of the run, which all hosts see: below the mount}"
     # 75 (EX_TEMPFAIL) marks a preempted run as not finished. A unit that failed keeps its name until it is reset.
     on_all "sudo systemctl reset-failed $NAME 2> /dev/null || true; sudo systemd-run --unit=$NAME --uid=\$USER --working-directory=\$HOME/sysdpo --setenv=HOME=\$HOME \
       --property=Restart=on-failure --property=RestartSec=30 --property=TimeoutStopSec=90 \
-      \$HOME/sysdpo/.venv/bin/python -m experiments.launch.train_pod --writer $WRITER --painter $PAINTER \
-      --preferences $PREFERENCES --directory $MOUNT/$RUN --preempted-exit-code 75 $FLAGS"
+      \$HOME/sysdpo/.venv/bin/python -m experiments.train --config $CONFIG --directory $MOUNT/$RUN \
+      --preempted-exit-code 75 $FLAGS"
     ;;
   logs) on_all "journalctl --unit=$NAME --lines=50 --no-pager" ;;
   stop) on_all "sudo systemctl stop $NAME" ;;

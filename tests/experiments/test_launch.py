@@ -16,13 +16,12 @@ from pathlib import Path
 
 import jax
 import pytest
-import tyro
 import yaml
 from PIL import Image
 
 import sysdpo_jax as sj
-from experiments.launch.train_pod import Config, build
-from sysdpo_jax.data.pipeline import preference_dataset
+from experiments.own.config import parse
+from experiments.own.run import assemble, make_batches, read_preferences
 from sysdpo_jax.models.lora import is_lora
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.training.optimizer import partition
@@ -33,7 +32,7 @@ from tests.pretrained.checkpoints import stable_diffusion_1, unet, write_decoder
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
 SCALING = (ROOT / "docs" / "scaling.md").read_text()
-MODULE = "experiments.launch.train_pod"
+MODULE = "experiments.train"
 
 NOTE = """#!{python}
 import json, sys
@@ -56,9 +55,13 @@ sys.exit(max(task.wait() for task in tasks))
 """
 
 
-def parsed(arguments):
-    """The configuration that train_pod makes of a command's arguments after its name."""
-    return tyro.cli(Config, args=list(arguments))
+def parsed(arguments, folder):
+    """The configuration that a command's arguments after its name make, with an empty file for the pod's."""
+    nothing = folder / "nothing.yaml"
+    nothing.write_text("{}")
+    there = " ".join(arguments).replace("--config=", "--config ").replace("--config /", f"--config {nothing} /")
+    words = shlex.split(there)
+    return parse([word for word in words if not word.endswith("my_run.yaml")], None)
 
 
 def stand_in(folder, name, template=NOTE):
@@ -85,7 +88,7 @@ def test_the_shell_accepts_every_script(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-POD = {"PROJECT": "p", "ZONE": "us-west4-a", "BUCKET": "b", "WRITER": "w", "PAINTER": "x", "PREFERENCES": "y.jsonl"}
+POD = {"PROJECT": "p", "ZONE": "us-west4-a", "BUCKET": "b", "CONFIG": "/mnt/runs/my_run.yaml"}
 
 
 def test_the_tpu_launch_runs_the_entry_point_on_all_workers(tmp_path):
@@ -100,7 +103,7 @@ def test_the_tpu_launch_runs_the_entry_point_on_all_workers(tmp_path):
     assert "--worker=all" in run
     [remote] = [part.removeprefix("--command=") for part in run if part.startswith("--command=")]
     words = shlex.split(remote)
-    config = parsed(words[words.index(MODULE) + 1 :])
+    config = parsed(words[words.index(MODULE) + 1 :], tmp_path)
     # The bucket's mount, resumed by default, and a preempted run counts as not finished.
     assert (config.directory, config.preempted_exit_code) == (Path("/mnt/runs/aligned"), 75)
     assert words[words.index("systemd-run") - 1] == "sudo"
@@ -116,7 +119,7 @@ def test_the_tpu_launch_says_what_it_lacks(tmp_path):
     assert launch("tpu_pod.sh", "unknown", path=tmp_path, **POD).returncode == 2
 
 
-def test_the_jobset_has_what_the_kinds_require():
+def test_the_jobset_has_what_the_kinds_require(tmp_path):
     """Fields of jobset.x-k8s.io/v1alpha2, batch/v1 Job and v1 Pod, and what a TPU slice of GKE needs."""
     manifest = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -151,7 +154,7 @@ def test_the_jobset_has_what_the_kinds_require():
 
     # The process itself, without a shell that would keep SIGTERM from it.
     assert container["command"][:3] == ["python", "-m", MODULE]
-    config = parsed(container["command"][3:])
+    config = parsed(container["command"][3:], tmp_path)
     assert config.preempted_exit_code == 75
     assert config.directory.is_relative_to(container["volumeMounts"][0]["mountPath"])
 
@@ -163,13 +166,13 @@ def test_the_image_has_what_the_command_needs():
     assert all((ROOT / name).exists() for name in names)
 
 
-def test_the_documented_commands_are_accepted():
-    """Every command line of train_pod in docs/scaling.md, XPK's among them."""
+def test_the_documented_commands_are_accepted(tmp_path):
+    """Every command line of the entry point in docs/scaling.md, XPK's among them."""
     flat = SCALING.replace("\\\n", " ")
     commands = re.findall(rf"python -m {MODULE}([^\"`\n]*)", flat)
     assert len(commands) >= 2
     for command in commands:
-        assert parsed(shlex.split(command)).directory
+        assert parsed(shlex.split(command), tmp_path).directory
     [xpk] = re.findall(r"xpk workload create.*", flat)
     assert {"--restart-on-exit-codes=75", "--max-restarts=5"} <= set(shlex.split(xpk))
 
@@ -191,10 +194,26 @@ def material(tmp_path_factory):
         for word in ("red", "green", "small", "large")
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
     return folder
 
 
-SMALL = "--dtype float32 --lora-rank 2 --max-prompt-length 8 --max-new-tokens 8 --warmup 1 --log-every 1 --batch-size 2"
+CONFIG = """
+system:
+  inputs: [request]
+  nodes:
+    caption: {{component: writer, parents: [request]}}
+    image: {{component: painter, parents: [caption]}}
+  components:
+    writer:
+      checkpoint: {folder}/writer
+      lora: {{rank: 2}}
+      settings: {{max_prompt_length: 8, max_new_tokens: 8}}
+    painter: {{checkpoint: {folder}/painter, lora: {{rank: 2}}, settings: {{truncation: keep_start}}}}
+data: {{source: {folder}/pairs.jsonl}}
+schedule: {{batch_size: 2, warmup: 1}}
+log_every: 1
+"""
 STEPS, SAVED_EVERY = 60, 10
 # Seconds, on a busy machine; an idle one needs a tenth.
 PATIENCE = 600
@@ -202,20 +221,17 @@ PATIENCE = 600
 
 def test_the_entry_point_loads_its_models_and_prepares_its_batches(tmp_path, material):
     """All of `main` before the first step, whose compilation is what the slow test below waits for."""
-    paths = ["--writer", str(material / "writer"), "--painter", str(material / "painter")]
-    paths += ["--preferences", str(material / "pairs.jsonl"), "--directory", str(tmp_path)]
-    config, mesh = parsed([*paths, *SMALL.split()]), sj.make_mesh()
-    system, params, component = build(config, mesh)
-    optimizer = sj.make_optimizer(dict.fromkeys(system.param_keys, component))
-    state = sj.create_state(system, params, optimizer, mesh)
-    trained = by_path(partition(state.params, optimizer.mask(state.params))[0])
+    run = assemble(parse(["--config", str(material / "run.yaml"), "--directory", str(tmp_path)], None))
+    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
+    trained = by_path(partition(state.params, run.optimizer.mask(state.params))[0])
     assert {path.partition("/")[0] for path in trained} == {"writer", "painter"}
     assert all(is_lora(path) for path in trained)
     # What runs in `prepare` belongs to the process, not to the mesh.
-    frozen = (system.node("image").component.codec.params, system.node("image").component.text.params)
+    image = run.system.node("image").component
+    frozen = (image.codec.params, image.text.params)
     assert {type(leaf.sharding) for leaf in jax.tree.leaves(frozen)} == {jax.sharding.SingleDeviceSharding}
-    batch = preference_dataset(system, sj.load_preferences(config.preferences), config.batch_size, config.seed)[0]
-    units = count_units(system, batch)
+    batch = make_batches(run, read_preferences(run.config.data, run.system))[0]
+    units = count_units(run.system, batch)
     assert (units["pairs_per_second"], units["images_per_second/image"]) == (2, 4)
 
 
@@ -235,11 +251,9 @@ def test_a_slurm_job_is_preempted_requeued_and_goes_on(tmp_path, material, tasks
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHON": sys.executable,
-        "WRITER": str(material / "writer"),
-        "PAINTER": str(material / "painter"),
-        "PREFERENCES": str(material / "pairs.jsonl"),
+        "CONFIG": str(material / "run.yaml"),
         "DIRECTORY": str(run),
-        "FLAGS": f"{SMALL} --data {tasks} --steps {STEPS} --checkpoint-every {SAVED_EVERY}",
+        "FLAGS": f"--mesh.data {tasks} --schedule.steps {STEPS} --checkpoint-every {SAVED_EVERY}",
     }
 
     @contextmanager
@@ -278,6 +292,6 @@ def test_a_slurm_job_is_preempted_requeued_and_goes_on(tmp_path, material, tasks
     with start() as job:
         output = job.communicate(timeout=PATIENCE)[0]
     assert job.returncode == 0, output
-    assert f"{STEPS} steps done" in output
+    assert str(run / "report.html") in output
     assert len(calls(requeued)) == 1
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(STEPS))

@@ -1,0 +1,91 @@
+"""Write the aligned components of a run in their Hugging Face layout, each with a model card.
+
+    python -m experiments.export --directory runs/my_run --output aligned
+
+Every component that was trained and came from a checkpoint gets a folder of its name, which transformers or diffusers
+load: with LoRA merged into the weights or, with --adapters, as the factors alone.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+import sysdpo_jax as sj
+from experiments.own.card import model_card
+from experiments.own.command import user_errors
+from experiments.own.config import ConfigError, TrainConfig, read_config
+from experiments.own.run import CONFIG, Run, assemble, make_batches, make_trainer, read_preferences
+from sysdpo_jax.typing import Params
+
+
+@dataclass(frozen=True)
+class Config:
+    """directory: of the run. output: a new folder. checkpoint: the newest, or the one that evaluation found best.
+
+    adapters: write LoRA factors alone, for PEFT and diffusers.
+    """
+
+    directory: Path
+    output: Path
+    checkpoint: Literal["newest", "best"] = "newest"
+    adapters: bool = False
+
+
+def export(config: Config) -> list[Path]:
+    """The folders written. Raises `ConfigError` where the directory holds no run, or nothing of it can be exported."""
+    train = read_config(config.directory / CONFIG, TrainConfig)
+    chosen = {
+        name: component
+        for name, component in train.system.components.items()
+        if component.mode != "frozen" and component.checkpoint is not None
+    }
+    if not chosen:
+        raise ConfigError(f"{config.directory}: no component of the run was trained from a checkpoint")
+    run = assemble(train)
+    params, step = _restored(config, run)
+    about = model_card(config.directory, run, step)
+    written = []
+    for name, component in chosen.items():
+        folder = config.output / name
+        # Nodes that share the model differ in their prompts only.
+        model = next(node.component for node in run.system.nodes if node.params_key == name)
+        if config.adapters and component.mode == "lora":
+            sj.pretrained.save_adapter(folder, model, params[name], component.checkpoint)
+        else:
+            sj.pretrained.save(folder, model, params[name])
+        (folder / "README.md").write_text(about(name), encoding="utf-8")
+        written.append(folder)
+    return written
+
+
+def _restored(config: Config, run: Run) -> tuple[Params, int]:
+    """The parameters of the wanted checkpoint and its step."""
+    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
+    # What was searched for is part of a run's identity; of other batches nothing is.
+    sampled = run.config.objective.kind == "sampling"
+    batches = make_batches(run, read_preferences(run.config.data, run.system)) if sampled else no_batch
+    with make_trainer(run).checkpoints(state, batches, run.key) as checkpoints:
+        step = checkpoints.best if config.checkpoint == "best" else checkpoints.latest
+        if step is None:
+            raise ConfigError(f"{checkpoints.directory} holds no {config.checkpoint} checkpoint: train first")
+        return checkpoints.restore(state, step).params, step
+
+
+def no_batch(step: int) -> None:
+    """For what reads checkpoints alone."""
+
+
+def main(arguments: list[str]) -> None:
+    """Export, and print the folders."""
+    config = tyro.cli(Config, args=arguments, description=__doc__)
+    # The parameters of a run in several processes come back in this one.
+    with user_errors():
+        for folder in export(config):
+            print(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

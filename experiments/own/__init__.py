@@ -1,0 +1,1 @@
+"""What the entry points for a system of your own share."""

@@ -1,0 +1,70 @@
+"""The model card of an exported component: what it is part of, what it was trained on, and how it did."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import sysdpo_jax as sj
+from experiments.own.run import DATA, Run
+from sysdpo_jax.training.metrics import read_metrics
+
+PAPER = "[arXiv 2502.17721](https://arxiv.org/abs/2502.17721)"
+# The figures of the last row that say how training ended.
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+
+
+def model_card(directory: Path, run: Run, step: int) -> Callable[[str], str]:
+    """`card(component)`: the text of its README.md. directory: of the run. step: of the exported checkpoint."""
+    data = json.loads((directory / DATA).read_text(encoding="utf-8"))
+    rows = [row for row in read_metrics(directory / "metrics.jsonl") if row["step"] <= step]
+    return lambda name: "\n".join(_lines(run, name, step, data, rows)) + "\n"
+
+
+def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    component = run.config.system.components[name]
+    model = next(node.component for node in run.system.nodes if node.params_key == name)
+    text = isinstance(model, sj.LanguageModel)
+    head = {
+        "base_model": component.checkpoint,
+        "library_name": "transformers" if text else "diffusers",
+        "pipeline_tag": "text-generation" if text else "text-to-image",
+        "tags": ["sysdpo", "dpo", "compound-system"],
+    }
+    yield f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
+    yield f"# {name}, aligned as a part of a compound system\n"
+    yield (
+        f"{component.checkpoint} after {step} steps of SysDPO-{run.config.objective.kind.capitalize()} ({PAPER}): the "
+        "system below was aligned from preferences on what it produces as a whole. Nobody judged this model by itself.\n"
+    )
+    yield f"```mermaid\n{run.system.describe()}\n```\n"
+    parents = {other: each.checkpoint or each.factory for other, each in run.config.system.components.items()}
+    yield "| component | started from | mode |\n| --- | --- | --- |"
+    for other, start in parents.items():
+        yield f"| {other} | {start} | {run.config.system.components[other].mode} |"
+    yield "\n## Training\n"
+    objective, schedule = run.config.objective, run.config.schedule
+    rate = schedule.learning_rate if component.learning_rate is None else component.learning_rate
+    lora = f", LoRA of rank {component.lora.rank}" if component.mode == "lora" else ""
+    yield (
+        f"Loss {objective.loss}, beta {objective.beta}; {schedule.batch_size} pairs a step, AdamW at {rate:g}{lora}; "
+        f"sysdpo_jax {sj.__version__}.\n"
+    )
+    yield f"Data: {data['source']}, {data['kept']} preferences, SHA-256 of the records {data['sha256']}.\n"
+    yield "## Figures\n"
+    yield "| figure | value | step |\n| --- | ---: | ---: |"
+    for title, value, at in _figures(rows):
+        yield f"| {title} | {value:.4g} | {at} |"
+
+
+def _figures(rows: list[Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:
+    """The last value of each figure of training, and of all of evaluation."""
+    last: dict[str, tuple[float, int]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and (name in SHOWN or name.startswith("eval/")):
+                last[name] = (value, row["step"])
+    for name, (value, step) in sorted(last.items()):
+        yield name, value, step

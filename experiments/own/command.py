@@ -1,0 +1,35 @@
+"""What people see of an entry point that cannot go on: one line on standard error, exit code 1."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import experiments
+import sysdpo_jax
+from sysdpo_jax import NonFiniteError
+from sysdpo_jax.training.checkpoints import CorruptCheckpointError
+
+OURS = tuple(str(Path(package.__file__).parent) for package in (experiments, sysdpo_jax))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End with a line and code 1 where what the user gave cannot be used, a full disk included.
+
+    What other libraries raise, and we did not expect, is a fault of the program: it shows where it happened.
+    """
+    try:
+        yield
+    except (ValueError, OSError, NonFiniteError, CorruptCheckpointError) as error:
+        if isinstance(error, ValueError) and not _is_ours(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(OURS)

@@ -1,0 +1,78 @@
+"""What a run would do, without doing it: the graph, sizes, memory, the first batch decoded, and the loss at step 0."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+import sysdpo_jax as sj
+from experiments.own.run import Run, first_batch
+from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.evaluation import write_png
+from sysdpo_jax.evaluation.png import to_pixels
+from sysdpo_jax.training.optimizer import partition
+from sysdpo_jax.training.trainer import BatchSource
+from sysdpo_jax.typing import Features, Params
+
+# Rows of the batch that are shown.
+SHOWN = 2
+
+
+def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
+    """The report, a part at a time; images of the batch are written to the folder. Nothing is trained."""
+    yield run.system.describe()
+    mask = run.optimizer.mask(run.params)
+    trained = partition(run.params, mask)[0]
+    for name, tree in run.params.items():
+        mode = run.config.system.components[name].mode
+        yield f"{name}: {_count(tree):,} parameters, {_count(trained[name]):,} of them trained (mode {mode})"
+    step = sj.make_train_step(run.system, run.objective, run.optimizer, run.mesh, run.config.schedule.accumulate)
+    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
+    yield str(sj.describe_sharding(step, state))
+    batch = first_batch(run, batches)
+    yield from _decoded(run.system, batch, folder)
+    _, metrics = step(state, batch, run.key)
+    values: Mapping[str, Any] = jax.device_get(metrics)
+    yield f"loss at step 0: {float(values['loss']):.6f} (ln 2 = {math.log(2):.6f} with the sigmoid loss)"
+    for node in run.system.nodes:
+        if f"logps/chosen/{node.name}" in values:
+            chosen, rejected = (float(values[f"logps/{side}/{node.name}"]) for side in ("chosen", "rejected"))
+            yield f"{node.name}: log-probability {chosen:.3f} of the chosen, {rejected:.3f} of the rejected value"
+
+
+def _count(tree: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _decoded(system: sj.CompoundSystem, batch: PyTree, folder: Path) -> Iterator[str]:
+    """The first values of a batch, turned back from what the models are given."""
+    pair, sides = batch, []
+    if isinstance(batch, sj.SampledBatch):
+        pair, sides = batch.outputs, [("intermediate", batch.intermediates)]
+    for side, features in (*sides, ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for name, values in features.items():
+            component = system.node(name).component
+            if isinstance(component, sj.LanguageModel):
+                yield from _texts(f"{side} {name}", component.tokenizer, values)
+            elif isinstance(component, TextToImage):
+                yield from _images(f"{side} {name}", component, values, folder)
+
+
+def _texts(title: str, tokenizer: Any, features: Features) -> Iterator[str]:
+    tokens = features["tokens"].reshape(-1, features["tokens"].shape[-1])[:SHOWN]
+    starts, ends = (features[name].reshape(-1)[:SHOWN] for name in ("prompt_lengths", "lengths"))
+    for row, start, end in zip(tokens, starts, ends, strict=True):
+        prompt, completion = tokenizer.decode(row[:start]), tokenizer.decode(row[start:end])
+        yield f"{title}: {start} tokens {prompt!r} -> {end - start} tokens {completion!r}"
+
+
+def _images(title: str, component: TextToImage, features: Features, folder: Path) -> Iterator[str]:
+    latents = features["latents"].reshape(-1, *component.codec.latent_shape)[:SHOWN]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(component.codec.decode(latents)):
+        path = folder / f"{title.replace(' ', '-')}-{number}.png"
+        write_png(path, to_pixels(image))
+        yield f"{title}: {image.shape[0]} x {image.shape[1]} pixels, after the codec, in {path}"

@@ -1,0 +1,89 @@
+"""Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+import sysdpo_jax as sj
+from experiments.own.config import ConfigError
+from experiments.own.importing import import_object
+from experiments.own.prompts import read_prompts
+from experiments.own.run import Run
+from experiments.own.runs_file import read_runs, write_runs
+from experiments.own.scoring import score_runs
+from sysdpo_jax.evaluation import clustered_mean, win_rate
+from sysdpo_jax.training import Evaluation
+from sysdpo_jax.typing import Params
+
+FOLDER = "evaluation"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is measured: runs on the same prompts with the same noise at every evaluation.
+
+    folder: has runs-<step>.jsonl of every evaluation; that of step 0 is what later ones are compared with.
+    """
+
+    system: sj.CompoundSystem
+    prompts: Sequence[Mapping[str, Any]]
+    scorer: Callable[[Mapping[str, Any]], float]
+    samples: int
+    batch_size: int
+    seed: int
+    folder: Path
+
+    def measure(self, step: int, params: Params) -> dict[str, float]:
+        """score and win_rate with their standard errors; a tie with the system before training counts half."""
+        key = jax.random.key(self.seed)
+        runs = sj.rollout(self.system, params, self.prompts, key, self.samples, self.batch_size)
+        scores = score_runs(self.scorer, runs)
+        write_runs(self.path(step), self.system, runs, scores)
+        if step == 0:
+            return _estimates(scores, scores, self.samples)
+        before = np.array([run["score"] for run in read_runs(self.path(0))])
+        return _estimates(scores, before, self.samples)
+
+    def path(self, step: int) -> Path:
+        """The runs of a step's evaluation."""
+        return self.folder / f"runs-{step:08d}.jsonl"
+
+
+def make_evaluation(run: Run) -> Evaluation | None:
+    """The evaluation that the configuration asks for, None for none. Raises `ConfigError` for half of one."""
+    config = run.config.evaluation
+    if not config.prompts and not config.scorer:
+        return None
+    if not config.prompts or not config.scorer:
+        raise ConfigError("evaluation: give both prompts and a scorer, or neither")
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "evaluation: systems are sampled in one process only; leave it out, and evaluate what is exported"
+        )
+    held_out = HeldOut(
+        run.system,
+        read_prompts(config.prompts, run.system),
+        import_object(config.scorer, "evaluation.scorer"),
+        config.samples,
+        config.batch_size,
+        run.config.seed,
+        Path(run.config.directory) / FOLDER,
+    )
+    return Evaluation(held_out.measure, config.every, best=("win_rate", "max"), patience=config.patience)
+
+
+def _estimates(scores: Float[np.ndarray, "runs"], before: Float[np.ndarray, "runs"], samples: int) -> dict[str, float]:
+    prompts = np.arange(len(scores)) // samples
+    score, wins = clustered_mean(scores, prompts), win_rate(scores, before, prompts)
+    return {
+        "score": score.value,
+        "score_error": score.standard_error,
+        "win_rate": wins.value,
+        "win_rate_error": wins.standard_error,
+        "runs": float(len(scores)),
+    }

@@ -1,0 +1,145 @@
+"""The system that a configuration describes, with its parameters and their optimiser."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from string import Formatter
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+import sysdpo_jax as sj
+from experiments.own.config import ComponentConfig, ConfigError, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
+from experiments.own.importing import built, call, import_object
+from sysdpo_jax.models.lora import LoRAError
+from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.typing import Params
+
+Model = tuple[sj.Component, Params]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt made of the parents' values. chat: as the message of a user, which the chat template frames."""
+
+    text: str
+    names: tuple[str, ...]
+    chat: bool
+
+    def __call__(self, *values: Any) -> str | list[dict[str, str]]:
+        prompt = self.text.format(**dict(zip(self.names, values, strict=True)))
+        return [{"role": "user", "content": prompt}] if self.chat else prompt
+
+
+def build_system(config: TrainConfig, mesh: Mesh) -> tuple[sj.CompoundSystem, Params]:
+    """The system and its parameters on the mesh, LoRA factors included.
+
+    Raises `ConfigError` naming the field, `GraphError`, and `CheckpointError` for a checkpoint that cannot be read.
+    """
+    system = config.system
+    _check(system)
+    # The graph first: its errors should not wait for weights to be read.
+    sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+    models = {name: _model(name, component, config, mesh) for name, component in system.components.items()}
+    nodes = [_node(name, node, _component(name, node, models)) for name, node in system.nodes.items()]
+    return sj.CompoundSystem(system.inputs, tuple(nodes)), {name: params for name, (_, params) in models.items()}
+
+
+def build_optimizer(config: TrainConfig) -> SystemOptimizer:
+    """AdamW for every component that is trained; those with a learning rate of their own have it."""
+    components = config.system.components
+    return sj.make_optimizer({name: _optimizer(component, config.schedule) for name, component in components.items()})
+
+
+def place(mesh: Mesh, tree: Mapping[str, Any]) -> PyTree:
+    """Shardings of what is loaded: models over the mesh, frozen encoders whole on a device of each process.
+
+    Encoders run when a process prepares its own rows, which the others do not take part in.
+    """
+    if any(name == "vae" or name.startswith("text_encoder") for name in tree):
+        own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda leaf: own, tree)
+    return sj.tree_shardings(mesh, tree)
+
+
+def _check(system: SystemConfig) -> None:
+    if not system.nodes:
+        raise ConfigError("system.nodes is empty: name the system's values and what each comes from")
+    for name, node in system.nodes.items():
+        if (node.component is None) == (node.tool is None):
+            raise ConfigError(f"system.nodes.{name}: give either a component or a tool")
+        if node.component is not None and node.component not in system.components:
+            known = ", ".join(system.components) or "none"
+            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {known}")
+    used = {node.component for node in system.nodes.values()}
+    for name, component in system.components.items():
+        if name not in used:
+            raise ConfigError(f"system.components.{name} is the component of no node: use it, or leave it out")
+        if (component.checkpoint is None) == (component.factory is None):
+            raise ConfigError(f"system.components.{name}: give either a checkpoint or a factory")
+
+
+def _node(name: str, node: NodeConfig, component: sj.Component) -> sj.Node:
+    return sj.Node(name, component, node.parents, node.component, node.plate, node.weight)
+
+
+def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.Component:
+    """The node's component, with its prompt where it has one."""
+    field = f"system.nodes.{name}"
+    if node.component is None:
+        return sj.Tool(import_object(node.tool or "", f"{field}.tool"))
+    component = models[node.component][0]
+    if node.prompt is None and not node.chat:
+        return component
+    if not isinstance(component, sj.LanguageModel):
+        raise ConfigError(f"{field}: only a language model takes a prompt or chat, not a {type(component).__name__}")
+    text = node.prompt or "".join(f"{{{parent}}}" for parent in node.parents)
+    try:
+        wanted = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
+    except ValueError as error:
+        raise ConfigError(f"{field}.prompt {text!r} is no template ({error}): write braces as {{{{ and }}}}") from None
+    if not wanted or not wanted <= set(node.parents):
+        raise ConfigError(
+            f"{field}.prompt {text!r} must name parents in braces ({', '.join(node.parents)}): it names "
+            f"{', '.join(map(repr, sorted(wanted))) or 'none'}"
+        )
+    return replace(component, prompt=Template(text, node.parents, node.chat))
+
+
+def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> Model:
+    field = f"system.components.{name}"
+    settings = built(config.settings, f"{field}.settings")
+    key = jax.random.fold_in(jax.random.key(run.seed), zlib.crc32(name.encode()))
+    if config.checkpoint is None:
+        made = call(config.factory or "", settings, f"{field}.settings", f"{field}.factory")
+        component, params = made if isinstance(made, tuple) else (made, made.init(key))
+    else:
+        precision = {"dtype": run.dtype, "param_dtype": "float32" if config.mode == "full" else run.dtype}
+        common = {**precision, "remat": run.remat, "shardings": partial(place, mesh)}
+        try:
+            component, params = sj.pretrained.load(config.checkpoint, **(common | settings))
+        except TypeError as error:
+            # A setting that the component does not have.
+            raise ConfigError(f"{field}.settings: {error}") from error
+    if config.mode == "lora":
+        lora = sj.LoRA(config.lora.rank, config.lora.alpha, config.lora.targets)
+        try:
+            params = sj.add_lora(params, lora, key)
+        except LoRAError as error:
+            raise ConfigError(f"{field} (mode lora): {error}; or train it in mode full") from error
+    return component, params
+
+
+def _optimizer(component: ComponentConfig, schedule: ScheduleConfig) -> sj.ComponentOptimizer:
+    if component.mode == "frozen":
+        return sj.FROZEN
+    peak = schedule.learning_rate if component.learning_rate is None else component.learning_rate
+    # With a single step left, the cosine has nothing to fall over.
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, schedule.warmup, max(schedule.steps, schedule.warmup + 1))
+    adamw = optax.adamw(rate, weight_decay=schedule.weight_decay)
+    trainable = sj.LORA_TRAINABLE if component.mode == "lora" else ".*"
+    return sj.ComponentOptimizer(adamw, clip_norm=schedule.clip_norm, trainable=trainable)

@@ -1,0 +1,76 @@
+"""Align a system of your own from preferences: models, graph, data and schedule come from a YAML file.
+
+    python -m experiments.train --config experiments/configs/smollm2_sd15.yaml --dry-run
+    python -m experiments.train --config experiments/configs/smollm2_sd15.yaml --schedule.steps 200
+
+Every field of the file is also a flag; flags win. Given again, the command goes on from the newest checkpoint of the
+run's directory. SIGTERM saves and ends the process with `preempted_exit_code`. One process on one device needs nothing
+more; several find each other by what Slurm, GKE or Cloud TPU put into their environment, and share the directory.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+
+import sysdpo_jax as sj
+from experiments.own.command import user_errors
+from experiments.own.config import TrainConfig, parse
+from experiments.own.dry_run import describe_run
+from experiments.own.evaluation import make_evaluation
+from experiments.own.report import write_run_report
+from experiments.own.run import DATA, assemble, claim, make_batches, make_trainer, read_preferences
+
+
+def train(config: TrainConfig, arguments: list[str]) -> None:
+    """Train until the last step, from the newest checkpoint if there is one, and write report.html.
+
+    Raises `ConfigError`, `RecordError` and the like for what cannot be used, `Preempted` when asked to stop.
+    """
+    began, folder = time.monotonic(), Path(config.directory)
+    run = assemble(config)
+    trainer = make_trainer(run, make_evaluation(run))
+    records = read_preferences(config.data, run.system)
+    batches = make_batches(run, records)
+    if config.dry_run:
+        for part in describe_run(run, batches, folder / "dry_run"):
+            print(part, flush=True)
+        return
+    first = jax.process_index() == 0
+    if first:
+        print(records.summary(), file=sys.stderr, flush=True)
+        claim(run)
+        about = {**asdict(config.data), "kept": len(records), "sha256": _hash(config.data.source)}
+        (folder / DATA).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
+    trainer.fit(state, batches, config.schedule.steps, run.key, config.resume)
+    if first:
+        print(write_run_report(run, arguments, began))
+
+
+def _hash(source: str) -> str:
+    """SHA-256 of a file; a data set of many files has none here."""
+    path = Path(source)
+    if not path.is_file():
+        return "not known: no single file"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(arguments: list[str]) -> None:
+    """Train, or say what training would be."""
+    sj.initialize()
+    with user_errors():
+        config = parse(arguments, __doc__)
+        try:
+            train(config, arguments)
+        except sj.Preempted:
+            raise SystemExit(config.preempted_exit_code) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
