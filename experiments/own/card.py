@@ -37,7 +37,7 @@ def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: list[M
     yield f"# {name}, aligned as a part of a compound system\n"
     yield (
         f"{component.checkpoint} after {step} steps of SysDPO-{run.config.objective.kind.capitalize()} ({PAPER}): the "
-        "system below was aligned from preferences on what it produces as a whole. Nobody judged this model by itself.\n"
+        "system below was aligned from preferences on what it produces as a whole. It was not judged by itself.\n"
     )
     yield f"```mermaid\n{run.system.describe()}\n```\n"
     parents = {other: each.checkpoint or each.factory for other, each in run.config.system.components.items()}

@@ -71,9 +71,7 @@ def claim(run: Run) -> None:
         noted = asdict(read_config(path, TrainConfig))
         differing = [name for name, value in run.identity.items() if noted[name] != value]
         if differing:
-            raise ConfigError(
-                f"{path} is of a run with another {', '.join(differing)}: choose another directory, or give what it says"
-            )
+            raise ConfigError(f"{path} is of a run with another {', '.join(differing)}: choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_config(path, run.config)
 

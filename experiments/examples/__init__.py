@@ -1,0 +1,1 @@
+"""Worked examples of components and tools of your own."""
