@@ -27,6 +27,7 @@ setup(
     packages=find_packages(include=["sysdpo_jax", "sysdpo_jax.*", "experiments", "experiments.*"]),
     install_requires=[
         "chex>=0.1.91",
+        "datasets>=4.0",
         "flax>=0.12",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",
@@ -37,6 +38,8 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11.0",
+        "pydantic>=2.10",
+        "pyyaml>=6.0",
         "rich>=14.0",
         "safetensors>=0.6",
         "tensorboardX>=2.6",

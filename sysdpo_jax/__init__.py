@@ -19,6 +19,8 @@ from sysdpo_jax.components import (
 )
 from sysdpo_jax.data import (
     PreferenceRecord,
+    Preferences,
+    Ranked,
     draw_intermediates,
     epoch_batches,
     load_preferences,
@@ -27,6 +29,7 @@ from sysdpo_jax.data import (
     prepare_pairs,
     rollout,
     sampled_batch,
+    save_preferences,
     without_intermediates,
 )
 from sysdpo_jax.generation.beam_search import BeamSearch
@@ -79,6 +82,8 @@ __all__ = [
     "PixelCodec",
     "Preempted",
     "PreferenceRecord",
+    "Preferences",
+    "Ranked",
     "RecordError",
     "SD3Text",
     "SDXLText",
@@ -109,6 +114,7 @@ __all__ = [
     "pretrained",
     "rollout",
     "sampled_batch",
+    "save_preferences",
     "tree_shardings",
     "without_intermediates",
 ]

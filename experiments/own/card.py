@@ -1,7 +1,7 @@
 """The model card of an exported component: what it is part of, what it was trained on, and how it did."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def model_card(directory: Path, run: Run, step: int) -> Callable[[str], str]:
     return lambda name: "\n".join(_lines(run, name, step, data, rows)) + "\n"
 
 
-def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Iterator[str]:
+def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     component = run.config.system.components[name]
     model = next(node.component for node in run.system.nodes if node.params_key == name)
     text = isinstance(model, sj.LanguageModel)
@@ -59,7 +59,7 @@ def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: list[M
         yield f"| {title} | {value:.4g} | {at} |"
 
 
-def _figures(rows: list[Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:
+def _figures(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:
     """The last value of each figure of training, and of all of evaluation."""
     last: dict[str, tuple[float, int]] = {}
     for row in rows:

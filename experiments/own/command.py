@@ -10,7 +10,7 @@ import sysdpo_jax
 from sysdpo_jax import NonFiniteError
 from sysdpo_jax.training.checkpoints import CorruptCheckpointError
 
-OURS = tuple(str(Path(package.__file__).parent) for package in (experiments, sysdpo_jax))
+OURS = tuple(str(Path(package.__path__[0])) for package in (experiments, sysdpo_jax))
 
 
 @contextmanager

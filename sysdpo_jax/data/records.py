@@ -1,9 +1,7 @@
-"""Preferences on whole runs of a system, and the JSON Lines file that holds them."""
+"""Preferences on whole runs of a system."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sysdpo_jax.components.base import RecordError
@@ -21,30 +19,6 @@ class PreferenceRecord:
     inputs: Mapping[str, Any]
     chosen: Mapping[str, Any]
     rejected: Mapping[str, Any]
-
-
-def load_preferences(path: str | Path) -> list[PreferenceRecord]:
-    """Read JSON Lines: one object a line with the objects "inputs", "chosen" and "rejected". Empty lines are skipped.
-
-    Raises `RecordError` naming file, line and field for text that is no such object; `FileNotFoundError` for no file.
-    """
-    records = []
-    # Not splitlines: JSON's strings may hold what it takes for ends of lines.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{where}: not valid JSON ({error}); write one object a line") from error
-        for name in ("inputs", "chosen", "rejected"):
-            if not isinstance(row, dict) or not isinstance(row.get(name), dict):
-                raise RecordError(f"{where}: the field {name!r} must be an object of named values")
-        records.append(PreferenceRecord(row["inputs"], row["chosen"], row["rejected"]))
-    if not records:
-        raise RecordError(f"{path} holds no record")
-    return records
 
 
 def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> bool:

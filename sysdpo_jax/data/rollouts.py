@@ -1,7 +1,7 @@
 """Runs of a system on a list of inputs, and preference pairs from scored runs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -10,6 +10,8 @@ from jaxtyping import Float, PRNGKeyArray
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.typing import Params, Record
+
+Pairs = Literal["best_worst", "all"]
 
 
 def rollout(
@@ -42,26 +44,40 @@ def make_pairs(
     scores: Float[np.ndarray, "runs"],
     group: int,
     min_margin: float = 0.0,
+    pairs: Pairs = "best_worst",
 ) -> list[PreferenceRecord]:
-    """The best against the worst of each group of adjacent runs of one input, when their scores differ by more.
+    """Preferences within each group of adjacent runs of one input, by their scores.
 
     records, scores: as `rollout` returns them and a judge of theirs, higher is better. group: runs in a group; it must
-    divide the runs of one input. min_margin: smallest difference kept; ties are always dropped.
+    divide the runs of one input. min_margin: smallest difference kept; ties are always dropped. pairs: the best against
+    the worst of a group, or all two whose scores differ.
     Raises `ValueError` for scores that are not finite or groups that mix inputs.
     """
     if len(records) != len(scores) or len(records) % group:
         raise ValueError(f"{len(records)} runs and {len(scores)} scores do not form groups of {group}")
     if not np.isfinite(scores).all():
         raise ValueError(f"the score of run {int(np.argmin(np.isfinite(scores)))} is not finite: fix or drop the run")
-    pairs = []
+    made = []
     for start in range(0, len(records), group):
         inputs = {name: records[start][name] for name in system.inputs}
         for row in range(start, start + group):
             if any(records[row][name] != inputs[name] for name in system.inputs):
                 raise ValueError(f"runs {start} and {row} of one group have different inputs: check `group`")
-        best, worst = (start + int(pick(scores[start : start + group])) for pick in (np.argmax, np.argmin))
-        margin = scores[best] - scores[worst]
-        if margin > 0 and margin >= min_margin:
-            sides = ({node.name: records[row][node.name] for node in system.nodes} for row in (best, worst))
-            pairs.append(PreferenceRecord(inputs, *sides))
-    return pairs
+        for places in preferred(scores[start : start + group], pairs, min_margin):
+            sides = ({node.name: records[start + place][node.name] for node in system.nodes} for place in places)
+            made.append(PreferenceRecord(inputs, *sides))
+    return made
+
+
+def preferred(scores: Float[np.ndarray, "runs"], pairs: Pairs, min_margin: float) -> list[tuple[int, int]]:
+    """(better, worse) places of finite scores that differ by at least min_margin, and by more than nothing.
+
+    "best_worst" gives the first of the highest against the first of the lowest, "all" every two.
+    """
+    if pairs == "best_worst":
+        candidates = [(int(np.argmax(scores)), int(np.argmin(scores)))]
+    else:
+        order = np.argsort(-scores, kind="stable").tolist()
+        candidates = [(better, worse) for place, better in enumerate(order) for worse in order[place + 1 :]]
+    margins = ((pair, scores[pair[0]] - scores[pair[1]]) for pair in candidates)
+    return [pair for pair, margin in margins if margin > 0 and margin >= min_margin]

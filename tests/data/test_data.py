@@ -62,10 +62,10 @@ def test_a_file_becomes_records_and_features(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ((LINES[0], "{"), r"pairs\.jsonl, line 2: not valid JSON"),
-        (({"inputs": {"x": 0}, "chosen": {}},), "line 1: the field 'rejected' must be an object"),
-        (([1],), "line 1: the field 'inputs' must be an object"),
-        ((LINES[0] | {"chosen": [1]},), "line 1: the field 'chosen' must be an object"),
+        ((LINES[0], "{"), r"pairs\.jsonl, row 2: not valid JSON"),
+        (({"inputs": {"x": 0}, "chosen": {}},), "row 1: the field 'rejected' must be an object"),
+        (([1],), "row 1: list instead of an object"),
+        ((LINES[0] | {"chosen": [1]},), "row 1: the field 'chosen' must be an object"),
         ((), r"pairs\.jsonl holds no record"),
     ],
 )

@@ -1,0 +1,117 @@
+"""Whether records fit a system, before anything is trained on them: names, types, texts that fit, images that open."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.data.records import PreferenceRecord
+from sysdpo_jax.graph import CompoundSystem, Node
+
+SIDES = ("chosen", "rejected")
+
+
+def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> None:
+    """Raise `RecordError` naming side and field for a record that the system cannot be trained on.
+
+    Names must be the system's, every final value there, and of intermediate values all or none. Images must decode;
+    with intermediate values the other nodes are prepared, so that texts without room are found.
+    """
+    for record in records:
+        _check_names("inputs", record.inputs, system.inputs)
+        _require("inputs", record.inputs, system.inputs)
+        for side in SIDES:
+            _check_side(system, side, getattr(record, side))
+    for side in SIDES:
+        rows = [{**record.inputs, **getattr(record, side)} for record in records]
+        whole = [row for row in rows if all(node.name in row for node in system.intermediates)]
+        nodes = [n.name for n in system.nodes if not n.deterministic and not isinstance(n.component, TextToImage)]
+        try:
+            if whole and nodes:
+                system.prepare(whole, nodes)
+        except RecordError as error:
+            # Of one record the row's number says nothing.
+            raise RecordError(f"{side}, {re.sub(' in row 0(?= |$|:)', '', str(error))}") from error
+
+
+def resolve_images(system: CompoundSystem, record: PreferenceRecord, folder: Path) -> PreferenceRecord:
+    """The record with paths of images taken from the folder that its file lies in."""
+    names = {node.name for node in system.nodes if isinstance(node.component, TextToImage)}
+
+    def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _below(value, folder) if name in names else value for name, value in values.items()}
+
+    return PreferenceRecord(record.inputs, resolved(record.chosen), resolved(record.rejected))
+
+
+def _below(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_below(item, folder) for item in value]
+    return str(folder / value) if isinstance(value, str) else value
+
+
+def _check_side(system: CompoundSystem, side: str, values: Mapping[str, Any]) -> None:
+    _check_names(side, values, [node.name for node in system.nodes])
+    _require(side, values, [node.name for node in system.outputs])
+    inner = [node.name for node in system.intermediates]
+    held = [name for name in inner if name in values]
+    if held and len(held) < len(inner):
+        missing = ", ".join(name for name in inner if name not in values)
+        raise RecordError(f"{side} holds {', '.join(held)} but not {missing}: give all intermediate values or none")
+    for node in system.nodes:
+        if node.name in values and not node.deterministic:
+            where = f"{side}, field {node.name!r}"
+            for value in _copies(node, values[node.name], where):
+                _check_value(node, value, where)
+
+
+def _copies(node: Node, value: Any, where: str) -> Sequence[Any]:
+    if node.plate is None:
+        return [value]
+    if not isinstance(value, list) or len(value) != node.plate:
+        has = f"{len(value)} values" if isinstance(value, list) else type(value).__name__
+        raise RecordError(f"{where}: {has} instead of a list of {node.plate}, one for each copy")
+    return value
+
+
+def _check_value(node: Node, value: Any, where: str) -> None:
+    if isinstance(node.component, LanguageModel) and isinstance(value, str) and not value.strip():
+        raise RecordError(f"{where} is empty: write a text, or drop the row")
+    if isinstance(node.component, TextToImage):
+        if not isinstance(value, str | bytes):
+            raise RecordError(f"{where} is {type(value).__name__}: give the path of an image, or its bytes")
+        _open_image(value, where)
+
+
+def _open_image(value: str | bytes, where: str) -> None:
+    what = repr(value) if isinstance(value, str) else f"{len(value)} bytes"
+    try:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+            image.load()
+    except FileNotFoundError:
+        raise RecordError(f"{where}: there is no file {what}; paths begin at the folder of the data") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RecordError(f"{where}: {what} cannot be read ({error}): replace it, or drop the row") from None
+
+
+def _check_names(where: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in values:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"the system has {', '.join(known)}"
+            raise RecordError(f"{where}, field {name!r} is no name of the system: {meant}")
+
+
+def _require(where: str, values: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in values:
+            raise RecordError(f"{where} lacks the field {name!r}: add it")
+        if isinstance(values[name], str) and not values[name].strip():
+            raise RecordError(f"{where}, field {name!r} is empty: write a text, or drop the row")

@@ -1,0 +1,145 @@
+"""Rows of data sets that exist -> preference records."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.data.records import PreferenceRecord
+from sysdpo_jax.data.rollouts import Pairs, preferred
+from sysdpo_jax.graph import CompoundSystem
+
+
+class Names(NamedTuple):
+    """The system's only input and only final value, where data sets do not name them."""
+
+    input: str
+    output: str
+
+
+# A row -> its records, none for a tie.
+Reader = Callable[[Mapping[str, Any], CompoundSystem | None], list[PreferenceRecord]]
+
+
+def records(row: Mapping[str, Any], system: CompoundSystem | None = None) -> list[PreferenceRecord]:
+    """{"inputs": {name: value}, "chosen": {node: value}, "rejected": {node: value}}: the library's own schema."""
+    for name in ("inputs", "chosen", "rejected"):
+        if not isinstance(row.get(name), Mapping):
+            raise RecordError(f"the field {name!r} must be an object of named values")
+    return [PreferenceRecord(*(_present(row[name]) for name in ("inputs", "chosen", "rejected")))]
+
+
+def trl(row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
+    """TRL's preference formats: prompt, chosen and rejected, as strings or as lists of messages.
+
+    Without a prompt it is what chosen and rejected have in common at their start: messages, or text up to a space.
+    """
+    names = only_names(system)
+    chosen, rejected = (_text_or_messages(row, name) for name in ("chosen", "rejected"))
+    if type(chosen) is not type(rejected):
+        raise RecordError("chosen and rejected must both be strings or both be lists of messages")
+    if row.get("prompt") is not None:
+        prompt = _text_or_messages(row, "prompt")
+    else:
+        start = _common(chosen, rejected)
+        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+        if not prompt:
+            raise RecordError("chosen and rejected have no start in common: add the field 'prompt'")
+    return [PreferenceRecord({names.input: prompt}, {names.output: chosen}, {names.output: rejected})]
+
+
+def pick_a_pic(row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
+    """Pick-a-Pic (arXiv 2305.01569): caption, jpg_0 and jpg_1 (bytes), label_0: 1, 0, or 0.5 for a tie."""
+    names = only_names(system)
+    missing = [name for name in ("caption", "jpg_0", "jpg_1", "label_0") if row.get(name) is None]
+    if missing:
+        raise RecordError(f"the field {missing[0]!r} is missing: give caption, jpg_0, jpg_1 and label_0")
+    if row["label_0"] not in (0, 0.5, 1):
+        raise RecordError(f"the field 'label_0' is {row['label_0']!r}: give 1, 0, or 0.5 for a tie")
+    if row["label_0"] == 0.5:
+        return []
+    first, second = ({names.output: _bytes(row[name])} for name in ("jpg_0", "jpg_1"))
+    sides = (first, second) if row["label_0"] == 1 else (second, first)
+    return [PreferenceRecord({names.input: row["caption"]}, *sides)]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """{"inputs": ..., "outputs": [n values], "scores": [n numbers]}, higher scores are better.
+
+    inputs: {name: value}, or the value of the system's only input. outputs: {node: value} each, or values of the only
+    final node. pairs: the best against the worst, or all whose scores differ. min_margin: smallest difference kept.
+    """
+
+    pairs: Pairs = "best_worst"
+    min_margin: float = 0.0
+
+    def __call__(self, row: Mapping[str, Any], system: CompoundSystem | None = None) -> list[PreferenceRecord]:
+        missing = [name for name in ("inputs", "outputs", "scores") if row.get(name) is None]
+        if missing:
+            raise RecordError(f"the field {missing[0]!r} is missing: give inputs, outputs and scores")
+        outputs, scores = row["outputs"], row["scores"]
+        if not isinstance(outputs, list) or not isinstance(scores, list) or len(outputs) != len(scores):
+            raise RecordError("the fields 'outputs' and 'scores' must be lists of one length")
+        for place, score in enumerate(scores):
+            if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
+                raise RecordError(f"the field 'scores' has {score!r} at place {place}: give finite numbers")
+        inputs = row["inputs"] if isinstance(row["inputs"], Mapping) else {only_names(system).input: row["inputs"]}
+        sides = [side if isinstance(side, Mapping) else {only_names(system).output: side} for side in outputs]
+        chosen = preferred(np.array(scores, np.float64), self.pairs, self.min_margin)
+        return [PreferenceRecord(_present(inputs), _present(sides[a]), _present(sides[b])) for a, b in chosen]
+
+
+READERS: dict[str, Reader] = {
+    "records": records,
+    "trl": trl,
+    "pick_a_pic": pick_a_pic,
+    "ranked": Ranked(),
+    "ranked_all": Ranked("all"),
+}
+
+
+def only_names(system: CompoundSystem | None) -> Names:
+    """Raises `ValueError` unless the system has exactly one input and one final value."""
+    if system is None:
+        raise ValueError("this reader names no nodes: pass the system, whose input and final value it then takes")
+    if len(system.inputs) != 1 or len(system.outputs) != 1:
+        outputs = ", ".join(node.name for node in system.outputs)
+        raise ValueError(
+            f"this reader needs a system with one input and one final value, not {', '.join(system.inputs)} and "
+            f"{outputs}: write the records with names, for the reader 'records'"
+        )
+    return Names(system.inputs[0], system.outputs[0].name)
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A table has a place for every name; those that a row lacks are None there."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
+    value = row.get(name)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
+        return [_present(turn) for turn in value]
+    raise RecordError(f"the field {name!r} must be a string or a list of messages, not {type(value).__name__}")
+
+
+def _common(first: str | list[Any], second: str | list[Any]) -> int:
+    """The length of the common start; of texts it ends before a space, which begins both completions."""
+    short = min(len(first), len(second))
+    length = next((place for place in range(short) if first[place] != second[place]), short)
+    if isinstance(first, list):
+        # A turn of the assistant that both begin with is the prompt's; the last one never is.
+        return min(length, len(first) - 1, len(second) - 1)
+    return max(first.rfind(" ", 0, length + 1), 0)
+
+
+def _bytes(value: Any) -> Any:
+    """Images of a table are {"bytes": ..., "path": ...}."""
+    if isinstance(value, Mapping):
+        return value.get("bytes") or value.get("path")
+    return value

@@ -1,0 +1,80 @@
+"""Rows of data sets: JSON Lines, Parquet, or whatever `datasets` finds in a folder or on the Hugging Face hub."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sysdpo_jax.components.base import RecordError
+
+LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)
+
+
+class Row(NamedTuple):
+    """number: counted from 1, of a line in JSON Lines. values: the row, or why it cannot be read."""
+
+    number: int
+    values: dict[str, Any] | RecordError
+
+
+def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
+    """The rows one after the other; of a large file only a few are in memory at a time.
+
+    source: a .jsonl or .parquet file, or what `datasets.load_dataset` takes, of which `split` is streamed.
+    Raises `FileNotFoundError` where there is nothing of that name, `RecordError` for a file of another kind or one that
+    cannot be read on.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix in LINES:
+        return _lines(path)
+    if path.is_file() and path.suffix not in TABLE:
+        raise RecordError(f"{path}: only {', '.join((*LINES, *TABLE))} files are read: convert it")
+    if path.suffix in (*LINES, *TABLE) and not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give the file of the records")
+    return _streamed(path if path.exists() else str(source), split)
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    # Text mode would also take JSON's own U+2028 for the end of a line if it were split afterwards.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield Row(number, _parsed(line))
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
+
+
+def _parsed(line: str) -> dict[str, Any] | RecordError:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        return RecordError(f"not valid JSON ({error}); write one object a line")
+    if not isinstance(values, dict):
+        return RecordError(f"{type(values).__name__} instead of an object: write one object a line")
+    return values
+
+
+def _streamed(source: Path | str, split: str) -> Iterator[Row]:
+    # Imported late: it takes a second.
+    import datasets
+    import pyarrow
+
+    table = isinstance(source, Path) and source.is_file()
+    try:
+        found: Any = (
+            datasets.load_dataset("parquet", data_files=str(source), split="train", streaming=True)
+            if table
+            else datasets.load_dataset(str(source), split=split, streaming=True)
+        )
+        # Images stay the bytes that they are.
+        for name, kind in (found.features or {}).items():
+            if isinstance(kind, datasets.Image):
+                found = found.cast_column(name, datasets.Image(decode=False))
+        for number, values in enumerate(found, 1):
+            yield Row(number, values)
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RecordError(
+            f"{source} cannot be read as a data set ({reason}): fetch it again, or check its name"
+        ) from error
