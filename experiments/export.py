@@ -17,8 +17,8 @@ import sysdpo_jax as sj
 from experiments.own.card import model_card
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, TrainConfig, read_config
-from experiments.own.run import CONFIG, Run, assemble, make_batches, make_trainer, read_preferences
-from sysdpo_jax.typing import Params
+from experiments.own.loading import restored
+from experiments.own.run import CONFIG, assemble
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def export(config: Config) -> list[Path]:
     if not chosen:
         raise ConfigError(f"{config.directory}: no component of the run was trained from a checkpoint")
     run = assemble(train)
-    params, step = _restored(config, run)
+    params, step = restored(run, config.checkpoint == "best")
     about = model_card(config.directory, run, step)
     written = []
     for name, component in chosen.items():
@@ -59,23 +59,6 @@ def export(config: Config) -> list[Path]:
         (folder / "README.md").write_text(about(name), encoding="utf-8")
         written.append(folder)
     return written
-
-
-def _restored(config: Config, run: Run) -> tuple[Params, int]:
-    """The parameters of the wanted checkpoint and its step."""
-    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
-    # What was searched for is part of a run's identity; of other batches nothing is.
-    sampled = run.config.objective.kind == "sampling"
-    batches = make_batches(run, read_preferences(run.config.data, run.system)) if sampled else no_batch
-    with make_trainer(run).checkpoints(state, batches, run.key) as checkpoints:
-        step = checkpoints.best if config.checkpoint == "best" else checkpoints.latest
-        if step is None:
-            raise ConfigError(f"{checkpoints.directory} holds no {config.checkpoint} checkpoint: train first")
-        return checkpoints.restore(state, step).params, step
-
-
-def no_batch(step: int) -> None:
-    """For what reads checkpoints alone."""
 
 
 def main(arguments: list[str]) -> None:

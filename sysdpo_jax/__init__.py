@@ -40,6 +40,7 @@ from sysdpo_jax.objectives import DirectObjective, PairBatch, SampledBatch, Samp
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
+    Evaluation,
     NonFiniteError,
     Preempted,
     SearchedBatches,
@@ -69,6 +70,7 @@ __all__ = [
     "CompoundSystem",
     "Diffusion",
     "DirectObjective",
+    "Evaluation",
     "FlowMatching",
     "FrozenText",
     "Gaussian",

@@ -14,7 +14,7 @@ from experiments.own.config import ConfigError
 from experiments.own.importing import import_object
 from experiments.own.prompts import read_prompts
 from experiments.own.run import Run
-from experiments.own.runs_file import read_runs, write_runs
+from experiments.own.runs_file import read_lines, write_runs
 from experiments.own.scoring import score_runs
 from sysdpo_jax.evaluation import clustered_mean, win_rate
 from sysdpo_jax.training import Evaluation
@@ -40,13 +40,12 @@ class HeldOut:
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
         """score and win_rate with their standard errors; a tie with the system before training counts half."""
-        key = jax.random.key(self.seed)
-        runs = sj.rollout(self.system, params, self.prompts, key, self.samples, self.batch_size)
-        scores = score_runs(self.scorer, runs)
-        write_runs(self.path(step), self.system, runs, scores)
-        if step == 0:
-            return _estimates(scores, scores, self.samples)
-        before = np.array([run["score"] for run in read_runs(self.path(0))])
+        if not self.path(step).exists():
+            # Else a run that was stopped after it measured this step goes on.
+            key = jax.random.key(self.seed)
+            runs = sj.rollout(self.system, params, self.prompts, key, self.samples, self.batch_size)
+            write_runs(self.path(step), self.system, runs, self.samples, score_runs(self.scorer, runs).tolist())
+        scores, before = (np.array([run["score"] for run in read_lines(self.path(at))]) for at in (step, 0))
         return _estimates(scores, before, self.samples)
 
     def path(self, step: int) -> Path:

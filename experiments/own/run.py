@@ -13,6 +13,7 @@ import sysdpo_jax as sj
 from experiments.own.config import ConfigError, DataConfig, TrainConfig, read_config, write_config
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.records import hold_intermediates
+from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.search import IntermediateSearch
 from sysdpo_jax.training.step import Objective

@@ -22,27 +22,28 @@ def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> N
     path = Path(path)
     partial = path.with_suffix(f"{path.suffix}.partial")
     if path.suffix in LINES:
-        images = _Images(path)
+        images = ImageFiles(path)
         lines = (json.dumps(_row(record, number, images.beside)) for number, record in enumerate(records))
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     elif path.suffix in TABLE:
         # Imported late: it takes a second.
         import datasets
 
-        rows = [_row(record, number, _Images.inside) for number, record in enumerate(records)]
+        rows = [_row(record, number, ImageFiles.inside) for number, record in enumerate(records)]
         datasets.Dataset.from_list(rows).to_parquet(str(partial))
     else:
         raise ValueError(f"{path}: name a file that ends in {', '.join((*LINES, *TABLE))}")
     partial.replace(path)
 
 
-class _Images:
-    """Images of records as PNG: their bytes, or files beside the records."""
+class ImageFiles:
+    """Images as PNG: their bytes, or files in a folder beside the file of records or runs at `path`."""
 
     def __init__(self, path: Path):
         self._folder = path.with_name(f"{path.stem}_images")
 
     def beside(self, name: str, image: Any) -> str:
+        """Write the image into the folder; its path, relative to the file of records."""
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{name}.png"
         file.write_bytes(self.inside(name, image))
@@ -50,6 +51,7 @@ class _Images:
 
     @staticmethod
     def inside(name: str, image: Any) -> bytes:
+        """The bytes of the image as PNG, or those that it is."""
         if isinstance(image, bytes):
             return image
         if not isinstance(image, Image.Image):
@@ -63,17 +65,17 @@ class _Images:
 def _row(record: PreferenceRecord, number: int, image: Any) -> dict[str, Any]:
     parts = {"inputs": record.inputs, "chosen": record.chosen, "rejected": record.rejected}
     return {
-        part: {name: _plain(value, f"{number}-{part}-{name}", image) for name, value in values.items()}
+        part: {name: as_json(value, f"{number}-{part}-{name}", image) for name, value in values.items()}
         for part, values in parts.items()
     }
 
 
-def _plain(value: Any, name: str, image: Any) -> Any:
-    """A value as JSON has it; images through `image(name, value)`."""
+def as_json(value: Any, name: str, image: Any) -> Any:
+    """A value as JSON has it, with what `image(name, image)` returns in the place of an image."""
     if isinstance(value, bytes | Image.Image) or (isinstance(value, np.ndarray) and value.ndim == 3):
         return image(name, value)
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{name}-{place}", image) for place, item in enumerate(value)]
+        return [as_json(item, f"{name}-{place}", image) for place, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return {key: _plain(item, f"{name}-{key}", image) for key, item in value.items()}
+        return {key: as_json(item, f"{name}-{key}", image) for key, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

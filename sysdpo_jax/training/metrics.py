@@ -1,5 +1,6 @@
 """Metrics of a run: read from the device at the logging interval, kept in metrics.jsonl and TensorBoard events."""
 
+import hashlib
 import json
 import math
 import os
@@ -34,14 +35,16 @@ class MetricsLog:
 
     start: the step that the run continues with; rows of it and later ones, left by a run that was killed after its last
     checkpoint, are removed, and TensorBoard is told to hide them. A value that is not finite is written as null.
+    wandb: project of Weights & Biases that gets the rows too. Raises `ModuleNotFoundError` where it is not installed.
     """
 
-    def __init__(self, directory: str | Path, start: int):
+    def __init__(self, directory: str | Path, start: int, wandb: str | None = None):
         # Imported late: tensorboardX imports torch where it is installed, and `import sysdpo_jax` must not.
         from tensorboardX import SummaryWriter
 
-        path = Path(directory) / "metrics.jsonl"
+        path = Path(directory).absolute() / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._wandb = None if wandb is None else _wandb_run(wandb, path.parent)
         _truncate(path, start)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(path.parent), purge_step=start)
@@ -54,6 +57,8 @@ class MetricsLog:
     ) -> None:
         self._file.close()
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def write(self, step: int, metrics: Mapping[str, float | np.ndarray]) -> None:
         """One row. metrics: `{name: scalar}`."""
@@ -62,6 +67,8 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def flush(self) -> None:
         """Return once the rows are on disk: before a checkpoint that counts on them."""
@@ -98,6 +105,13 @@ class MetricsReader:
         if self._log is not None:
             meter = self._throughput.start(state, batch) if self._meter is None else self._meter
             self._meter = self._throughput.count(meter, step, batch)
+
+    def note(self, step: int, figures: Mapping[str, float]) -> None:
+        """A row of figures that were measured between steps, on disk at once. The time that took is not training's."""
+        self._meter = None
+        if self._log is not None:
+            self._log.write(step, figures)
+            self._log.flush()
 
     def take(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Keep the metrics of a step that is dispatched; read those before it if the last of them makes a row.
@@ -154,6 +168,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _wandb_run(project: str, directory: Path) -> Any:
+    """The run of that directory, the same at every start."""
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"the metrics are to go to the project {project!r} of Weights & Biases, which is not installed: "
+            "`pip install wandb`, or leave wandb out"
+        ) from None
+    own = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return wandb.init(project=project, dir=str(directory), name=directory.name, id=own, resume="allow")
 
 
 def _truncate(path: Path, start: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grain
 import jax
@@ -20,6 +20,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from sysdpo_jax.data.pipeline import read_ahead
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
+from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.identity import as_text, describe
 from sysdpo_jax.training.metrics import MetricsLog, MetricsReader, NonFiniteError
 from sysdpo_jax.training.optimizer import SystemOptimizer
@@ -31,6 +32,7 @@ from sysdpo_jax.training.step import PROCEED, Metrics, Objective, TrainStep, mak
 from sysdpo_jax.training.throughput import Throughput
 from sysdpo_jax.typing import Params
 
+T = TypeVar("T")
 # What gives the batch of a step, see `Trainer.fit`.
 BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | grain.MapDataset[Any]
 
@@ -42,7 +44,9 @@ class Trainer:
     mesh: the one the state was created on. accumulate: parts of a batch, see `make_train_step`. checkpoint_every: steps
     between checkpoints, of which the newest `keep` are kept; the last step is always saved. best: a metric and "min" or
     "max", such as ("rewards/accuracies", "max"): the checkpoint with the best mean of it over the steps read since the
-    one before is kept too. log_every: steps between rows of metrics; the host waits for the device at no other step.
+    one before is kept too; so is that of the best evaluation. log_every: steps between rows of metrics; the host waits
+    for the device at no other step. evaluation: see `Evaluation`; it takes the place of `best`. wandb: project of
+    Weights & Biases that gets the metrics too, which needs the package of that name.
     config: JSON values of the experiment (learning rates, data); like objective, system and optimiser they must be the
     same when the run resumes. progress: shows the bar. profile: (first, last), the steps first ... last - 1 are traced
     by jax.profiler into profile/.
@@ -61,8 +65,12 @@ class Trainer:
     config: Mapping[str, Any] = field(default_factory=dict)
     progress: ProgressFactory = progress
     profile: tuple[int, int] | None = None
+    evaluation: Evaluation | None = None
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
+        if self.best is not None and self.evaluation is not None and self.evaluation.best is not None:
+            raise ValueError("Trainer: the best checkpoint is chosen by `best` or by the evaluation's, not by both")
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise ValueError(f"profile {self.profile} must be (first, last) with 0 <= first < last")
 
@@ -81,6 +89,8 @@ class Trainer:
     ) -> TrainState:
         """Train until `steps` updates are made in all, from the newest checkpoint of the directory if there is one.
 
+        Ends before that where the evaluation's patience is at an end.
+
         state: from `create_state` (consumed); a resumed run must be given the same initial parameters.
         batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or a Grain
         dataset whose element k is the batch of step k (`preference_dataset`), read ahead in threads; or
@@ -89,10 +99,10 @@ class Trainer:
         SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
         are saved and `Preempted` is raised, which ends the script with exit code 0; so does Ctrl-C with
         `KeyboardInterrupt`, in one process. See `stop_requests`.
-        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving,
-        in one process, the state before that batch; `CheckpointMismatchError` when the directory belongs to another
-        run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume` is False
-        and the directory holds a checkpoint.
+        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch or an evaluation
+        raises after saving, in one process, the state before it; `CheckpointMismatchError` when the directory belongs
+        to another run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume`
+        is False and the directory holds a checkpoint.
         """
         with stop_requests(Path(self.directory).absolute() / "checkpoints") as asked:
             state, done = self._fit(state, batch_at, steps, key, resume, asked)
@@ -111,7 +121,11 @@ class Trainer:
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"
-        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best)
+        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self._best)
+
+    @property
+    def _best(self) -> Best | None:
+        return self.evaluation.best if self.evaluation is not None and self.evaluation.best is not None else self.best
 
     def _fit(
         self,
@@ -128,7 +142,10 @@ class Trainer:
             state = _start(checkpoints, state, steps, resume)
             done = int(state.step)
             rank_zero = jax.process_index() == 0
-            log = stack.enter_context(MetricsLog(self.directory, done)) if rank_zero else None
+            evaluator = None
+            if self.evaluation is not None:
+                evaluator = Evaluator(self.evaluation, Path(self.directory), done)
+            log = stack.enter_context(MetricsLog(self.directory, done, self.wandb)) if rank_zero else None
             report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
             best = None if self.best is None else self.best[0]
             throughput = Throughput(self.system, self.optimizer, self.step.mesh)
@@ -148,17 +165,35 @@ class Trainer:
                 forget(oldest)
 
             proceed: Array | np.bool_ = PROCEED
+
+            def saving(function: Callable[..., T], *args: Any) -> T:
+                """The function's result; what has been made until now is saved before an error of its leaves."""
+                try:
+                    return function(*args)
+                except Exception:
+                    reader.settle()
+                    # Other processes, which met no error, would not join.
+                    if jax.process_count() == 1:
+                        save()
+                    raise
+
+            def evaluate() -> bool:
+                """Whether to go on."""
+                if evaluator is None or not evaluator.due(done, steps):
+                    return True
+                reader.settle()
+                figures, deciding = saving(evaluator.measure, done, state.params)
+                reader.note(done, figures)
+                if deciding is not None:
+                    oldest = checkpoints.oldest
+                    checkpoints.save(state, deciding)
+                    forget(oldest)
+                return not evaluator.exhausted
+
             try:
                 stop = asked(done)
-                while done < steps and stop is None:
-                    try:
-                        batch = batch_of(done, state.params)
-                    except Exception:
-                        reader.settle()
-                        # Other processes, which have their batches, would not join.
-                        if jax.process_count() == 1:
-                            save()
-                        raise
+                while stop is None and evaluate() and done < steps:
+                    batch = saving(batch_of, done, state.params)
                     reader.count(done, state, batch)
                     profile.before(done)
                     state, metrics = self.step(state, batch, key, proceed)

@@ -1,0 +1,103 @@
+"""Turn scored runs into preferences.
+
+    python -m experiments.make_pairs --runs runs.jsonl --scores scores.jsonl --output preferences.jsonl
+
+Runs of the same prompt form a group; of each the best is preferred to the worst or, with --pairs all, every run to
+every other of a lower score. The output is what experiments.train reads; paths of images begin at its folder.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments.own.command import user_errors
+from experiments.own.config import ConfigError
+from experiments.own.runs_file import Run, read_lines
+from sysdpo_jax.data.rollouts import Pairs, preferred
+
+
+@dataclass(frozen=True)
+class Config:
+    """runs, scores: files of experiments.rollout and experiments.score. min_margin: smallest difference of scores kept.
+
+    Ties are dropped: a preference between equals would teach noise.
+    """
+
+    runs: tuple[Path, ...]
+    scores: tuple[Path, ...]
+    output: Path
+    pairs: Pairs = "best_worst"
+    min_margin: float = 0.0
+
+
+def make_pairs(config: Config) -> str:
+    """Write the preferences. Returns the counts in words. Raises `ConfigError` naming a run without a score, or two."""
+    scores = _scores(config.scores)
+    groups: dict[str, list[tuple[float, Run]]] = {}
+    ids: set[str] = set()
+    for path in config.runs:
+        for run in read_lines(path):
+            name = run.get("id")
+            if name in ids:
+                raise ConfigError(f"{path}: the run {name!r} is there twice: give every file of runs once")
+            if name not in scores:
+                raise ConfigError(f"{path}: the run {name!r} has no score: score these runs first")
+            ids.add(str(name))
+            moved = {part: _moved(run[part], path, config.output) for part in ("inputs", "outputs")}
+            groups.setdefault(json.dumps(run["inputs"], sort_keys=True), []).append((scores[str(name)], moved))
+    lines, lone = [], 0
+    for group in groups.values():
+        values = np.array([value for value, _ in group], np.float64)
+        chosen = preferred(values, config.pairs, config.min_margin)
+        lone += not chosen
+        for better, worse in chosen:
+            first, second = group[better][1], group[worse][1]
+            lines.append({"inputs": first["inputs"], "chosen": first["outputs"], "rejected": second["outputs"]})
+    if not lines:
+        raise ConfigError(f"no two runs of a prompt differ by {config.min_margin:g} or more: sample more, or lower it")
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = config.output.with_suffix(".partial")
+    partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    partial.replace(config.output)
+    return f"{config.output}: {len(lines)} preferences of {len(groups)} prompts, {lone} of which have none"
+
+
+def _scores(paths: tuple[Path, ...]) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for path in paths:
+        for row in read_lines(path):
+            value = row.get("score")
+            if not isinstance(value, int | float) or not np.isfinite(value):
+                raise ConfigError(f"{path}: the score of {row.get('id')!r} is {value!r}: give a finite number")
+            if row.get("id") in scores:
+                raise ConfigError(f"{path}: the run {row['id']!r} has two scores: give every file of scores once")
+            scores[str(row.get("id"))] = float(value)
+    return scores
+
+
+def _moved(value: Any, source: Path, target: Path) -> Any:
+    """Values with the paths of images beside `source` as they are seen from `target`."""
+    if isinstance(value, dict):
+        return {name: _moved(item, source, target) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, source, target) for item in value]
+    if isinstance(value, str) and value.startswith(f"{source.stem}_images/"):
+        return os.path.relpath(source.parent / value, target.parent)
+    return value
+
+
+def main(arguments: list[str]) -> None:
+    """Make the pairs, and print the counts."""
+    config = tyro.cli(Config, args=arguments, description=__doc__)
+    with user_errors():
+        print(make_pairs(config))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,34 @@
+"""Prompts: what a system's inputs are, a line each."""
+
+from pathlib import Path
+from typing import Any
+
+import sysdpo_jax as sj
+from experiments.own.config import ConfigError
+from experiments.own.runs_file import read_lines
+
+
+def read_prompts(path: str | Path, system: sj.CompoundSystem) -> list[dict[str, Any]]:
+    """JSON Lines of objects with the system's inputs or, for a system with one input, a .txt file with a prompt a line.
+
+    Raises `ConfigError` naming file, line and field.
+    """
+    path = Path(path)
+    if path.suffix == ".txt":
+        if len(system.inputs) != 1:
+            raise ConfigError(
+                f"{path}: the system has the inputs {', '.join(system.inputs)}: write JSON Lines with them"
+            )
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist")
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [{system.inputs[0]: text} for text in texts if text]
+    else:
+        rows = list(read_lines(path))
+    if not rows:
+        raise ConfigError(f"{path} holds no prompt")
+    for number, row in enumerate(rows, 1):
+        for name in system.inputs:
+            if name not in row:
+                raise ConfigError(f"{path}, prompt {number} lacks the input {name!r}: add the field")
+    return [{name: row[name] for name in system.inputs} for row in rows]
