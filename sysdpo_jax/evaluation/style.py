@@ -17,7 +17,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body {
   margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem;
-  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
+  background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere;
 }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--rule); }
@@ -37,7 +37,7 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); tex
 code, pre { font-family: ui-monospace, monospace; }
 pre { background: var(--panel); padding: .75rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .8rem; }
 figure { margin: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.5rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: 1.5rem; }
 .chart figcaption { font-weight: 600; font-size: .9rem; }
 .chart svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
@@ -56,7 +56,7 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 }
 .legend li.dashed::before { border-top-style: dashed; }
 .methods { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
-.sequence { display: flex; gap: .5rem; align-items: flex-start; }
+.sequence { display: flex; flex-wrap: wrap; gap: .5rem; align-items: flex-start; }
 .sequence figcaption {
   font-size: .75rem; color: var(--faint); max-width: 6.5rem; overflow-wrap: anywhere; line-height: 1.3;
 }

@@ -59,7 +59,9 @@ class PreferenceObjective:
     ) -> dict[str, Float[Array, ""]]:
         """TRL's reward metrics of the system, the same by node, and the components' own figures by node and model.
 
-        All are means over the rows, so that those of parts of a batch can be averaged.
+        All are means over the rows, so that those of parts of a batch can be averaged. drift/<node> is the mean of
+        log p_ref - log p over both sides, without the node's weight: where the reference drew the runs it estimates
+        KL(p_ref || p) in nats; of a diffusion node it is how much its weighted error has grown.
         """
         chosen, rejected = self.beta * ratios
         metrics = {
@@ -77,6 +79,7 @@ class PreferenceObjective:
             metrics[f"rewards/margins/{name}"] = (reward[0] - reward[1]).mean()
             metrics[f"logps/chosen/{name}"] = term.policy[0].mean()
             metrics[f"logps/rejected/{name}"] = term.policy[1].mean()
+            metrics[f"drift/{name}"] = (term.reference - term.policy).mean()
             for model, values in (("policy", term.policy_metrics), ("reference", term.reference_metrics)):
                 metrics |= {f"{metric}/{name}/{model}": value.mean() for metric, value in values.items()}
         return jax.lax.stop_gradient(metrics)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from sysdpo_jax.training.health import Watch, margin_shares
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.throughput import Meter, Throughput
 
@@ -98,6 +100,7 @@ class MetricsReader:
         self._every, self._directory, self._best = every, directory, best
         self._meter: Meter | None = None
         self._waiting: list[tuple[int, Mapping[str, Array]]] = []
+        self._watch = Watch()
         self._values: list[float] = []
 
     def count(self, step: int, state: TrainState, batch: PyTree) -> None:
@@ -148,7 +151,11 @@ class MetricsReader:
             self._values.append(float(values[self._best]))
         if self._log is not None and self._meter is not None and step % self._every == 0:
             self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
-            self._log.write(step, {name: x for name, x in values.items() if not name.startswith("finite")} | speed)
+            row = {name: float(x) for name, x in values.items() if not name.startswith("finite")}
+            row |= margin_shares(row)
+            self._log.write(step, row | speed)
+            for warning in self._watch.see(step, row):
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
         if self._report is not None:
             self._report(step + 1, f"loss {float(values['loss']):.4f}")
 
