@@ -101,10 +101,10 @@ def _whole_chunks(path: Path, sizes: list[int]) -> int:
 def main(arguments: list[str]) -> None:
     """Sample, and print the file."""
     config = tyro.cli(Config, args=arguments, description=__doc__)
-    sj.initialize()
     with user_errors():
         print(roll_out(config))
 
 
 if __name__ == "__main__":
+    sj.initialize()
     main(sys.argv[1:])

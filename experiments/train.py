@@ -63,7 +63,6 @@ def _hash(source: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Train, or say what training would be."""
-    sj.initialize()
     with user_errors():
         config = parse(arguments, __doc__)
         try:
@@ -73,4 +72,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sj.initialize()
     main(sys.argv[1:])

@@ -63,7 +63,7 @@ def test_the_ready_configurations_are_valid(path):
     assert config.directory
     assert config.data.source
     nodes = tuple(sj.Node(name, sj.Tool(repr), node.parents) for name, node in config.system.nodes.items())
-    assert len(sj.CompoundSystem(config.system.inputs, nodes).nodes) == 2
+    assert sj.CompoundSystem(config.system.inputs, nodes).nodes
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_the_tpu_launch_runs_the_entry_point_on_all_workers(tmp_path):
     words = shlex.split(remote)
     config = parsed(words[words.index(MODULE) + 1 :], tmp_path)
     # The bucket's mount, resumed by default, and a preempted run counts as not finished.
-    assert (config.directory, config.preempted_exit_code) == (Path("/mnt/runs/aligned"), 75)
+    assert (config.directory, config.preempted_exit_code) == ("/mnt/runs/aligned", 75)
     assert words[words.index("systemd-run") - 1] == "sudo"
     assert {"--property=Restart=on-failure", "--property=TimeoutStopSec=90"} <= set(words)
     # systemd's stop is SIGTERM to the process.
@@ -156,7 +156,7 @@ def test_the_jobset_has_what_the_kinds_require(tmp_path):
     assert container["command"][:3] == ["python", "-m", MODULE]
     config = parsed(container["command"][3:], tmp_path)
     assert config.preempted_exit_code == 75
-    assert config.directory.is_relative_to(container["volumeMounts"][0]["mountPath"])
+    assert Path(config.directory).is_relative_to(container["volumeMounts"][0]["mountPath"])
 
 
 def test_the_image_has_what_the_command_needs():

@@ -1,0 +1,266 @@
+"""Rollouts, scores and pairs as commands: what they write, what they go on from, and what they refuse."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import sysdpo_jax as sj
+from experiments import make_pairs, rollout, score
+from experiments.own.runs_file import read_lines, read_runs
+from tests.data.test_preferences import PAINTER
+
+TEXTS = ("a red ball", "the small cube", "green", "on the left", "large")
+SYSTEM = sj.CompoundSystem(
+    ("question",),
+    (
+        sj.Node("kind", sj.Tool(len), ("question",)),
+        sj.Node("route", sj.Categorical(5, (20,)), ("kind",)),
+        sj.Node("text", sj.Tool(TEXTS.__getitem__), ("route",)),
+        sj.Node("image", PAINTER, ("text",)),
+    ),
+)
+
+
+def made():
+    """What `--system` names here."""
+    return SYSTEM, SYSTEM.init(jax.random.key(0))
+
+
+def brightness(run):
+    return float(np.mean(run["image"]))
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\nthree\nfour\nfive\n")
+    return tmp_path
+
+
+def roll_out(folder, name="runs.jsonl", **changes):
+    settings = {
+        "system": f"{__name__}:made",
+        "prompts": folder / "prompts.txt",
+        "output": folder / name,
+        "samples": 3,
+        "chunk": 2,
+    } | changes
+    rollout.main([word for key, value in settings.items() for word in (f"--{key}", str(value))])
+    return folder / name
+
+
+def test_runs_hold_inputs_and_all_values(files):
+    path = roll_out(files)
+    rows = list(read_lines(path))
+    assert [row["id"] for row in rows] == [f"{prompt}-{sample}" for prompt in range(5) for sample in range(3)]
+    assert [row["inputs"]["question"] for row in rows[::3]] == ["one", "two", "three", "four", "five"]
+    for row, run in zip(rows, read_runs(path), strict=True):
+        outputs = row["outputs"]
+        assert (outputs["kind"], outputs["text"]) == (len(row["inputs"]["question"]), TEXTS[outputs["route"]])
+        assert (path.parent / outputs["image"]).is_file()
+        assert run["outputs"]["image"].shape == (4, 6, 3)
+    # Samples of a prompt differ, and so do those of two prompts.
+    assert len({row["outputs"]["route"] for row in rows}) > 2
+
+
+def test_a_stopped_rollout_is_completed_to_what_it_would_have_been(files):
+    """Cut within a line and within a chunk: both files are the same, byte for byte, images too."""
+    whole, cut = roll_out(files / ".", "whole.jsonl"), roll_out(files, "cut.jsonl")
+    text = cut.read_bytes()
+    lines = text.splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[:8]) + lines[8][:17])
+    pictures = sorted((files / "cut_images").iterdir())
+    before = {path.name: path.read_bytes() for path in pictures}
+    for path in pictures[6:]:
+        path.unlink()
+    assert roll_out(files, "cut.jsonl").read_bytes() == text
+    assert {path.name: path.read_bytes() for path in (files / "cut_images").iterdir()} == before
+    assert whole.read_text().replace("whole_images", "cut_images").encode() == text
+
+
+def test_processes_share_the_chunks_and_make_the_runs_of_one(files, monkeypatch):
+    one = roll_out(files, "one.jsonl")
+    wanted = {row["id"]: row["outputs"]["route"] for row in read_lines(one)}
+    found = {}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        roll_out(files, "two.jsonl")
+        rows = list(read_lines(files / f"two-0000{index + 1}-of-00002.jsonl"))
+        assert 0 < len(rows) < len(wanted)
+        found |= {row["id"]: row["outputs"]["route"] for row in rows}
+    assert found == wanted
+
+
+def failure(capsys, function, *arguments):
+    """The line that a command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert stop.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_runs_of_another_configuration_are_not_mixed(files, capsys):
+    roll_out(files)
+    said = failure(capsys, lambda: roll_out(files, seed=1))
+    assert "runs.jsonl holds runs with another seed" in said
+    (files / "other.jsonl").write_text("")
+    assert "nothing says which runs it holds" in failure(capsys, lambda: roll_out(files, "other.jsonl"))
+
+
+def scored(folder, *flags):
+    score.main(["--runs", str(folder / "runs.jsonl"), "--output", str(folder / "scores.jsonl"), *flags])
+    return {row["id"]: row["score"] for row in read_lines(folder / "scores.jsonl")}
+
+
+def test_scores_of_a_function(files):
+    runs = read_runs(roll_out(files))
+    found = scored(files, "--scorer", f"{__name__}:brightness")
+    assert found == {run["id"]: brightness(run["outputs"]) for run in runs}
+
+
+CALLS = []
+
+
+def stumbling(run):
+    CALLS.append(run["question"])
+    if len(CALLS) == 4:
+        raise OSError("the scorer's disk is full")
+    return len(CALLS)
+
+
+def test_scoring_goes_on_where_it_stopped(files, capsys):
+    roll_out(files)
+    flags = ("--scorer", f"{__name__}:stumbling")
+    CALLS.clear()
+    assert "the scorer's disk is full" in failure(capsys, scored, files, *flags)
+    with (files / "scores.jsonl").open("a") as file:
+        file.write('{"id": "1-0", "sc')
+    found = scored(files, *flags)
+    assert (len(found), len(CALLS)) == (15, 16)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("nan", "the score of run 0-0 is nan"), ("'high'", "is 'high', no number")]
+)
+def test_a_score_that_is_none(files, capsys, monkeypatch, value, message):
+    roll_out(files)
+    monkeypatch.setattr(f"{__name__}.brightness", lambda run: eval(value, {"nan": float("nan")}))
+    assert message in failure(capsys, scored, files, "--scorer", f"{__name__}:brightness")
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers what `script` says, a status and a text each, the last one for ever."""
+
+    script: list = []
+    seen: list = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Server.seen.append((self.path, body, self.headers.get("Authorization")))
+        status, text = Server.script.pop(0) if len(Server.script) > 1 else Server.script[0]
+        if status == "hang":
+            threading.Event().wait(2)
+            return
+        answer = text if status != 200 else json.dumps({"choices": [{"message": {"content": text}}]})
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge(files):
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Server.seen = []
+    roll_out(files)
+    (files / "question.txt").write_text("Question: {question}. Picture: {image}. Rate from 0 to 10.")
+
+    def flags(*script, timeout="5", retries="2"):
+        Server.script = list(script)
+        url = f"http://127.0.0.1:{server.server_port}"
+        named = {
+            "url": url,
+            "model": "m",
+            "template": str(files / "question.txt"),
+            "timeout": timeout,
+            "retries": retries,
+        }
+        return [word for name, value in named.items() for word in (f"--judge-{name}", value)] + ["--parallel", "1"]
+
+    yield flags
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_is_asked_again_where_it_fails(files, judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    found = scored(files, *judge((503, "busy"), (429, "slower"), (200, "7 of 10, or rather 8.5")))
+    assert set(found.values()) == {8.5}
+    path, body, key = Server.seen[0]
+    assert (path, key, len(Server.seen)) == ("/v1/chat/completions", "Bearer secret", 17)
+    text, image = body["messages"][0]["content"]
+    assert text["text"] == "Question: one. Picture: (image). Rate from 0 to 10."
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ((200, "very good"), "the judge's answer has no number: 'very good'"),
+        ((401, "who are you"), "refuses: 401"),
+        ((500, "broken"), "fails after 3 tries (500"),
+        (("hang", ""), "fails after 3 tries (timed out)"),
+    ],
+)
+def test_a_judge_that_is_of_no_use(files, judge, capsys, monkeypatch, script, message):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert message in failure(capsys, scored, files, *judge(script, timeout="0.3"))
+
+
+def paired(folder, *flags, runs="runs.jsonl"):
+    output = folder / "pairs" / "preferences.jsonl"
+    make_pairs.main(
+        ["--runs", str(folder / runs), "--scores", str(folder / "scores.jsonl"), "--output", str(output), *flags]
+    )
+    return output
+
+
+def test_pairs_are_preferences_that_load(files, capsys):
+    runs = read_runs(roll_out(files))
+    scored(files, "--scorer", f"{__name__}:brightness")
+    path = paired(files)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 5 preferences of 5 prompts, 0 of which have none"
+    records = sj.load_preferences(path, SYSTEM)
+    for number, record in enumerate(records):
+        group = sorted(runs[3 * number : 3 * number + 3], key=lambda run: brightness(run["outputs"]))
+        assert record.inputs["question"] == group[0]["inputs"]["question"]
+        for side, run in ((record.chosen, group[-1]), (record.rejected, group[0])):
+            assert side["route"] == run["outputs"]["route"]
+            assert Path(side["image"]).resolve().name == f"{run['id']}-image.png"
+    paired(files, "--pairs", "all")
+    assert len(sj.load_preferences(path, SYSTEM)) == 15
+
+
+def test_pairs_need_a_score_for_every_run(files, capsys):
+    roll_out(files)
+    scored(files, "--scorer", f"{__name__}:brightness")
+    lines = (files / "scores.jsonl").read_text().splitlines()
+    (files / "scores.jsonl").write_text("\n".join(lines[:-1]))
+    assert "the run '4-2' has no score: score these runs first" in failure(capsys, paired, files)
+    (files / "scores.jsonl").write_text("\n".join([*lines, lines[0]]))
+    assert "the run '0-0' has two scores" in failure(capsys, paired, files)
+    (files / "scores.jsonl").write_text("\n".join([*lines[:-1], '{"id": "4-2", "score": NaN}']))
+    assert "the score of '4-2' is nan" in failure(capsys, paired, files)
+    (files / "scores.jsonl").write_text("\n".join(json.dumps(json.loads(line) | {"score": 1}) for line in lines))
+    assert "no two runs of a prompt differ" in failure(capsys, paired, files)

@@ -1,0 +1,165 @@
+"""From two folders of models and a file of preferences to aligned models and a report, by two commands."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+
+from experiments import export, rollout, train
+from experiments.own.runs_file import read_lines
+from sysdpo_jax.training import read_metrics
+from tests.experiments.test_runs import failure
+from tests.pretrained.checkpoints import write_decoder
+
+WORDS = ("a", "red", "green", "ball", "cube", "small", "large", "on", "the", "left")
+STEPS = 4
+
+
+def red(run):
+    """The share of red among the answer's words."""
+    words = run["answer"].split()
+    return words.count("red") / max(len(words), 1)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Two small models, 200 preferences for red, prompts, and the configuration."""
+    folder = tmp_path_factory.mktemp("material")
+    for name in ("drafter", "refiner"):
+        write_decoder(folder / name, "llama", num_hidden_layers=1)
+    rng = np.random.default_rng(0)
+
+    def text(*words):
+        return " ".join([*words, *rng.choice(WORDS[2:], 3)])
+
+    rows = [
+        {
+            "id": number,
+            "inputs": {"question": text()},
+            "chosen": {"draft": text(), "answer": text("red")},
+            "rejected": {"draft": text(), "answer": text("the")},
+        }
+        for number in range(200)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "prompts.txt").write_text("".join(f"{text()}\n" for _ in range(6)))
+    settings = {"max_prompt_length": 16, "max_new_tokens": 8}
+    config = {
+        "directory": str(folder / "run"),
+        "system": {
+            "inputs": ["question"],
+            "nodes": {
+                "draft": {"component": "drafter", "parents": ["question"]},
+                "answer": {
+                    "component": "refiner",
+                    "parents": ["question", "draft"],
+                    "prompt": "{question} the {draft} on",
+                },
+            },
+            "components": {
+                "drafter": {"checkpoint": str(folder / "drafter"), "lora": {"rank": 2}, "settings": settings},
+                "refiner": {"checkpoint": str(folder / "refiner"), "mode": "full", "settings": settings},
+            },
+        },
+        "data": {"source": str(folder / "pairs.jsonl")},
+        "schedule": {"steps": STEPS, "batch_size": 8, "warmup": 1, "learning_rate": 1e-2},
+        "evaluation": {"prompts": str(folder / "prompts.txt"), "scorer": f"{__name__}:red", "every": 2, "samples": 2},
+        "log_every": 1,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(material):
+    train.main(["--config", str(material / "run.yaml")])
+    return material
+
+
+def test_training_leaves_figures_runs_and_a_report(trained):
+    rows = read_metrics(trained / "run" / "metrics.jsonl")
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert list(losses) == list(range(STEPS))
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5)  # policy and reference are the same
+    evaluations = {row["step"]: row for row in rows if "eval/score" in row}
+    assert list(evaluations) == [0, 2, 4]
+    assert evaluations[0]["eval/win_rate"] == 0.5
+    runs = list(read_lines(trained / "run" / "evaluation" / "runs-00000004.jsonl"))
+    assert len(runs) == 12
+    # What is logged is what was run: the mean of the scores of the runs on disk, each recomputed from its text.
+    assert evaluations[4]["eval/score"] == pytest.approx(np.mean([red(run["outputs"]) for run in runs]))
+    report = (trained / "run" / "report.html").read_text()
+    assert all(word in report for word in ("Evaluations on held-out prompts", "drafter", "SysDPO-Direct", "before"))
+
+
+def test_the_same_command_goes_on_and_another_configuration_is_refused(trained, capsys):
+    """A finished run has nothing left to do."""
+    before = read_metrics(trained / "run" / "metrics.jsonl")
+    train.main(["--config", str(trained / "run.yaml"), "--log-every", "2"])
+    after = read_metrics(trained / "run" / "metrics.jsonl")
+    assert [row["step"] for row in after] == [row["step"] for row in before]
+    said = failure(capsys, train.main, ["--config", str(trained / "run.yaml"), "--seed", "1"])
+    assert "is of a run with another seed: choose another directory" in said
+
+
+def test_exported_models_are_the_trained_ones(trained, tmp_path, capsys):
+    """transformers loads them, and they are no longer what they were."""
+    export.main(["--directory", str(trained / "run"), "--output", str(tmp_path / "aligned")])
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "aligned" / name) for name in ("drafter", "refiner")]
+    for name in ("drafter", "refiner"):
+        folder = tmp_path / "aligned" / name
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        start = transformers.AutoModelForCausalLM.from_pretrained(trained / name).eval()
+        tokens = transformers.AutoTokenizer.from_pretrained(folder)("a red ball", return_tensors="pt")
+        with torch.no_grad():
+            moved = (model(**tokens).logits - start(**tokens).logits).abs().max()
+        assert moved > 1e-4
+        card = (folder / "README.md").read_text()
+        head = yaml.safe_load(card.split("---")[1])
+        assert head["base_model"] == str(trained / name)
+        assert head["library_name"] == "transformers"
+        assert "SHA-256" in card
+        assert "| eval/win_rate |" in card
+
+
+def test_adapters_are_exported_alone(trained, tmp_path):
+    export.main(["--directory", str(trained / "run"), "--output", str(tmp_path / "aligned"), "--adapters"])
+    assert (tmp_path / "aligned" / "drafter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "aligned" / "refiner" / "model.safetensors").exists()
+
+
+def test_a_dry_run_shows_what_would_be_trained(material, tmp_path, capsys):
+    train.main(["--config", str(material / "run.yaml"), "--directory", str(tmp_path / "run"), "--dry-run"])
+    out = capsys.readouterr().out
+    first = json.loads((material / "pairs.jsonl").read_text().splitlines()[0])
+    assert "question --> draft" in out
+    assert "MiB per device" in out
+    [line] = [line for line in out.splitlines() if line.startswith("loss at step 0")]
+    assert float(line.split(": ")[1].split()[0]) == pytest.approx(np.log(2), abs=1e-5)
+    shown = [line for line in out.splitlines() if line.startswith("chosen answer: ")]
+    assert len(shown) == 2
+    assert all(" the " in line and "red" in line for line in shown)
+    assert first
+    assert not Path(tmp_path / "run").exists()
+
+
+def test_sampling_searches_for_the_drafts(material, tmp_path):
+    """From the same records, whose drafts are left out."""
+    flags = ["--config", str(material / "run.yaml"), "--directory", str(tmp_path / "run"), "--schedule.steps", "2"]
+    flags += ["--objective.kind", "sampling", "--objective.intermediates", "2", "--evaluation.prompts", ""]
+    train.main([*flags, "--evaluation.scorer", ""])
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(1 <= row["intermediates/distinct"] <= 2 for row in rows)
+    export.main(["--directory", str(tmp_path / "run"), "--output", str(tmp_path / "aligned")])
+    assert (tmp_path / "aligned" / "drafter" / "config.json").exists()
+
+
+def test_a_trained_run_is_a_system_to_sample_from(trained, tmp_path):
+    flags = ["--prompts", str(trained / "prompts.txt"), "--samples", "1", "--output", str(tmp_path / "runs.jsonl")]
+    rollout.main(["--system", str(trained / "run"), *flags])
+    assert len(list(read_lines(tmp_path / "runs.jsonl"))) == 6
