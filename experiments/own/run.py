@@ -61,8 +61,10 @@ class Run:
 def assemble(config: TrainConfig) -> Run:
     """Load the models onto the mesh. Raises `ConfigError` and what loading raises, each naming the field or file."""
     mesh = sj.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    objective, optimizer = _objective(config), build_optimizer(config)
     system, params = build_system(config, mesh)
-    return Run(config, mesh, system, params, build_optimizer(config), _objective(config))
+    optimizer.check(system)
+    return Run(config, mesh, system, params, optimizer, objective)
 
 
 def claim(run: Run) -> None:

@@ -21,14 +21,15 @@ SIDES = ("chosen", "rejected")
 def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> None:
     """Raise `RecordError` naming side and field for a record that the system cannot be trained on.
 
-    Names must be the system's, every final value there, and of intermediate values all or none. Images must decode;
-    with intermediate values the other nodes are prepared, so that texts without room are found.
+    Names must be the system's, every final value there, and of intermediate values all or none, on both sides alike.
+    Images must decode; with intermediate values the other nodes are prepared, so that texts without room are found.
     """
     for record in records:
         _check_names("inputs", record.inputs, system.inputs)
         _require("inputs", record.inputs, system.inputs)
         for side in SIDES:
             _check_side(system, side, getattr(record, side))
+        check_intermediates(system, record, holds_intermediates(system, record.chosen))
     for side in SIDES:
         rows = [{**record.inputs, **getattr(record, side)} for record in records]
         whole = [row for row in rows if all(node.name in row for node in system.intermediates)]
@@ -39,6 +40,22 @@ def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
         except RecordError as error:
             # Of one record the row's number says nothing.
             raise RecordError(f"{side}, {re.sub(' in row 0(?= |$|:)', '', str(error))}") from error
+
+
+def holds_intermediates(system: CompoundSystem, values: Mapping[str, Any]) -> bool:
+    """Whether a side has the system's intermediate values; True for a system that has none."""
+    return all(node.name in values for node in system.intermediates)
+
+
+def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: bool) -> None:
+    """Raise `RecordError` naming a side that lacks the intermediate values where `held`, or has them where not."""
+    for side in SIDES:
+        if holds_intermediates(system, getattr(record, side)) != held:
+            names = ", ".join(node.name for node in system.intermediates)
+            raise RecordError(
+                f"{side} {'lacks' if held else 'has'} the intermediate values {names}, unlike what stands before: give "
+                "them everywhere or nowhere"
+            )
 
 
 def resolve_images(system: CompoundSystem, record: PreferenceRecord, folder: Path) -> PreferenceRecord:

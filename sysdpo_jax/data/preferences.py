@@ -3,13 +3,13 @@
 import json
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.data.checks import check_records, resolve_images
+from sysdpo_jax.data.checks import check_intermediates, check_records, holds_intermediates, resolve_images
 from sysdpo_jax.data.readers import READERS, Reader
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rows import Row, read_rows
@@ -119,6 +119,7 @@ def _checked(
     """The records in their order, checked; errors are raised with their place, or counted."""
     ids: dict[Any, int] = {}
     waiting: list[tuple[int, PreferenceRecord]] = []
+    first: list[bool] = []
 
     def refuse(number: int, error: RecordError) -> None:
         message = f"{source}, row {number}: {error}"
@@ -130,6 +131,10 @@ def _checked(
 
     def passed() -> Iterator[PreferenceRecord]:
         for number, record, error in _verdicts(system, waiting):
+            if system is not None and error is None:
+                # As the first record of all does.
+                first[:] = first or [holds_intermediates(system, record.chosen)]
+                error = _refusal(check_intermediates, system, record, first[0])
             if error is not None:
                 refuse(number, error)
             else:
@@ -170,18 +175,19 @@ def _verdicts(
     system: CompoundSystem | None, records: Sequence[tuple[int, PreferenceRecord]]
 ) -> Iterator[tuple[int, PreferenceRecord, RecordError | None]]:
     """Every record with what is wrong with it."""
+    together = [record for _, record in records]
+    fine = system is None or _refusal(check_records, system, together) is None
+    for number, record in records:
+        yield number, record, None if fine or system is None else _refusal(check_records, system, [record])
+
+
+def _refusal(check: Callable[..., None], *args: Any) -> RecordError | None:
+    """What the check raises."""
     try:
-        if system is not None:
-            check_records(system, [record for _, record in records])
+        check(*args)
     except RecordError as error:
-        if len(records) == 1:
-            [(number, record)] = records
-            yield number, record, error
-            return
-        for each in records:
-            yield from _verdicts(system, [each])
-        return
-    yield from ((number, record, None) for number, record in records)
+        return error
+    return None
 
 
 def _write(path: str, records: Iterator[PreferenceRecord]) -> None:

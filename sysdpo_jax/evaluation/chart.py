@@ -12,8 +12,21 @@ from sysdpo_jax.evaluation.markup import Markup, element
 
 Line = Float[np.ndarray, "points"]
 
-LEARNING = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-NODE_MARGIN = "rewards/margins/"
+LEARNING = {
+    "eval/win_rate": "win rate on held-out prompts",
+    "eval/score": "score on held-out prompts",
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "reward of the chosen runs",
+}
+# Metrics whose names go on with a node or a component.
+BY_PART = {
+    "rewards/margins/": "margin by node",
+    "margin_share/": "share of the margin by node",
+    "drift/": "drift from the reference by node",
+    "grad_norm/": "gradient norm by component",
+}
 
 # The drawing, in units of its viewBox.
 WIDTH, HEIGHT = 440, 240
@@ -47,16 +60,21 @@ class Figure:
 
 
 def learning_figures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Figure, ...]:
-    """{run: rows of its metrics, each with "step"} -> loss, accuracy and margin of all runs, then margins by node.
+    """{run: rows of its metrics, each with "step"} -> evaluation, loss, accuracy, margin, reward; then those by part.
 
-    The first figures compare the runs; then each run has one that compares its nodes. Absent metrics are left out.
+    The first figures compare the runs; then each run has some that compare its nodes and components. Absent metrics are
+    left out.
     """
     together = [
         Figure(title, tuple(_curve(run, rows, metric) for run, rows in runs.items() if _has(rows, metric)))
         for metric, title in LEARNING.items()
     ]
-    by_node = [Figure(f"margin by node, {run}", _node_curves(rows)) for run, rows in runs.items()]
-    return tuple(figure for figure in (*together, *by_node) if figure.curves)
+    by_part = [
+        Figure(f"{title}, {run}", _part_curves(rows, prefix))
+        for run, rows in runs.items()
+        for prefix, title in BY_PART.items()
+    ]
+    return tuple(figure for figure in (*together, *by_part) if figure.curves)
 
 
 def html_figure(figure: Figure) -> Markup:
@@ -88,9 +106,9 @@ def _curve(name: str, rows: Sequence[Mapping[str, Any]], metric: str) -> Curve:
     return Curve(name, tuple(row["step"] for row in kept), tuple(row[metric] for row in kept))
 
 
-def _node_curves(rows: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
-    metrics = dict.fromkeys(name for row in rows for name in row if name.startswith(NODE_MARGIN))
-    return tuple(_curve(metric.removeprefix(NODE_MARGIN), rows, metric) for metric in metrics)
+def _part_curves(rows: Sequence[Mapping[str, Any]], prefix: str) -> tuple[Curve, ...]:
+    metrics = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
+    return tuple(_curve(metric.removeprefix(prefix), rows, metric) for metric in metrics)
 
 
 def _name(curve: Curve) -> str:
