@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.graph import CompoundSystem, Node
@@ -26,7 +25,7 @@ def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
     """
     for record in records:
         _check_names("inputs", record.inputs, system.inputs)
-        _require("inputs", record.inputs, system.inputs)
+        _check_inputs(system, record.inputs)
         for side in SIDES:
             _check_side(system, side, getattr(record, side))
         check_intermediates(system, record, holds_intermediates(system, record.chosen))
@@ -76,7 +75,9 @@ def _below(value: Any, folder: Path) -> Any:
 
 def _check_side(system: CompoundSystem, side: str, values: Mapping[str, Any]) -> None:
     _check_names(side, values, [node.name for node in system.nodes])
-    _require(side, values, [node.name for node in system.outputs])
+    missing = [node.name for node in system.outputs if node.name not in values]
+    if missing:
+        raise RecordError(f"{side} lacks the field {missing[0]!r}: add it")
     inner = [node.name for node in system.intermediates]
     held = [name for name in inner if name in values]
     if held and len(held) < len(inner):
@@ -99,8 +100,6 @@ def _copies(node: Node, value: Any, where: str) -> Sequence[Any]:
 
 
 def _check_value(node: Node, value: Any, where: str) -> None:
-    if isinstance(node.component, LanguageModel) and isinstance(value, str) and not value.strip():
-        raise RecordError(f"{where} is empty: write a text, or drop the row")
     if isinstance(node.component, TextToImage):
         if not isinstance(value, str | bytes):
             raise RecordError(f"{where} is {type(value).__name__}: give the path of an image, or its bytes")
@@ -126,9 +125,10 @@ def _check_names(where: str, values: Mapping[str, Any], known: Sequence[str]) ->
             raise RecordError(f"{where}, field {name!r} is no name of the system: {meant}")
 
 
-def _require(where: str, values: Mapping[str, Any], names: Sequence[str]) -> None:
-    for name in names:
-        if name not in values:
-            raise RecordError(f"{where} lacks the field {name!r}: add it")
-        if isinstance(values[name], str) and not values[name].strip():
-            raise RecordError(f"{where}, field {name!r} is empty: write a text, or drop the row")
+def _check_inputs(system: CompoundSystem, inputs: Mapping[str, Any]) -> None:
+    for name in system.inputs:
+        if name not in inputs:
+            raise RecordError(f"inputs lacks the field {name!r}: add it")
+        # A system may answer with nothing, but nobody asks it nothing.
+        if isinstance(inputs[name], str) and not inputs[name].strip():
+            raise RecordError(f"inputs, field {name!r} is empty: write a text, or drop the row")

@@ -122,6 +122,8 @@ def _present(values: Mapping[str, Any]) -> dict[str, Any]:
 def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
     value = row.get(name)
     if isinstance(value, str):
+        if not value.strip():
+            raise RecordError(f"the field {name!r} is empty: write a text, or drop the row")
         return value
     if isinstance(value, list) and value and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
         return [_present(turn) for turn in value]

@@ -162,10 +162,6 @@ def changed(**parts):
         "input": ({**GOOD, "inputs": {}}, "inputs lacks the field 'request': add it"),
         "empty input": (changed(inputs={"request": " "}), "inputs, field 'request' is empty: write a text"),
         "output": ({**GOOD, "rejected": {"caption": "a"}}, "rejected lacks the field 'image': add it"),
-        "empty": (
-            changed(rejected={"caption": ""}),
-            "rejected, field 'caption' is empty: write a text, or drop the row",
-        ),
         "type": (changed(chosen={"caption": 3}), "chosen, node 'caption': the completion must be a string"),
         "long": (
             changed(chosen={"caption": "a red ball on the left"}),
@@ -201,6 +197,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, row, message):
             {"prompt": 3, "chosen": "a", "rejected": "b"},
             "the field 'prompt' must be a string or a list of messages",
         ),
+        ("trl", {"prompt": "a", "chosen": " ", "rejected": "b"}, "the field 'chosen' is empty: write a text"),
         ("trl", {"chosen": "a", "rejected": "b"}, "chosen and rejected have no start in common"),
         ("pick_a_pic", {"caption": "a", "jpg_0": "x", "label_0": 1}, "the field 'jpg_1' is missing"),
         ("pick_a_pic", {"caption": "a", "jpg_0": "x", "jpg_1": "y", "label_0": 2}, "the field 'label_0' is 2"),

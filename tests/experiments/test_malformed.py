@@ -125,7 +125,7 @@ CONFIGURATIONS = {
     "an unknown parent": (set_("system", "nodes", "image", "parents", ["captoin"]), "'captoin'"),
     "an unknown component": (set_("system", "nodes", "image", "component", "panter"), "'panter' is not among"),
     "an unread input": (set_("system", "inputs", ["request", "style"]), "'style'"),
-    "no checkpoint": (set_("system", "components", "writer", "checkpoint", "no/such/place"), "there is no folder"),
+    "no checkpoint": (set_("system", "components", "writer", "checkpoint", "./no/such/place"), "there is no folder"),
     "swapped checkpoints": (swapped, "has no setting 'max_new_tokens'"),
     "a wrong setting": (
         set_("system", "components", "writer", "settings", "max_new_token", 8),
@@ -166,7 +166,6 @@ ROWS = {
     "a missing value": (lambda row: row["chosen"].pop("image"), "row 3: chosen lacks the field 'image'"),
     "an unknown node": (lambda row: row["chosen"].update(imag="x"), "field 'imag' is no name of the system"),
     "a value of another type": (lambda row: row["chosen"].update(caption=7), "the completion must be a string"),
-    "an empty string": (lambda row: row["rejected"].update(caption=""), "row 3: rejected, field 'caption' is empty"),
     "an empty input": (lambda row: row["inputs"].update(request=""), "row 3: inputs, field 'request' is empty"),
     "a text too long": (lambda row: row["chosen"].update(caption="a red ball " * 9), "raise max_new_tokens"),
     "an image that is not there": (lambda row: row["chosen"].update(image="no.png"), "there is no file"),
