@@ -2,17 +2,19 @@
 
     python -m experiments.benchmarks.million_rows > docs/benchmarks/million_rows.json
 
-The file is written to a temporary folder. Memory is the process's largest resident size while it reads, less what it
-was before; the pages of the memory-mapped file that the system keeps are in it.
+The file is written to a temporary folder. Memory is the most that the process holds of its own while it reads (Linux's
+RssAnon, looked at every 20 ms), less what it held before; pages of the memory-mapped file are the system's.
 """
 
 import json
 import os
 import platform
-import resource
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,10 @@ class Config:
 
 def write(path: Path, rows: int) -> None:
     """A question and two answers of some forty words a row."""
-    words = "the answer is that a red ball on the left is larger than a small green cube on the right".split()
+    words = ("the", "red", "ball", "on", "the", "left", "is", "larger", "than", "a", "small", "green", "cube") * 2
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
-            turned = " ".join(words[number % 7 :] + words[: number % 7])
+            turned = " ".join(words[number % 7 : number % 7 + 18])
             row = {
                 "inputs": {"question": f"question {number}?"},
                 "chosen": {"answer": f"{turned} {number}"},
@@ -51,8 +53,9 @@ def measure(rows: int) -> dict[str, Any]:
         # The libraries that reading needs, and their caches, are not the file's.
         write(Path(folder) / "small.jsonl", 1)
         sj.load_preferences(Path(folder) / "small.jsonl")
-        before, began = _peak(), time.monotonic()
-        preferences = sj.load_preferences(path)
+        before, began = _own(), time.monotonic()
+        with _watched() as seen:
+            preferences = sj.load_preferences(path)
         seconds = time.monotonic() - began
         for row in (0, rows // 2, rows - 1):
             found = preferences[row].inputs["question"]
@@ -62,13 +65,32 @@ def measure(rows: int) -> dict[str, Any]:
             "rows": len(preferences),
             "file_mib": round(path.stat().st_size / 2**20, 1),
             "rows_per_second": round(rows / seconds),
-            "memory_growth_mib": round((_peak() - before) / 2**20, 1),
+            "memory_growth_mib": round((max(seen) - before) / 2**20, 1),
         }
 
 
-def _peak() -> int:
-    """The largest resident size until now, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _own() -> int:
+    """Bytes of memory that are this process's own."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def _watched() -> Iterator[list[int]]:
+    """What `_own` is from time to time, as long as the block lasts."""
+    seen, done = [_own()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen.append(_own())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 def main(arguments: list[str]) -> None:
