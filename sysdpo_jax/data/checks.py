@@ -81,8 +81,8 @@ def _check_side(system: CompoundSystem, side: str, values: Mapping[str, Any]) ->
     inner = [node.name for node in system.intermediates]
     held = [name for name in inner if name in values]
     if held and len(held) < len(inner):
-        missing = ", ".join(name for name in inner if name not in values)
-        raise RecordError(f"{side} holds {', '.join(held)} but not {missing}: give all intermediate values or none")
+        absent = ", ".join(name for name in inner if name not in values)
+        raise RecordError(f"{side} holds {', '.join(held)} but not {absent}: give all intermediate values or none")
     for node in system.nodes:
         if node.name in values and not node.deterministic:
             where = f"{side}, field {node.name!r}"
