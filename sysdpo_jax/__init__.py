@@ -37,6 +37,7 @@ from sysdpo_jax.objectives import DirectObjective, PairBatch, SampledBatch, Samp
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
+    Evaluation,
     NonFiniteError,
     Preempted,
     SearchedBatches,
@@ -66,6 +67,7 @@ __all__ = [
     "CompoundSystem",
     "Diffusion",
     "DirectObjective",
+    "Evaluation",
     "FlowMatching",
     "FrozenText",
     "Gaussian",

@@ -3,6 +3,7 @@
 from sysdpo_jax.training.checkpoints import Checkpoints, CorruptCheckpointError
 from sysdpo_jax.training.describe import describe_sharding
 from sysdpo_jax.training.distributed import initialize
+from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.training.identity import CheckpointMismatchError
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
@@ -22,6 +23,8 @@ __all__ = [
     "Checkpoints",
     "ComponentOptimizer",
     "CorruptCheckpointError",
+    "Evaluation",
+    "EvaluationError",
     "MetricsLog",
     "NonFiniteError",
     "OptimizerError",
