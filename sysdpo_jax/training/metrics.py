@@ -63,7 +63,7 @@ class MetricsLog:
         self._events = SummaryWriter(str(path.parent), purge_step=start)
         for row in self.evaluations:
             if row["step"] == start:
-                self._send(start, {name: value for name, value in row.items() if name != "step"})
+                self._show({name: value for name, value in row.items() if name != "step"}, start)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -83,7 +83,9 @@ class MetricsLog:
         warnings = self._watch.see({"step": step, **row})
         noted = {"warnings": warnings} if warnings else {}
         self._file.write(json.dumps({"step": step, **row, **noted}, allow_nan=False) + "\n")
-        self._send(step, values)
+        self._show(values, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
         for text in warnings:
             print(f"warning: {text}", file=sys.stderr, flush=True)
             self._events.add_text("warnings", text, step)
@@ -94,11 +96,9 @@ class MetricsLog:
         os.fsync(self._file.fileno())
         self._events.flush()
 
-    def _send(self, step: int, values: Mapping[str, float]) -> None:
+    def _show(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **values})
 
 
 class MetricsReader:
@@ -194,7 +194,8 @@ def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    rows = [row for row in read_metrics(path) if row["step"] < start or 0 < row["step"] == start and _evaluated(row)]
+    kept = 0 if start == 0 else start + 1
+    rows = [row for row in read_metrics(path) if row["step"] < (kept if _evaluated(row) else start)]
     shorter = path.with_suffix(".tmp")
     shorter.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     shorter.replace(path)
