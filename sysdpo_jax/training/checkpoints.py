@@ -40,7 +40,7 @@ class CorruptCheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints below `directory` and the best one.
+    """The newest `keep` checkpoints below `directory` and the best one, of equal ones the newest.
 
     state: any state of the run, for its structure, placement, reference and frozen leaves. config: `{path: text}`.
     best: by which metric of `save`; None keeps no best one.
