@@ -7,6 +7,7 @@ from sysdpo_jax.evaluation.png import write_png
 from sysdpo_jax.evaluation.preferences import (
     Estimate,
     clustered_mean,
+    interval_figures,
     order_consistency,
     paired_difference,
     preference_score,
@@ -35,6 +36,7 @@ __all__ = [
     "foreground",
     "height",
     "image_grid",
+    "interval_figures",
     "learning_figures",
     "markdown_table",
     "order_consistency",
