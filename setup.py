@@ -56,7 +56,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         # Compiles for TPUs on a machine without any.
         "tpu-aot": ["libtpu>=0.0.52"],
-        "wandb": ["wandb>=0.17"],
         "cuda": ["jax[cuda12]>=0.10"],
     },
 )

@@ -3,7 +3,6 @@
 docs/metrics.md lists their names.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from sysdpo_jax.training.health import Watch, margin_shares
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.throughput import Meter, Throughput
 from sysdpo_jax.training.watch import Watch
@@ -55,7 +53,7 @@ class MetricsLog:
         # Imported late: tensorboardX imports torch where it is installed, and `import sysdpo_jax` must not.
         from tensorboardX import SummaryWriter
 
-        path = Path(directory).absolute() / "metrics.jsonl"
+        path = Path(directory) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._wandb = None if wandb is None else _start_wandb(path.parent, wandb)
         rows = _truncate(path, start)
@@ -124,7 +122,6 @@ class MetricsReader:
         self._every, self._directory, self._best = every, directory, best
         self._meter: Meter | None = None
         self._waiting: list[tuple[int, Mapping[str, Array]]] = []
-        self._watch = Watch()
         self._values: list[float] = []
 
     def count(self, step: int, state: TrainState, batch: PyTree) -> None:
@@ -132,13 +129,6 @@ class MetricsReader:
         if self._log is not None:
             meter = self._throughput.start(state, batch) if self._meter is None else self._meter
             self._meter = self._throughput.count(meter, step, batch)
-
-    def note(self, step: int, figures: Mapping[str, float]) -> None:
-        """A row of figures that were measured between steps, on disk at once. The time that took is not training's."""
-        self._meter = None
-        if self._log is not None:
-            self._log.write(step, figures)
-            self._log.flush()
 
     def take(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Keep the metrics of a step that is dispatched; read those before it if the last of them makes a row.
@@ -175,11 +165,7 @@ class MetricsReader:
             self._values.append(float(values[self._best]))
         if self._log is not None and self._meter is not None and step % self._every == 0:
             self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
-            row = {name: float(x) for name, x in values.items() if not name.startswith("finite")}
-            row |= margin_shares(row)
-            self._log.write(step, row | speed)
-            for warning in self._watch.see(step, row):
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            self._log.write(step, {name: x for name, x in values.items() if not name.startswith("finite")} | speed)
         if self._report is not None:
             self._report(step + 1, f"loss {float(values['loss']):.4f}")
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import grain
 import jax
@@ -33,7 +33,6 @@ from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_s
 from sysdpo_jax.training.throughput import Throughput
 from sysdpo_jax.typing import Params
 
-T = TypeVar("T")
 # What gives the batch of a step, see `Trainer.fit`.
 BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | grain.MapDataset[Any]
 
@@ -123,11 +122,7 @@ class Trainer:
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"
-        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self._best)
-
-    @property
-    def _best(self) -> Best | None:
-        return self.evaluation.best if self.evaluation is not None and self.evaluation.best is not None else self.best
+        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best)
 
     def _fit(
         self,
@@ -170,31 +165,6 @@ class Trainer:
                 return evaluator is not None and evaluator.ends(done, state.params, checkpoints, checkpoint)
 
             proceed: Array | np.bool_ = PROCEED
-
-            def saving(function: Callable[..., T], *args: Any) -> T:
-                """The function's result; what has been made until now is saved before an error of its leaves."""
-                try:
-                    return function(*args)
-                except Exception:
-                    reader.settle()
-                    # Other processes, which met no error, would not join.
-                    if jax.process_count() == 1:
-                        save()
-                    raise
-
-            def evaluate() -> bool:
-                """Whether to go on."""
-                if evaluator is None or not evaluator.due(done, steps):
-                    return True
-                reader.settle()
-                figures, deciding = saving(evaluator.measure, done, state.params)
-                reader.note(done, figures)
-                if deciding is not None:
-                    oldest = checkpoints.oldest
-                    checkpoints.save(state, deciding)
-                    forget(oldest)
-                return not evaluator.exhausted
-
             try:
                 stop = asked(done)
                 ended = stop is None and ends()
