@@ -93,14 +93,15 @@ class DataConfig:
 class ObjectiveConfig:
     """kind: "direct" for records with intermediate values, "sampling" for records without, which it searches for.
 
-    beta, loss, label_smoothing: see `DirectObjective`. intermediates, every: of the search, see `SearchedBatches`.
-    chunk_size: intermediates that go through the models at once, None for all.
+    beta, loss, label_smoothing, sft (coefficients by node): see `DirectObjective`. intermediates, every: of the search,
+    see `SearchedBatches`. chunk_size: intermediates that go through the models at once, None for all.
     """
 
     kind: Literal["direct", "sampling"] = "direct"
     beta: float = 0.1
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
+    sft: dict[str, float] = field(default_factory=dict)
     intermediates: int = 4
     every: int = 1
     chunk_size: int | None = None

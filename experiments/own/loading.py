@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError, TrainConfig, read_config
 from experiments.own.evaluation import make_evaluation
@@ -16,6 +18,8 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
     """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else."""
     path = Path(spec)
     if path.is_dir():
+        if jax.process_count() > 1:
+            raise ConfigError(f"{path}: checkpoints are read in one process here; export the run, and name its models")
         run = assemble(read_config(path / CONFIG, TrainConfig))
         return run.system, restored(run)[0]
     if not path.exists() and ":" in spec:
@@ -23,7 +27,8 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
         return system, params
     config = read_config(path, TrainConfig)
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
-    mesh = sj.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    # Every process samples by itself.
+    mesh = sj.make_mesh(fsdp=None, devices=jax.local_devices())
     return build_system(replace(config, system=replace(config.system, components=components)), mesh)
 
 

@@ -138,6 +138,5 @@ def first_batch(run: Run, batches: BatchSource) -> PyTree:
 
 def _objective(config: TrainConfig) -> Objective:
     own = config.objective
-    if own.kind == "direct":
-        return sj.DirectObjective(own.beta, own.loss, own.label_smoothing)
-    return sj.SamplingObjective(own.beta, own.loss, own.label_smoothing, chunk_size=own.chunk_size)
+    common = (own.beta, own.loss, own.label_smoothing, tuple(sorted(own.sft.items())))
+    return sj.DirectObjective(*common) if own.kind == "direct" else sj.SamplingObjective(*common, own.chunk_size)
