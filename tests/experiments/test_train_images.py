@@ -1,4 +1,4 @@
-"""A language model and Stable Diffusion from small folders: trained, evaluated with pictures, exported for diffusers."""
+"""A language model and Stable Diffusion from small folders: trained, evaluated with pictures, exported."""
 
 import json
 
