@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -113,7 +114,7 @@ def _open_image(value: str | bytes, where: str) -> None:
             image.load()
     except FileNotFoundError:
         raise RecordError(f"{where}: there is no file {what}; paths begin at the folder of the data") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise RecordError(f"{where}: {what} cannot be read ({error}): replace it, or drop the row") from None
 
 

@@ -1,10 +1,11 @@
 """Files of preferences: checked once, then read record by record. However many rows they have, few are in memory."""
 
 import json
+import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -13,14 +14,15 @@ from sysdpo_jax.data.checks import check_intermediates, check_records, holds_int
 from sysdpo_jax.data.readers import READERS, Reader
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rows import Row, read_rows
+from sysdpo_jax.data.stored import StoredRecords, write_records
 from sysdpo_jax.graph import CompoundSystem
 
 # Records that are checked together; one by one only where some of them fail.
 TOGETHER = 64
 # Errors that are kept to be shown.
 KEPT_ERRORS = 5
-# Stands in a record's JSON for the bytes of that number.
-BYTES = "\0bytes"
+# What the folder of a result holds.
+RECORDS, COUNTS = "records.arrow", "counts.json"
 
 
 @dataclass
@@ -37,11 +39,12 @@ class Counts:
 class Preferences(Sequence[PreferenceRecord]):
     """Records by number, read from a memory-mapped file when they are asked for. Made by `load_preferences`."""
 
-    def __init__(self, table: Any, counts: Counts, source: str):
-        self._table, self.counts, self._source = table, counts, source
+    def __init__(self, folder: Path, source: str):
+        self._records, self._source = StoredRecords(folder / RECORDS), source
+        self.counts = Counts(**json.loads((folder / COUNTS).read_text(encoding="utf-8")))
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._records)
 
     @overload
     def __getitem__(self, row: int) -> PreferenceRecord: ...
@@ -54,8 +57,7 @@ class Preferences(Sequence[PreferenceRecord]):
             return [self[number] for number in range(*row.indices(len(self)))]
         if not -len(self) <= row < len(self):
             raise IndexError(f"record {row} of {len(self)}")
-        stored = self._table[row % len(self)]
-        return PreferenceRecord(*(_unpacked(part, stored["blobs"]) for part in json.loads(stored["record"])))
+        return self._records[row % len(self)]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -77,34 +79,69 @@ def load_preferences(
     *,
     split: str = "train",
     on_error: Literal["stop", "skip"] = "stop",
+    cache: str | Path | None = None,
 ) -> Preferences:
-    """Read preferences: every row once, into a temporary file that is memory-mapped and goes with the result.
+    """Read preferences: every row once, into a file that is memory-mapped.
 
     source: a .jsonl or .parquet file, or a folder or hub name that `datasets.load_dataset` takes, with its `split`.
     reader: a name in `readers.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
     "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
     system: what the records are checked against, see `check_records`; paths of images then begin at the file's folder.
     on_error: "skip" leaves rows with errors out and counts them.
+    cache: a folder for that file. Where it exists it is taken as it is, for the same source, system and reader: remove
+    it when one of them has changed. Without it the file is a temporary one that goes with the result.
     A row may have an "id", which no other one has.
     Raises `RecordError` naming file, row and field, `FileNotFoundError`, and `ValueError` for an unknown reader.
     """
     if isinstance(reader, str) and reader not in READERS:
         raise ValueError(f"unknown reader {reader!r}: choose one of {', '.join(READERS)}")
     convert = READERS[reader] if isinstance(reader, str) else reader
-    counts, folder = Counts(), tempfile.TemporaryDirectory(prefix="sysdpo_jax-")
-    base = Path(source).parent if Path(source).is_file() else Path()
+    if cache is not None and Path(cache).exists():
+        return Preferences(Path(cache), str(source))
+    counts, base = Counts(), _folder_of(source)
+    made = _temporary_folder(cache)
     try:
-        path = str(Path(folder.name) / "preferences.arrow")
-        _write(path, _checked(source, split, convert, system, base, on_error == "skip", counts))
+        write_records(made / RECORDS, _checked(source, split, convert, system, base, on_error == "skip", counts))
         if not counts.kept:
             raise RecordError(f"{source} holds no record" + (f" ({counts.errors[0]})" if counts.errors else ""))
-        table = _mapped(path)
+        (made / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
+        if cache is not None:
+            return Preferences(_moved(made, Path(cache)), str(source))
+        result = Preferences(made, str(source))
     except BaseException:
-        folder.cleanup()
+        shutil.rmtree(made, ignore_errors=True)
         raise
-    made = Preferences(table, counts, str(source))
-    weakref.finalize(made, folder.cleanup)
+    weakref.finalize(result, shutil.rmtree, made, ignore_errors=True)
+    return result
+
+
+def _folder_of(source: str | Path) -> Path:
+    """Where relative paths of images begin."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent if path.is_file() else Path()
+
+
+def _temporary_folder(cache: str | Path | None) -> Path:
+    """A new one, beside the cache if there is to be one, so that it can be moved there whole."""
+    if cache is None:
+        return Path(tempfile.mkdtemp(prefix="sysdpo_jax-"))
+    parent = Path(cache).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{Path(cache).name}.partial-", dir=parent))
+    # Other users of a shared folder read it as they read what is beside it.
+    made.chmod(0o755)
     return made
+
+
+def _moved(made: Path, cache: Path) -> Path:
+    """The cache, from what was made or, where another process was faster, from what that one made."""
+    try:
+        made.rename(cache)
+    except OSError:
+        if not cache.exists():
+            raise
+        shutil.rmtree(made, ignore_errors=True)
+    return cache
 
 
 def _checked(
@@ -161,6 +198,8 @@ def _converted(row: Row, convert: Reader, system: CompoundSystem | None, ids: di
         raise row.values
     own = row.values.get("id")
     if own is not None:
+        if not isinstance(own, str | int):
+            raise RecordError(f"the field 'id' is {type(own).__name__}: give a text or a whole number, or leave it out")
         if own in ids:
             raise RecordError(f"the id {own!r} is that of row {ids[own]} too: make ids unique, or leave them out")
         ids[own] = row.number
@@ -188,39 +227,3 @@ def _refusal(check: Callable[..., None], *args: Any) -> RecordError | None:
     except RecordError as error:
         return error
     return None
-
-
-def _write(path: str, records: Iterator[PreferenceRecord]) -> None:
-    # Imported late: it takes a second.
-    from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    features = Features({"record": Value("large_string"), "blobs": List(Value("large_binary"))})
-    with ArrowWriter(path=path, features=features, writer_batch_size=TOGETHER) as writer:
-        for record in records:
-            blobs: list[bytes] = []
-            parts = [_packed(part, blobs) for part in (record.inputs, record.chosen, record.rejected)]
-            writer.write({"record": json.dumps(parts), "blobs": blobs})
-        writer.finalize()
-
-
-def _mapped(path: str) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_file(path)
-
-
-def _packed(value: Any, blobs: list[bytes]) -> Any:
-    """The value as JSON has it, its bytes moved to `blobs`."""
-    if isinstance(value, bytes):
-        blobs.append(value)
-        return {BYTES: len(blobs) - 1}
-    if isinstance(value, Mapping):
-        return {name: _packed(item, blobs) for name, item in value.items()}
-    return [_packed(item, blobs) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _unpacked(value: Any, blobs: Sequence[bytes]) -> Any:
-    if isinstance(value, dict):
-        return blobs[value[BYTES]] if BYTES in value else {name: _unpacked(item, blobs) for name, item in value.items()}
-    return [_unpacked(item, blobs) for item in value] if isinstance(value, list) else value

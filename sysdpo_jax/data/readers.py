@@ -34,19 +34,23 @@ def records(row: Mapping[str, Any], system: CompoundSystem | None = None) -> lis
 def trl(row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
     """TRL's preference formats: prompt, chosen and rejected, as strings or as lists of messages.
 
-    Without a prompt it is what chosen and rejected have in common at their start: messages, or text up to a space.
+    Without a prompt it is what chosen and rejected have in common at their start: messages, or text up to a word. A
+    prompt in text beside messages is the user's first turn, which the messages may begin with or not.
     """
     names = only_names(system)
     chosen, rejected = (_text_or_messages(row, name) for name in ("chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise RecordError("chosen and rejected must both be strings or both be lists of messages")
-    if row.get("prompt") is not None:
-        prompt = _text_or_messages(row, "prompt")
-    else:
+    prompt = None if row.get("prompt") is None else _text_or_messages(row, "prompt")
+    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
         start = _common(chosen, rejected)
-        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
-        if not prompt:
+        shared: Any = chosen[:start]
+        chosen, rejected = chosen[start:], rejected[start:]
+        if prompt is not None and all(turn["role"] != "user" for turn in shared):
+            shared = [*shared, {"role": "user", "content": prompt}]
+        if not shared:
             raise RecordError("chosen and rejected have no start in common: add the field 'prompt'")
+        prompt = shared
     return [PreferenceRecord({names.input: prompt}, {names.output: chosen}, {names.output: rejected})]
 
 
@@ -60,7 +64,7 @@ def pick_a_pic(row: Mapping[str, Any], system: CompoundSystem | None) -> list[Pr
         raise RecordError(f"the field 'label_0' is {row['label_0']!r}: give 1, 0, or 0.5 for a tie")
     if row["label_0"] == 0.5:
         return []
-    first, second = ({names.output: _bytes(row[name])} for name in ("jpg_0", "jpg_1"))
+    first, second = ({names.output: row[name]} for name in ("jpg_0", "jpg_1"))
     sides = (first, second) if row["label_0"] == 1 else (second, first)
     return [PreferenceRecord({names.input: row["caption"]}, *sides)]
 
@@ -131,17 +135,12 @@ def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
 
 
 def _common(first: str | list[Any], second: str | list[Any]) -> int:
-    """The length of the common start; of texts it ends before a space, which begins both completions."""
+    """The length of the common start. A text's ends after a word; a space behind it begins both completions."""
     short = min(len(first), len(second))
     length = next((place for place in range(short) if first[place] != second[place]), short)
     if isinstance(first, list):
         # A turn of the assistant that both begin with is the prompt's; the last one never is.
         return min(length, len(first) - 1, len(second) - 1)
-    return max(first.rfind(" ", 0, length + 1), 0)
-
-
-def _bytes(value: Any) -> Any:
-    """Images of a table are {"bytes": ..., "path": ...}."""
-    if isinstance(value, Mapping):
-        return value.get("bytes") or value.get("path")
-    return value
+    while length and not first[length - 1].isspace():
+        length -= 1
+    return length - 1 if first[:length].endswith(" ") else length

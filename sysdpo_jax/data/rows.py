@@ -1,7 +1,7 @@
 """Rows of data sets: JSON Lines, Parquet, or whatever `datasets` finds in a folder or on the Hugging Face hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +48,14 @@ def _lines(path: Path) -> Iterator[Row]:
 def _parsed(line: str) -> dict[str, Any] | RecordError:
     try:
         values = json.loads(line)
-    except json.JSONDecodeError as error:
+        if "\\ud" in line.lower():
+            # JSON can spell half of such a pair; no tokenizer takes it.
+            json.dumps(values, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, RecursionError) as error:
         return RecordError(f"not valid JSON ({error}); write one object a line")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1].encode("ascii", "backslashreplace").decode()
+        return RecordError(f"holds {half}, half a character: write the text anew, or drop the row")
     if not isinstance(values, dict):
         return RecordError(f"{type(values).__name__} instead of an object: write one object a line")
     return values
@@ -68,13 +74,21 @@ def _streamed(source: Path | str, split: str) -> Iterator[Row]:
             else datasets.load_dataset(str(source), split=split, streaming=True)
         )
         # Images stay the bytes that they are.
-        for name, kind in (found.features or {}).items():
-            if isinstance(kind, datasets.Image):
-                found = found.cast_column(name, datasets.Image(decode=False))
-        for number, values in enumerate(found, 1):
-            yield Row(number, values)
+        for number, values in enumerate(found.decode(False), 1):
+            yield Row(number, _plain(values))
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecordError(
             f"{source} cannot be read as a data set ({reason}): fetch it again, or check its name"
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A table's value with what JSON Lines would have: no names without a value, bytes for images, texts for dates."""
+    if isinstance(value, Mapping):
+        if set(value) == {"bytes", "path"}:
+            return value["path"] if value["bytes"] is None else value["bytes"]
+        return {name: _plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | bytes | bool | int | float) else str(value)

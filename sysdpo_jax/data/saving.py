@@ -20,20 +20,25 @@ def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> N
     images inside. Arrays of other shapes become lists. Raises `ValueError` for another suffix.
     """
     path = Path(path)
-    partial = path.with_suffix(f"{path.suffix}.partial")
-    if path.suffix in LINES:
-        images = ImageFiles(path)
-        lines = (json.dumps(_row(record, number, images.beside)) for number, record in enumerate(records))
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    elif path.suffix in TABLE:
-        # Imported late: it takes a second.
-        import datasets
-
-        rows = [_row(record, number, ImageFiles.inside) for number, record in enumerate(records)]
-        datasets.Dataset.from_list(rows).to_parquet(str(partial))
-    else:
+    if path.suffix not in (*LINES, *TABLE):
         raise ValueError(f"{path}: name a file that ends in {', '.join((*LINES, *TABLE))}")
-    partial.replace(path)
+    partial = path.with_suffix(f"{path.suffix}.partial")
+    try:
+        if path.suffix in TABLE:
+            # Imported late: it takes a second.
+            import datasets
+
+            rows = [_row(record, number, ImageFiles.inside) for number, record in enumerate(records)]
+            datasets.Dataset.from_list(rows).to_parquet(str(partial))
+        else:
+            images = ImageFiles(path)
+            with partial.open("w", encoding="utf-8") as file:
+                for number, record in enumerate(records):
+                    file.write(json.dumps(_row(record, number, images.beside)) + "\n")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class ImageFiles:

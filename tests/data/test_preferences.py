@@ -258,7 +258,7 @@ def test_records_are_found_by_number_and_the_file_ends_with_them(tmp_path):
     assert loaded[5:7] == [PreferenceRecord(**row) for row in rows[5:7]]
     with pytest.raises(IndexError):
         loaded[200]
-    [mapped] = {file["filename"] for file in loaded._table.cache_files}
+    [mapped] = {file["filename"] for file in loaded._records._table.cache_files}
     halves = [preference_dataset(ROUTED, loaded, 8, seed=0, shard=(index, 2))[0] for index in range(2)]
     whole = preference_dataset(ROUTED, loaded, 8, seed=0)[0]
     np.testing.assert_array_equal(np.concatenate([half.chosen["y"] for half in halves]), whole.chosen["y"])
