@@ -8,7 +8,6 @@ run's directory. SIGTERM saves and ends the process with `preempted_exit_code`. 
 more; several find each other by what Slurm, GKE or Cloud TPU put into their environment, and share the directory.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -23,7 +22,7 @@ from experiments.own.config import TrainConfig, parse
 from experiments.own.dry_run import describe_run
 from experiments.own.evaluation import make_evaluation
 from experiments.own.report import write_run_report
-from experiments.own.run import DATA, assemble, claim, make_batches, make_trainer, read_preferences
+from experiments.own.run import DATA, assemble, claim, make_batches, make_trainer, read_preferences, source_hash
 
 
 def train(config: TrainConfig, arguments: list[str]) -> None:
@@ -34,7 +33,7 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     began, folder = time.monotonic(), Path(config.directory)
     run = assemble(config)
     trainer = make_trainer(run, make_evaluation(run))
-    records = read_preferences(config.data, run.system)
+    records = read_preferences(run, keep=not config.dry_run)
     batches = make_batches(run, records)
     if config.dry_run:
         for part in describe_run(run, batches, folder / "dry_run"):
@@ -44,21 +43,12 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     if first:
         print(records.summary(), file=sys.stderr, flush=True)
         claim(run)
-        about = {**asdict(config.data), "kept": len(records), "sha256": _hash(config.data.source)}
+        about = {**asdict(config.data), "kept": len(records), "sha256": source_hash(config.data.source)}
         (folder / DATA).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     trainer.fit(state, batches, config.schedule.steps, run.key, config.resume)
     if first:
         print(write_run_report(run, arguments, began))
-
-
-def _hash(source: str) -> str:
-    """SHA-256 of a file; a data set of many files has none here."""
-    path = Path(source)
-    if not path.is_file():
-        return "not known: no single file"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: list[str]) -> None:

@@ -40,7 +40,7 @@ def restored(run: Run, best: bool = False) -> tuple[Params, int]:
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     # What was searched for is part of a run's identity; of other batches nothing is.
     sampled = run.config.objective.kind == "sampling"
-    batches = make_batches(run, read_preferences(run.config.data, run.system)) if sampled else no_batch
+    batches = make_batches(run, read_preferences(run)) if sampled else no_batch
     with make_trainer(run, make_evaluation(run)).checkpoints(state, batches, run.key) as checkpoints:
         step = checkpoints.best if best else checkpoints.latest
         if step is None:

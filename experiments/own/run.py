@@ -1,5 +1,7 @@
 """A run put together from its configuration, up to the first step."""
 
+import hashlib
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError, DataConfig, TrainConfig, read_config, write_config
+from experiments.own.config import ConfigError, TrainConfig, read_config, write_config
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.records import hold_intermediates
 from sysdpo_jax.training import Evaluation
@@ -103,11 +105,33 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
     )
 
 
-def read_preferences(data: DataConfig, system: sj.CompoundSystem) -> sj.Preferences:
-    """The checked preferences. Raises `ConfigError` where there are none, `RecordError` naming file, row and field."""
+def read_preferences(run: Run, keep: bool = False) -> sj.Preferences:
+    """The checked preferences. keep: in the run's folder, where another start finds them instead of checking again.
+
+    Raises `ConfigError` where there are none, `RecordError` naming file, row and field.
+    """
+    data, folder = run.config.data, Path(run.config.directory)
     if not data.source:
         raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
-    return sj.load_preferences(data.source, system, data.reader, split=data.split, on_error=data.on_error)
+    fresh = not folder.exists()
+    cache = folder / f"preferences-{source_hash(data.source)[:12]}" if keep else None
+    try:
+        return sj.load_preferences(
+            data.source, run.system, data.reader, split=data.split, on_error=data.on_error, cache=cache
+        )
+    except BaseException:
+        if keep and fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def source_hash(source: str) -> str:
+    """SHA-256 of a file, "unknown" for a data set of many."""
+    path = Path(source)
+    if not path.is_file():
+        return "unknown"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_batches(run: Run, records: sj.Preferences) -> BatchSource:

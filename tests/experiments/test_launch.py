@@ -230,7 +230,7 @@ def test_the_entry_point_loads_its_models_and_prepares_its_batches(tmp_path, mat
     image = run.system.node("image").component
     frozen = (image.codec.params, image.text.params)
     assert {type(leaf.sharding) for leaf in jax.tree.leaves(frozen)} == {jax.sharding.SingleDeviceSharding}
-    batch = make_batches(run, read_preferences(run.config.data, run.system))[0]
+    batch = make_batches(run, read_preferences(run))[0]
     units = count_units(run.system, batch)
     assert (units["pairs_per_second"], units["images_per_second/image"]) == (2, 4)
 
