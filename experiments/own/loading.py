@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import sysdpo_jax as sj
+from experiments.own.appended import digest
 from experiments.own.config import ConfigError, TrainConfig, read_config
 from experiments.own.evaluation import make_evaluation
 from experiments.own.importing import import_object
@@ -25,6 +26,15 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
     mesh = sj.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     return build_system(replace(config, system=replace(config.system, components=components)), mesh)
+
+
+def identity(spec: str) -> str:
+    """What tells two systems apart: the configuration, the newest checkpoint of a folder, a function's name."""
+    path = Path(spec)
+    if not path.is_dir():
+        return digest(path) if path.exists() else spec
+    steps = [int(file.name) for file in (path / "checkpoints").glob("*") if file.name.isdigit()]
+    return f"{digest(path / CONFIG)} step {max(steps, default=None)}"
 
 
 def restored(run: Run, best: bool = False) -> tuple[Params, int]:
