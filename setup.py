@@ -51,10 +51,11 @@ setup(
         "test": TEST,
         # Reads GGUF files.
         "gguf": ["gguf>=0.17"],
+        # Sends a run's metrics to Weights & Biases.
+        "wandb": ["wandb>=0.20"],
         "tpu": ["jax[tpu]>=0.10"],
         # Compiles for TPUs on a machine without any.
         "tpu-aot": ["libtpu>=0.0.52"],
-        "wandb": ["wandb>=0.17"],
         "cuda": ["jax[cuda12]>=0.10"],
     },
 )

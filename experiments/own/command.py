@@ -21,8 +21,8 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, NonFiniteError, CorruptCheckpointError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
+    except (ValueError, OSError, ImportError, NonFiniteError, CorruptCheckpointError) as error:
+        if isinstance(error, ValueError | ImportError) and not _is_ours(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

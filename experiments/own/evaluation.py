@@ -13,10 +13,10 @@ import sysdpo_jax as sj
 from experiments.own.config import ConfigError
 from experiments.own.importing import import_object
 from experiments.own.prompts import read_prompts
-from experiments.own.run import Run
+from experiments.own.run import BEST, Run
 from experiments.own.runs_file import read_lines, write_runs
 from experiments.own.scoring import score_runs
-from sysdpo_jax.evaluation import clustered_mean, win_rate
+from sysdpo_jax.evaluation import clustered_mean, interval_figures, win_rate
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.typing import Params
 
@@ -39,7 +39,7 @@ class HeldOut:
     folder: Path
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
-        """score and win_rate with their standard errors; a tie with the system before training counts half."""
+        """score and win_rate with their intervals; a tie with the system before training counts half."""
         if not self.path(step).exists():
             # Else a run that was stopped after it measured this step goes on.
             key = jax.random.key(self.seed)
@@ -73,16 +73,11 @@ def make_evaluation(run: Run) -> Evaluation | None:
         run.config.seed,
         Path(run.config.directory) / FOLDER,
     )
-    return Evaluation(held_out.measure, config.every, best=("win_rate", "max"), patience=config.patience)
+    stop_on = None if config.patience is None else (*BEST, config.patience)
+    return Evaluation(held_out.measure, config.every, stop_on)
 
 
 def _estimates(scores: Float[np.ndarray, "runs"], before: Float[np.ndarray, "runs"], samples: int) -> dict[str, float]:
     prompts = np.arange(len(scores)) // samples
     score, wins = clustered_mean(scores, prompts), win_rate(scores, before, prompts)
-    return {
-        "score": score.value,
-        "score_error": score.standard_error,
-        "win_rate": wins.value,
-        "win_rate_error": wins.standard_error,
-        "runs": float(len(scores)),
-    }
+    return {**interval_figures("score", score), **interval_figures("win_rate", wins), "runs": float(len(scores))}

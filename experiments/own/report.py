@@ -23,9 +23,11 @@ from sysdpo_jax.evaluation import (
     Row,
     Table,
     TextTable,
-    learning_figures,
+    run_figures,
+    run_warnings,
     write_report,
 )
+from sysdpo_jax.evaluation.preferences import CONFIDENCE
 from sysdpo_jax.training.metrics import read_metrics
 
 DESCRIPTION = """
@@ -48,7 +50,8 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
         title=f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system",
         description=DESCRIPTION.format(kind=run.config.objective.kind.capitalize()),
         tables=(_evaluations(rows),) if evaluated else (),
-        figures=learning_figures({folder.name: rows}),
+        figures=run_figures(rows),
+        warnings=run_warnings(rows),
         images=tuple(_images(run, evaluated)),
         texts=tuple(_texts(run, evaluated)),
         system=run.system,
@@ -81,7 +84,8 @@ def _evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
-    return Estimate(row[f"eval/{name}"], row[f"eval/{name}_error"], int(row["eval/runs"]))
+    half = (row[f"eval/{name}/high"] - row[f"eval/{name}/low"]) / 2
+    return Estimate(row[f"eval/{name}"], half / CONFIDENCE, int(row["eval/runs"]))
 
 
 def _images(run: Run, evaluated: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[ImageRow]:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -34,6 +34,8 @@ FREE = (
 )
 # What the folder of a run says of it.
 CONFIG, DATA = "config.yaml", "data.json"
+# Which evaluation's checkpoint is the best.
+BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
         config=run.identity,
         profile=config.profile,
         evaluation=evaluation,
-        wandb=config.wandb,
+        best=None if evaluation is None else BEST,
+        wandb=None if config.wandb is None else {"project": config.wandb},
     )
 
 

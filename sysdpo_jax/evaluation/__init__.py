@@ -1,11 +1,13 @@
 """Measuring what systems produce: scorers, preference figures with standard errors, tables, samples and the report."""
 
-from sysdpo_jax.evaluation.chart import Curve, Figure, learning_figures
+from sysdpo_jax.evaluation.chart import Curve, Figure
+from sysdpo_jax.evaluation.learning import learning_figures, run_figures, run_warnings, split_figure
 from sysdpo_jax.evaluation.pictures import ImageRow, ImageSequence, image_grid
 from sysdpo_jax.evaluation.png import write_png
 from sysdpo_jax.evaluation.preferences import (
     Estimate,
     clustered_mean,
+    interval_figures,
     order_consistency,
     paired_difference,
     preference_score,
@@ -34,13 +36,17 @@ __all__ = [
     "foreground",
     "height",
     "image_grid",
+    "interval_figures",
     "learning_figures",
     "markdown_table",
     "order_consistency",
     "paired_difference",
     "preference_score",
     "redness",
+    "run_figures",
+    "run_warnings",
     "size",
+    "split_figure",
     "win_rate",
     "write_png",
     "write_report",

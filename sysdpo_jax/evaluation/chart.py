@@ -1,9 +1,8 @@
-"""Learning curves as inline SVG: a pale line of the values and a strong one of their moving average."""
+"""Learning curves as inline SVG: a pale line of the values, a strong one of their moving average, a pale band."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,22 +10,7 @@ from jaxtyping import Float
 from sysdpo_jax.evaluation.markup import Markup, element
 
 Line = Float[np.ndarray, "points"]
-
-LEARNING = {
-    "eval/win_rate": "win rate on held-out prompts",
-    "eval/score": "score on held-out prompts",
-    "loss": "loss",
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "margin",
-    "rewards/chosen": "reward of the chosen runs",
-}
-# Metrics whose names go on with a node or a component.
-BY_PART = {
-    "rewards/margins/": "margin by node",
-    "margin_share/": "share of the margin by node",
-    "drift/": "drift from the reference by node",
-    "grad_norm/": "gradient norm by component",
-}
+Values = tuple[int | float | None, ...]
 
 # The drawing, in units of its viewBox.
 WIDTH, HEIGHT = 440, 240
@@ -39,15 +23,20 @@ SMOOTHING = 0.05
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over steps; None or a value that is not finite leaves a gap. Raises ValueError if the lengths differ."""
+    """Values over steps; None or a value that is not finite leaves a gap. Raises ValueError if the lengths differ.
+
+    band: the lower and the upper end of each value's interval, None for no band.
+    """
 
     name: str
     steps: tuple[int | float, ...]
-    values: tuple[int | float | None, ...]
+    values: Values
+    band: tuple[Values, Values] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.steps) != len(self.values):
-            raise ValueError(f"curve {self.name!r} has {len(self.steps)} steps and {len(self.values)} values")
+        for values in (self.values, *(self.band or ())):
+            if len(self.steps) != len(values):
+                raise ValueError(f"curve {self.name!r} has {len(self.steps)} steps and {len(values)} values")
 
 
 @dataclass(frozen=True)
@@ -57,24 +46,6 @@ class Figure:
     title: str
     curves: tuple[Curve, ...]
     x_label: str = "step"
-
-
-def learning_figures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Figure, ...]:
-    """{run: rows of its metrics, each with "step"} -> evaluation, loss, accuracy, margin, reward; then those by part.
-
-    The first figures compare the runs; then each run has some that compare its nodes and components. Absent metrics are
-    left out.
-    """
-    together = [
-        Figure(title, tuple(_curve(run, rows, metric) for run, rows in runs.items() if _has(rows, metric)))
-        for metric, title in LEARNING.items()
-    ]
-    by_part = [
-        Figure(f"{title}, {run}", _part_curves(rows, prefix))
-        for run, rows in runs.items()
-        for prefix, title in BY_PART.items()
-    ]
-    return tuple(figure for figure in (*together, *by_part) if figure.curves)
 
 
 def html_figure(figure: Figure) -> Markup:
@@ -97,20 +68,6 @@ def ticks(low: int | float, high: int | float) -> list[float]:
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _has(rows: Sequence[Mapping[str, Any]], metric: str) -> bool:
-    return any(metric in row for row in rows)
-
-
-def _curve(name: str, rows: Sequence[Mapping[str, Any]], metric: str) -> Curve:
-    kept = [row for row in rows if metric in row]
-    return Curve(name, tuple(row["step"] for row in kept), tuple(row[metric] for row in kept))
-
-
-def _part_curves(rows: Sequence[Mapping[str, Any]], prefix: str) -> tuple[Curve, ...]:
-    metrics = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
-    return tuple(_curve(metric.removeprefix(prefix), rows, metric) for metric in metrics)
-
-
 def _name(curve: Curve) -> str:
     gaps = int((~np.isfinite(_floats(curve.values))).sum())
     return f"{curve.name} ({gaps} values not finite)" if gaps else curve.name
@@ -123,7 +80,7 @@ def _style(number: int) -> str:
 
 def _draw(figure: Figure) -> Markup:
     x_low, x_high = _range([_floats(curve.steps) for curve in figure.curves])
-    y_low, y_high = _range([_floats(curve.values) for curve in figure.curves])
+    y_low, y_high = _range([_floats(y) for curve in figure.curves for y in (curve.values, *(curve.band or ()))])
     x_scale, y_scale = (WIDTH - LEFT - RIGHT) / (x_high - x_low), (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
 
     def place(x: Line, y: Line) -> tuple[Line, Line]:
@@ -142,6 +99,12 @@ def _draw(figure: Figure) -> Markup:
     lines = []
     for number, curve in enumerate(figure.curves):
         steps, values = _floats(curve.steps), _floats(curve.values)
+        if curve.band is not None:
+            low, high = map(_floats, curve.band)
+            seen = np.isfinite(low) & np.isfinite(high)
+            there_and_back = np.concatenate([steps[seen], steps[seen][::-1]])
+            outline = _path(*place(there_and_back, np.concatenate([high[seen], low[seen][::-1]])))
+            lines.append(element("path", d=outline, class_=f"{_style(number)} band"))
         for kind, shown in (("raw", values), ("mean", _smooth(values))):
             # A long curve is drawn at some of its points; the average has seen all of them.
             rows = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int))

@@ -4,6 +4,7 @@ Runs of one prompt are alike, so errors are clustered: prompts are independent, 
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ Grades = Float[np.ndarray, "*runs 3"]
 Values = Float[np.ndarray, "runs"]
 # The label of each run's cluster, an integer or a string.
 Clusters = Shaped[np.ndarray, "labels"]
+
+
+# Standard errors on either side of a mean for 95% of a normal distribution.
+CONFIDENCE = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,15 @@ def win_rate(first: Values, second: Values, clusters: Clusters) -> Estimate:
     """Share of paired runs in which first > second; a tie counts half. Raises as `clustered_mean`."""
     difference = np.sign(_checked(first, clusters) - _checked(second, clusters))
     return clustered_mean((difference + 1) / 2, clusters)
+
+
+def interval_figures(name: str, estimate: Estimate) -> dict[str, float]:
+    """{name: mean, <name>/low and <name>/high: mean -+ 1.96 standard errors}: a 95% confidence interval for large n.
+
+    They are figures for `training.Evaluation` to log, which the report draws as a curve with a band.
+    """
+    reach = CONFIDENCE * estimate.standard_error
+    return {name: estimate.value, f"{name}/low": estimate.value - reach, f"{name}/high": estimate.value + reach}
 
 
 def _finite(grades: Grades) -> Grades:

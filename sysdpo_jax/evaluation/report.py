@@ -23,7 +23,7 @@ class Report:
     """What the page shows; parts that are empty are left out.
 
     description: paragraphs, separated by empty lines. configuration: may be nested. made_by: the machine, the date, the
-    command line and the like.
+    command line and the like. warnings: texts, such as `run_warnings` of a run.
     """
 
     title: str
@@ -35,6 +35,7 @@ class Report:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
     texts: tuple[TextTable, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def write_report(path: str | Path, report: Report) -> None:
@@ -60,6 +61,8 @@ def _page(report: Report) -> str:
 
 
 def _sections(report: Report) -> Iterator[Markup]:
+    if report.warnings:
+        yield _section("Warnings", element("ul", *(element("li", text) for text in report.warnings)))
     if report.tables:
         yield _section("Results", *(element("div", html_table(table), class_="wide") for table in report.tables))
     if report.figures:

@@ -23,8 +23,8 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .75rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 h4 { font-size: .85rem; margin: 0 0 .35rem; color: var(--faint); font-weight: 600; }
-body > p { max-width: 46rem; }
-.wide { overflow-x: auto; }
+body > p, body ul { max-width: 46rem; }
+.wide { overflow-x: auto; overflow-wrap: normal; }
 table { border-collapse: collapse; margin: 0 0 1.5rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); padding-bottom: .35rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
@@ -35,7 +35,7 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); tex
 .settings th { font-weight: 400; color: var(--faint); white-space: nowrap; }
 .settings code { overflow-wrap: anywhere; }
 code, pre { font-family: ui-monospace, monospace; }
-pre { background: var(--panel); padding: .75rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .8rem; }
+pre { background: var(--panel); padding: .75rem 1rem; border-radius: 6px; white-space: pre-wrap; font-size: .8rem; }
 figure { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: 1.5rem; }
 .chart figcaption { font-weight: 600; font-size: .9rem; }
@@ -44,6 +44,7 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .grid { stroke: var(--rule); stroke-width: 1; }
 .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .raw { opacity: .25; stroke-width: 1; }
+.curve.band { fill: var(--hue); stroke: none; opacity: .18; }
 .dashed { stroke-dasharray: 5 4; }
 .c0 { stroke: var(--c0); --hue: var(--c0); } .c1 { stroke: var(--c1); --hue: var(--c1); }
 .c2 { stroke: var(--c2); --hue: var(--c2); } .c3 { stroke: var(--c3); --hue: var(--c3); }
@@ -60,7 +61,9 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .sequence figcaption {
   font-size: .75rem; color: var(--faint); max-width: 6.5rem; overflow-wrap: anywhere; line-height: 1.3;
 }
-.sequence img { image-rendering: pixelated; display: block; max-width: 16rem; height: auto; margin-bottom: .25rem; }
+.sequence img {
+  image-rendering: pixelated; display: block; max-width: min(16rem, 100%); height: auto; margin-bottom: .25rem;
+}
 .graph { display: block; max-width: none; height: auto; margin-bottom: 1rem; }
 .graph rect, .graph polygon { fill: var(--panel); stroke: var(--accent); stroke-width: 1.4; }
 .graph .input rect { stroke: var(--faint); }
@@ -69,4 +72,8 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .graph .line0 { fill: var(--ink); font-weight: 700; }
 .edge { fill: none; stroke: var(--faint); stroke-width: 1.4; }
 .tip { fill: var(--faint); }
+@media (max-width: 30rem) {
+  body { padding: 1.25rem 1rem 3rem; }
+  .chart svg text { font-size: 15px; }
+}
 """

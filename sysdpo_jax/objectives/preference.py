@@ -57,11 +57,14 @@ class PreferenceObjective:
     def metrics(
         self, ratios: Float[Array, "2 batch"], logps: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]
     ) -> dict[str, Float[Array, ""]]:
-        """TRL's reward metrics of the system, the same by node, and the components' own figures by node and model.
+        """TRL's reward metrics of the system, the same by node, drift, and the components' own by node and model.
 
-        All are means over the rows, so that those of parts of a batch can be averaged. drift/<node> is the mean of
-        log p_ref - log p over both sides, without the node's weight: where the reference drew the runs it estimates
-        KL(p_ref || p) in nats; of a diffusion node it is how much its weighted error has grown.
+        drift/<kind>/<node>, how far the node has gone from its reference on the values at hand, both sides: "mse", the
+        rise of the squared error, of a node whose component reports one; else "kl", the mean of (log p - log p_ref)^2 /
+        2 in nats, which is a KL divergence to second order in the log-ratio where the values are like the reference's
+        own (k2 of J. Schulman, http://joschu.net/blog/kl-approx.html) and above it further away. k1, the plain mean,
+        cancels where the chosen rise as the rejected fall; k3 overflows on the log-ratios of whole texts.
+        All are means over the rows, so that those of parts of a batch can be averaged.
         """
         chosen, rejected = self.beta * ratios
         metrics = {
@@ -79,10 +82,21 @@ class PreferenceObjective:
             metrics[f"rewards/margins/{name}"] = (reward[0] - reward[1]).mean()
             metrics[f"logps/chosen/{name}"] = term.policy[0].mean()
             metrics[f"logps/rejected/{name}"] = term.policy[1].mean()
-            metrics[f"drift/{name}"] = (term.reference - term.policy).mean()
+            metrics |= {f"drift/{kind}/{name}": value.mean() for kind, value in _drift(term).items()}
             for model, values in (("policy", term.policy_metrics), ("reference", term.reference_metrics)):
                 metrics |= {f"{metric}/{name}/{model}": value.mean() for metric, value in values.items()}
         return jax.lax.stop_gradient(metrics)
+
+
+def margin_shares(metrics: Mapping[str, Array]) -> dict[str, Float[Array, ""]]:
+    """{"margin_share/<node>": |rewards/margins/<node>| over the sum of these}: 0 while no node has a margin.
+
+    metrics: of a whole batch, because shares of its parts do not average to its own.
+    """
+    split = "rewards/margins/"
+    sizes = {name.removeprefix(split): jnp.abs(value) for name, value in metrics.items() if name.startswith(split)}
+    whole = total(sizes.values())
+    return {f"margin_share/{name}": jnp.where(whole > 0, size / whole, 0) for name, size in sizes.items()}
 
 
 def require_batch(batch: Any, kind: type, source: str) -> None:
@@ -98,6 +112,14 @@ def require_trained(terms: Mapping[str, NodeTerms]) -> None:
     """Raise `GraphError` when no node is trained."""
     if not terms:
         raise GraphError("every component is frozen: train at least one (its key must be in the reference)")
+
+
+def _drift(term: NodeTerms) -> dict[str, Array]:
+    if "mse" not in term.policy_metrics:
+        return {"kl": jnp.square(term.policy - term.reference) / 2}
+    # A reference that was evaluated before left no error behind.
+    known = "mse" in term.reference_metrics
+    return {"mse": term.policy_metrics["mse"] - term.reference_metrics["mse"]} if known else {}
 
 
 def total(terms: Iterable[Array]) -> Array:

@@ -3,7 +3,7 @@
 from sysdpo_jax.training.checkpoints import Checkpoints, CorruptCheckpointError
 from sysdpo_jax.training.describe import describe_sharding
 from sysdpo_jax.training.distributed import initialize
-from sysdpo_jax.training.evaluation import Evaluation
+from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.training.identity import CheckpointMismatchError
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
@@ -24,6 +24,7 @@ __all__ = [
     "ComponentOptimizer",
     "CorruptCheckpointError",
     "Evaluation",
+    "EvaluationError",
     "MetricsLog",
     "NonFiniteError",
     "OptimizerError",

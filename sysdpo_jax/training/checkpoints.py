@@ -40,7 +40,7 @@ class CorruptCheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints below `directory` and the best one.
+    """The newest `keep` checkpoints below `directory` and the best one, of equal ones the newest.
 
     state: any state of the run, for its structure, placement, reference and frozen leaves. config: `{path: text}`.
     best: by which metric of `save`; None keeps no best one.
@@ -120,6 +120,24 @@ class Checkpoints:
             raise RuntimeError(
                 f"{self.directory} did not take the checkpoint of step {step}; its newest is {self.latest}"
             )
+
+    def grade(self, step: int, metric: float) -> None:
+        """Give the newest checkpoint, once it is written, the value of `best`'s metric, in the place of any before it.
+
+        For a figure that is measured when the state is safe already. Process 0's counts.
+        """
+        if self._best is None or step != self.latest:
+            raise ValueError(f"step {step} cannot be graded: the newest checkpoint is {self.latest}, best {self._best}")
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            # Where and as Orbax writes the metrics of a save.
+            path = self.directory / str(step) / "metrics" / "metrics"
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({self._best[0]: metric}), encoding="utf-8")
+            partial.replace(path)
+        multihost_utils.sync_global_devices("sysdpo_jax: the newest checkpoint is graded")
+        self._manager.reload()
 
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
         """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps.

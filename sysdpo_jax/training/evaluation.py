@@ -1,77 +1,140 @@
-"""Evaluation between training steps: figures of the policy, the best of them, and when to stop."""
+"""Evaluation during training: figures of the policy every few steps, and the end of a run that they improve no more."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from sysdpo_jax.training.checkpoints import Best
-from sysdpo_jax.training.metrics import read_metrics
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sysdpo_jax.training.checkpoints import Best, Checkpoints
+from sysdpo_jax.training.metrics import EVALUATED, MetricsLog
 from sysdpo_jax.typing import Params
 
-PREFIX = "eval/"
+
+class EvaluationError(ValueError):
+    """An evaluation gave no figure that can be used: the message names the step, the figure and the remedy."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured, and when.
+    """What is measured while a system trains, and when its figures end the training.
 
-    measure: function of the number of updates made and all parameters, on the host; its figures are logged as
-    "eval/<name>". It runs in every process, where it must return the same. every: steps; it also runs before the first
-    one and after the last. best: a figure and "max" or "min": the checkpoint of the best evaluation is kept.
-    patience: evaluations in a row without a new best after which training stops; None: never.
-    Raises `ValueError` for numbers below 1 and patience without `best`.
+    measure: (step, the policy's whole parameters) -> {name: finite number}, logged as "eval/<name>"; step counts the
+    updates behind the parameters. A host function of its arguments alone, which keeps none of them: the next step
+    consumes the parameters. All processes call it and must give the same names; process 0's figures count. Two figures
+    <name>/low and <name>/high are the ends of the confidence interval of <name>.
+    every: steps between evaluations. The first state is evaluated too, and the last one.
+    stop_on: (metric, "max" or "min", patience), such as ("eval/win_rate", "max", 3): training ends when so many
+    evaluations one after the other were no better than the best one before them.
     """
 
     measure: Callable[[int, Params], Mapping[str, float]]
     every: int
-    best: Best | None = None
-    patience: int | None = None
+    stop_on: tuple[str, Literal["max", "min"], int] | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 1 or (self.patience is not None and self.patience < 1):
-            raise ValueError(f"Evaluation: every {self.every} and patience {self.patience} must be at least 1")
-        if self.patience is not None and self.best is None:
-            raise ValueError("Evaluation: patience needs `best`, the figure that has to improve")
+        if self.every < 1:
+            raise ValueError(f"Evaluation: every {self.every} must be at least 1 step")
+        if self.stop_on is None:
+            return
+        metric, mode, patience = self.stop_on
+        if not metric.startswith(EVALUATED) or mode not in ("max", "min") or patience < 1:
+            raise ValueError(
+                f"Evaluation: stop_on {self.stop_on} must be a metric '{EVALUATED}<name>', 'max' or 'min', and a "
+                "patience of at least 1 evaluation"
+            )
+
+
+class Seen(NamedTuple):
+    """What earlier evaluations of the run found: the last one's step and the best one's, its figure, how many since."""
+
+    last: int = -1
+    best_step: int = -1
+    best: float = math.nan
+    since: int = 0
 
 
 class Evaluator:
-    """The evaluations of one run. What earlier starts measured is read from the metrics in the directory."""
+    """The evaluations of one call of `Trainer.fit`, which ends at `steps`.
 
-    def __init__(self, evaluation: Evaluation, directory: Path, start: int):
-        self._evaluation = evaluation
-        path = directory / "metrics.jsonl"
-        rows = [row for row in (read_metrics(path) if path.exists() else []) if row["step"] < start]
-        name = PREFIX + (evaluation.best[0] if evaluation.best else "")
-        self._history: list[float] = [row[name] for row in rows if row.get(name) is not None]
+    best: as the Trainer's. log: what takes the rows, and has the earlier ones: what was evaluated is not evaluated
+    again, and the patience goes on where it was. None on processes other than 0.
+    """
 
-    def due(self, step: int, last: int) -> bool:
-        """Whether the state of `step` updates is to be measured. last: the step at which training ends."""
-        return step % self._evaluation.every == 0 or step == last
+    def __init__(self, evaluation: Evaluation, best: Best | None, log: MetricsLog | None, steps: int):
+        self._evaluation, self._log, self._steps = evaluation, log, steps
+        self._best = best[0] if best is not None and best[0].startswith(EVALUATED) else None
+        seen = Seen()
+        for row in log.evaluations if log is not None else ():
+            seen = self._after(seen, row["step"], row)
+        last, best_step, figure, since = _of_process_0(np.array(seen, np.float64))
+        self._seen = Seen(int(last), int(best_step), float(figure), int(since))
 
-    def measure(self, step: int, params: Params) -> tuple[dict[str, float], float | None]:
-        """The figures under their names in the metrics, and the one that decides which checkpoint is best.
+    def ends(self, step: int, params: Params, checkpoints: Checkpoints, save: Callable[[], None]) -> bool:
+        """Evaluate the state of so many updates where that is due: whether the training ends with it.
 
-        Raises `ValueError` naming a figure that is not finite, or the deciding one where it is missing.
+        save: makes the state the newest of the checkpoints. It is called first: however long the evaluation takes and
+        whatever becomes of it, the state is safe. Raises `EvaluationError`.
         """
-        figures = {name: float(value) for name, value in self._evaluation.measure(step, params).items()}
+        if step > self._seen.last and (step % self._evaluation.every == 0 or step == self._steps):
+            save()
+            figures = self._measure(step, params)
+            if self._best is not None:
+                checkpoints.grade(step, figures[self._best])
+            if self._log is not None:
+                self._log.write(step, figures)
+                self._log.flush()
+            self._seen = self._after(self._seen, step, figures)
+        return self._exhausted()
+
+    def _measure(self, step: int, params: Params) -> dict[str, float]:
+        measured = {name: float(value) for name, value in self._evaluation.measure(step, params).items()}
+        names = sorted(measured)
+        values = _of_process_0(np.array([measured[name] for name in names], np.float64))
+        figures = {f"{EVALUATED}{name}": float(value) for name, value in zip(names, values, strict=True)}
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise ValueError(f"the evaluation at step {step} has {name} = {value}: mend what measures it")
-        logged = {PREFIX + name: value for name, value in figures.items()}
-        if self._evaluation.best is None:
-            return logged, None
-        name = self._evaluation.best[0]
-        if name not in figures:
-            raise ValueError(f"the evaluation at step {step} has no {name!r}, only {', '.join(figures)}")
-        self._history.append(figures[name])
-        return logged, figures[name]
+                raise EvaluationError(
+                    f"the evaluation at step {step} gave {value} for {name!r}: mend `measure`, or leave the figure "
+                    "out; the state is saved, and the same command goes on from it"
+                )
+        stop_on = self._evaluation.stop_on
+        for setting, metric in (("best", self._best), ("stop_on", None if stop_on is None else stop_on[0])):
+            if metric is not None and metric not in figures:
+                raise EvaluationError(
+                    f"{setting}: the evaluation gave no {metric!r}, choose one of {', '.join(figures) or 'none'}"
+                )
+        return figures
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether there was no new best for so long that training stops."""
-        evaluation, history = self._evaluation, self._history
-        if evaluation.best is None or evaluation.patience is None or not history:
+    def _exhausted(self) -> bool:
+        """Whether the patience of `stop_on` is at its end; says so on standard error."""
+        if self._evaluation.stop_on is None or self._seen.since < self._evaluation.stop_on[2]:
             return False
-        best = max(history) if evaluation.best[1] == "max" else min(history)
-        return len(history) - 1 - history.index(best) >= evaluation.patience
+        if self._log is not None:
+            metric, _, patience = self._evaluation.stop_on
+            print(
+                f"training ends at step {self._seen.last}: {metric} was {self._seen.best:.4g} at step "
+                f"{self._seen.best_step} and no better in {patience} evaluations since",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
+
+    def _after(self, seen: Seen, step: int, figures: Mapping[str, Any]) -> Seen:
+        """With one more evaluation; a row of an earlier command may lack the metric."""
+        value = figures.get(self._evaluation.stop_on[0]) if self._evaluation.stop_on is not None else None
+        if self._evaluation.stop_on is None or value is None:
+            return seen._replace(last=step)
+        sign = 1 if self._evaluation.stop_on[1] == "max" else -1
+        if math.isnan(seen.best) or sign * value > sign * seen.best:
+            return Seen(step, step, value, 0)
+        return seen._replace(last=step, since=seen.since + 1)
+
+
+def _of_process_0(values: np.ndarray) -> np.ndarray:
+    """The same numbers on all processes, so that all of them stop at the same step."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(values)) if jax.process_count() > 1 else values

@@ -1,12 +1,15 @@
-"""Metrics of a run: read from the device at the logging interval, kept in metrics.jsonl and TensorBoard events."""
+"""Metrics of a run: read from the device at the logging interval, kept in metrics.jsonl and TensorBoard events.
 
-import hashlib
+docs/metrics.md lists their names.
+"""
+
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +18,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from sysdpo_jax.training.health import Watch, margin_shares
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.throughput import Meter, Throughput
+from sysdpo_jax.training.watch import Watch
+
+# How the names of figures begin that an evaluation measured.
+EVALUATED = "eval/"
 
 
 class NonFiniteError(FloatingPointError):
@@ -36,20 +42,28 @@ class MetricsLog:
     """Appends rows {"step": k, metric: value} to `directory`/metrics.jsonl and scalars to TensorBoard events.
 
     start: the step that the run continues with; rows of it and later ones, left by a run that was killed after its last
-    checkpoint, are removed, and TensorBoard is told to hide them. A value that is not finite is written as null.
-    wandb: project of Weights & Biases that gets the rows too. Raises `ModuleNotFoundError` where it is not installed.
+    checkpoint, are removed, and TensorBoard is told to hide them; what was evaluated at a saved `start` stays.
+    A value that is not finite is written as null. What `Watch` warns of is in the row, as "warnings", and on standard
+    error.
+    wandb: what wandb.init takes, such as {"project": "aligned"}, to send the scalars to Weights & Biases too: a run
+    that goes on does so there. None: wandb is not imported. Raises `ImportError` when it is asked for and absent.
     """
 
-    def __init__(self, directory: str | Path, start: int, wandb: str | None = None):
+    def __init__(self, directory: str | Path, start: int, wandb: Mapping[str, Any] | None = None):
         # Imported late: tensorboardX imports torch where it is installed, and `import sysdpo_jax` must not.
         from tensorboardX import SummaryWriter
 
-        path = Path(directory).absolute() / "metrics.jsonl"
+        path = Path(directory) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._wandb = None if wandb is None else _wandb_run(wandb, path.parent)
-        _truncate(path, start)
+        self._wandb = None if wandb is None else _start_wandb(path.parent, wandb)
+        rows = _truncate(path, start)
+        self.evaluations = [row for row in rows if _evaluated(row)]
+        self._watch = Watch(rows)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(path.parent), purge_step=start)
+        for row in self.evaluations:
+            if row["step"] == start:
+                self._show({name: value for name, value in row.items() if name != "step"}, start)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -60,23 +74,31 @@ class MetricsLog:
         self._file.close()
         self._events.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if error is None else 1)
 
     def write(self, step: int, metrics: Mapping[str, float | np.ndarray]) -> None:
         """One row. metrics: `{name: scalar}`."""
         values = {name: float(value) for name, value in metrics.items()}
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        warnings = self._watch.see({"step": step, **row})
+        noted = {"warnings": warnings} if warnings else {}
+        self._file.write(json.dumps({"step": step, **row, **noted}, allow_nan=False) + "\n")
+        self._show(values, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log({"step": step, **values})
+        for text in warnings:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+            self._events.add_text("warnings", text, step)
 
     def flush(self) -> None:
         """Return once the rows are on disk: before a checkpoint that counts on them."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
+
+    def _show(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
 
 
 class MetricsReader:
@@ -100,7 +122,6 @@ class MetricsReader:
         self._every, self._directory, self._best = every, directory, best
         self._meter: Meter | None = None
         self._waiting: list[tuple[int, Mapping[str, Array]]] = []
-        self._watch = Watch()
         self._values: list[float] = []
 
     def count(self, step: int, state: TrainState, batch: PyTree) -> None:
@@ -108,13 +129,6 @@ class MetricsReader:
         if self._log is not None:
             meter = self._throughput.start(state, batch) if self._meter is None else self._meter
             self._meter = self._throughput.count(meter, step, batch)
-
-    def note(self, step: int, figures: Mapping[str, float]) -> None:
-        """A row of figures that were measured between steps, on disk at once. The time that took is not training's."""
-        self._meter = None
-        if self._log is not None:
-            self._log.write(step, figures)
-            self._log.flush()
 
     def take(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Keep the metrics of a step that is dispatched; read those before it if the last of them makes a row.
@@ -151,11 +165,7 @@ class MetricsReader:
             self._values.append(float(values[self._best]))
         if self._log is not None and self._meter is not None and step % self._every == 0:
             self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
-            row = {name: float(x) for name, x in values.items() if not name.startswith("finite")}
-            row |= margin_shares(row)
-            self._log.write(step, row | speed)
-            for warning in self._watch.see(step, row):
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            self._log.write(step, {name: x for name, x in values.items() if not name.startswith("finite")} | speed)
         if self._report is not None:
             self._report(step + 1, f"loss {float(values['loss']):.4f}")
 
@@ -177,23 +187,39 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _wandb_run(project: str, directory: Path) -> Any:
-    """The run of that directory, the same at every start."""
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"the metrics are to go to the project {project!r} of Weights & Biases, which is not installed: "
-            "`pip install wandb`, or leave wandb out"
-        ) from None
-    own = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    return wandb.init(project=project, dir=str(directory), name=directory.name, id=own, resume="allow")
+def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
+    """Keep the rows of the steps before `start`, and what was evaluated at it: the kept ones.
 
-
-def _truncate(path: Path, start: int) -> None:
+    At step 0 nothing is saved that would tell the rows of another run from this one's.
+    """
     if not path.exists():
-        return
-    rows = [row for row in read_metrics(path) if row["step"] < start]
+        return []
+    kept = 0 if start == 0 else start + 1
+    rows = [row for row in read_metrics(path) if row["step"] < (kept if _evaluated(row) else start)]
     shorter = path.with_suffix(".tmp")
     shorter.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     shorter.replace(path)
+    return rows
+
+
+def _evaluated(row: Iterable[str]) -> bool:
+    return any(name.startswith(EVALUATED) for name in row)
+
+
+def _start_wandb(directory: Path, settings: Mapping[str, Any]) -> Any:
+    """A run of Weights & Biases, the same one whenever the directory's run goes on."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "Weights & Biases was asked for, but wandb is not installed: pip install wandb, or leave it out"
+        ) from error
+    name = directory / "wandb-id"
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    own = {"dir": str(directory), "id": name.read_text(encoding="utf-8"), "resume": "allow"}
+    run = wandb.init(**{**own, **settings})
+    # Steps are a metric of their own: wandb's own count takes no row of a step before its last one.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -118,6 +118,11 @@ class SystemOptimizer:
             leaves[key], states[key] = _advance(component, clipped, opt_state[key], trained[key])
         return leaves, states, norms
 
+    def clipped(self, norms: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+        """`{params_key: 1 where the clip shortened a gradient of this norm, else 0}` of the components with a clip."""
+        limits = {key: component.clip_norm for key, component in self._active()}
+        return {key: (norms[key] > limit).astype(jnp.float32) for key, limit in limits.items() if limit is not None}
+
     def _active(self) -> list[tuple[str, ComponentOptimizer]]:
         return [(key, component) for key, component in self.components if component.mode != "frozen"]
 

@@ -107,7 +107,7 @@ def create_state(
     _warn_of_coarse(optimizer, trained)
     slots = jax.tree.map(lambda leaf: leaf.sharding, plan.opt_state)
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)),
+        step=_place(jnp.zeros((), jnp.int32), replicated(mesh)),
         params=combine(trained, partition(fixed, mask)[1]),
         reference={
             key: None if tree is None else jax.tree.map(_in_dtype, fixed[key], tree)

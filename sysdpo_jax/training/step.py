@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.objectives.preference import margin_shares
 from sysdpo_jax.training.optimizer import SystemOptimizer, combine
 from sysdpo_jax.training.sharding import (
     BATCH_SPEC,
@@ -58,10 +59,9 @@ class TrainStep:
     """One update of every trained component; its placement is that of the first state it sees.
 
     The old state is consumed. The objective's key is `fold_in(key, state.step)`: pass the same key every time.
-    Metrics, all scalars: loss; the objective's own; grad_norm/<params_key> before clipping, and clipped/<params_key>, 1
-    where it was clipped; finite (True when the state
-    advanced); finite/<node> (False for a node whose term rewards/margins/<node> is not finite or, where all terms are,
-    whose component's gradient is not).
+    Metrics, all scalars: loss; the objective's own; margin_share/<node>; grad_norm/<params_key> before clipping;
+    clipped/<params_key>, 1 where it was clipped; finite (True when the state advanced); finite/<node> (False for a node
+    whose term rewards/margins/<node> is not finite or, where all terms are, whose component's gradient is not).
     """
 
     def __init__(
@@ -139,13 +139,9 @@ class TrainStep:
         good = finite & proceed
         new = Carry(carry.step + 1, trained, opt_state, ema)
         kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, carry)
-        limits = {name: component.clip_norm for name, component in self.optimizer.components}
-        metrics = {"loss": loss} | metrics | {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        metrics |= {
-            f"clipped/{name}": (norm > limit).astype(jnp.float32)
-            for name, norm in norms.items()
-            if (limit := limits[name]) is not None
-        }
+        metrics = {"loss": loss} | metrics | margin_shares(metrics)
+        metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        metrics |= {f"clipped/{name}": value for name, value in self.optimizer.clipped(norms).items()}
         return kept, metrics | {"finite": good} | self._finite_nodes(metrics)
 
     def _gradients(

@@ -53,8 +53,9 @@ class Meter(NamedTuple):
 class Throughput:
     """Counts what a run does between two rows of metrics. mesh: that of the step.
 
-    Speeds are of all devices together, over all the time between two rows: making batches and saving included. Both
-    sides of a pair count. Of several processes each counts its own rows and takes the others' to be like them.
+    Speeds are of all devices together, over all the time between two rows: making batches, saving and evaluating
+    included. Both sides of a pair count. Of several processes each counts its own rows and takes the others' to be like
+    them.
     """
 
     system: CompoundSystem

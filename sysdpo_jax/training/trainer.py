@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import grain
 import jax
@@ -22,17 +22,17 @@ from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.identity import as_text, describe
-from sysdpo_jax.training.metrics import MetricsLog, MetricsReader, NonFiniteError
+from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.preemption import Asked, Preempted, stop_requests
+from sysdpo_jax.training.profiling import Profile
 from sysdpo_jax.training.progress import ProgressFactory, progress
 from sysdpo_jax.training.search import IntermediateSearch, SearchedBatches
 from sysdpo_jax.training.state import TrainState
-from sysdpo_jax.training.step import PROCEED, Metrics, Objective, TrainStep, make_train_step
+from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_step
 from sysdpo_jax.training.throughput import Throughput
 from sysdpo_jax.typing import Params
 
-T = TypeVar("T")
 # What gives the batch of a step, see `Trainer.fit`.
 BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | grain.MapDataset[Any]
 
@@ -44,12 +44,12 @@ class Trainer:
     mesh: the one the state was created on. accumulate: parts of a batch, see `make_train_step`. checkpoint_every: steps
     between checkpoints, of which the newest `keep` are kept; the last step is always saved. best: a metric and "min" or
     "max", such as ("rewards/accuracies", "max"): the checkpoint with the best mean of it over the steps read since the
-    one before is kept too; so is that of the best evaluation. log_every: steps between rows of metrics; the host waits
-    for the device at no other step. evaluation: see `Evaluation`; it takes the place of `best`. wandb: project of
-    Weights & Biases that gets the metrics too, which needs the package of that name.
+    one before is kept too; of a metric "eval/<name>" the one with the best such figure. evaluation: what measures them,
+    see `Evaluation`; the state that it measures is saved, and it may change when the run resumes.
+    log_every: steps between rows of metrics; the host waits for the device at no other step but to evaluate and save.
     config: JSON values of the experiment (learning rates, data); like objective, system and optimiser they must be the
     same when the run resumes. progress: shows the bar. profile: (first, last), the steps first ... last - 1 are traced
-    by jax.profiler into profile/.
+    by jax.profiler into profile/. wandb: see `MetricsLog`; the config goes there too.
     """
 
     system: CompoundSystem
@@ -66,11 +66,11 @@ class Trainer:
     progress: ProgressFactory = progress
     profile: tuple[int, int] | None = None
     evaluation: Evaluation | None = None
-    wandb: str | None = None
+    wandb: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.best is not None and self.evaluation is not None and self.evaluation.best is not None:
-            raise ValueError("Trainer: the best checkpoint is chosen by `best` or by the evaluation's, not by both")
+        if self.evaluation is None and self._best_evaluated:
+            raise ValueError(f"best {self.best} is a figure of an evaluation: give the Trainer one")
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise ValueError(f"profile {self.profile} must be (first, last) with 0 <= first < last")
 
@@ -89,7 +89,7 @@ class Trainer:
     ) -> TrainState:
         """Train until `steps` updates are made in all, from the newest checkpoint of the directory if there is one.
 
-        Ends before that where the evaluation's patience is at an end.
+        Fewer are made, as the state's step says, where the evaluation's `stop_on` ends the training.
 
         state: from `create_state` (consumed); a resumed run must be given the same initial parameters.
         batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or a Grain
@@ -99,10 +99,11 @@ class Trainer:
         SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
         are saved and `Preempted` is raised, which ends the script with exit code 0; so does Ctrl-C with
         `KeyboardInterrupt`, in one process. See `stop_requests`.
-        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch or an evaluation
-        raises after saving, in one process, the state before it; `CheckpointMismatchError` when the directory belongs
-        to another run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume`
-        is False and the directory holds a checkpoint.
+        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving,
+        in one process, the state before that batch; `CheckpointMismatchError` when the directory belongs to another
+        run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume` is False
+        and the directory holds a checkpoint; what an evaluation raises (`EvaluationError`, see `Evaluation`), whose
+        state is saved.
         """
         with stop_requests(Path(self.directory).absolute() / "checkpoints") as asked:
             state, done = self._fit(state, batch_at, steps, key, resume, asked)
@@ -121,11 +122,7 @@ class Trainer:
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"
-        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self._best)
-
-    @property
-    def _best(self) -> Best | None:
-        return self.evaluation.best if self.evaluation is not None and self.evaluation.best is not None else self.best
+        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best)
 
     def _fit(
         self,
@@ -142,15 +139,12 @@ class Trainer:
             state = _start(checkpoints, state, steps, resume)
             done = int(state.step)
             rank_zero = jax.process_index() == 0
-            evaluator = None
-            if self.evaluation is not None:
-                evaluator = Evaluator(self.evaluation, Path(self.directory), done)
-            log = stack.enter_context(MetricsLog(self.directory, done, self.wandb)) if rank_zero else None
+            log = stack.enter_context(MetricsLog(self.directory, done, self._wandb())) if rank_zero else None
             report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
-            best = None if self.best is None else self.best[0]
+            best = None if self.best is None or self._best_evaluated else self.best[0]
             throughput = Throughput(self.system, self.optimizer, self.step.mesh)
             reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best)
-            profile = _Profile(self.profile if rank_zero else None, Path(self.directory) / "profile")
+            profile = Profile(self.profile if rank_zero else None, Path(self.directory) / "profile")
             stack.callback(profile.close)
             batch_of, forget = self._source(batch_at, done, steps, stack)
 
@@ -164,36 +158,25 @@ class Trainer:
                 # The save has waited for the one before it, so that `oldest` is not all there is.
                 forget(oldest)
 
+            evaluation = self.evaluation
+            evaluator = None if evaluation is None else Evaluator(evaluation, self.best, log, steps)
+
+            def ends() -> bool:
+                return evaluator is not None and evaluator.ends(done, state.params, checkpoints, checkpoint)
+
             proceed: Array | np.bool_ = PROCEED
-
-            def saving(function: Callable[..., T], *args: Any) -> T:
-                """The function's result; what has been made until now is saved before an error of its leaves."""
-                try:
-                    return function(*args)
-                except Exception:
-                    reader.settle()
-                    # Other processes, which met no error, would not join.
-                    if jax.process_count() == 1:
-                        save()
-                    raise
-
-            def evaluate() -> bool:
-                """Whether to go on."""
-                if evaluator is None or not evaluator.due(done, steps):
-                    return True
-                reader.settle()
-                figures, deciding = saving(evaluator.measure, done, state.params)
-                reader.note(done, figures)
-                if deciding is not None:
-                    oldest = checkpoints.oldest
-                    checkpoints.save(state, deciding)
-                    forget(oldest)
-                return not evaluator.exhausted
-
             try:
                 stop = asked(done)
-                while stop is None and evaluate() and done < steps:
-                    batch = saving(batch_of, done, state.params)
+                ended = stop is None and ends()
+                while done < steps and stop is None and not ended:
+                    try:
+                        batch = batch_of(done, state.params)
+                    except Exception:
+                        reader.settle()
+                        # Other processes, which have their batches, would not join.
+                        if jax.process_count() == 1:
+                            save()
+                        raise
                     reader.count(done, state, batch)
                     profile.before(done)
                     state, metrics = self.step(state, batch, key, proceed)
@@ -204,11 +187,19 @@ class Trainer:
                     stop = asked(done)
                     if done % self.checkpoint_every == 0:
                         checkpoint()
+                    ended = stop is None and ends()
                 checkpoint()
             except NonFiniteError:
                 save()
                 raise
         return state, done
+
+    @property
+    def _best_evaluated(self) -> bool:
+        return self.best is not None and self.best[0].startswith(EVALUATED)
+
+    def _wandb(self) -> Mapping[str, Any] | None:
+        return None if self.wandb is None else {"config": dict(self.config), **self.wandb}
 
     def _source(
         self, batch_at: BatchSource, start: int, steps: int, stack: ExitStack
@@ -246,29 +237,6 @@ def _describe_batches(batch_at: BatchSource) -> dict[str, str]:
     if not isinstance(batch_at, SearchedBatches):
         return {}
     return {**describe("batches", batch_at), "records": batch_at.fingerprint()}
-
-
-class _Profile:
-    """Traces the steps [first, last) with jax.profiler."""
-
-    def __init__(self, steps: tuple[int, int] | None, directory: Path):
-        self._steps, self._directory, self._running = steps or (0, 0), directory, False
-
-    def before(self, step: int) -> None:
-        first, last = self._steps
-        if not self._running and first <= step < last:
-            jax.profiler.start_trace(self._directory)
-            self._running = True
-
-    def after(self, step: int, metrics: Metrics) -> None:
-        if self._running and step + 1 == self._steps[1]:
-            jax.block_until_ready(metrics)
-            self.close()
-
-    def close(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
 
 
 def _start(checkpoints: Checkpoints, state: TrainState, steps: int, resume: bool) -> TrainState:

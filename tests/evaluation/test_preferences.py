@@ -6,6 +6,7 @@ import pytest
 from sysdpo_jax.evaluation import (
     Estimate,
     clustered_mean,
+    interval_figures,
     order_consistency,
     paired_difference,
     preference_score,
@@ -77,6 +78,15 @@ def test_paired_difference_is_free_of_what_both_runs_share():
     shared, clusters = draw.normal(size=40), np.arange(40) % 10
     estimate = paired_difference(shared + 0.25, shared, clusters)
     np.testing.assert_allclose([estimate.value, estimate.standard_error], [0.25, 0.0], atol=1e-12)
+
+
+def test_the_interval_holds_the_truth_19_times_in_20():
+    """4000 means of 200 coins: 1% is three standard errors of that share."""
+    rng = np.random.default_rng(1)
+    estimates = [clustered_mean(values, np.arange(200)) for values in rng.binomial(1, 0.6, (4000, 200)).astype(float)]
+    figures = [interval_figures("eval", estimate) for estimate in estimates]
+    assert figures[0]["eval"] == estimates[0].value
+    assert np.mean([f["eval/low"] <= 0.6 <= f["eval/high"] for f in figures]) == pytest.approx(0.95, abs=0.01)
 
 
 def test_win_rate_counts_a_tie_as_half():

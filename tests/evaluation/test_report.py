@@ -21,6 +21,8 @@ from sysdpo_jax.evaluation import (
     console_table,
     learning_figures,
     markdown_table,
+    run_figures,
+    run_warnings,
     write_report,
 )
 from sysdpo_jax.evaluation.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, html_figure, ticks
@@ -211,9 +213,43 @@ def test_learning_figures_leave_out_what_no_run_has():
         "loss", "accuracy", "margin", "margin by node, b"]  # fmt: skip
 
 
+def test_a_run_is_shown_with_its_splits_its_evaluations_and_their_bands():
+    made = [row | {"grad_norm/lm": 1.0, "margin_share/answer": 0.6, "drift/kl/answer": 0.1} for row in rows()]
+    ends = {"eval/win_rate/low": 0.4, "eval/win_rate/high": 0.7}
+    made.insert(4, {"step": 4, "eval/win_rate": 0.55, "eval/length": 9.0} | ends)
+    made.append({"step": 10, "eval/win_rate": 0.6, "eval/length": 8.0} | ends)
+    figures = {figure.title: [curve.name for curve in figure.curves] for figure in run_figures(made)}
+    assert figures == {
+        "loss": ["loss"], "accuracy": ["accuracy"], "margin": ["margin"],
+        "eval/win_rate": ["eval/win_rate"], "eval/length": ["eval/length"], "margin by node": ["answer", "images"],
+        "share of the margin by node": ["answer"], "drift by node: KL estimate (nats)": ["answer"],
+        "gradient norm by component": ["lm"],
+    }  # fmt: skip
+    win_rate, length = run_figures(made)[3:5]
+    assert win_rate.curves[0] == Curve("eval/win_rate", (4, 10), (0.55, 0.6), ((0.4, 0.4), (0.7, 0.7)))
+    assert length.curves[0].band is None
+    # The band runs from the first step to the last along the upper ends, and back along the lower ones.
+    [outline] = [dict(a)["d"] for tag, a in Page(html_figure(win_rate)).tags if "band" in a.get("class", "")]
+    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML]([\d.]+) ([\d.]+)", outline)][1:]
+    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    np.testing.assert_allclose(points, [(left, top), (right, top), (right, bottom), (left, bottom)], atol=0.05)
+    compared = learning_figures({"a": made, "b": rows()})
+    assert [[curve.name for curve in f.curves] for f in compared if f.title == "eval/win_rate"] == [["a"]]
+
+
+def test_warnings_of_a_run_are_told(tmp_path):
+    texts = run_warnings(
+        [{"step": 0}, {"step": 1, "warnings": ["first <b>", "second"]}, {"step": 2, "warnings": ["x"]}]
+    )
+    assert texts == ("first <b>", "second", "x")
+    _, page = page_of(Report("t", "", warnings=texts), tmp_path)
+    assert page.text[-3:] == list(texts)
+
+
 def test_a_curve_needs_a_step_for_each_value():
-    with pytest.raises(ValueError, match="curve 'c' has 1 steps and 2 values"):
-        Curve("c", (1,), (1.0, 2.0))
+    for values, band in (((1.0, 2.0), None), ((1.0,), ((0.5, 0.5), (1.5,)))):
+        with pytest.raises(ValueError, match="curve 'c' has 1 steps and 2 values"):
+            Curve("c", (1,), values, band)
 
 
 def drawn(system):

@@ -105,6 +105,9 @@ def test_diffusion_errors_of_policy_and_reference_are_metrics():
         # Constant weight 50,000 (arXiv 2311.12908): minus half of it, times the error, summed over two pictures.
         expected = np.mean([side["image"] for side in sides]) / (-25_000.0 * 2)
         np.testing.assert_allclose(metrics[f"mse/image/{model}"], expected, rtol=1e-4)
+    rise = metrics["mse/image/policy"] - metrics["mse/image/reference"]
+    np.testing.assert_allclose(metrics["drift/mse/image"], rise, atol=1e-6)
+    assert "drift/kl/image" not in metrics
 
 
 def test_sft_adds_the_winners_log_probability():

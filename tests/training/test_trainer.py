@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from sysdpo_jax import DirectObjective, epoch_batches
 from sysdpo_jax.training import (
@@ -23,23 +22,8 @@ from sysdpo_jax.training.checkpoints import CorruptCheckpointError
 from sysdpo_jax.training.identity import describe, fingerprints
 from tests.training.systems import CHAIN, pairs, trained_rows
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 KEY = jax.random.key(3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every trainer compiles its step: from the cache on disk in a fraction of the time."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
 
 
 OPTIMIZER = make_optimizer(
