@@ -13,6 +13,7 @@ import pytest
 import sysdpo_jax as sj
 from experiments import make_pairs, rollout, score
 from experiments.own.judge import Judge
+from experiments.own.loading import identity
 from experiments.own.runs_file import read_lines, read_runs
 from tests.data.test_preferences import PAINTER
 
@@ -132,6 +133,19 @@ def test_prompts_that_were_edited_are_others(files, capsys):
     (files / "prompts.txt").write_text("one\ntwo\nthree\nfour\nsix\n")
     assert "another prompts" in failure(capsys, lambda: roll_out(files))
     assert (files / "runs.jsonl").read_bytes() == text
+
+
+def test_a_system_is_its_configuration_and_newest_checkpoint(tmp_path):
+    """Runs of a policy that has trained on are not mixed with those before."""
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    seen = {identity(str(tmp_path)), identity(str(tmp_path / "config.yaml"))}
+    for name in ("10", "9", "20.corrupt-1", "20"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        seen.add(identity(str(tmp_path)))
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    seen |= {identity(str(tmp_path)), identity(str(tmp_path / "config.yaml"))}
+    assert len(seen) == 6
+    assert identity("package:function") == "package:function"
 
 
 def test_prompts_that_a_component_refuses_are_named_and_may_be_mended(files, capsys):
