@@ -3,9 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+
 import sysdpo_jax as sj
 from experiments.own.appended import digest
-from experiments.own.config import ConfigError, TrainConfig, read_config
+from experiments.own.config import ConfigError, MeshConfig, TrainConfig, read_config
 from experiments.own.evaluation import make_evaluation
 from experiments.own.importing import import_object
 from experiments.own.run import CONFIG, Run, assemble, make_batches, make_trainer, read_preferences
@@ -14,9 +16,17 @@ from sysdpo_jax.typing import Params
 
 
 def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
-    """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else."""
-    path = Path(spec)
+    """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
+
+    Of several processes each has the whole system of a YAML file on its own devices, to sample at its own pace.
+    """
+    path, alone = Path(spec), jax.process_count() == 1
     if path.is_dir():
+        if not alone:
+            raise ConfigError(
+                f"{spec}: the folder of a run is sampled in one process; or export it, and name the exported models "
+                "in a YAML file"
+            )
         run = assemble(read_config(path / CONFIG, TrainConfig))
         return run.system, restored(run)[0]
     if not path.exists() and ":" in spec:
@@ -24,7 +34,8 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
         return system, params
     config = read_config(path, TrainConfig)
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
-    mesh = sj.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
+    mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
     return build_system(replace(config, system=replace(config.system, components=components)), mesh)
 
 
