@@ -7,26 +7,25 @@ every other of a lower score. The output is what experiments.train reads; paths 
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
 
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError
-from experiments.own.runs_file import Run, read_lines
-from sysdpo_jax.data.rollouts import Pairs, preferred
+from experiments.own.runs_file import Run, moved, read_lines, run_lines
+from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 
 
 @dataclass(frozen=True)
 class Config:
     """runs, scores: files of experiments.rollout and experiments.score. min_margin: smallest difference of scores kept.
 
-    Ties are dropped: a preference between equals would teach noise.
+    ties: of equal scores. Dropped by default: a preference between equals teaches noise. Kept, their order is that in
+    which the runs were made, which is a fair coin: train on them with label smoothing.
     """
 
     runs: tuple[Path, ...]
@@ -34,29 +33,37 @@ class Config:
     output: Path
     pairs: Pairs = "best_worst"
     min_margin: float = 0.0
+    ties: Ties = "drop"
 
 
 def make_pairs(config: Config) -> str:
-    """Write the preferences. Returns the counts in words. Raises `ConfigError` naming a run without a score, or two."""
+    """Write the preferences. Returns the counts in words.
+
+    Raises `ConfigError` naming a run without a score, a score without a run, and either that is there twice.
+    """
     scores = _scores(config.scores)
     groups: dict[str, list[tuple[float, Run]]] = {}
     ids: set[str] = set()
     for path in config.runs:
-        for run in read_lines(path):
-            name = run.get("id")
+        for run in run_lines(path):
+            name = run["id"]
             if name in ids:
                 raise ConfigError(f"{path}: the run {name!r} is there twice: give every file of runs once")
             if name not in scores:
                 raise ConfigError(f"{path}: the run {name!r} has no score: score these runs first")
-            ids.add(str(name))
-            moved = {part: _moved(run[part], path, config.output) for part in ("inputs", "outputs")}
-            groups.setdefault(json.dumps(run["inputs"], sort_keys=True), []).append((scores[str(name)], moved))
-    lines, lone = [], 0
+            ids.add(name)
+            sides = {part: moved(run[part], path, config.output) for part in ("inputs", "outputs")}
+            groups.setdefault(json.dumps(run["inputs"], sort_keys=True), []).append((scores[name], sides))
+    left = next((name for name in scores if name not in ids), None)
+    if left is not None:
+        raise ConfigError(f"the score of {left!r} is of no run in --runs: give all files of runs that were scored")
+    lines, lone, tied = [], 0, 0
     for group in groups.values():
         values = np.array([value for value, _ in group], np.float64)
-        chosen = preferred(values, config.pairs, config.min_margin)
+        chosen = preferred(values, config.pairs, config.min_margin, config.ties)
         lone += not chosen
         for better, worse in chosen:
+            tied += values[better] == values[worse]
             first, second = group[better][1], group[worse][1]
             lines.append({"inputs": first["inputs"], "chosen": first["outputs"], "rejected": second["outputs"]})
     if not lines:
@@ -65,7 +72,8 @@ def make_pairs(config: Config) -> str:
     partial = config.output.with_suffix(".partial")
     partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     partial.replace(config.output)
-    return f"{config.output}: {len(lines)} preferences of {len(groups)} prompts, {lone} of which have none"
+    ties = f" ({tied} ties)" if config.ties == "keep" else ""
+    return f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of which have none"
 
 
 def _scores(paths: tuple[Path, ...]) -> dict[str, float]:
@@ -79,17 +87,6 @@ def _scores(paths: tuple[Path, ...]) -> dict[str, float]:
                 raise ConfigError(f"{path}: the run {row['id']!r} has two scores: give every file of scores once")
             scores[str(row.get("id"))] = float(value)
     return scores
-
-
-def _moved(value: Any, source: Path, target: Path) -> Any:
-    """Values with the paths of images beside `source` as they are seen from `target`."""
-    if isinstance(value, dict):
-        return {name: _moved(item, source, target) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_moved(item, source, target) for item in value]
-    if isinstance(value, str) and value.startswith(f"{source.stem}_images/"):
-        return os.path.relpath(source.parent / value, target.parent)
-    return value
 
 
 def main(arguments: list[str]) -> None:

@@ -4,24 +4,26 @@
 
 `--system` is the YAML file of a run, the folder of a run that has trained (its newest checkpoint), or "module:function"
 of a function that returns (system, parameters). Prompts: objects with the system's inputs, or a .txt file. Every line
-of the output is {"id", "inputs", "outputs"}; images lie beside it. Given again, the command makes what is missing.
-Several processes, found as in training, write a file each and make the same runs as one.
+of the output is {"id", "inputs", "outputs"}; images lie beside it. Given again, the command makes what is missing; a
+file of another system, other prompts or another seed is refused. Several processes, found as in training, write a file
+each and make the same runs as one.
 """
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import tyro
 
 import sysdpo_jax as sj
+from experiments.own.appended import AppendedFile, digest
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError
-from experiments.own.loading import load_system
+from experiments.own.loading import identity, load_system
 from experiments.own.prompts import read_prompts
-from experiments.own.runs_file import append_lines, as_row, count_lines, keep_lines
+from experiments.own.runs_file import as_row
+from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.training import Board
 
@@ -47,12 +49,12 @@ def roll_out(config: Config) -> Path:
         raise ConfigError(f"samples {config.samples} and chunk {config.chunk} must be at least 1")
     index, count = jax.process_index(), jax.process_count()
     path = config.output if count == 1 else _shard(config.output, index, count)
-    _claim(path, config)
+    file = AppendedFile(path, _about(config))
     system, params = load_system(config.system)
     prompts = read_prompts(config.prompts, system)
     mine = range(0, len(prompts), config.chunk)[index::count]
     sizes = [config.samples * len(prompts[start : start + config.chunk]) for start in mine]
-    done = _whole_chunks(path, sizes)
+    done = _whole_chunks(file, sizes)
     images, key = ImageFiles(path), jax.random.key(config.seed)
     with Board() as board, board.phase("runs", sum(sizes[:done]), sum(sizes)) as report:
         for place in range(done, len(sizes)):
@@ -60,9 +62,15 @@ def roll_out(config: Config) -> Path:
             part = prompts[start : start + config.chunk]
             # The draws of a chunk depend on its first prompt's number alone: not on what was made before, or where.
             own = jax.random.fold_in(key, start)
-            runs = sj.rollout(system, params, part, own, config.samples, config.chunk * config.samples)
+            try:
+                runs = sj.rollout(system, params, part, own, config.samples, config.chunk * config.samples)
+            except RecordError as error:
+                # Its rows are those of the chunk, samples included.
+                raise RecordError(
+                    f"{config.prompts}, among prompts {start + 1} to {start + len(part)}: {error}"
+                ) from error
             names = [f"{start + number // config.samples}-{number % config.samples}" for number in range(len(runs))]
-            append_lines(path, [as_row(system, run, name, images) for run, name in zip(runs, names, strict=True)])
+            file.append([as_row(system, run, name, images) for run, name in zip(runs, names, strict=True)])
             report(sum(sizes[: place + 1]), "")
     return path
 
@@ -71,30 +79,25 @@ def _shard(path: Path, index: int, count: int) -> Path:
     return path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
 
 
-def _claim(path: Path, config: Config) -> None:
-    """A file holds the runs of one configuration. Raises `ConfigError` where it is another's."""
-    about = {name: str(value) for name, value in asdict(config).items() if name != "output"}
-    note = path.with_suffix(".json")
-    if note.exists():
-        noted = json.loads(note.read_text(encoding="utf-8"))
-        differing = [name for name, value in about.items() if noted.get(name) != value]
-        if differing:
-            raise ConfigError(
-                f"{path} holds runs with another {', '.join(differing)} (see {note}): name another output"
-            )
-    elif path.exists():
-        raise ConfigError(f"{path} exists, and nothing says which runs it holds: name another output")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+def _about(config: Config) -> dict[str, str]:
+    """What the runs depend on."""
+    if not config.prompts.is_file():
+        raise ConfigError(f"{config.prompts} does not exist")
+    return {
+        "system": identity(config.system),
+        "prompts": digest(config.prompts),
+        "samples": str(config.samples),
+        "chunk": str(config.chunk),
+        "seed": str(config.seed),
+    }
 
 
-def _whole_chunks(path: Path, sizes: list[int]) -> int:
+def _whole_chunks(file: AppendedFile, sizes: list[int]) -> int:
     """How many chunks the file holds; what is there of another one is cut off."""
-    lines, done = count_lines(path), 0
+    lines, done = file.count(), 0
     while done < len(sizes) and lines >= sum(sizes[: done + 1]):
         done += 1
-    if path.exists():
-        keep_lines(path, sum(sizes[:done]))
+    file.cut(sum(sizes[:done]))
     return done
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError, TrainConfig, read_config
+from experiments.own.appended import digest
+from experiments.own.config import ConfigError, MeshConfig, TrainConfig, read_config
 from experiments.own.evaluation import make_evaluation
 from experiments.own.importing import import_object
 from experiments.own.run import CONFIG, Run, assemble, make_batches, make_trainer, read_preferences
@@ -15,11 +16,17 @@ from sysdpo_jax.typing import Params
 
 
 def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
-    """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else."""
-    path = Path(spec)
+    """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
+
+    Of several processes each has the whole system of a YAML file on its own devices, to sample at its own pace.
+    """
+    path, alone = Path(spec), jax.process_count() == 1
     if path.is_dir():
-        if jax.process_count() > 1:
-            raise ConfigError(f"{path}: checkpoints are read in one process here; export the run, and name its models")
+        if not alone:
+            raise ConfigError(
+                f"{spec}: the folder of a run is sampled in one process; or export it, and name the exported models "
+                "in a YAML file"
+            )
         run = assemble(read_config(path / CONFIG, TrainConfig))
         return run.system, restored(run)[0]
     if not path.exists() and ":" in spec:
@@ -27,9 +34,18 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
         return system, params
     config = read_config(path, TrainConfig)
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
-    # Every process samples by itself.
-    mesh = sj.make_mesh(fsdp=None, devices=jax.local_devices())
+    sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
+    mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
     return build_system(replace(config, system=replace(config.system, components=components)), mesh)
+
+
+def identity(spec: str) -> str:
+    """What tells two systems apart: the configuration, the newest checkpoint of a folder, a function's name."""
+    path = Path(spec)
+    if not path.is_dir():
+        return digest(path) if path.exists() else spec
+    steps = [int(file.name) for file in (path / "checkpoints").glob("*") if file.name.isdigit()]
+    return f"{digest(path / CONFIG)} step {max(steps, default=None)}"
 
 
 def restored(run: Run, best: bool = False) -> tuple[Params, int]:

@@ -21,7 +21,11 @@ def read_prompts(path: str | Path, system: sj.CompoundSystem) -> list[dict[str, 
             )
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            # Not splitlines: a prompt may hold what that takes for ends of lines.
+            texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
         rows = [{system.inputs[0]: text} for text in texts if text]
     else:
         rows = list(read_lines(path))

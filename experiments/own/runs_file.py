@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import numpy as np
 
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError
+from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
+from sysdpo_jax.data.rows import json_lines
 from sysdpo_jax.data.saving import ImageFiles, as_json
 
 Run = dict[str, Any]
+# How `ImageFiles` names an image. Not by the file of runs: that may be renamed, or joined from those of processes.
+IMAGE = re.compile(r"[^/\n]+_images/[^/\n]+\.png")
 
 
 def as_row(system: sj.CompoundSystem, run: Mapping[str, Any], name: str, images: ImageFiles) -> Run:
@@ -40,46 +45,31 @@ def write_runs(
 
 def read_runs(path: Path) -> list[Run]:
     """The runs of a file; images are arrays in [0, 1]. Raises `ConfigError` naming file and line."""
-    return [_with_images(row, path) for row in read_lines(path)]
+    return [with_images(run, path) for run in run_lines(path)]
+
+
+def run_lines(path: Path) -> Iterator[Run]:
+    """The runs of a file one after the other; images are paths, from its folder.
+
+    Raises `ConfigError` naming the file and the line that is no run.
+    """
+    for number, run in enumerate(read_lines(path), 1):
+        for field, kind, what in (("id", str, "a text"), ("inputs", dict, "an object"), ("outputs", dict, "an object")):
+            if not isinstance(run.get(field), kind):
+                raise ConfigError(
+                    f"{path}, run {number}: the field {field!r} must be {what}: give a file of experiments.rollout"
+                )
+        yield run
 
 
 def read_lines(path: Path) -> Iterator[Run]:
     """The objects of a file of lines. Raises `ConfigError` naming file and line for what is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number}: no object")
-            yield row
-
-
-def append_lines(path: Path, rows: Sequence[Run]) -> None:
-    """Add whole lines, on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(f"{json.dumps(row)}\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def keep_lines(path: Path, number: int) -> None:
-    """Cut the file after so many lines: what a killed process left of more is made again."""
-    lines = path.read_bytes().splitlines(keepends=True)[:number]
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(lines))
-    partial.replace(path)
-
-
-def count_lines(path: Path) -> int:
-    """The whole lines of a file, 0 where there is none."""
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist")
+    for number, row in json_lines(path):
+        if isinstance(row, RecordError):
+            raise ConfigError(f"{path}, line {number}: {row}")
+        yield row
 
 
 def values_of(run: Run) -> dict[str, Any]:
@@ -87,18 +77,27 @@ def values_of(run: Run) -> dict[str, Any]:
     return {**run["inputs"], **run["outputs"]}
 
 
-def _with_images(row: Run, path: Path) -> Run:
-    for part in ("inputs", "outputs"):
-        if not isinstance(row.get(part), dict):
-            raise ConfigError(f"{path}: the run {row.get('id')!r} has no {part}: give a file of experiments.rollout")
-    return row | {part: _opened(row[part], path) for part in ("inputs", "outputs")}
+def with_images(run: Run, path: Path) -> Run:
+    """The run of the file at `path` with arrays for the paths of images. Raises `ConfigError` naming the run."""
+
+    def opened(value: str) -> Any:
+        try:
+            return np.asarray(read_image(path.parent / value, 0))
+        except RecordError as error:
+            raise ConfigError(f"{path}, run {run['id']}: {str(error).replace(' in row 0', '')}") from None
+
+    return run | {part: _mapped(opened, run[part]) for part in ("inputs", "outputs")}
 
 
-def _opened(value: Any, path: Path) -> Any:
+def moved(value: Any, source: Path, target: Path) -> Any:
+    """A value of the file `source` with the paths of images as a file at `target` has them."""
+    return _mapped(lambda path: os.path.relpath(source.parent / path, target.parent), value)
+
+
+def _mapped(change: Callable[[str], Any], value: Any) -> Any:
+    """The value with what `change` makes of the paths of images in it."""
     if isinstance(value, dict):
-        return {name: _opened(item, path) for name, item in value.items()}
+        return {name: _mapped(change, item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_opened(item, path) for item in value]
-    if isinstance(value, str) and value.startswith(f"{path.stem}_images/"):
-        return np.asarray(read_image(path.parent / value, 0))
-    return value
+        return [_mapped(change, item) for item in value]
+    return change(value) if isinstance(value, str) and IMAGE.fullmatch(value) else value

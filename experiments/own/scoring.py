@@ -13,7 +13,13 @@ Scorer = Callable[[Mapping[str, Any]], float]
 
 def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
     """The run's score. name: its id, for errors. Raises `ConfigError` for a score that is no finite number."""
-    score = scorer(run)
+    try:
+        score = scorer(run)
+    except ConfigError as error:
+        raise ConfigError(f"run {name}: {error}") from None
+    except Exception as error:
+        error.add_note(f"while scoring run {name}")
+        raise
     try:
         number = float(score)
     except (TypeError, ValueError):

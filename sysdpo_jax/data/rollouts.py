@@ -12,6 +12,7 @@ from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.typing import Params, Record
 
 Pairs = Literal["best_worst", "all"]
+Ties = Literal["drop", "keep"]
 
 
 def rollout(
@@ -45,13 +46,15 @@ def make_pairs(
     group: int,
     min_margin: float = 0.0,
     pairs: Pairs = "best_worst",
+    ties: Ties = "drop",
 ) -> list[PreferenceRecord]:
     """Preferences within each group of adjacent runs of one input, by their scores.
 
     records, scores: as `rollout` returns them and a judge of theirs, higher is better. group: runs in a group; it must
-    divide the runs of one input. min_margin: smallest difference kept; ties are always dropped. pairs: the best against
-    the worst of a group, or all two whose scores differ.
-    Raises `ValueError` for scores that are not finite or groups that mix inputs.
+    divide the runs of one input. min_margin: smallest difference kept. pairs: the best against the worst of a group, or
+    all two. ties: whether equal scores make a pair. A kept one has no right order: it takes that of the records, which
+    is a fair coin as long as they are samples of one system, and is for losses with label smoothing.
+    Raises `ValueError` for scores that are not finite, groups that mix inputs, or ties kept below a margin.
     """
     if len(records) != len(scores) or len(records) % group:
         raise ValueError(f"{len(records)} runs and {len(scores)} scores do not form groups of {group}")
@@ -63,21 +66,28 @@ def make_pairs(
         for row in range(start, start + group):
             if any(records[row][name] != inputs[name] for name in system.inputs):
                 raise ValueError(f"runs {start} and {row} of one group have different inputs: check `group`")
-        for places in preferred(scores[start : start + group], pairs, min_margin):
+        for places in preferred(scores[start : start + group], pairs, min_margin, ties):
             sides = ({node.name: records[start + place][node.name] for node in system.nodes} for place in places)
             made.append(PreferenceRecord(inputs, *sides))
     return made
 
 
-def preferred(scores: Float[np.ndarray, "runs"], pairs: Pairs, min_margin: float) -> list[tuple[int, int]]:
-    """(better, worse) places of finite scores that differ by at least min_margin, and by more than nothing.
+def preferred(
+    scores: Float[np.ndarray, "runs"], pairs: Pairs, min_margin: float, ties: Ties = "drop"
+) -> list[tuple[int, int]]:
+    """(better, worse) places of finite scores that differ by at least min_margin; of equal ones if ties are kept.
 
-    "best_worst" gives the first of the highest against the first of the lowest, "all" every two.
+    "best_worst" gives the first of the highest against the first of the lowest, where all are equal the first place
+    against the last; "all" gives every two. Ties are in the order of their places.
+    Raises `ValueError` for a margin that ties are to be kept below.
     """
-    if pairs == "best_worst":
-        candidates = [(int(np.argmax(scores)), int(np.argmin(scores)))]
-    else:
-        order = np.argsort(-scores, kind="stable").tolist()
+    if ties == "keep" and min_margin > 0:
+        raise ValueError(f"min_margin {min_margin:g} drops the ties that ties='keep' asks for: choose one of them")
+    order = np.argsort(-scores, kind="stable").tolist()
+    if pairs == "all":
         candidates = [(better, worse) for place, better in enumerate(order) for worse in order[place + 1 :]]
-    margins = ((pair, scores[pair[0]] - scores[pair[1]]) for pair in candidates)
-    return [pair for pair, margin in margins if margin > 0 and margin >= min_margin]
+    else:
+        lowest = order[-1] if scores.min() == scores.max() else int(np.argmin(scores))
+        candidates = [(order[0], lowest)]
+    margins = ((pair, scores[pair[0]] - scores[pair[1]]) for pair in candidates if pair[0] != pair[1])
+    return [pair for pair, margin in margins if margin >= min_margin and (margin > 0 or ties == "keep")]

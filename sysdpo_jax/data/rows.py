@@ -26,7 +26,7 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
     """
     path = Path(source)
     if path.is_file() and path.suffix in LINES:
-        return _lines(path)
+        return json_lines(path)
     if path.is_file() and path.suffix not in TABLE:
         raise RecordError(f"{path}: only {', '.join((*LINES, *TABLE))} files are read: convert it")
     if path.suffix in (*LINES, *TABLE) and not path.exists():
@@ -34,7 +34,8 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
     return _streamed(path if path.exists() else str(source), split)
 
 
-def _lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[Row]:
+    """The rows of JSON Lines; empty lines are skipped. Raises `RecordError` for a file that is no UTF-8 text."""
     # Text mode would also take JSON's own U+2028 for the end of a line if it were split afterwards.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         try:

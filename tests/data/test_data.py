@@ -117,6 +117,30 @@ def test_pairs_are_the_best_against_the_worst_of_a_group():
 
 
 @pytest.mark.parametrize(
+    ("scores", "pairs", "ties", "expected"),
+    [
+        ([1, 3, 1, 2], "best_worst", "drop", [(1, 0)]),
+        ([1, 3, 1, 2], "best_worst", "keep", [(1, 0)]),
+        ([1, 3, 1, 2], "all", "drop", [(1, 3), (1, 0), (1, 2), (3, 0), (3, 2)]),
+        ([1, 3, 1, 2], "all", "keep", [(1, 3), (1, 0), (1, 2), (3, 0), (3, 2), (0, 2)]),
+        ([5, 5, 5], "best_worst", "drop", []),
+        ([5, 5, 5], "best_worst", "keep", [(0, 2)]),
+        ([5], "best_worst", "keep", []),
+        ([5], "all", "keep", []),
+    ],
+)
+def test_ties_are_dropped_or_kept_in_the_order_of_the_runs(scores, pairs, ties, expected):
+    records = runs(*range(len(scores)))
+    made = make_pairs(SYSTEM, records, np.array(scores, float), len(scores), pairs=pairs, ties=ties)
+    assert [(pair.chosen["y"], pair.rejected["y"]) for pair in made] == expected
+
+
+def test_a_margin_and_ties_exclude_each_other():
+    with pytest.raises(ValueError, match="drops the ties"):
+        make_pairs(SYSTEM, runs(1, 2), np.array([0.0, 0.0]), 2, min_margin=0.1, ties="keep")
+
+
+@pytest.mark.parametrize(
     ("records", "scores", "group", "message"),
     [
         (runs(1, 2, 3), [0.0, 1.0, 2.0], 2, "3 runs and 3 scores do not form groups of 2"),

@@ -1,6 +1,7 @@
 """Rollouts, scores and pairs as commands: what they write, what they go on from, and what they refuse."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -11,14 +12,25 @@ import pytest
 
 import sysdpo_jax as sj
 from experiments import make_pairs, rollout, score
+from experiments.own.config import ConfigError
+from experiments.own.judge import Judge
+from experiments.own.loading import identity, load_system
 from experiments.own.runs_file import read_lines, read_runs
 from tests.data.test_preferences import PAINTER
 
 TEXTS = ("a red ball", "the small cube", "green", "on the left", "large")
+
+
+def kind(question):
+    if len(question) >= 20:
+        raise sj.RecordError(f"{question!r} has no kind")
+    return len(question)
+
+
 SYSTEM = sj.CompoundSystem(
     ("question",),
     (
-        sj.Node("kind", sj.Tool(len), ("question",)),
+        sj.Node("kind", sj.Tool(kind), ("question",)),
         sj.Node("route", sj.Categorical(5, (20,)), ("kind",)),
         sj.Node("text", sj.Tool(TEXTS.__getitem__), ("route",)),
         sj.Node("image", PAINTER, ("text",)),
@@ -109,9 +121,58 @@ def failure(capsys, function, *arguments):
 def test_runs_of_another_configuration_are_not_mixed(files, capsys):
     roll_out(files)
     said = failure(capsys, lambda: roll_out(files, seed=1))
-    assert "runs.jsonl holds runs with another seed" in said
+    assert "runs.jsonl was made with another seed (see " in said
     (files / "other.jsonl").write_text("")
-    assert "nothing says which runs it holds" in failure(capsys, lambda: roll_out(files, "other.jsonl"))
+    assert "nothing says how it was made" in failure(capsys, lambda: roll_out(files, "other.jsonl"))
+
+
+def test_prompts_that_were_edited_are_others(files, capsys):
+    """By what the file holds: the same prompts elsewhere are the same."""
+    text = roll_out(files).read_bytes()
+    moved = shutil.copytree(files, files.with_name(f"{files.name}_moved"))
+    assert roll_out(moved, prompts=shutil.move(moved / "prompts.txt", moved / "again.txt")).read_bytes() == text
+    (files / "prompts.txt").write_text("one\ntwo\nthree\nfour\nsix\n")
+    assert "another prompts" in failure(capsys, lambda: roll_out(files))
+    assert (files / "runs.jsonl").read_bytes() == text
+
+
+def test_a_system_is_its_configuration_and_newest_checkpoint(tmp_path):
+    """Runs of a policy that has trained on are not mixed with those before."""
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    seen = {identity(str(tmp_path)), identity(str(tmp_path / "config.yaml"))}
+    for name in ("10", "9", "20.corrupt-1", "20"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        seen.add(identity(str(tmp_path)))
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    seen |= {identity(str(tmp_path)), identity(str(tmp_path / "config.yaml"))}
+    assert len(seen) == 6
+    assert identity("package:function") == "package:function"
+
+
+def test_a_run_that_has_trained_is_sampled_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="is sampled in one process; or export it"):
+        load_system(str(tmp_path))
+
+
+def test_prompts_that_a_component_refuses_are_named_and_may_be_mended(files, capsys):
+    """Nothing was made, so that nothing holds the file to the first prompts."""
+    (files / "prompts.txt").write_text("one\ntwo\nthe longest question of all\n")
+    said = failure(capsys, lambda: roll_out(files, chunk=3))
+    assert "prompts.txt, among prompts 1 to 3: 'the longest question of all' has no kind" in said
+    assert [path.name for path in files.iterdir()] == ["prompts.txt"]
+    (files / "prompts.txt").write_text("one\ntwo\n")
+    assert len(list(read_lines(roll_out(files, chunk=3)))) == 6
+
+
+def test_prompts_are_cut_at_the_ends_of_lines_alone(files):
+    (files / "prompts.txt").write_bytes("\ufeffone\u2028more\r\n\r\ntwo".encode())
+    assert {row["inputs"]["question"] for row in read_lines(roll_out(files))} == {"one\u2028more", "two"}
+
+
+def test_prompts_that_are_no_text(files, capsys):
+    (files / "prompts.txt").write_bytes(b"caf\xe9")
+    assert "prompts.txt is not UTF-8 text" in failure(capsys, lambda: roll_out(files))
 
 
 def scored(folder, *flags):
@@ -123,6 +184,69 @@ def test_scores_of_a_function(files):
     runs = read_runs(roll_out(files))
     found = scored(files, "--scorer", f"{__name__}:brightness")
     assert found == {run["id"]: brightness(run["outputs"]) for run in runs}
+
+
+def test_runs_of_processes_are_scored_and_paired_together(files, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        roll_out(files)
+    shards = [files / f"runs-0000{index}-of-00002.jsonl" for index in (1, 2)]
+    everything = [run for path in shards for run in read_runs(path)]
+    # Joined and renamed, the images are still found.
+    (files / "joined.jsonl").write_bytes(b"".join(path.read_bytes() for path in shards))
+    assert [run["outputs"]["image"].mean() for run in read_runs(files / "joined.jsonl")] == [
+        run["outputs"]["image"].mean() for run in everything
+    ]
+    both = ["--runs", *map(str, shards), "--output", str(files / "scores.jsonl")]
+    flags = ["--scorer", f"{__name__}:brightness"]
+    score.main([*both, *flags])
+    assert {row["id"]: row["score"] for row in read_lines(files / "scores.jsonl")} == {
+        run["id"]: brightness(run["outputs"]) for run in everything
+    }
+    output = files / "pairs" / "preferences.jsonl"
+    scores = ["--scores", str(files / "scores.jsonl"), "--output", str(output)]
+    make_pairs.main(["--runs", *map(str, shards), *scores])
+    assert len(sj.load_preferences(output, SYSTEM)) == 5
+    said = failure(capsys, make_pairs.main, ["--runs", str(shards[0]), *scores])
+    assert "the score of '2-0' is of no run in --runs" in said
+    twice = ["--runs", str(shards[0]), str(shards[0]), "--output", str(files / "new.jsonl"), *flags]
+    assert "the run '0-0' is there twice" in failure(capsys, score.main, twice)
+
+
+def test_scores_of_other_runs_or_another_scorer_are_not_mixed(files, capsys):
+    roll_out(files)
+    scored(files, "--scorer", f"{__name__}:brightness")
+    before = (files / "scores.jsonl").read_bytes()
+    assert "another scorer" in failure(capsys, scored, files, "--scorer", f"{__name__}:stumbling")
+    for path in files.glob("runs.jsonl*"):
+        path.unlink()
+    roll_out(files, seed=1)
+    assert "another runs" in failure(capsys, scored, files, "--scorer", f"{__name__}:brightness")
+    assert (files / "scores.jsonl").read_bytes() == before
+
+
+def test_an_image_that_is_gone_is_named(files, capsys):
+    roll_out(files)
+    (files / "runs_images" / "0-1-image.png").unlink()
+    said = failure(capsys, scored, files, "--scorer", f"{__name__}:brightness")
+    assert "runs.jsonl, run 0-1: image: there is no file" in said
+    assert [row["id"] for row in read_lines(files / "scores.jsonl")] == ["0-0"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"inputs": {}, "outputs": {}}', "runs.jsonl, run 1: the field 'id' must be a text"),
+        ('{"id": "a", "inputs": {}}', "runs.jsonl, run 1: the field 'outputs' must be an object"),
+        ('{"id": "a"', "runs.jsonl, line 1: not valid JSON"),
+        ("", "there is no run in --runs"),
+    ],
+)
+def test_files_that_hold_no_runs(files, capsys, line, message):
+    (files / "runs.jsonl").write_text(line)
+    assert message in failure(capsys, scored, files, "--scorer", f"{__name__}:brightness")
+    assert not (files / "scores.jsonl").exists()
 
 
 CALLS = []
@@ -168,8 +292,16 @@ class Server(BaseHTTPRequestHandler):
         if status == "hang":
             threading.Event().wait(2)
             return
+        if status == "torn":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+            return
         answer = text if status != 200 else json.dumps({"choices": [{"message": {"content": text}}]})
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", text)
         self.end_headers()
         self.wfile.write(answer.encode())
 
@@ -214,6 +346,48 @@ def test_a_judge_is_asked_again_where_it_fails(files, judge, monkeypatch):
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
 
 
+def test_the_expression_that_finds_the_score(files, judge):
+    found = scored(files, *judge((200, "between 3-4, so 3 of 10")), "--judge-number", r"(\S+) of 10")
+    assert set(found.values()) == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [("I say 3-4", 4.0), ("-2", -2.0), ("about 1.5e-2.", 0.015), ("Score: **7**", 7.0), ("0.25", 0.25)],
+)
+def test_the_last_number_of_an_answer(monkeypatch, answer, number):
+    monkeypatch.setattr(Judge, "_ask", lambda self, body: answer)
+    assert Judge("http://localhost", "m", "{question}")({"question": "one"}) == number
+
+
+def test_the_key_goes_to_the_judge_alone(files, judge, capsys, monkeypatch):
+    """Neither what a server repeats nor what no header can hold is printed, and redirections are not followed."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    said = failure(capsys, scored, files, *judge((401, "no such key: secret")))
+    assert "refuses: 401" in said
+    assert "no such key: ..." in said
+    assert Server.seen[-1][2] == "Bearer secret"
+    assert "refuses: 302" in failure(capsys, scored, files, *judge((302, "/elsewhere")))
+    assert Server.seen[-1][0] == "/v1/chat/completions"
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    said = failure(capsys, scored, files, *judge((200, "1")))
+    assert "OPENAI_API_KEY holds characters that no API key has" in said
+    assert "ret" not in said.replace("retries", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--judge-url", "localhost:8000"), "begin it with http:// or https://"),
+        (("--judge-number", "(7"), "is no regular expression"),
+        (("--judge-timeout", "0"), "timeout 0 is below"),
+        (("--scorer", "builtins:len"), "give either --scorer or --judge-url"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked(files, judge, capsys, flags, message):
+    assert message in failure(capsys, scored, files, *judge((200, "1")), *flags)
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
@@ -221,11 +395,15 @@ def test_a_judge_is_asked_again_where_it_fails(files, judge, monkeypatch):
         ((401, "who are you"), "refuses: 401"),
         ((500, "broken"), "fails after 3 tries (500"),
         (("hang", ""), "fails after 3 tries (timed out)"),
+        (("torn", ""), "fails after 3 tries (IncompleteRead"),
+        ((529, "overloaded"), "fails after 3 tries (529"),
     ],
 )
 def test_a_judge_that_is_of_no_use(files, judge, capsys, monkeypatch, script, message):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert message in failure(capsys, scored, files, *judge(script, timeout="0.3"))
+    said = failure(capsys, scored, files, *judge(script, timeout="0.3"))
+    assert message in said
+    assert "run 0-0: " in said
 
 
 def paired(folder, *flags, runs="runs.jsonl"):
@@ -264,3 +442,18 @@ def test_pairs_need_a_score_for_every_run(files, capsys):
     assert "the score of '4-2' is nan" in failure(capsys, paired, files)
     (files / "scores.jsonl").write_text("\n".join(json.dumps(json.loads(line) | {"score": 1}) for line in lines))
     assert "no two runs of a prompt differ" in failure(capsys, paired, files)
+
+
+def test_ties_are_pairs_where_they_are_kept(files, capsys):
+    roll_out(files)
+    rows = [{"id": f"{prompt}-{sample}", "score": prompt * (sample > 1)} for prompt in range(5) for sample in range(3)]
+    (files / "scores.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert len(sj.load_preferences(paired(files))) == 4
+    path = paired(files, "--ties", "keep")
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"{path}: 5 preferences (1 ties) of 5 prompts, 0 of which have none"
+    )
+    tied = sj.load_preferences(path, SYSTEM)[0]
+    assert [Path(side["image"]).name for side in (tied.chosen, tied.rejected)] == ["0-0-image.png", "0-2-image.png"]
+    said = failure(capsys, paired, files, "--ties", "keep", "--min-margin", "1")
+    assert "min_margin 1 drops the ties" in said
