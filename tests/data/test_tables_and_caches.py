@@ -13,7 +13,7 @@ from PIL import Image
 
 from sysdpo_jax import PreferenceRecord, RecordError, load_preferences, save_preferences
 from sysdpo_jax.data import stored
-from tests.data.test_preferences import BOTH, GOOD, PICTURE, SAID, TEXT, USER, lines, png
+from tests.data.test_preference_files import BOTH, GOOD, PICTURE, SAID, TEXT, USER, lines, png
 
 ROW = {"inputs": {"x": 0}, "chosen": {"y": 1}, "rejected": {"y": 2}}
 

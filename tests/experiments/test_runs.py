@@ -16,7 +16,7 @@ from experiments.own.config import ConfigError
 from experiments.own.judge import Judge
 from experiments.own.loading import identity, load_system
 from experiments.own.runs_file import read_lines, read_runs
-from tests.data.test_preferences import PAINTER
+from tests.data.test_preference_files import PAINTER
 
 TEXTS = ("a red ball", "the small cube", "green", "on the left", "large")
 
