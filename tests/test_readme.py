@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -42,6 +43,7 @@ def test_the_first_examples_run_as_they_stand_and_improve_the_system(tmp_path):
     assert [line for line in lines[3:-1] if "route" in line]
 
 
+@pytest.mark.slow
 def test_the_last_example_runs_as_it_stands_on_small_checkpoints(tmp_path):
     """What it writes is loaded by transformers and diffusers, and differs from what it was given."""
     given = write_decoder(tmp_path / "path/to/decoder", "llama", max_position_embeddings=256)

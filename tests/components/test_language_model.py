@@ -303,6 +303,7 @@ def test_samples_of_a_chat_are_prepared_as_they_were_drawn(params):
     assert p.max() > 4 * np.median(p)
 
 
+@pytest.mark.slow
 def test_what_is_sampled_can_always_be_prepared():
     """Random bytes are no text: most draws come back as more tokens than were drawn, and are shortened to fit."""
     tokenizer = byte_tokenizer()

@@ -35,6 +35,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_loss_on_the_system_aligns_it_perfectly(results, name):
     """1e-3 nats, on whole runs and on outcomes; the judge's odds reach 2 nats and more before."""
@@ -43,11 +44,13 @@ def test_one_loss_on_the_system_aligns_it_perfectly(results, name):
     assert results[name]["outcome_gap"] <= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_components_aligned_alone_are_not_aligned_together(results, name):
     assert results[name]["separate_gap"] > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_judge_of_the_outcome_is_matched_as_well_as_the_graph_can(results, name):
     """Another loss, solver and start: they agree to 1e-3 only if the library's minimum is the graph's own.
@@ -59,6 +62,7 @@ def test_a_judge_of_the_outcome_is_matched_as_well_as_the_graph_can(results, nam
     assert (found[0] <= 1e-3) == (name == "chain_one_x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_preferences_on_outcomes_align_it_perfectly(results, name):
     """1e-3 nats on z. Where one start alone ends is not asserted: the loss is not convex."""
@@ -66,6 +70,7 @@ def test_preferences_on_outcomes_align_it_perfectly(results, name):
     assert results[name]["sampling_gap_one_start"] < results[name]["reference_gap"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_any_judge_of_the_outcome_is_matched_where_the_graph_can(results, name):
     """Another loss, solver and start agree to 1e-3.
@@ -263,6 +268,7 @@ def test_samples_follow_the_policy():
     assert (sizes <= 8).all()
 
 
+@pytest.mark.slow
 def test_the_study_with_all_intermediates_aligns(folder):
     """Beam search with 27 beams is Y(x) = Y; with one beam something is left."""
     study = json.loads((folder / "intermediates.json").read_text())
@@ -275,6 +281,7 @@ def test_the_study_with_all_intermediates_aligns(folder):
         run_study(StudyConfig(systems=1), 0.5, 0)
 
 
+@pytest.mark.slow
 def test_the_figure_names_every_method(folder):
     drawing = ET.fromstring((folder / "intermediates.svg").read_text())
     texts = [node.text for node in drawing.iter() if node.tag.endswith("text")]

@@ -153,6 +153,7 @@ def test_peft_loads_a_language_models_adapter(tie, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_diffusers_loads_a_unets_adapter(tmp_path):
     """Its proj_in and proj_out are 1 x 1 convolutions there, as in Stable Diffusion 1."""
     model = diffusers.UNet2DConditionModel(sample_size=8, **UNET).eval()

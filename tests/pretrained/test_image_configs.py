@@ -53,7 +53,7 @@ def torch_shapes(make):
         return {name: tuple(p.shape) for name, p in make().named_parameters()}
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "SDXL")) for name in UNETS])
 def test_a_published_unet_is_diffusers_tensor_for_tensor(name):
     config = read(unet, UNETS[name])
     inputs = [((1, 8, 8, 4), jnp.float32), ((1,), jnp.int32), ((1, 77, config.cross_attention_dim), jnp.float32)]

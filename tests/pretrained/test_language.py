@@ -250,6 +250,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+@pytest.mark.slow
 def test_a_gigabyte_is_loaded_block_by_block(tmp_path):
     """A random float32 checkpoint of 1 GB, loaded as bfloat16 by a process of its own.
 

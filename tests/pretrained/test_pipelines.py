@@ -129,6 +129,7 @@ def test_the_round_trip_is_exact_and_silent(name, made, tmp_path, library_log):
     assert torch.equal(again.scheduler.timesteps, pipe.scheduler.timesteps)
 
 
+@pytest.mark.slow
 def test_text_encoders_can_be_trained(made):
     _, folder = made("sdxl")
     frozen, weights = pretrained.load(folder)
@@ -150,6 +151,7 @@ def test_text_encoders_can_be_trained(made):
         assert max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient[name])) > 0
 
 
+@pytest.mark.slow
 def test_long_captions_are_refused_or_cut_and_counted(made):
     _, folder = made("sd1")
     caption = "a" * 3 + " red" * 30

@@ -135,6 +135,7 @@ def lm_only(batch):
     return type(batch)({"text": batch.chosen["text"]}, {"text": batch.rejected["text"]})
 
 
+@pytest.mark.slow
 def test_a_precomputed_reference_gives_the_same_step_without_its_weights(tmp_path):
     """Metrics to 1e-5, the rounding of log-probabilities near 30 nats; the bytes of the reference are gone."""
     system, params, _, batch = start("language model")
