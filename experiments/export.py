@@ -7,7 +7,7 @@ load: with LoRA merged into the weights or, with --adapters, as the factors alon
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ import tyro
 import sysdpo_jax as sj
 from experiments.own.card import model_card
 from experiments.own.command import user_errors
-from experiments.own.config import ConfigError, TrainConfig, read_config
+from experiments.own.config import ConfigError, MeshConfig, TrainConfig, read_config, write_whole
 from experiments.own.loading import restored
 from experiments.own.run import CONFIG, assemble
 
@@ -44,7 +44,8 @@ def export(config: Config) -> list[Path]:
     }
     if not chosen:
         raise ConfigError(f"{config.directory}: no component of the run was trained from a checkpoint")
-    run = assemble(train)
+    # On the devices that are here, whatever it was trained on.
+    run = assemble(replace(train, mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint == "best")
     about = model_card(config.directory, run, step)
     written = []
@@ -56,7 +57,7 @@ def export(config: Config) -> list[Path]:
             sj.pretrained.save_adapter(folder, model, params[name], component.checkpoint)
         else:
             sj.pretrained.save(folder, model, params[name])
-        (folder / "README.md").write_text(about(name), encoding="utf-8")
+        write_whole(folder / "README.md", about(name))
         written.append(folder)
     return written
 

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from experiments.own.command import user_errors
-from experiments.own.config import ConfigError
+from experiments.own.config import ConfigError, write_whole
 from experiments.own.runs_file import Run, moved, read_lines, run_lines
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 
@@ -69,9 +69,7 @@ def make_pairs(config: Config) -> str:
     if not lines:
         raise ConfigError(f"no two runs of a prompt differ by {config.min_margin:g} or more: sample more, or lower it")
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = config.output.with_suffix(".partial")
-    partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    partial.replace(config.output)
+    write_whole(config.output, "".join(f"{json.dumps(line)}\n" for line in lines))
     ties = f" ({tied} ties)" if config.ties == "keep" else ""
     return f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of which have none"
 
@@ -83,7 +81,7 @@ def _scores(paths: tuple[Path, ...]) -> dict[str, float]:
             value = row.get("score")
             if not isinstance(value, int | float) or not np.isfinite(value):
                 raise ConfigError(f"{path}: the score of {row.get('id')!r} is {value!r}: give a finite number")
-            if row.get("id") in scores:
+            if str(row.get("id")) in scores:
                 raise ConfigError(f"{path}: the run {row['id']!r} has two scores: give every file of scores once")
             scores[str(row.get("id"))] = float(value)
     return scores

@@ -8,10 +8,8 @@ run's directory. SIGTERM saves and ends the process with `preempted_exit_code`. 
 more; several find each other by what Slurm, GKE or Cloud TPU put into their environment, and share the directory.
 """
 
-import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -22,7 +20,7 @@ from experiments.own.config import TrainConfig, parse
 from experiments.own.dry_run import describe_run
 from experiments.own.evaluation import make_evaluation
 from experiments.own.report import write_run_report
-from experiments.own.run import DATA, assemble, claim, make_batches, make_trainer, read_preferences, source_hash
+from experiments.own.run import assemble, claim, describe_data, make_batches, make_trainer, read_preferences
 
 
 def train(config: TrainConfig, arguments: list[str]) -> None:
@@ -33,7 +31,7 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     began, folder = time.monotonic(), Path(config.directory)
     run = assemble(config)
     trainer = make_trainer(run, make_evaluation(run))
-    records = read_preferences(run, keep=not config.dry_run)
+    records = read_preferences(run)
     batches = make_batches(run, records)
     if config.dry_run:
         for part in describe_run(run, batches, folder / "dry_run"):
@@ -42,13 +40,14 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     first = jax.process_index() == 0
     if first:
         print(records.summary(), file=sys.stderr, flush=True)
-        claim(run)
-        about = {**asdict(config.data), "kept": len(records), "sha256": source_hash(config.data.source)}
-        (folder / DATA).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        claim(run, describe_data(run, records))
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
-    trainer.fit(state, batches, config.schedule.steps, run.key, config.resume)
-    if first:
-        print(write_run_report(run, arguments, began))
+    try:
+        trainer.fit(state, batches, config.schedule.steps, run.key, config.resume)
+    finally:
+        # After a stop or a value that is not finite it is wanted most.
+        if first and (folder / "metrics.jsonl").exists():
+            print(write_run_report(run, arguments, began))
 
 
 def main(arguments: list[str]) -> None:

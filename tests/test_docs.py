@@ -30,7 +30,10 @@ def place(tmp_path, monkeypatch):
     path = tmp_path / "experiments" / "configs" / "quickstart.yaml"
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert hub in path.read_text()
-    text = path.read_text().replace(hub, "small").replace("steps: 20", "steps: 2").replace("every: 10", "every: 1")
+    text = path.read_text().replace(hub, "small")
+    for old, new in (("steps: 20", "steps: 2"), ("warmup: 2", "warmup: 1"), ("every: 10", "every: 1")):
+        assert old in text
+        text = text.replace(old, new)
     # The small model's tokenizer has no chat template.
     path.write_text(text.replace(", chat: true", ""))
     monkeypatch.chdir(tmp_path)

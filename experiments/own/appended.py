@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.own.config import ConfigError
+from experiments.own.config import ConfigError, write_whole
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,17 @@ class AppendedFile:
         """Add whole lines, on disk when this returns."""
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.note.with_suffix(".partial")
-            partial.write_text(json.dumps(self.about, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.note)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{json.dumps(row)}\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+            write_whole(self.note, json.dumps(self.about, indent=1) + "\n")
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps(row)}\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            # A full disk took a part of them.
+            os.truncate(self.path, before)
+            raise
 
     def count(self) -> int:
         """The whole lines; a killed process may have left a part of another."""

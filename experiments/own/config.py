@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 
 class ConfigError(ValueError):
     """A configuration cannot be used: the message names the file, the field and the remedy."""
 
 
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Natural: TypeAlias = Annotated[int, Field(ge=0)]
 # Unknown names are errors.
 STRICT = ConfigDict(extra="forbid")
 
@@ -24,7 +26,7 @@ STRICT = ConfigDict(extra="forbid")
 class LoraConfig:
     """Low-rank factors, see `sysdpo_jax.LoRA`. targets: named sets or regular expressions of dense layers."""
 
-    rank: int = 16
+    rank: Positive = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention",)
 
@@ -63,7 +65,7 @@ class NodeConfig:
     tool: str | None = None
     prompt: str | None = None
     chat: bool = False
-    plate: int | None = None
+    plate: Positive | None = None
     weight: float = 1.0
 
 
@@ -102,9 +104,9 @@ class ObjectiveConfig:
     loss: str = "sigmoid"
     label_smoothing: float = 0.0
     sft: dict[str, float] = field(default_factory=dict)
-    intermediates: int = 4
-    every: int = 1
-    chunk_size: int | None = None
+    intermediates: Positive = 4
+    every: Positive = 1
+    chunk_size: Positive | None = None
 
 
 @with_config(STRICT)
@@ -112,9 +114,9 @@ class ObjectiveConfig:
 class MeshConfig:
     """See `make_mesh`. fsdp: None takes the devices that the other two leave."""
 
-    data: int = 1
-    fsdp: int | None = None
-    tensor: int = 1
+    data: Positive = 1
+    fsdp: Positive | None = None
+    tensor: Positive = 1
 
 
 @with_config(STRICT)
@@ -126,11 +128,11 @@ class ScheduleConfig:
     component's gradient.
     """
 
-    steps: int = 1000
-    batch_size: int = 16
-    accumulate: int = 1
+    steps: Positive = 1000
+    batch_size: Positive = 16
+    accumulate: Positive = 1
     learning_rate: float = 1e-5
-    warmup: int = 100
+    warmup: Natural = 100
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
@@ -147,11 +149,11 @@ class EvaluationConfig:
 
     prompts: str = ""
     scorer: str = ""
-    every: int = 100
-    samples: int = 1
-    batch_size: int = 16
-    patience: int | None = None
-    shown: int = 8
+    every: Positive = 100
+    samples: Positive = 1
+    batch_size: Positive = 16
+    patience: Positive | None = None
+    shown: Positive = 8
 
 
 @with_config(STRICT)
@@ -175,8 +177,8 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str | None = None
     seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 100
+    log_every: Positive = 10
+    checkpoint_every: Positive = 100
     profile: tuple[int, int] | None = None
     wandb: str | None = None
     resume: bool = True
@@ -217,9 +219,18 @@ def read_config(path: str | Path, kind: type[C]) -> C:
 def write_config(path: Path, config: Any) -> None:
     """Undo `read_config`; whole or not at all."""
     values = TypeAdapter(type(config)).dump_python(config, mode="json")
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def parse(arguments: Sequence[str], description: str | None) -> TrainConfig:
@@ -233,7 +244,13 @@ def parse(arguments: Sequence[str], description: str | None) -> TrainConfig:
             del rest[place : place + 1 + (word == "--config")]
             break
     default = TrainConfig() if path is None else read_config(path, TrainConfig)
-    return tyro.cli(TrainConfig, args=rest, default=default, description=description)
+    config = tyro.cli(TrainConfig, args=rest, default=default, description=description)
+    adapter = TypeAdapter(TrainConfig)
+    try:
+        # Flags keep to the same bounds as the file.
+        return adapter.validate_python(adapter.dump_python(config))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, TrainConfig)) from None
 
 
 def _explain(error: ValidationError, kind: type) -> str:

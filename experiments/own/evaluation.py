@@ -40,13 +40,17 @@ class HeldOut:
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
         """score and win_rate with their intervals; a tie with the system before training counts half."""
-        if not self.path(step).exists():
-            # Else a run that was stopped after it measured this step goes on.
-            key = jax.random.key(self.seed)
-            runs = sj.rollout(self.system, params, self.prompts, key, self.samples, self.batch_size)
-            write_runs(self.path(step), self.system, runs, self.samples, score_runs(self.scorer, runs).tolist())
-        scores, before = (np.array([run["score"] for run in read_lines(self.path(at))]) for at in (step, 0))
-        return _estimates(scores, before, self.samples)
+        key = jax.random.key(self.seed)
+        runs = sj.rollout(self.system, params, self.prompts, key, self.samples, self.batch_size)
+        write_runs(self.path(step), self.system, runs, self.samples, score_runs(self.scorer, runs).tolist())
+        now, before = (list(read_lines(self.path(at))) for at in (step, 0))
+        if [run["inputs"] for run in now] != [run["inputs"] for run in before]:
+            raise ConfigError(
+                f"{self.path(0)} has runs of other prompts: the held-out prompts or samples changed under the run; "
+                "give those that it began with, or choose another directory"
+            )
+        scores, first = (np.array([run["score"] for run in each]) for each in (now, before))
+        return _estimates(scores, first, self.samples)
 
     def path(self, step: int) -> Path:
         """The runs of a step's evaluation."""
@@ -73,6 +77,8 @@ def make_evaluation(run: Run) -> Evaluation | None:
         run.config.seed,
         Path(run.config.directory) / FOLDER,
     )
+    if len(held_out.prompts) < 2:
+        raise ConfigError(f"evaluation.prompts {config.prompts} has one prompt: a standard error needs two or more")
     stop_on = None if config.patience is None else (*BEST, config.patience)
     return Evaluation(held_out.measure, config.every, stop_on)
 

@@ -18,8 +18,8 @@ import numpy as np
 from experiments.own.config import ConfigError
 from sysdpo_jax.data.saving import ImageFiles
 
-# A sign that follows a digit is a dash: "between 3-4".
-NUMBER = r"(?<!\d)[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+# Not what a score is out of: "8/10", "8 out of 10". A sign that follows a digit is a dash: "between 3-4".
+NUMBER = r"(?<![\d/])(?<!/ )(?<!out of )[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 # Worth another try, as all faults of the server are: timeout, conflict, too many requests.
 TRANSIENT = (408, 409, 429)
 

@@ -27,7 +27,7 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
                 f"{spec}: the folder of a run is sampled in one process; or export it, and name the exported models "
                 "in a YAML file"
             )
-        run = assemble(read_config(path / CONFIG, TrainConfig))
+        run = assemble(replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig()))
         return run.system, restored(run)[0]
     if not path.exists() and ":" in spec:
         system, params = import_object(spec, "--system")()

@@ -1,7 +1,8 @@
 """A run put together from its configuration, up to the first step."""
 
 import hashlib
-import shutil
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError, TrainConfig, read_config, write_config
+from experiments.own.config import ConfigError, TrainConfig, read_config, write_config, write_whole
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.records import hold_intermediates
 from sysdpo_jax.training import Evaluation
@@ -25,6 +26,8 @@ from sysdpo_jax.typing import Params
 # What may change when a run goes on: where it lies, how it is watched, the machine, and what is only looked at.
 FREE = (
     "directory",
+    "dry_run",
+    "evaluation",
     "mesh",
     "remat",
     "log_every",
@@ -71,16 +74,41 @@ def assemble(config: TrainConfig) -> Run:
     return Run(config, mesh, system, params, optimizer, objective)
 
 
-def claim(run: Run) -> None:
-    """Note the configuration in the run's folder. Raises `ConfigError` where it holds a run of another one."""
-    path = Path(run.config.directory) / CONFIG
-    if path.exists():
-        noted = asdict(read_config(path, TrainConfig))
-        differing = [name for name, value in run.identity.items() if noted[name] != value]
-        if differing:
-            raise ConfigError(f"{path} is of a run with another {', '.join(differing)}: choose another directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_config(path, run.config)
+def claim(run: Run, about: Mapping[str, Any]) -> None:
+    """Note the configuration and the data in the run's folder. about: what `describe_data` says.
+
+    Raises `ConfigError` naming the fields and both values where the folder holds a run of others.
+    """
+    folder = Path(run.config.directory)
+    if (folder / CONFIG).exists():
+        noted = asdict(read_config(folder / CONFIG, TrainConfig))
+        _refuse_others(folder / CONFIG, {name: noted[name] for name in run.identity}, run.identity)
+    if (folder / DATA).exists():
+        _refuse_others(folder / DATA, json.loads((folder / DATA).read_text(encoding="utf-8")), about)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / CONFIG, run.config)
+    write_whole(folder / DATA, json.dumps(about, indent=1) + "\n")
+
+
+def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
+    """What a run's folder and its model cards say of the preferences."""
+    return {**asdict(run.config.data), "kept": len(records), "sha256": source_hash(run.config.data.source)}
+
+
+def _refuse_others(path: Path, noted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    old, new = (dict(_flat(values)) for values in (noted, present))
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if differing:
+        said = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differing[:5])
+        raise ConfigError(f"{path} is of another run ({said}): choose another directory, or give what it says")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
@@ -105,24 +133,12 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
     )
 
 
-def read_preferences(run: Run, keep: bool = False) -> sj.Preferences:
-    """The checked preferences. keep: in the run's folder, where another start finds them instead of checking again.
-
-    Raises `ConfigError` where there are none, `RecordError` naming file, row and field.
-    """
-    data, folder = run.config.data, Path(run.config.directory)
+def read_preferences(run: Run) -> sj.Preferences:
+    """The checked preferences. Raises `ConfigError` where there are none, `RecordError` naming file, row and field."""
+    data = run.config.data
     if not data.source:
         raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
-    fresh = not folder.exists()
-    cache = folder / f"preferences-{source_hash(data.source)[:12]}" if keep else None
-    try:
-        return sj.load_preferences(
-            data.source, run.system, data.reader, split=data.split, on_error=data.on_error, cache=cache
-        )
-    except BaseException:
-        if keep and fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    return sj.load_preferences(data.source, run.system, data.reader, split=data.split, on_error=data.on_error)
 
 
 def source_hash(source: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError
+from experiments.own.config import ConfigError, write_whole
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
 from sysdpo_jax.data.rows import json_lines
@@ -38,9 +38,7 @@ def write_runs(
         as_row(system, run, f"{number // samples}-{number % samples}", images) | {"score": float(score)}
         for number, (run, score) in enumerate(zip(runs, scores, strict=True))
     ]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def read_runs(path: Path) -> list[Run]:

@@ -18,8 +18,7 @@ def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
     except ConfigError as error:
         raise ConfigError(f"run {name}: {error}") from None
     except Exception as error:
-        error.add_note(f"while scoring run {name}")
-        raise
+        raise ConfigError(f"the scorer failed on run {name} ({type(error).__name__}: {error}): mend it") from error
     try:
         number = float(score)
     except (TypeError, ValueError):

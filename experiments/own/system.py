@@ -30,8 +30,17 @@ class Template:
     names: tuple[str, ...]
     chat: bool
 
-    def __call__(self, *values: Any) -> str | list[dict[str, str]]:
-        prompt = self.text.format(**dict(zip(self.names, values, strict=True)))
+    def __call__(self, *values: Any) -> Any:
+        given = dict(zip(self.names, values, strict=True))
+        messages = [name for name, value in given.items() if not isinstance(value, str | int | float)]
+        if len(values) == 1 and messages and self.text == f"{{{self.names[0]}}}":
+            # Messages as they are.
+            return values[0]
+        if messages:
+            raise sj.RecordError(
+                f"{messages[0]!r} is no text, which the prompt {self.text!r} needs: leave the prompt out, or give text"
+            )
+        prompt = self.text.format(**given)
         return [{"role": "user", "content": prompt}] if self.chat else prompt
 
 
@@ -91,13 +100,17 @@ def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.C
     """The node's component, with its prompt where it has one."""
     field = f"system.nodes.{name}"
     if node.component is None:
+        if node.prompt is not None or node.chat or node.weight != 1.0:
+            raise ConfigError(f"{field} is a tool, which has no prompt, chat or weight: leave them out")
         return sj.Tool(import_object(node.tool or "", f"{field}.tool"))
     component = models[node.component][0]
     if node.prompt is None and not node.chat:
         return component
     if not isinstance(component, sj.LanguageModel):
         raise ConfigError(f"{field}: only a language model takes a prompt or chat, not a {type(component).__name__}")
-    text = node.prompt or "".join(f"{{{parent}}}" for parent in node.parents)
+    if node.prompt is None and len(node.parents) != 1:
+        raise ConfigError(f"{field} has {len(node.parents)} parents: give a prompt that joins them")
+    text = f"{{{node.parents[0]}}}" if node.prompt is None else node.prompt
     try:
         wanted = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
     except ValueError as error:
@@ -138,8 +151,9 @@ def _optimizer(component: ComponentConfig, schedule: ScheduleConfig) -> sj.Compo
     if component.mode == "frozen":
         return sj.FROZEN
     peak = schedule.learning_rate if component.learning_rate is None else component.learning_rate
-    # With a single step left, the cosine has nothing to fall over.
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, schedule.warmup, max(schedule.steps, schedule.warmup + 1))
+    if schedule.warmup >= schedule.steps:
+        raise ConfigError(f"schedule.warmup {schedule.warmup} must be below schedule.steps {schedule.steps}: lower it")
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, schedule.warmup, schedule.steps)
     adamw = optax.adamw(rate, weight_decay=schedule.weight_decay)
     trainable = sj.LORA_TRAINABLE if component.mode == "lora" else ".*"
     return sj.ComponentOptimizer(adamw, clip_norm=schedule.clip_norm, trainable=trainable)

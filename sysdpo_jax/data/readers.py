@@ -87,6 +87,8 @@ class Ranked:
         outputs, scores = row["outputs"], row["scores"]
         if not isinstance(outputs, list) or not isinstance(scores, list) or len(outputs) != len(scores):
             raise RecordError("the fields 'outputs' and 'scores' must be lists of one length")
+        if len(outputs) < 2:
+            raise RecordError(f"the field 'outputs' has {len(outputs)} values: a preference needs two")
         for place, score in enumerate(scores):
             if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
                 raise RecordError(f"the field 'scores' has {score!r} at place {place}: give finite numbers")

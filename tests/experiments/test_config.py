@@ -7,7 +7,9 @@ import jax
 import pytest
 
 import sysdpo_jax as sj
+from experiments.examples.captions import split_captions
 from experiments.own.config import ConfigError, TrainConfig, parse, read_config, write_config
+from experiments.own.run import assemble
 from experiments.own.system import Template, build_optimizer, build_system
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.pretrained import CheckpointError
@@ -23,7 +25,7 @@ system:
   components:
     router: {factory: "sysdpo_jax:Categorical", mode: full, settings: {num_values: 3, parent_sizes: [4]}}
     expert: {factory: "sysdpo_jax:Gaussian", mode: frozen, settings: {size: 1, parent_size: 3}}
-schedule: {learning_rate: 1e-3, steps: 7}
+schedule: {learning_rate: 1e-3, steps: 7, warmup: 1}
 """
 
 
@@ -139,6 +141,12 @@ def test_the_system_is_the_one_described(file):
             "checkpoint: no/such/folder/here",
             "there is no folder or file 'no/such/folder/here'",
         ),
+        "a tool with a prompt": (
+            "parents: [route]}",
+            "parents: [route], chat: true}",
+            "is a tool, which has no prompt",
+        ),
+        "warm-up": ("steps: 7, warmup: 1", "steps: 7", "schedule.warmup 100 must be below schedule.steps 7"),
         "unused": ("component: expert", "component: router", "system.components.expert is the component of no node"),
     }.values(),
 )
@@ -146,7 +154,7 @@ def test_a_system_that_cannot_be_built_is_refused_with_the_field(file, old, new,
     assert old in ROUTED
     config = read_config(file(ROUTED.replace(old, new, 1)), TrainConfig)
     with pytest.raises((ConfigError, GraphError, CheckpointError)) as error:
-        build_system(config, sj.make_mesh())
+        assemble(config)
     assert message in str(error.value)
 
 
@@ -155,3 +163,20 @@ def test_a_template_takes_its_parents_by_name():
     assert template("why", "so") == "Question: why\nDraft: so"
     assert replace(template, chat=True)("why", "so") == [{"role": "user", "content": "Question: why\nDraft: so"}]
     assert hash(template) == hash(replace(template))
+
+
+def test_messages_pass_through_chat_and_fit_in_no_text():
+    messages = [{"role": "user", "content": "why"}]
+    assert Template("{question}", ("question",), chat=True)(messages) == messages
+    with pytest.raises(sj.RecordError, match=r"'question' is no text, which the prompt 'Q: \{question\}' needs"):
+        Template("Q: {question}", ("question",), chat=True)(messages)
+
+
+def test_flags_keep_to_the_bounds_of_the_file(file):
+    with pytest.raises(ConfigError, match=r"^schedule\.batch_size is 0: input should be greater than or equal to 1$"):
+        parse(["--config", str(file(ROUTED)), "--schedule.batch-size", "0"], None)
+
+
+def test_captions_are_lines_without_their_marks():
+    assert split_captions("1. a ball\n\n2) two balls\n- three\nfour") == ["a ball", "two balls", "three"]
+    assert split_captions("a ball") == ["a ball", "", ""]

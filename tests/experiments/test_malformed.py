@@ -137,7 +137,7 @@ CONFIGURATIONS = {
     ),
     "a prompt of no parent": (set_("system", "nodes", "caption", "prompt", "Say {what}"), "it names 'what'"),
     "a prompt with an open brace": (set_("system", "nodes", "caption", "prompt", "Say {request"), "is no template"),
-    "a rank of nothing": (set_("system", "components", "writer", "lora", {"rank": 0}), "rank 0"),
+    "a rank of nothing": (set_("system", "components", "writer", "lora", {"rank": 0}), "lora.rank is 0"),
     "layers that are not there": (
         set_("system", "components", "writer", "lora", {"targets": ["q_porj"]}),
         "'q_porj' finds no dense",

@@ -103,7 +103,7 @@ def test_the_same_command_goes_on_and_another_configuration_is_refused(trained, 
     after = read_metrics(trained / "run" / "metrics.jsonl")
     assert [row["step"] for row in after] == [row["step"] for row in before]
     said = failure(capsys, train.main, ["--config", str(trained / "run.yaml"), "--seed", "1"])
-    assert "is of a run with another seed: choose another directory" in said
+    assert "is of another run (seed was 0, now 1): choose another directory" in said
 
 
 def test_exported_models_are_the_trained_ones(trained, tmp_path, capsys):
