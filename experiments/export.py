@@ -44,6 +44,8 @@ def export(config: Config) -> list[Path]:
     }
     if not chosen:
         raise ConfigError(f"{config.directory}: no component of the run was trained from a checkpoint")
+    for name in train.system.components.keys() - chosen.keys():
+        print(f"{name} is left out: it was not trained, or came from no checkpoint", file=sys.stderr)
     # On the devices that are here, whatever it was trained on.
     run = assemble(replace(train, mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint == "best")
