@@ -147,6 +147,7 @@ def test_a_dry_run_shows_what_would_be_trained(material, tmp_path, capsys):
     assert not Path(tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sampling_searches_for_the_drafts(material, tmp_path):
     """From the same records, whose drafts are left out."""
     flags = ["--config", str(material / "run.yaml"), "--directory", str(tmp_path / "run"), "--schedule.steps", "2"]

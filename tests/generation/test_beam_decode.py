@@ -160,7 +160,8 @@ def test_groups_equal_the_plain_search(name: str, groups: int | None, strength: 
         np.testing.assert_array_equal(made.valid[row], np.arange(4) < len(expected))
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_rows_are_independent_of_their_batch(name: str) -> None:
     """Each prompt alone, without padding, gives what it gives among others; scores within float32 roundings."""
     search = BeamSearch(2, 1.0)

@@ -139,6 +139,7 @@ def test_recomputation_is_kept_apart_where_no_loop_does_it(name):
     assert program.count("optimization_barrier") == len(residual) + depths.count(1)
 
 
+@pytest.mark.slow
 def test_diffusion_dpo_gradients_equal_autograd():
     """-log sigmoid(-beta / 2 (policy's error difference - reference's)), arXiv 2311.12908, equation 14.
 

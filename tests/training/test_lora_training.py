@@ -115,6 +115,7 @@ def test_a_reference_of_its_own_gives_the_same_step():
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_its_base_alone(tmp_path):
     trainer = Trainer(system(SMALL), OBJECTIVE, OPTIMIZER, tmp_path / "run")
 

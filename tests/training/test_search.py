@@ -205,6 +205,7 @@ def echo(draft, number):
     return f"{draft} the {'large' if number > 1 else 'small'}"
 
 
+@pytest.mark.slow
 def test_language_models_compile_once_and_resume_bit_for_bit(tmp_path):
     """Two models with a tool between them, LoRA on the first: neither step nor search compiles again."""
     config = DecoderConfig(len(SPECIAL) + len(WORDS), 16, 32, 1, 2, 2, max_position_embeddings=12)
