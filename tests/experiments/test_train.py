@@ -164,3 +164,17 @@ def test_a_trained_run_is_a_system_to_sample_from(trained, tmp_path):
     flags = ["--prompts", str(trained / "prompts.txt"), "--samples", "1", "--output", str(tmp_path / "runs.jsonl")]
     rollout.main(["--system", str(trained / "run"), *flags])
     assert len(list(read_lines(tmp_path / "runs.jsonl"))) == 6
+
+
+def test_data_that_changed_under_a_run_are_refused(trained, capsys):
+    """The same path with a row more; the run's own account of its data stays."""
+    path, account = trained / "pairs.jsonl", trained / "run" / "data.json"
+    rows, noted = path.read_text(), account.read_text()
+    row = json.loads(rows.splitlines()[0]) | {"id": "new"}
+    path.write_text(rows + json.dumps(row) + "\n")
+    try:
+        said = failure(capsys, train.main, ["--config", str(trained / "run.yaml")])
+    finally:
+        path.write_text(rows)
+    assert "data.json is of another run (kept was 200, now 201; sha256 was" in said
+    assert account.read_text() == noted
