@@ -1,6 +1,5 @@
 """The system that a configuration describes, with its parameters and their optimiser."""
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import sysdpo_jax as sj
+from experiments.common.runs import named_key
 from experiments.own.config import ComponentConfig, ConfigError, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
 from experiments.own.importing import built, call, import_object
 from sysdpo_jax.models.lora import LoRAError
@@ -126,7 +126,7 @@ def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.C
 def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> Model:
     field = f"system.components.{name}"
     settings = built(config.settings, f"{field}.settings")
-    key = jax.random.fold_in(jax.random.key(run.seed), zlib.crc32(name.encode()))
+    key = named_key(jax.random.key(run.seed), name)
     if config.checkpoint is None:
         made = call(config.factory or "", settings, f"{field}.settings", f"{field}.factory")
         component, params = made if isinstance(made, tuple) else (made, made.init(key))
