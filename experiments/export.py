@@ -9,15 +9,12 @@ load: with LoRA merged into the weights or, with --adapters, as the factors alon
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
-
-import tyro
 
 import sysdpo_jax as sj
 from experiments.own.card import model_card
 from experiments.own.command import user_errors
-from experiments.own.config import ConfigError, MeshConfig, TrainConfig, read_config, write_whole
-from experiments.own.loading import restored
+from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config, write_whole
+from experiments.own.loading import Which, restored
 from experiments.own.run import CONFIG, assemble
 
 
@@ -30,7 +27,7 @@ class Config:
 
     directory: Path
     output: Path
-    checkpoint: Literal["newest", "best"] = "newest"
+    checkpoint: Which = "newest"
     adapters: bool = False
 
 
@@ -48,7 +45,7 @@ def export(config: Config) -> list[Path]:
         print(f"{name} is left out: it was not trained, or came from no checkpoint", file=sys.stderr)
     # On the devices that are here, whatever it was trained on.
     run = assemble(replace(train, mesh=MeshConfig()))
-    params, step = restored(run, config.checkpoint == "best")
+    params, step = restored(run, config.checkpoint)
     about = model_card(config.directory, run, step)
     written = []
     for name, component in chosen.items():
@@ -66,9 +63,8 @@ def export(config: Config) -> list[Path]:
 
 def main(arguments: list[str]) -> None:
     """Export, and print the folders."""
-    config = tyro.cli(Config, args=arguments, description=__doc__)
-    # The parameters of a run in several processes come back in this one.
     with user_errors():
+        config = parse_flags(Config, arguments, __doc__)
         for folder in export(config):
             print(folder)
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from experiments.own.command import user_errors
-from experiments.own.config import ConfigError, write_whole
+from experiments.own.config import ConfigError, parse_flags, write_whole
 from experiments.own.runs_file import Run, moved, read_lines, run_lines
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 
@@ -39,9 +38,10 @@ class Config:
 def make_pairs(config: Config) -> str:
     """Write the preferences. Returns the counts in words.
 
-    Raises `ConfigError` naming a run without a score, a score without a run, and either that is there twice.
+    Runs that experiments.score skipped are left out. Raises `ConfigError` naming a run without a score, a score without
+    a run, and either that is there twice.
     """
-    scores = _scores(config.scores)
+    scores, skipped = _scores(config.scores)
     groups: dict[str, list[tuple[float, Run]]] = {}
     ids: set[str] = set()
     for path in config.runs:
@@ -49,9 +49,11 @@ def make_pairs(config: Config) -> str:
             name = run["id"]
             if name in ids:
                 raise ConfigError(f"{path}: the run {name!r} is there twice: give every file of runs once")
-            if name not in scores:
+            if name not in scores and name not in skipped:
                 raise ConfigError(f"{path}: the run {name!r} has no score: score these runs first")
             ids.add(name)
+            if name in skipped:
+                continue
             sides = {part: moved(run[part], path, config.output) for part in ("inputs", "outputs")}
             groups.setdefault(json.dumps(run["inputs"], sort_keys=True), []).append((scores[name], sides))
     left = next((name for name in scores if name not in ids), None)
@@ -71,26 +73,33 @@ def make_pairs(config: Config) -> str:
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(config.output, "".join(f"{json.dumps(line)}\n" for line in lines))
     ties = f" ({tied} ties)" if config.ties == "keep" else ""
-    return f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of which have none"
+    said = f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of which have none"
+    return said + (f"; {len(skipped)} runs have no score" if skipped else "")
 
 
-def _scores(paths: tuple[Path, ...]) -> dict[str, float]:
+def _scores(paths: tuple[Path, ...]) -> tuple[dict[str, float], set[str]]:
+    """{id: score}, and the ids that have an error instead."""
     scores: dict[str, float] = {}
+    failed: set[str] = set()
     for path in paths:
         for row in read_lines(path):
+            if "error" in row:
+                failed.add(str(row.get("id")))
+                continue
             value = row.get("score")
             if not isinstance(value, int | float) or not np.isfinite(value):
                 raise ConfigError(f"{path}: the score of {row.get('id')!r} is {value!r}: give a finite number")
             if str(row.get("id")) in scores:
                 raise ConfigError(f"{path}: the run {row['id']!r} has two scores: give every file of scores once")
             scores[str(row.get("id"))] = float(value)
-    return scores
+    # A later start may have found what an earlier one did not.
+    return scores, failed - scores.keys()
 
 
 def main(arguments: list[str]) -> None:
     """Make the pairs, and print the counts."""
-    config = tyro.cli(Config, args=arguments, description=__doc__)
     with user_errors():
+        config = parse_flags(Config, arguments, __doc__)
         print(make_pairs(config))
 
 

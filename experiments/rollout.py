@@ -2,8 +2,8 @@
 
     python -m experiments.rollout --system my_run.yaml --prompts prompts.jsonl --samples 4 --output runs.jsonl
 
-`--system` is the YAML file of a run, the folder of a run that has trained (its newest checkpoint), or "module:function"
-of a function that returns (system, parameters). Prompts: objects with the system's inputs, or a .txt file. Every line
+`--system` is the YAML file of a run, the folder of a run that has trained, or "module:function" of a function that
+returns (system, parameters). Prompts: objects with the system's inputs, or a .txt file. Every line
 of the output is {"id", "inputs", "outputs"}; images lie beside it. Given again, the command makes what is missing; a
 file of another system, other prompts or another seed is refused. Several processes, found as in training, write a file
 each and make the same runs as one.
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import tyro
 
 import sysdpo_jax as sj
 from experiments.own.appended import AppendedFile, digest
 from experiments.own.command import user_errors
-from experiments.own.config import ConfigError
-from experiments.own.loading import identity, load_system
+from experiments.own.config import ConfigError, Positive, parse_flags
+from experiments.own.loading import Which, identity, load_system
 from experiments.own.prompts import read_prompts
 from experiments.own.runs_file import as_row
 from sysdpo_jax.components.base import RecordError
@@ -30,14 +29,18 @@ from sysdpo_jax.training import Board
 
 @dataclass(frozen=True)
 class Config:
-    """samples: runs of each prompt. chunk: prompts that are sampled and written together; part of what is drawn."""
+    """samples: runs of each prompt. chunk: prompts that are sampled and written together; part of what is drawn.
+
+    checkpoint: of a run's folder, the newest or the one that evaluation found best.
+    """
 
     system: str
     prompts: Path
     output: Path
-    samples: int = 4
-    chunk: int = 16
+    samples: Positive = 4
+    chunk: Positive = 16
     seed: int = 0
+    checkpoint: Which = "newest"
 
 
 def roll_out(config: Config) -> Path:
@@ -45,12 +48,10 @@ def roll_out(config: Config) -> Path:
 
     Raises `ConfigError` for a file of other runs, and what cannot be used.
     """
-    if config.samples < 1 or config.chunk < 1:
-        raise ConfigError(f"samples {config.samples} and chunk {config.chunk} must be at least 1")
     index, count = jax.process_index(), jax.process_count()
     path = config.output if count == 1 else _shard(config.output, index, count)
     file = AppendedFile(path, _about(config))
-    system, params = load_system(config.system)
+    system, params = load_system(config.system, config.checkpoint)
     prompts = read_prompts(config.prompts, system)
     mine = range(0, len(prompts), config.chunk)[index::count]
     sizes = [config.samples * len(prompts[start : start + config.chunk]) for start in mine]
@@ -84,7 +85,7 @@ def _about(config: Config) -> dict[str, str]:
     if not config.prompts.is_file():
         raise ConfigError(f"{config.prompts} does not exist")
     return {
-        "system": identity(config.system),
+        "system": identity(config.system, config.checkpoint),
         "prompts": digest(config.prompts),
         "samples": str(config.samples),
         "chunk": str(config.chunk),
@@ -103,8 +104,8 @@ def _whole_chunks(file: AppendedFile, sizes: list[int]) -> int:
 
 def main(arguments: list[str]) -> None:
     """Sample, and print the file."""
-    config = tyro.cli(Config, args=arguments, description=__doc__)
     with user_errors():
+        config = parse_flags(Config, arguments, __doc__)
         print(roll_out(config))
 
 

@@ -52,7 +52,7 @@ def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: Sequen
         f"Loss {objective.loss}, beta {objective.beta}; {schedule.batch_size} pairs a step, AdamW at {rate:g}{lora}; "
         f"sysdpo_jax {sj.__version__}.\n"
     )
-    yield f"Data: {data['source']}, {data['kept']} preferences, SHA-256 of the file {data['sha256']}.\n"
+    yield f"Data: {data['source']}, {data['kept']} preferences, SHA-256 {data['sha256']}.\n"
     yield "## Figures\n"
     yield "| figure | value | step |\n| --- | ---: | ---: |"
     for title, value, at in _figures(rows):

@@ -15,12 +15,15 @@ OURS = tuple(str(Path(package.__path__[0])) for package in (experiments, sysdpo_
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End with a line and code 1 where what the user gave cannot be used, a full disk included.
+    """End with a line and code 1 where what the user gave cannot be used, a full disk included; 130 after Ctrl-C.
 
     What other libraries raise, and we did not expect, is a fault of the program: it shows where it happened.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, NonFiniteError, CorruptCheckpointError) as error:
         if isinstance(error, ValueError | ImportError) and not _is_ours(error):
             raise

@@ -15,6 +15,9 @@ class ConfigError(ValueError):
     """A configuration cannot be used: the message names the file, the field and the remedy."""
 
 
+# Not what a score is out of: "8/10", "8 out of 10". A sign that follows a digit is a dash: "between 3-4".
+NUMBER = r"(?<![\d/])(?<!/ )(?<!out of )[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Natural: TypeAlias = Annotated[int, Field(ge=0)]
 # Unknown names are errors.
@@ -139,16 +142,40 @@ class ScheduleConfig:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class JudgeConfig:
+    """A model that scores runs, behind an endpoint that speaks OpenAI's chat completions. url: "" for none.
+
+    url: as OpenAI's client takes it, https://api.openai.com/v1; of a server alone, http://localhost:8000, /v1 is added.
+    model: its name there. template: a file with the question, the run's values in braces. number: regular expression of
+    the score in the answer; its last match counts, or that match's first group. key: the environment variable of the
+    API key. temperature: null for models that take none. timeout: seconds of a request. retries: of a failed one.
+    parallel: requests at a time.
+    """
+
+    url: str = ""
+    model: str = ""
+    template: str = ""
+    number: str = NUMBER
+    key: str = "OPENAI_API_KEY"
+    temperature: float | None = 0.0
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    retries: Natural = 5
+    parallel: Positive = 4
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Runs of the whole system on held-out prompts, scored beside those of the system before training.
 
     prompts: JSON Lines of objects with the system's inputs, or a text file with a prompt a line; "" for no evaluation.
-    scorer: "module:function", run -> number, higher is better. every: steps. samples: runs a prompt.
+    scorer: "module:function", run -> number, higher is better; or judge. every: steps. samples: runs a prompt.
     patience: evaluations without a better win rate after which training stops; None: never. shown: runs in the report.
     """
 
     prompts: str = ""
     scorer: str = ""
+    judge: JudgeConfig = JudgeConfig()
     every: Positive = 100
     samples: Positive = 1
     batch_size: Positive = 16
@@ -244,13 +271,21 @@ def parse(arguments: Sequence[str], description: str | None) -> TrainConfig:
             del rest[place : place + 1 + (word == "--config")]
             break
     default = TrainConfig() if path is None else read_config(path, TrainConfig)
-    config = tyro.cli(TrainConfig, args=rest, default=default, description=description)
-    adapter = TypeAdapter(TrainConfig)
+    return _within_bounds(tyro.cli(TrainConfig, args=rest, default=default, description=description))
+
+
+def parse_flags(kind: type[C], arguments: Sequence[str], description: str | None) -> C:
+    """The configuration of a command without a file. Raises `ConfigError` for a value out of bounds."""
+    return _within_bounds(tyro.cli(kind, args=arguments, description=description))
+
+
+def _within_bounds(config: C) -> C:
+    """Flags keep to the same bounds as a file."""
+    adapter = TypeAdapter(type(config))
     try:
-        # Flags keep to the same bounds as the file.
         return adapter.validate_python(adapter.dump_python(config))
     except ValidationError as error:
-        raise ConfigError(_explain(error, TrainConfig)) from None
+        raise ConfigError(_explain(error, type(config))) from None
 
 
 def _explain(error: ValidationError, kind: type) -> str:

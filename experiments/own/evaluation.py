@@ -1,6 +1,6 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError
-from experiments.own.importing import import_object
+from experiments.own.config import ConfigError, JudgeConfig
 from experiments.own.prompts import read_prompts
 from experiments.own.run import BEST, Run
 from experiments.own.runs_file import read_lines, write_runs
-from experiments.own.scoring import score_runs
+from experiments.own.scoring import Scorer, make_scorer, parallel, score_runs
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, win_rate
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.typing import Params
@@ -32,7 +31,8 @@ class HeldOut:
 
     system: sj.CompoundSystem
     prompts: Sequence[Mapping[str, Any]]
-    scorer: Callable[[Mapping[str, Any]], float]
+    scorer: Scorer
+    threads: int
     samples: int
     batch_size: int
     seed: int
@@ -42,7 +42,7 @@ class HeldOut:
         """score and win_rate with their intervals; a tie with the system before training counts half."""
         key = jax.random.key(self.seed)
         runs = sj.rollout(self.system, params, self.prompts, key, self.samples, self.batch_size)
-        write_runs(self.path(step), self.system, runs, self.samples, score_runs(self.scorer, runs).tolist())
+        write_runs(self.path(step), self.system, runs, self.samples, list(score_runs(self.scorer, runs, self.threads)))
         now, before = (list(read_lines(self.path(at))) for at in (step, 0))
         if [run["inputs"] for run in now] != [run["inputs"] for run in before]:
             raise ConfigError(
@@ -60,10 +60,10 @@ class HeldOut:
 def make_evaluation(run: Run) -> Evaluation | None:
     """The evaluation that the configuration asks for, None for none. Raises `ConfigError` for half of one."""
     config = run.config.evaluation
-    if not config.prompts and not config.scorer:
+    if not config.prompts:
+        if config.scorer or config.judge != JudgeConfig():
+            raise ConfigError("evaluation.prompts is empty: give the held-out prompts too, or leave the scorer out")
         return None
-    if not config.prompts or not config.scorer:
-        raise ConfigError("evaluation: give both prompts and a scorer, or neither")
     if jax.process_count() > 1:
         raise ConfigError(
             "evaluation: systems are sampled in one process only; leave it out, and evaluate what is exported"
@@ -71,7 +71,8 @@ def make_evaluation(run: Run) -> Evaluation | None:
     held_out = HeldOut(
         run.system,
         read_prompts(config.prompts, run.system),
-        import_object(config.scorer, "evaluation.scorer"),
+        make_scorer(config.scorer, config.judge, "evaluation."),
+        parallel(config.scorer, config.judge),
         config.samples,
         config.batch_size,
         run.config.seed,

@@ -10,18 +10,24 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from string import Formatter
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from experiments.own.config import ConfigError
+from experiments.own.config import NUMBER, ConfigError, JudgeConfig
 from sysdpo_jax.data.saving import ImageFiles
 
-# Not what a score is out of: "8/10", "8 out of 10". A sign that follows a digit is a dash: "between 3-4".
-NUMBER = r"(?<![\d/])(?<!/ )(?<!out of )[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 # Worth another try, as all faults of the server are: timeout, conflict, too many requests.
 TRANSIENT = (408, 409, 429)
+# Of one run: a question that is too long, or that the server's filter does not let through.
+OF_THE_RUN = (400, 413, 422)
+
+
+class ScoreError(ConfigError):
+    """One run has no score, which says nothing of the others."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -31,15 +37,28 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def make_judge(config: JudgeConfig, field: str) -> "Judge":
+    """The judge that is configured; its template is read. field: its place, for errors. Raises `ConfigError`."""
+    if not config.model or not config.template:
+        raise ConfigError(f"{field}: a judge needs url, model and template")
+    path = Path(config.template)
+    if not path.is_file():
+        raise ConfigError(f"{field}.template {config.template} does not exist: write the question into a file")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{field}.template {path} is not UTF-8 text ({error.reason}): convert it") from None
+    asked = {name: getattr(config, name) for name in ("url", "model", "number", "key", "temperature")}
+    return Judge(template=template, timeout=config.timeout, retries=config.retries, **asked)
+
+
 @dataclass(frozen=True)
 class Judge:
     """Scores a run by asking a model for a number.
 
-    url: of the server, with or without /v1, to which chat/completions is added. model: its name there. template: the
-    question, with the run's values in braces; values that are images are shown as images, in the order in which the
-    template names them. number: regular expression of the score in the answer; the last match counts, of it the first
-    group if there is one. key: name of the environment variable of the API key; none is sent where it is not set.
-    timeout: seconds of one request. retries: after the first one, waiting `wait`, 2 `wait`, 4 `wait` ... seconds.
+    url, model, number, key, temperature, timeout, retries: see `JudgeConfig`. template: the question, with the run's
+    values in braces; values that are images are shown as images, in the order in which the template names them. No key
+    is sent where its variable is not set. wait: seconds before the first retry, twice as many before each next one.
     """
 
     url: str
@@ -47,6 +66,7 @@ class Judge:
     template: str
     number: str = NUMBER
     key: str = "OPENAI_API_KEY"
+    temperature: float | None = 0.0
     timeout: float = 60.0
     retries: int = 5
     wait: float = 1.0
@@ -58,10 +78,6 @@ class Judge:
             re.compile(self.number)
         except re.error as error:
             raise ConfigError(f"the judge's number {self.number!r} is no regular expression ({error})") from None
-        if self.retries < 0 or self.timeout <= 0:
-            raise ConfigError(
-                f"the judge's retries {self.retries} or timeout {self.timeout:g} is below what can be done"
-            )
         if not self._key.isascii() or not self._key.isprintable():
             raise ConfigError(f"the environment variable {self.key} holds characters that no API key has: set it again")
         if not self.fields:
@@ -90,20 +106,21 @@ class Judge:
         images = [image for name in self.fields for image in _images(run[name])]
         shown = {name: "(image)" if _images(run[name]) else run[name] for name in self.fields}
         text = {"type": "text", "text": self.template.format(**shown)}
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
-            "temperature": 0,
             "messages": [{"role": "user", "content": [text, *map(_as_part, images)] if images else text["text"]}],
         }
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
         answer = self._ask(json.dumps(body).encode())
         found = list(re.finditer(self.number, answer))
         if not found:
-            raise ConfigError(f"the judge's answer has no number: {answer[:200]!r}; ask for one in the template")
+            raise ScoreError(f"the judge's answer has no number: {answer[:200]!r}; ask for one in the template")
         score = found[-1].group(1 if found[-1].re.groups else 0)
         try:
             return float(score)
         except (TypeError, ValueError):
-            raise ConfigError(
+            raise ScoreError(
                 f"the judge's number is {score!r}, found by {self.number!r}: mend the expression"
             ) from None
 
@@ -111,8 +128,8 @@ class Judge:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
-        request, opener = urllib.request.Request(url, body, headers), urllib.request.build_opener(_NoRedirect)
+        request = urllib.request.Request(_endpoint(self.url), body, headers)
+        opener = urllib.request.build_opener(_NoRedirect)
         for attempt in range(self.retries + 1):
             try:
                 with opener.open(request, timeout=self.timeout) as response:
@@ -122,7 +139,8 @@ class Judge:
                 with error:
                     if error.code not in TRANSIENT and error.code < 500:
                         said = self._without_key(error.read(1000).decode(errors="replace"))[:200]
-                        raise ConfigError(
+                        kind = ScoreError if error.code in OF_THE_RUN else ConfigError
+                        raise kind(
                             f"the judge at {self.url} refuses: {reason} {said!r}; check url, model and key"
                         ) from None
             except (OSError, http.client.HTTPException) as error:
@@ -137,11 +155,18 @@ class Judge:
         return text.replace(self._key, "...") if self._key else text
 
 
+def _endpoint(url: str) -> str:
+    """Where questions go: below the address that OpenAI's client would be given."""
+    parts = urlsplit(url)
+    path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+    return parts._replace(path=f"{path}/chat/completions").geturl()
+
+
 def _content(answer: bytes) -> str:
     try:
         return str(json.loads(answer)["choices"][0]["message"]["content"])
     except (ValueError, KeyError, IndexError, TypeError):
-        raise ConfigError(f"the judge's answer is no chat completion: {answer[:200]!r}") from None
+        raise ScoreError(f"the judge's answer is no chat completion: {answer[:200]!r}") from None
 
 
 def _images(value: Any) -> list[np.ndarray]:

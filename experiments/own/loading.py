@@ -2,21 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import jax
 
 import sysdpo_jax as sj
 from experiments.own.appended import digest
 from experiments.own.config import ConfigError, MeshConfig, TrainConfig, read_config
-from experiments.own.evaluation import make_evaluation
 from experiments.own.importing import import_object
-from experiments.own.run import CONFIG, Run, assemble, make_batches, make_trainer, read_preferences
+from experiments.own.run import CONFIG, Run, assemble, make_trainer
 from experiments.own.system import build_system
 from sysdpo_jax.typing import Params
 
+# The newest checkpoint of a run, or the one that evaluation found best.
+Which: TypeAlias = Literal["newest", "best"]
 
-def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
+
+def load_system(spec: str, checkpoint: Which) -> tuple[sj.CompoundSystem, Params]:
     """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
+
+    checkpoint: of a run's folder.
 
     Of several processes each has the whole system of a YAML file on its own devices, to sample at its own pace.
     """
@@ -28,7 +33,7 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
                 "in a YAML file"
             )
         run = assemble(replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig()))
-        return run.system, restored(run)[0]
+        return run.system, restored(run, checkpoint)[0]
     if not path.exists() and ":" in spec:
         system, params = import_object(spec, "--system")()
         return system, params
@@ -39,31 +44,25 @@ def load_system(spec: str) -> tuple[sj.CompoundSystem, Params]:
     return build_system(replace(config, system=replace(config.system, components=components)), mesh)
 
 
-def identity(spec: str) -> str:
-    """What tells two systems apart: the configuration, the newest checkpoint of a folder, a function's name."""
+def identity(spec: str, checkpoint: Which) -> str:
+    """What tells two systems apart: the configuration, the checkpoint of a folder, a function's name."""
     path = Path(spec)
     if not path.is_dir():
         return digest(path) if path.exists() else spec
-    steps = [int(file.name) for file in (path / "checkpoints").glob("*") if file.name.isdigit()]
-    return f"{digest(path / CONFIG)} step {max(steps, default=None)}"
+    steps = sorted(int(file.name) for file in (path / "checkpoints").glob("*") if file.name.isdigit())
+    # A better one may come while the run goes on.
+    return f"{digest(path / CONFIG)} {checkpoint} of {steps if checkpoint == 'best' else steps[-1:]}"
 
 
-def restored(run: Run, best: bool = False) -> tuple[Params, int]:
-    """The parameters of the run's newest checkpoint, or of its best one, and the step.
+def restored(run: Run, checkpoint: Which) -> tuple[Params, int]:
+    """The parameters of a checkpoint of the run, which may be going on, and the step.
 
     Raises `ConfigError` where there is none.
     """
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
-    # What was searched for is part of a run's identity; of other batches nothing is.
-    sampled = run.config.objective.kind == "sampling"
-    batches = make_batches(run, read_preferences(run)) if sampled else no_batch
-    with make_trainer(run, make_evaluation(run)).checkpoints(state, batches, run.key) as checkpoints:
-        step = checkpoints.best if best else checkpoints.latest
+    with make_trainer(run).checkpoints(state, None, run.key, read_only=True) as checkpoints:
+        step = checkpoints.latest if checkpoint == "newest" else checkpoints.best
         if step is None:
-            kind = "best checkpoint: it was trained without evaluation" if best else "checkpoint: train first"
-            raise ConfigError(f"{checkpoints.directory} holds no {kind}")
+            lacks = "checkpoint: train first" if checkpoint == "newest" else "best checkpoint: give it an evaluation"
+            raise ConfigError(f"{checkpoints.directory} holds no {lacks}")
         return checkpoints.restore(state, step).params, step
-
-
-def no_batch(step: int) -> None:
-    """For what reads checkpoints alone."""

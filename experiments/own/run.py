@@ -1,6 +1,5 @@
 """A run put together from its configuration, up to the first step."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError, TrainConfig, read_config, write_config, write_whole
 from experiments.own.system import build_optimizer, build_system
-from sysdpo_jax.data.records import hold_intermediates
+from sysdpo_jax.data.records import check_intermediates
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.search import IntermediateSearch
@@ -92,7 +91,7 @@ def claim(run: Run, about: Mapping[str, Any]) -> None:
 
 def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
     """What a run's folder and its model cards say of the preferences."""
-    return {**asdict(run.config.data), "kept": len(records), "sha256": source_hash(run.config.data.source)}
+    return {**asdict(run.config.data), "kept": len(records), "sha256": records.counts.sha256}
 
 
 def _refuse_others(path: Path, noted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
@@ -128,7 +127,7 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
         config=run.identity,
         profile=config.profile,
         evaluation=evaluation,
-        best=None if evaluation is None else BEST,
+        best=BEST if config.evaluation.prompts else None,
         wandb=None if config.wandb is None else {"project": config.wandb},
     )
 
@@ -141,19 +140,10 @@ def read_preferences(run: Run) -> sj.Preferences:
     return sj.load_preferences(data.source, run.system, data.reader, split=data.split, on_error=data.on_error)
 
 
-def source_hash(source: str) -> str:
-    """SHA-256 of a file, "unknown" for a data set of many."""
-    path = Path(source)
-    if not path.is_file():
-        return "unknown"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
     """The batches of the objective. Raises `ConfigError` where it does not go with the records."""
     schedule, objective = run.config.schedule, run.config.objective
-    held = bool(run.system.intermediates) and hold_intermediates(run.system, records[:1])
+    held = bool(run.system.intermediates) and check_intermediates(run.system, records[0])
     if objective.kind == "direct":
         if run.system.intermediates and not held:
             raise ConfigError(

@@ -1,33 +1,57 @@
-"""Scores of runs by a function of your own."""
+"""Scores of runs, by a function of your own or a judge behind HTTP."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
-from experiments.own.config import ConfigError
+from experiments.own.config import ConfigError, JudgeConfig
+from experiments.own.importing import import_object
+from experiments.own.judge import ScoreError, make_judge
 
 Scorer = Callable[[Mapping[str, Any]], float]
 
 
+def make_scorer(scorer: str, judge: JudgeConfig, prefix: str) -> Scorer:
+    """The function "module:name", or the judge. prefix: of both fields, for errors.
+
+    Raises `ConfigError` for none or both, and for one that cannot be had.
+    """
+    if bool(scorer) == (judge != JudgeConfig()):
+        raise ConfigError(f"give either {prefix}scorer or {prefix}judge.url with its model and template")
+    if not scorer:
+        return make_judge(judge, f"{prefix}judge")
+    found: Scorer = import_object(scorer, f"{prefix}scorer")
+    return found
+
+
+def parallel(scorer: str, judge: JudgeConfig) -> int:
+    """How many runs are scored at a time: a function of your own need not bear more than one."""
+    return 1 if scorer else judge.parallel
+
+
 def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
-    """The run's score. name: its id, for errors. Raises `ConfigError` for a score that is no finite number."""
+    """The run's score. name: its id, for errors.
+
+    Raises `ScoreError` for a score that is no finite number, and `ConfigError` where no run could have one.
+    """
     try:
         score = scorer(run)
     except ConfigError as error:
-        raise ConfigError(f"run {name}: {error}") from None
+        raise type(error)(f"run {name}: {error}") from None
     except Exception as error:
-        raise ConfigError(f"the scorer failed on run {name} ({type(error).__name__}: {error}): mend it") from error
+        raise ScoreError(f"the scorer failed on run {name} ({type(error).__name__}: {error}): mend it") from error
     try:
         number = float(score)
     except (TypeError, ValueError):
-        raise ConfigError(f"the score of run {name} is {score!r}, no number: mend the scorer") from None
+        raise ScoreError(f"the score of run {name} is {score!r}, no number: mend the scorer") from None
     if not np.isfinite(number):
-        raise ConfigError(f"the score of run {name} is {number}: mend the scorer, or leave the run out")
+        raise ScoreError(f"the score of run {name} is {number}: mend the scorer, or leave the run out")
     return number
 
 
-def score_runs(scorer: Scorer, runs: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs"]:
-    """The scores of runs. Raises as `score_of`, naming the run by its number."""
-    return np.array([score_of(scorer, run, str(number)) for number, run in enumerate(runs)], np.float64)
+def score_runs(scorer: Scorer, runs: Sequence[Mapping[str, Any]], threads: int) -> Iterator[float]:
+    """The scores of runs, one after the other. Raises as `score_of`, naming the run by its number."""
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(lambda numbered: score_of(scorer, numbered[1], str(numbered[0])), enumerate(runs))

@@ -12,10 +12,8 @@ from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.text_to_image import TextToImage
-from sysdpo_jax.data.records import PreferenceRecord
+from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem, Node
-
-SIDES = ("chosen", "rejected")
 
 
 def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> None:
@@ -29,7 +27,7 @@ def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
         _check_inputs(system, record.inputs)
         for side in SIDES:
             _check_side(system, side, getattr(record, side))
-        check_intermediates(system, record, holds_intermediates(system, record.chosen))
+        check_intermediates(system, record)
     for side in SIDES:
         rows = [{**record.inputs, **getattr(record, side)} for record in records]
         whole = [row for row in rows if all(node.name in row for node in system.intermediates)]
@@ -40,22 +38,6 @@ def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
         except RecordError as error:
             # Of one record the row's number says nothing.
             raise RecordError(f"{side}, {re.sub(' in row 0(?= |$|:)', '', str(error))}") from error
-
-
-def holds_intermediates(system: CompoundSystem, values: Mapping[str, Any]) -> bool:
-    """Whether a side has the system's intermediate values; True for a system that has none."""
-    return all(node.name in values for node in system.intermediates)
-
-
-def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: bool) -> None:
-    """Raise `RecordError` naming a side that lacks the intermediate values where `held`, or has them where not."""
-    for side in SIDES:
-        if holds_intermediates(system, getattr(record, side)) != held:
-            names = ", ".join(node.name for node in system.intermediates)
-            raise RecordError(
-                f"{side} {'lacks' if held else 'has'} the intermediate values {names}, unlike what stands before: give "
-                "them everywhere or nowhere"
-            )
 
 
 def resolve_images(system: CompoundSystem, record: PreferenceRecord, folder: Path) -> PreferenceRecord:
@@ -79,11 +61,6 @@ def _check_side(system: CompoundSystem, side: str, values: Mapping[str, Any]) ->
     missing = [node.name for node in system.outputs if node.name not in values]
     if missing:
         raise RecordError(f"{side} lacks the field {missing[0]!r}: add it")
-    inner = [node.name for node in system.intermediates]
-    held = [name for name in inner if name in values]
-    if held and len(held) < len(inner):
-        absent = ", ".join(name for name in inner if name not in values)
-        raise RecordError(f"{side} holds {', '.join(held)} but not {absent}: give all intermediate values or none")
     for node in system.nodes:
         if node.name in values and not node.deterministic:
             where = f"{side}, field {node.name!r}"

@@ -1,5 +1,6 @@
 """Files of preferences: checked once, then read record by record. However many rows they have, few are in memory."""
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.data.checks import check_intermediates, check_records, holds_intermediates, resolve_images
+from sysdpo_jax.data.checks import check_records, resolve_images
 from sysdpo_jax.data.readers import READERS, Reader
-from sysdpo_jax.data.records import PreferenceRecord
+from sysdpo_jax.data.records import PreferenceRecord, check_intermediates
 from sysdpo_jax.data.rows import Row, read_rows
 from sysdpo_jax.data.stored import StoredRecords, write_records
 from sysdpo_jax.graph import CompoundSystem
@@ -27,13 +28,17 @@ RECORDS, COUNTS = "records.arrow", "counts.json"
 
 @dataclass
 class Counts:
-    """read: rows; kept: records; ties: rows without a preference; skipped: what had errors, of which some are kept."""
+    """read: rows; kept: records; ties: rows without a preference; skipped: what had errors, of which some are kept.
+
+    sha256: of the file, or of the rows of a data set of many files.
+    """
 
     read: int = 0
     kept: int = 0
     ties: int = 0
     skipped: int = 0
     errors: list[str] = field(default_factory=list)
+    sha256: str = ""
 
 
 class Preferences(Sequence[PreferenceRecord]):
@@ -156,7 +161,7 @@ def _checked(
     """The records in their order, checked; errors are raised with their place, or counted."""
     ids: dict[Any, int] = {}
     waiting: list[tuple[int, PreferenceRecord]] = []
-    first: list[bool] = []
+    held: list[bool] = []
 
     def refuse(number: int, error: RecordError) -> None:
         message = f"{source}, row {number}: {error}"
@@ -170,8 +175,8 @@ def _checked(
         for number, record, error in _verdicts(system, waiting):
             if system is not None and error is None:
                 # As the first record of all does.
-                first[:] = first or [holds_intermediates(system, record.chosen)]
-                error = _refusal(check_intermediates, system, record, first[0])
+                held[:] = held or [check_intermediates(system, record)]
+                error = _refusal(check_intermediates, system, record, held[0])
             if error is not None:
                 refuse(number, error)
             else:
@@ -179,8 +184,12 @@ def _checked(
                 yield record
         waiting.clear()
 
+    one_file = Path(source).is_file()
+    rows = hashlib.sha256()
     for row in read_rows(source, split):
         counts.read += 1
+        if not one_file:
+            rows.update(json.dumps(row.values, default=repr).encode())
         try:
             made = _converted(row, convert, system, ids)
         except RecordError as error:
@@ -191,6 +200,12 @@ def _checked(
         if len(waiting) >= TOGETHER:
             yield from passed()
     yield from passed()
+    counts.sha256 = _digest(Path(source)) if one_file else rows.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _converted(row: Row, convert: Reader, system: CompoundSystem | None, ids: dict[Any, int]) -> list[PreferenceRecord]:
@@ -220,7 +235,7 @@ def _verdicts(
         yield number, record, None if fine or system is None else _refusal(check_records, system, [record])
 
 
-def _refusal(check: Callable[..., None], *args: Any) -> RecordError | None:
+def _refusal(check: Callable[..., Any], *args: Any) -> RecordError | None:
     """What the check raises."""
     try:
         check(*args)

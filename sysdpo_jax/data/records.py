@@ -8,6 +8,8 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import PairBatch
 
+SIDES = ("chosen", "rejected")
+
 
 @dataclass(frozen=True)
 class PreferenceRecord:
@@ -21,29 +23,39 @@ class PreferenceRecord:
     rejected: Mapping[str, Any]
 
 
-def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> bool:
-    """Whether the records hold the system's intermediate values; True for a system that has none.
+def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: bool | None = None) -> bool:
+    """Whether the record holds the system's intermediate values; True for a system that has none.
 
-    Raises `RecordError` naming the row where a side holds some and not others, or another row or side does differently.
+    held: whether those before it do. Raises `RecordError` naming a side that holds some of them and not others, or does
+    otherwise than what stands before it.
     """
     names = [node.name for node in system.intermediates]
-    first: bool | None = None
+    for side in SIDES:
+        present = [name for name in names if name in getattr(record, side)]
+        if present and len(present) < len(names):
+            absent = ", ".join(name for name in names if name not in present)
+            raise RecordError(
+                f"{side} holds {', '.join(present)} but not {absent}: give all intermediate values or none"
+            )
+        whole = len(present) == len(names)
+        if held is not None and whole != held:
+            raise RecordError(
+                f"{side} {'lacks' if held else 'has'} the intermediate values {', '.join(names)}, unlike what stands "
+                "before: give them everywhere or nowhere"
+            )
+        held = whole
+    return bool(held)
+
+
+def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> bool:
+    """`check_intermediates` of all records, True for none. Raises `RecordError` naming the row too."""
+    held: bool | None = None
     for row, record in enumerate(records):
-        for side, values in (("chosen", record.chosen), ("rejected", record.rejected)):
-            held = [name for name in names if name in values]
-            if held and len(held) < len(names):
-                missing = ", ".join(name for name in names if name not in held)
-                raise RecordError(
-                    f"record {row}: the {side} run holds {', '.join(held)} but not {missing}: give all intermediate "
-                    "values or none"
-                )
-            first = len(held) == len(names) if first is None else first
-            if first != (len(held) == len(names)):
-                raise RecordError(
-                    f"record {row}: the {side} run {'lacks' if first else 'holds'} the intermediate values "
-                    f"{', '.join(names)}, unlike those before it: give them in all records or in none"
-                )
-    return first is None or first
+        try:
+            held = check_intermediates(system, record, held)
+        except RecordError as error:
+            raise RecordError(f"record {row}: {error}") from None
+    return held is None or held
 
 
 def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -65,7 +77,7 @@ def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRe
     def final(row: int, side: str, values: Mapping[str, Any]) -> dict[str, Any]:
         missing = [name for name in names if name not in values]
         if missing:
-            raise RecordError(f"record {row}: the {side} run lacks a value for {', '.join(missing)}: add the field")
+            raise RecordError(f"record {row}: {side} lacks a value for {', '.join(missing)}: add the field")
         return {name: values[name] for name in (*given, *names) if name in values}
 
     return [

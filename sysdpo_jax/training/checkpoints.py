@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -43,9 +43,10 @@ class Checkpoints:
     """The newest `keep` checkpoints below `directory` and the best one, of equal ones the newest.
 
     state: any state of the run, for its structure, placement, reference and frozen leaves. config: `{path: text}`.
-    best: by which metric of `save`; None keeps no best one.
+    best: by which metric of `save`; None keeps no best one. read_only: to look at the checkpoints of a run that may be
+    writing them now; of `config` it compares what it is given alone.
     Use it as a context manager: leaving waits until everything is written. Partial checkpoints that it finds are
-    renamed to `<step>.corrupt-<number>` with a warning, and so are damaged ones by `restore`.
+    renamed to `<step>.corrupt-<number>` with a warning, and so are damaged ones by `restore`; not if it only reads.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Checkpoints:
         config: dict[str, str],
         keep: int = 2,
         best: Best | None = None,
+        read_only: bool = False,
     ):
         if keep < 1:
             raise ValueError(f"keep {keep} must be at least 1: the newest checkpoint is what a run resumes from")
@@ -68,12 +70,15 @@ class Checkpoints:
             "frozen": fingerprints(fixed.frozen),
         }
         self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
-        for path in self.directory.glob("*") if jax.process_index() == 0 else ():
+        self._read_only = read_only
+        if read_only and not self.directory.is_dir():
+            raise FileNotFoundError(f"{self.directory} does not exist: the run has saved nothing yet")
+        for path in self.directory.glob("*") if jax.process_index() == 0 and not read_only else ():
             problem = _missing(path) if path.name.isdigit() else None
             if problem is not None:
                 _set_aside(path, problem)
         multihost_utils.sync_global_devices("sysdpo_jax: partial checkpoints are set aside")
-        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best))
+        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best, read_only))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -142,8 +147,9 @@ class Checkpoints:
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
         """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps.
 
-        step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read. The
-        placement may be another than that of the run which saved it, on other devices or processes.
+        step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read. Of
+        a run that is only read it is the newest. The placement may be another than that of the run which saved it, on
+        other devices or processes.
         On several processes the one that meets the damage sets it aside and raises `CorruptCheckpointError`, because
         the others wait for it in the middle of reading: start all of them again, and they use the one before.
         Raises `CheckpointMismatchError` naming the differing fields when the checkpoint belongs to another run,
@@ -151,6 +157,8 @@ class Checkpoints:
         """
         if step is not None:
             return self._read(state, step)
+        if self._read_only and self.latest is not None:
+            return self._read(state, self.latest)
         damaged: dict[int, str] = {}
         for newest in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -180,6 +188,9 @@ class Checkpoints:
         with _reading(path):
             about = self._manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
             identity, saved = about["identity"], about["fingerprints"]
+        if self._read_only:
+            known = self._identity["configuration"]
+            identity["configuration"] = {name: identity["configuration"].get(name, "nothing") for name in known}
         check_same(identity, self._identity, f"the checkpoint {path}")
         carry, fixed = split(state, self._mask)
         wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in by_path(carry).items()}
@@ -193,10 +204,15 @@ class Checkpoints:
         return join(restored, fixed)
 
 
-def _options(keep: int, best: Best | None) -> ocp.CheckpointManagerOptions:
+def _options(keep: int, best: Best | None, read_only: bool) -> ocp.CheckpointManagerOptions:
     # What a killed run left half-written is removed.
+    common: dict[str, Any] = {
+        "read_only": read_only,
+        "create": not read_only,
+        "cleanup_tmp_directories": not read_only,
+    }
     if best is None:
-        return ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
+        return ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), **common)
     name, mode = best
     worst = -math.inf if mode == "max" else math.inf
 
@@ -209,7 +225,7 @@ def _options(keep: int, best: Best | None) -> ocp.CheckpointManagerOptions:
         best_fn=value,
         best_mode=mode,
         preservation_policy=AnyPreservationPolicy([LatestN(keep), best_one]),
-        cleanup_tmp_directories=True,
+        **common,
     )
 
 

@@ -69,8 +69,6 @@ class Trainer:
     wandb: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.evaluation is None and self._best_evaluated:
-            raise ValueError(f"best {self.best} is a figure of an evaluation: give the Trainer one")
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
             raise ValueError(f"profile {self.profile} must be (first, last) with 0 <= first < last")
 
@@ -102,9 +100,11 @@ class Trainer:
         Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving,
         in one process, the state before that batch; `CheckpointMismatchError` when the directory belongs to another
         run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume` is False
-        and the directory holds a checkpoint; what an evaluation raises (`EvaluationError`, see `Evaluation`), whose
-        state is saved.
+        and the directory holds a checkpoint; `ValueError` for a `best` of an evaluation that the Trainer lacks; what an
+        evaluation raises (`EvaluationError`, see `Evaluation`), whose state is saved.
         """
+        if self.evaluation is None and self._best_evaluated:
+            raise ValueError(f"best {self.best} is a figure of an evaluation: give the Trainer one")
         with stop_requests(Path(self.directory).absolute() / "checkpoints") as asked:
             state, done = self._fit(state, batch_at, steps, key, resume, asked)
             # Everything is on disk now.
@@ -115,14 +115,17 @@ class Trainer:
             raise stop
         return state
 
-    def checkpoints(self, state: TrainState, batch_at: BatchSource, key: PRNGKeyArray) -> Checkpoints:
+    def checkpoints(
+        self, state: TrainState, batch_at: BatchSource | None, key: PRNGKeyArray, read_only: bool = False
+    ) -> Checkpoints:
         """Those of the directory, to be used as a context manager; arguments as for `fit`, which leaves the state.
 
-        `checkpoints.restore(state, checkpoints.best)` is the best state.
+        `checkpoints.restore(state, checkpoints.best)` is the best state. read_only: beside a run that may be going on;
+        batch_at may be None then.
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"
-        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best)
+        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best, read_only)
 
     def _fit(
         self,
@@ -220,7 +223,7 @@ class Trainer:
         search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
         return search.batch, search.forget
 
-    def _configuration(self, batch_at: BatchSource, key: PRNGKeyArray) -> dict[str, str]:
+    def _configuration(self, batch_at: BatchSource | None, key: PRNGKeyArray) -> dict[str, str]:
         described = [describe(f"node {node.name}", node) for node in self.system.nodes]
         described += [describe(f"optimizer {name}", component) for name, component in self.optimizer.components]
         described += [describe("ema_decay", self.optimizer.ema_decay), describe("objective", self.objective)]
@@ -232,7 +235,7 @@ class Trainer:
         }
 
 
-def _describe_batches(batch_at: BatchSource) -> dict[str, str]:
+def _describe_batches(batch_at: BatchSource | None) -> dict[str, str]:
     """What is known of the batches: of a function or a dataset nothing."""
     if not isinstance(batch_at, SearchedBatches):
         return {}

@@ -77,15 +77,15 @@ def test_records_with_and_without_intermediates_are_told_apart():
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([WHOLE, FINAL], "record 1: the chosen run lacks the intermediate values route, part, unlike those before it"),
-        ([FINAL, WHOLE], "record 1: the chosen run holds the intermediate values route, part, unlike those before it"),
+        ([WHOLE, FINAL], "record 1: chosen lacks the intermediate values route, part, unlike what stands before"),
+        ([FINAL, WHOLE], "record 1: chosen has the intermediate values route, part, unlike what stands before"),
         (
             [PreferenceRecord({"x": 0}, WHOLE.chosen, FINAL.rejected)],
-            "record 0: the rejected run lacks the intermediate values route, part",
+            "record 0: rejected lacks the intermediate values route, part",
         ),
         (
             [WHOLE, PreferenceRecord({"x": 0}, WHOLE.chosen, {"part": 1, "z": 0})],
-            "record 1: the rejected run holds part but not route: give all intermediate values or none",
+            "record 1: rejected holds part but not route: give all intermediate values or none",
         ),
         ([FINAL], r"the records hold no intermediate values \(route, part\): record them, or train with Sampling"),
     ],
@@ -102,7 +102,7 @@ def test_a_file_of_final_values_is_read(tmp_path):
 
 
 def test_a_missing_final_value_is_named():
-    with pytest.raises(RecordError, match="record 1: the rejected run lacks a value for z: add the field"):
+    with pytest.raises(RecordError, match="record 1: rejected lacks a value for z: add the field"):
         without_intermediates(SYSTEM, [FINAL, PreferenceRecord({"x": 0}, {"z": 0}, {"route": 0})])
 
 

@@ -153,7 +153,7 @@ CONFIGURATIONS = {
         lambda c: [each.update(mode="frozen") for each in c["system"]["components"].values()],
         "every component is frozen",
     ),
-    "half an evaluation": (set_("evaluation", {"prompts": "prompts.txt"}), "give both prompts and a scorer"),
+    "half an evaluation": (set_("evaluation", {"prompts": "prompts.txt"}), "give either evaluation.scorer or evaluation.judge.url"),
     "a scorer that is not there": (
         set_("evaluation", {"prompts": "prompts.txt", "scorer": "no_such_module:score"}),
         "evaluation.scorer: the module 'no_such_module' cannot be imported",
@@ -252,7 +252,7 @@ def test_a_score_that_is_not_a_number(place, capsys):
     flags = ["--runs", place / "runs.jsonl", "--scores", place / "scores.jsonl", "--output", place / "pairs2.jsonl"]
     fails(capsys, "the score of '0-0' is nan: give a finite number", make_pairs, *flags)
     flags = ["--runs", place / "runs.jsonl", "--scorer", "builtins:len", "--output", place / "nowhere.jsonl"]
-    fails(capsys, "give either --scorer or --judge-url", score, *flags, "--judge-url", "http://localhost:1")
+    fails(capsys, "give either --scorer or --judge.url", score, *flags, "--judge.url", "http://localhost:1")
     assert files(place) == before
 
 

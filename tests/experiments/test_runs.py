@@ -139,20 +139,20 @@ def test_prompts_that_were_edited_are_others(files, capsys):
 def test_a_system_is_its_configuration_and_newest_checkpoint(tmp_path):
     """Runs of a policy that has trained on are not mixed with those before."""
     (tmp_path / "config.yaml").write_text("seed: 0")
-    seen = {identity(str(tmp_path)), identity(str(tmp_path / "config.yaml"))}
+    seen = {identity(str(tmp_path), "newest"), identity(str(tmp_path / "config.yaml"), "newest")}
     for name in ("10", "9", "20.corrupt-1", "20"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        seen.add(identity(str(tmp_path)))
+        seen.add(identity(str(tmp_path), "newest"))
     (tmp_path / "config.yaml").write_text("seed: 1")
-    seen |= {identity(str(tmp_path)), identity(str(tmp_path / "config.yaml"))}
+    seen |= {identity(str(tmp_path), "newest"), identity(str(tmp_path / "config.yaml"), "newest")}
     assert len(seen) == 6
-    assert identity("package:function") == "package:function"
+    assert identity("package:function", "newest") == "package:function"
 
 
 def test_a_run_that_has_trained_is_sampled_in_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="is sampled in one process; or export it"):
-        load_system(str(tmp_path))
+        load_system(str(tmp_path), "newest")
 
 
 def test_prompts_that_a_component_refuses_are_named_and_may_be_mended(files, capsys):
@@ -326,8 +326,9 @@ def judge(files):
             "template": str(files / "question.txt"),
             "timeout": timeout,
             "retries": retries,
+            "parallel": "1",
         }
-        return [word for name, value in named.items() for word in (f"--judge-{name}", value)] + ["--parallel", "1"]
+        return [word for name, value in named.items() for word in (f"--judge.{name}", value)]
 
     yield flags
     server.shutdown()
@@ -347,7 +348,7 @@ def test_a_judge_is_asked_again_where_it_fails(files, judge, monkeypatch):
 
 
 def test_the_expression_that_finds_the_score(files, judge):
-    found = scored(files, *judge((200, "between 3-4, so 3 of 10")), "--judge-number", r"(\S+) of 10")
+    found = scored(files, *judge((200, "between 3-4, so 3 of 10")), "--judge.number", r"(\S+) of 10")
     assert set(found.values()) == {3.0}
 
 
@@ -378,10 +379,10 @@ def test_the_key_goes_to_the_judge_alone(files, judge, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--judge-url", "localhost:8000"), "begin it with http:// or https://"),
-        (("--judge-number", "(7"), "is no regular expression"),
-        (("--judge-timeout", "0"), "timeout 0 is below"),
-        (("--scorer", "builtins:len"), "give either --scorer or --judge-url"),
+        (("--judge.url", "localhost:8000"), "begin it with http:// or https://"),
+        (("--judge.number", "(7"), "is no regular expression"),
+        (("--judge.timeout", "0"), "judge.timeout is 0.0: input should be greater than 0"),
+        (("--scorer", "builtins:len"), "give either --scorer or --judge.url"),
     ],
 )
 def test_a_judge_that_cannot_be_asked(files, judge, capsys, flags, message):

@@ -11,7 +11,7 @@ import pytest
 from sysdpo_jax import Categorical, CompoundSystem, Gaussian, Node
 from sysdpo_jax.training import FROZEN, Checkpoints, ComponentOptimizer, create_state, make_optimizer
 from sysdpo_jax.training.checkpoints import CorruptCheckpointError
-from sysdpo_jax.training.identity import check_same, describe, fingerprints
+from sysdpo_jax.training.identity import CheckpointMismatchError, check_same, describe, fingerprints
 
 SYSTEM = CompoundSystem(("x",), (Node("a", Gaussian(64, 32), ("x",)), Node("b", Gaussian(1, 64), ("a",))))
 OPTIMIZER = make_optimizer({"a": ComponentOptimizer(optax.adam(0.1)), "b": FROZEN}, ema_decay=0.9)
@@ -28,8 +28,8 @@ def state_of(step):
     return state._replace(step=state.step + step, params=params, opt_state=moved[1], ema=moved[2])
 
 
-def opened(directory, **settings):
-    return Checkpoints(directory, state_of(0), OPTIMIZER, CONFIG, **settings)
+def opened(directory, config=CONFIG, **settings):
+    return Checkpoints(directory, state_of(0), OPTIMIZER, config, **settings)
 
 
 def saved(directory, steps, metrics=(), **settings):
@@ -49,6 +49,27 @@ def names(directory):
 
 def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
+
+
+def test_who_only_reads_changes_nothing_and_compares_what_it_knows(tmp_path):
+    """Beside a run that is saving: what is partial is not set aside, what is temporary not removed."""
+    saved(tmp_path, [1, 2], config={"name": "value", "batches": "searched"})
+    writing = tmp_path / "3.orbax-checkpoint-tmp-0"
+    writing.mkdir()
+    (tmp_path / "4" / "state").mkdir(parents=True)
+    before = names(tmp_path)
+    with opened(tmp_path, read_only=True) as checkpoints:
+        same(checkpoints.restore(state_of(0), 2), state_of(2))
+        with pytest.raises(CorruptCheckpointError, match="4 cannot be read"):
+            checkpoints.restore(state_of(0), 4)
+    assert names(tmp_path) == before
+    with (
+        opened(tmp_path, read_only=True, config={"name": "other"}) as checkpoints,
+        pytest.raises(CheckpointMismatchError, match="name: saved value, now other"),
+    ):
+        checkpoints.restore(state_of(0), 2)
+    with pytest.raises(FileNotFoundError, match="the run has saved nothing yet"):
+        opened(tmp_path / "none", read_only=True)
 
 
 @pytest.mark.parametrize(("mode", "best", "kept"), [("max", 2, [2, 4, 5]), ("min", 3, [3, 4, 5])])

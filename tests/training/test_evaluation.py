@@ -166,6 +166,6 @@ def test_a_figure_that_nobody_measures_is_refused(tmp_path):
     with pytest.raises(EvaluationError, match="stop_on: the evaluation gave no 'eval/win'"):
         trainer(tmp_path, Measured([0.1]), stop_on=("eval/win", "max", 1)).fit(fresh(), BATCH_AT, 1, KEY)
     with pytest.raises(ValueError, match="give the Trainer one"):
-        Trainer(CHAIN, DirectObjective(), OPTIMIZER, tmp_path, best=("eval/win", "max"))
+        Trainer(CHAIN, DirectObjective(), OPTIMIZER, tmp_path, best=("eval/win", "max")).fit(fresh(), BATCH_AT, 1, KEY)
     with pytest.raises(ValueError, match=r"stop_on .* must be a metric 'eval/<name>'"):
         Evaluation(Measured([]), 1, ("win", "max", 1))

@@ -163,7 +163,7 @@ def test_bad_settings_and_records_are_refused(tmp_path):
     for changes, kind, message in (
         ({"every": 0}, ValueError, "num_intermediates 4 and every 0 must be at least 1"),
         ({"records": [whole] * 3}, RecordError, "the records hold intermediate values"),
-        ({"records": [*RECORDS, whole]}, RecordError, "record 10: the chosen run holds the intermediate values y"),
+        ({"records": [*RECORDS, whole]}, RecordError, "record 10: chosen has the intermediate values y"),
         ({"batch_size": 11}, ValueError, "10 rows do not fill one batch of 11"),
         ({"records": []}, ValueError, "0 rows do not fill one batch of 3"),
         (
