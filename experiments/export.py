@@ -1,19 +1,20 @@
-"""Write the aligned components of a run in their Hugging Face layout, each with a model card.
+"""Write the aligned components of a run, each with a model card.
 
     python -m experiments.export --directory runs/my_run --output aligned
 
-Every component that was trained and came from a checkpoint gets a folder of its name, which transformers or diffusers
-load: with LoRA merged into the weights or, with --adapters, as the factors alone.
+Every component that was trained gets a folder of its name, which transformers or diffusers load: with LoRA merged into
+the weights or, with --adapters, as the factors alone. A component of your own writes its own files where it has a
+method `save(path, params)`; of others the parameters are written, as parameters.safetensors.
 """
 
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import sysdpo_jax as sj
 from experiments.own.card import model_card
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config, write_whole
+from experiments.own.exporting import write_component
 from experiments.own.loading import Which, restored
 from experiments.own.run import CONFIG, assemble
 
@@ -22,7 +23,7 @@ from experiments.own.run import CONFIG, assemble
 class Config:
     """directory: of the run. output: a new folder. checkpoint: the newest, or the one that evaluation found best.
 
-    adapters: write LoRA factors alone, for PEFT and diffusers.
+    adapters: write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers.
     """
 
     directory: Path
@@ -34,29 +35,21 @@ class Config:
 def export(config: Config) -> list[Path]:
     """The folders written. Raises `ConfigError` where the directory holds no run, or nothing of it can be exported."""
     train = read_config(config.directory / CONFIG, TrainConfig)
-    chosen = {
-        name: component
-        for name, component in train.system.components.items()
-        if component.mode != "frozen" and component.checkpoint is not None
-    }
+    chosen = [name for name, component in train.system.components.items() if component.mode != "frozen"]
     if not chosen:
-        raise ConfigError(f"{config.directory}: no component of the run was trained from a checkpoint")
-    for name in train.system.components.keys() - chosen.keys():
-        print(f"{name} is left out: it was not trained, or came from no checkpoint", file=sys.stderr)
+        raise ConfigError(f"{config.directory}: no component of the run was trained")
     # On the devices that are here, whatever it was trained on.
     run = assemble(replace(train, mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
     about = model_card(config.directory, run, step)
     written = []
-    for name, component in chosen.items():
+    for name in chosen:
         folder = config.output / name
         # Nodes that share the model differ in their prompts only.
         model = next(node.component for node in run.system.nodes if node.params_key == name)
-        if config.adapters and component.mode == "lora":
-            sj.pretrained.save_adapter(folder, model, params[name], component.checkpoint)
-        else:
-            sj.pretrained.save(folder, model, params[name])
-        write_whole(folder / "README.md", about(name))
+        adapter = config.adapters and train.system.components[name].mode == "lora"
+        library = write_component(folder, model, params[name], adapter, train.system.components[name].checkpoint)
+        write_whole(folder / "README.md", about(name, library))
         written.append(folder)
     return written
 

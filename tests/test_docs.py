@@ -1,79 +1,208 @@
-"""Every command of the documentation runs: in its order, in an empty folder, with small models for those on the hub."""
+"""Every command of the documentation: those of a system of your own run, in their order, with small models and data."""
 
+import json
 import re
 import shlex
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import transformers
+from PIL import Image
 
-from experiments.own.config import TrainConfig, read_config
+from experiments.own.config import TrainConfig, parse, parse_flags, read_config
 from sysdpo_jax.training import read_metrics
-from tests.pretrained.checkpoints import write_decoder
+from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("quickstart.md", "bring_your_own.md", "choosing.md", "scaling.md", "troubleshooting.md")
-COMMAND = re.compile(r"^    python -m (experiments\.\w+) (.*)$", re.MULTILINE)
+DOCS = sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.yaml"))
+COMMAND = re.compile(r"python -m (experiments\.[\w.]+)([^`\n\"]*)")
+TEXT_MODELS = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "Qwen/Qwen1.5-1.8B-Chat",
+    "meta-llama/Meta-Llama-3-8B-Instruct",
+)
+IMAGE_MODELS = {
+    "stabilityai/stable-diffusion-xl-base-1.0": stable_diffusion_xl,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion_1,
+}
+# Steps of a run that shows that everything works.
+SHORT = ((r"steps: \d+", "steps: 2"), (r"warmup: \d+", "warmup: 1"), (r"every: \d+", "every: 1"))
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-def commands(page):
-    text = (ROOT / "docs" / page).read_text().replace("\\\n", " ")
-    return [(module, shlex.split(flags)) for module, flags in COMMAND.findall(text)]
+def commands(path):
+    """[(module, flags)] of a page or of the comments of a configuration."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / path).read_text())
+    return [(module, shlex.split(flags.split(" > ")[0])) for module, flags in COMMAND.findall(text)]
+
+
+class Judge(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": "8 of 10"}}]}).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = HTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with the repository's experiments, whose quickstart takes a small model."""
+    """A folder with the repository's experiments, whose configurations take a small language model and few steps."""
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
-    write_decoder(tmp_path / "small", "llama", num_hidden_layers=1, max_position_embeddings=256)
-    path = tmp_path / "experiments" / "configs" / "quickstart.yaml"
-    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert hub in path.read_text()
-    text = path.read_text().replace(hub, "small")
-    for old, new in (("steps: 20", "steps: 2"), ("warmup: 2", "warmup: 1"), ("every: 10", "every: 1")):
-        assert old in text
-        text = text.replace(old, new)
-    # The small model's tokenizer has no chat template.
-    path.write_text(text.replace(", chat: true", ""))
+    write_decoder(tmp_path / "small", "llama", num_hidden_layers=1, max_position_embeddings=1024)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "small")
+    for path in (tmp_path / "experiments" / "configs").glob("*.yaml"):
+        text = path.read_text()
+        for hub in TEXT_MODELS:
+            text = text.replace(hub, "small")
+        for old, new in SHORT:
+            text = re.sub(old, new, text)
+        path.write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_quickstart_leads_to_a_report_and_models(place):
-    found = commands("quickstart.md")
-    assert [module.rpartition(".")[2] for module, _ in found] == [
-        "rollout", "score", "make_pairs", "train", "train", "export",
-    ]  # fmt: skip
+def run(found):
     for module, flags in found:
         import_module(module).main(flags)
-    assert (place / "runs" / "quickstart" / "report.html").exists()
-    assert (place / "runs" / "quickstart_aligned" / "refiner" / "README.md").exists()
-    rows = read_metrics(place / "runs" / "quickstart" / "metrics.jsonl")
+
+
+def test_the_quickstart_leads_to_a_report_and_models(place, judge):
+    found = commands("docs/quickstart.md")
+    assert [module.rpartition(".")[2] for module, _ in found] == [
+        "rollout", "score", "make_pairs", "score", "train", "train", "export",
+    ]  # fmt: skip
+    run((module, [judge if flag.startswith("http://") else flag for flag in flags]) for module, flags in found)
+    judged = [json.loads(line) for line in (place / "runs/quickstart_data/judged.jsonl").read_text().splitlines()]
+    assert {row["score"] for row in judged} == {8.0}
+    assert (place / "runs/quickstart/report.html").exists()
+    assert (place / "runs/quickstart_aligned/refiner/README.md").exists()
+    rows = read_metrics(place / "runs/quickstart/metrics.jsonl")
     assert {row["step"] for row in rows if "eval/win_rate" in row} == {0, 1, 2}
+    results = json.loads((place / "runs/quickstart/results.json").read_text())
+    assert [row["step"] for row in results["evaluations"]] == [0, 1, 2]
+    assert results["training"]["loss"] == [row["loss"] for row in rows if "loss" in row][-1]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_files_that_the_pages_name_are_there(page):
-    text = (ROOT / "docs" / page).read_text()
-    linked = [ROOT / "docs" / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
-    named = [ROOT / path for path in re.findall(r"`((?:experiments|sysdpo_jax|tests|docs)/[\w./]+)`", text)]
-    assert all(path.exists() for path in [*linked, *named])
+def test_the_worked_example_is_trained_and_exported(place, capsys):
+    run(commands("docs/bring_your_own.md"))
+    assert "chosen route" in capsys.readouterr().out
+    assert (place / "aligned/router/parameters.safetensors").exists()
+    for expert in ("0", "1"):
+        transformers.AutoModelForCausalLM.from_pretrained(place / "aligned/experts" / expert)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_configurations_that_the_pages_name_are_valid(page):
-    for module, flags in commands(page):
-        if "--config" in flags and flags[flags.index("--config") + 1].startswith("experiments/"):
-            assert module == "experiments.train"
-            assert read_config(ROOT / flags[flags.index("--config") + 1], TrainConfig).system.nodes
+@pytest.mark.slow
+def test_the_chain_of_the_readme_with_a_configuration_of_ones_own(place):
+    """The names in the commands stand for what a user has."""
+    own = (place / "experiments/configs/quickstart.yaml").read_text()
+    (place / "my_run.yaml").write_text(own.replace("runs/quickstart\n", "runs/my_run\n"))
+    shutil.copy(place / "experiments/examples/quickstart_prompts.txt", place / "prompts.txt")
+    (place / "my_package").mkdir()
+    (place / "my_package/judging.py").write_text("def score(run):\n    return len(run['answer'])\n")
+    own = ("runs.jsonl", "my_run.yaml", "runs/my_run")
+    chain = [(module, flags) for module, flags in commands("README.md") if any(name in flags for name in own)]
+    assert [module.rpartition(".")[2] for module, _ in chain] == [
+        "rollout", "score", "make_pairs", "train", "train", "export",
+    ]  # fmt: skip
+    run(chain)
+    assert (place / "aligned/drafter/model.safetensors").exists()
 
 
-def test_metrics_of_the_troubleshooting_page_exist(place):
-    """The columns that it names are written, by the run of the quickstart or by name in the code."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    named = {name for name in re.findall(r"`([a-z_]+/[a-z_/<>*]+)`", text) if not name.startswith("experiments")}
+def _parse(module, flags):
+    """As the command does before it begins."""
+    if module == "experiments.train":
+        return parse(flags, None)
+    entry = import_module(module)
+    return parse_flags(entry.Config, flags, None) if flags and hasattr(entry, "Config") else entry
+
+
+@pytest.mark.parametrize("path", [*DOCS, *(path.relative_to(ROOT) for path in CONFIGS)], ids=str)
+def test_commands_have_the_flags_that_the_pages_give(path, tmp_path, monkeypatch):
+    """All of them: also those that need more than a test has."""
+    monkeypatch.chdir(ROOT)
+    own = tmp_path / "own.yaml"
+    shutil.copy(CONFIGS[0], own)
+    for module, flags in commands(path):
+        known = [flag if not flag.endswith(".yaml") or Path(flag).exists() else str(own) for flag in flags]
+        assert _parse(module, known)
+
+
+@pytest.mark.parametrize(
+    "path",
+    # Of a U-Net and of beam search the compilation takes minutes; the quickstart is run above.
+    [pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS if path.stem != "quickstart"],
+    ids=lambda path: path.stem,
+)
+def test_ready_configurations_run_dry(place, path, capsys):
+    """With the smallest models of each family, and pairs of the form that the file asks for."""
+    here = place / "experiments" / "configs" / path.name
+    text = here.read_text()
+    for hub, make in IMAGE_MODELS.items():
+        if hub in text:
+            make().save_pretrained(place / "painter")
+            here.write_text(text.replace(hub, "painter"))
+    config = read_config(here, TrainConfig)
+    (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in _pairs(config, place)))
+    flags = ["--config", str(here), "--dry-run", "--data.source", "pairs.jsonl"]
+    import_module("experiments.train").main(flags)
+    assert "loss at step 0: 0.69" in capsys.readouterr().out
+
+
+def _pairs(config, place):
+    for name, grey in (("chosen", 200), ("rejected", 30)):
+        Image.new("RGB", (64, 64), (grey, grey, 90)).save(place / f"{name}.png")
+    values = {
+        "draft": "a small cube",
+        "answer": "a red ball\na green cube\na large ball",
+        "caption": "a red ball",
+        "route": 1,
+    }
+    for _ in range(config.schedule.batch_size):
+        if config.data.reader == "trl":
+            yield {"prompt": "a red ball", "chosen": "a green cube", "rejected": "the ball"}
+            continue
+        row = {"inputs": {config.system.inputs[0]: "a small red ball"}}
+        for side in ("chosen", "rejected"):
+            own = values | {"image": f"{side}.png", "images": [f"{side}.png"] * 3}
+            nodes = (name for name, node in config.system.nodes.items() if node.component is not None)
+            row[side] = {name: own[name] for name in nodes}
+        yield row
+
+
+@pytest.mark.parametrize("path", DOCS, ids=str)
+def test_files_that_the_pages_name_are_there(path):
+    text = (ROOT / path).read_text()
+    linked = [(ROOT / path).parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    named = [ROOT / name for name in re.findall(r"`((?:experiments|sysdpo_jax|tests|docs)/[\w./]+)`", text)]
+    assert [found for found in (*linked, *named) if not found.exists()] == []
+
+
+def test_metrics_of_the_pages_exist():
+    """The columns that they name are written by name in the code."""
     code = "".join(path.read_text() for path in (ROOT / "sysdpo_jax").rglob("*.py"))
-    for name in named:
-        prefix = name.split("<")[0].rstrip("*")
-        assert prefix.rstrip("/") in code or prefix.split("/")[0] + '"' in code, name
+    for page in ("troubleshooting.md", "metrics.md", "choosing.md"):
+        text = (ROOT / "docs" / page).read_text()
+        named = {name for name in re.findall(r"`([a-z_]+/[a-z_/<>*]+)`", text) if not name.startswith("experiments")}
+        for name in named:
+            prefix = name.split("<")[0].rstrip("*")
+            assert prefix.rstrip("/") in code or prefix.split("/")[0] + '"' in code, name

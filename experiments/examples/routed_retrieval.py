@@ -8,6 +8,7 @@ experiments/configs/routed_retrieval.yaml puts them together; docs/bring_your_ow
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -69,6 +70,11 @@ class Routed(sj.Component):
         keys = jax.random.split(key, len(self.experts))
         drawn = [expert.sample(params[str(i)], rest, keys[i]) for i, expert in enumerate(self.experts)]
         return [drawn[route][row] for row, route in enumerate(routes)]
+
+    def save(self, path: Path, params: Params) -> None:
+        """What experiments.export calls: a folder for each expert, which transformers loads."""
+        for i, expert in enumerate(self.experts):
+            sj.pretrained.save(path / str(i), expert, params[str(i)])
 
     def _split(self, parents: Parents) -> tuple[np.ndarray, Parents]:
         (name, routes), *rest = parents.items()

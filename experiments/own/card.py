@@ -1,6 +1,7 @@
 """The model card of an exported component: what it is part of, what it was trained on, and how it did."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 
 import sysdpo_jax as sj
 from experiments.own.run import DATA, Run
+from sysdpo_jax.data.rows import LINES, TABLE
 from sysdpo_jax.training.metrics import read_metrics
 
 PAPER = "[arXiv 2502.17721](https://arxiv.org/abs/2502.17721)"
@@ -16,34 +18,39 @@ PAPER = "[arXiv 2502.17721](https://arxiv.org/abs/2502.17721)"
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
 
-def model_card(directory: Path, run: Run, step: int) -> Callable[[str], str]:
-    """`card(component)`: the text of its README.md. directory: of the run. step: of the exported checkpoint."""
+def model_card(directory: Path, run: Run, step: int) -> Callable[[str, str | None], str]:
+    """`card(component, library)`: the text of its README.md.
+
+    directory: of the run. step: of the exported checkpoint. library: what loads the files, None for none.
+    """
     data = json.loads((directory / DATA).read_text(encoding="utf-8"))
     rows = [row for row in read_metrics(directory / "metrics.jsonl") if row["step"] <= step]
-    return lambda name: "\n".join(_lines(run, name, step, data, rows)) + "\n"
+    return lambda name, library: "\n".join(_lines(run, name, library, step, data, rows)) + "\n"
 
 
-def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _lines(
+    run: Run, name: str, library: str | None, step: int, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
     component = run.config.system.components[name]
-    model = next(node.component for node in run.system.nodes if node.params_key == name)
-    text = isinstance(model, sj.LanguageModel)
-    head = {
-        "base_model": component.checkpoint,
-        "library_name": "transformers" if text else "diffusers",
-        "pipeline_tag": "text-generation" if text else "text-to-image",
-        "tags": ["sysdpo", "dpo", "compound-system"],
-    }
+    start = component.checkpoint or component.factory
+    head: dict[str, Any] = {"tags": ["sysdpo", "dpo", "compound-system"]}
+    if library is not None:
+        tag = "text-to-image" if library == "diffusers" else "text-generation"
+        head = {"library_name": library, "pipeline_tag": tag} | head
+    # The hub links names of its own, and refuses others.
+    for field, source in (("base_model", component.checkpoint), ("datasets", data["source"])):
+        if source is not None and _on_hub(source):
+            head[field] = source
     yield f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
     yield f"# {name}, aligned as a part of a compound system\n"
     yield (
-        f"{component.checkpoint} after {step} steps of SysDPO-{run.config.objective.kind.capitalize()} ({PAPER}): the "
+        f"{start} after {step} steps of SysDPO-{run.config.objective.kind.capitalize()} ({PAPER}): the "
         "system below was aligned from preferences on what it produces as a whole. It was not judged by itself.\n"
     )
     yield f"```mermaid\n{run.system.describe()}\n```\n"
-    parents = {other: each.checkpoint or each.factory for other, each in run.config.system.components.items()}
     yield "| component | started from | mode |\n| --- | --- | --- |"
-    for other, start in parents.items():
-        yield f"| {other} | {start} | {run.config.system.components[other].mode} |"
+    for other, each in run.config.system.components.items():
+        yield f"| {other} | {each.checkpoint or each.factory} | {each.mode} |"
     yield "\n## Training\n"
     objective, schedule = run.config.objective, run.config.schedule
     rate = schedule.learning_rate if component.learning_rate is None else component.learning_rate
@@ -57,6 +64,12 @@ def _lines(run: Run, name: str, step: int, data: Mapping[str, Any], rows: Sequen
     yield "| figure | value | step |\n| --- | ---: | ---: |"
     for title, value, at in _figures(rows):
         yield f"| {title} | {value:.4g} | {at} |"
+
+
+def _on_hub(source: str) -> bool:
+    path = Path(source)
+    named = re.fullmatch(r"([\w.-]+/)?[\w.-]+", source) is not None
+    return named and not path.exists() and path.suffix not in (*LINES, *TABLE, ".gguf")
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:

@@ -15,8 +15,8 @@ class ConfigError(ValueError):
     """A configuration cannot be used: the message names the file, the field and the remedy."""
 
 
-# Not what a score is out of: "8/10", "8 out of 10". A sign that follows a digit is a dash: "between 3-4".
-NUMBER = r"(?<![\d/])(?<!/ )(?<!out of )[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+# Not what a score is out of: "8/10", "8 of 10", "8 out of 10". A sign that follows a digit is a dash: "between 3-4".
+NUMBER = r"(?<![\d/])(?<!/ )(?<!out of )(?<!\d of )[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Natural: TypeAlias = Annotated[int, Field(ge=0)]

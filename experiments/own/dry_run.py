@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 import sysdpo_jax as sj
@@ -17,8 +18,8 @@ from sysdpo_jax.training.optimizer import partition
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Features, Params
 
-# Rows of the batch that are shown.
-SHOWN = 2
+# Rows of the batch that are shown, and numbers of a row that is no text or image.
+SHOWN, NUMBERS = 2, 8
 
 
 def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
@@ -59,6 +60,15 @@ def _decoded(system: sj.CompoundSystem, batch: PyTree, folder: Path) -> Iterator
                 yield from _texts(f"{side} {name}", component.tokenizer, values)
             elif isinstance(component, TextToImage):
                 yield from _images(f"{side} {name}", component, values, folder)
+            else:
+                yield from _arrays(f"{side} {name}", values)
+
+
+def _arrays(title: str, features: Features) -> Iterator[str]:
+    """What a component of another kind is given, as it is."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(features):
+        first = " ".join(str(np.asarray(row).ravel()[:NUMBERS]) for row in leaf[:SHOWN])
+        yield f"{title}{jax.tree_util.keystr(path)}: {leaf.dtype}{list(leaf.shape)} {first}"
 
 
 def _texts(title: str, tokenizer: Any, features: Features) -> Iterator[str]:

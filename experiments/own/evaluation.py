@@ -54,7 +54,12 @@ class HeldOut:
 
     def path(self, step: int) -> Path:
         """The runs of a step's evaluation."""
-        return self.folder / f"runs-{step:08d}.jsonl"
+        return self.folder / runs_name(step)
+
+
+def runs_name(step: int) -> str:
+    """The file of the runs of a step's evaluation."""
+    return f"runs-{step:08d}.jsonl"
 
 
 def make_evaluation(run: Run) -> Evaluation | None:

@@ -1,18 +1,21 @@
-"""report.html of a run: what changed between the first and the last evaluation, and how training went."""
+"""report.html and results.json of a run: what changed since the first evaluation, and how training went."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 import sysdpo_jax as sj
-from experiments.own.evaluation import FOLDER
-from experiments.own.run import Run
-from experiments.own.runs_file import read_runs
+from experiments.own.config import write_whole
+from experiments.own.evaluation import FOLDER, runs_name
+from experiments.own.run import BEST, DATA, Run
+from experiments.own.runs_file import run_lines, with_images
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.evaluation import (
     Column,
@@ -30,6 +33,10 @@ from sysdpo_jax.evaluation import (
 from sysdpo_jax.evaluation.preferences import CONFIDENCE
 from sysdpo_jax.training.metrics import read_metrics
 
+# {name: the first runs of an evaluation}, the same prompts of each.
+Samples: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]
+# Of these the last values say how training ended.
+ENDED = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 DESCRIPTION = """
 The system was aligned from preferences on its runs with SysDPO-{kind} (arXiv 2502.17721): one loss for all components
 that are trained.
@@ -41,36 +48,77 @@ standard errors, clustered by prompt.
 
 
 def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
-    """Write report.html into the run's folder, in one process. began: `time.monotonic()` of the start."""
+    """Write report.html and results.json into the run's folder, in one process; the report's path.
+
+    began: `time.monotonic()` of the start.
+    """
     folder = Path(run.config.directory)
-    evaluated = [read_runs(path) for path in _first_and_last(folder)]
     rows = read_metrics(folder / "metrics.jsonl")
+    best = best_evaluation(rows)
+    samples = {name: _first_runs(run, folder, step) for name, step in _compared(rows, best)}
+    made_by = {
+        "command": " ".join(["python -m experiments.train", *arguments]),
+        "date": time.strftime("%Y-%m-%d"),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "seconds of this start": round(time.monotonic() - began, 1),
+    }
+    results = _results(rows, best) | {
+        "data": json.loads((folder / DATA).read_text(encoding="utf-8")),
+        "made_by": made_by,
+    }
+    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     kept = {name: value for name, value in asdict(run.config).items() if name != "directory"}
     report = Report(
         title=f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system",
         description=DESCRIPTION.format(kind=run.config.objective.kind.capitalize()),
-        tables=(_evaluations(rows),) if evaluated else (),
+        tables=(_evaluations(rows),) if samples else (),
         figures=run_figures(rows),
         warnings=run_warnings(rows),
-        images=tuple(_images(run, evaluated)),
-        texts=tuple(_texts(run, evaluated)),
+        images=tuple(_images(run, samples)),
+        texts=tuple(_texts(run, samples)),
         system=run.system,
         configuration=kept,
-        made_by={
-            "command": " ".join(["python -m experiments.train", *arguments]),
-            "date": time.strftime("%Y-%m-%d"),
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "seconds of this start": round(time.monotonic() - began, 1),
-        },
+        made_by=made_by,
     )
     write_report(folder / "report.html", report)
     return folder / "report.html"
 
 
-def _first_and_last(folder: Path) -> list[Path]:
-    """The runs of the system before training and at the end."""
-    paths = sorted((folder / FOLDER).glob("runs-*.jsonl"))
-    return [paths[0], paths[-1]] if paths else []
+def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step of the best evaluation after step 0, of equal ones the last, as of checkpoints; None where none is."""
+    metric, mode = BEST
+    sign = 1 if mode == "max" else -1
+    graded = [(sign * row[metric], row["step"]) for row in rows if row.get(metric) is not None and row["step"] > 0]
+    return max(graded)[1] if graded else None
+
+
+def _results(rows: Sequence[Mapping[str, Any]], best: int | None) -> dict[str, Any]:
+    """The figures of the report, to be read by programs; docs/metrics.md has their names."""
+    return {
+        "evaluations": [row for row in rows if row.get(BEST[0]) is not None],
+        "best_step": best,
+        "training": _last_figures(rows),
+        "warnings": list(run_warnings(rows)),
+    }
+
+
+def _last_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    trained = [row for row in rows if "loss" in row]
+    return {name: trained[-1].get(name) for name in ("step", *ENDED)} if trained else {}
+
+
+def _compared(rows: Sequence[Mapping[str, Any]], best: int | None) -> Iterator[tuple[str, int]]:
+    """The system before training and the best one after it."""
+    if any(row.get(BEST[0]) is not None for row in rows):
+        yield "before", 0
+        if best is not None:
+            yield f"after {best} steps", best
+
+
+def _first_runs(run: Run, folder: Path, step: int) -> list[Mapping[str, Any]]:
+    """The runs of an evaluation that are shown."""
+    path = folder / FOLDER / runs_name(step)
+    return [with_images(line, path) for line in islice(run_lines(path), run.config.evaluation.shown)]
 
 
 def _evaluations(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -88,15 +136,13 @@ def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
     return Estimate(row[f"eval/{name}"], half / CONFIDENCE, int(row["eval/runs"]))
 
 
-def _images(run: Run, evaluated: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[ImageRow]:
+def _images(run: Run, samples: Samples) -> Iterator[ImageRow]:
     """Every image node's pictures of the first prompts, before and after; captions are what each copy read."""
-    for node in run.system.nodes if evaluated else ():
+    for node in run.system.nodes if samples else ():
         if isinstance(node.component, TextToImage):
-            for before, after in list(zip(*evaluated, strict=True))[: run.config.evaluation.shown]:
-                yield ImageRow(
-                    _prompt(run, before),
-                    tuple(_sequence(name, node, r) for name, r in (("before", before), ("after", after))),
-                )
+            for made in zip(*samples.values(), strict=True):
+                sequences = (_sequence(name, node, one) for name, one in zip(samples, made, strict=True))
+                yield ImageRow(_prompt(run, made[0]), tuple(sequences))
 
 
 def _sequence(method: str, node: sj.Node, run: Mapping[str, Any]) -> ImageSequence:
@@ -107,15 +153,20 @@ def _sequence(method: str, node: sj.Node, run: Mapping[str, Any]) -> ImageSequen
     return ImageSequence(method, np.stack([np.asarray(image) for image in images]), tuple(captions))
 
 
-def _texts(run: Run, evaluated: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[TextTable]:
-    """Every text node's values of the first prompts, before and after."""
-    for node in run.system.nodes if evaluated else ():
-        if isinstance(node.component, sj.LanguageModel):
-            rows = [
-                (_prompt(run, before), str(before["outputs"][node.name]), str(after["outputs"][node.name]))
-                for before, after in list(zip(*evaluated, strict=True))[: run.config.evaluation.shown]
-            ]
-            yield TextTable(node.name, ("prompt", "before", "after"), tuple(rows))
+def _texts(run: Run, samples: Samples) -> Iterator[TextTable]:
+    """The values of every other node of the first prompts, before and after."""
+    for node in run.system.nodes if samples else ():
+        rows = [
+            (_prompt(run, made[0]), *(str(one["outputs"][node.name]) for one in made))
+            for made in zip(*samples.values(), strict=True)
+            if not any(_holds_image(one["outputs"][node.name]) for one in made)
+        ]
+        if rows:
+            yield TextTable(node.name, ("prompt", *samples), tuple(rows))
+
+
+def _holds_image(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or (isinstance(value, list) and any(map(_holds_image, value)))
 
 
 def _prompt(run: Run, made: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def save(path: str | Path, component: Component, params: Params) -> None:
     has no Hugging Face form and for parameters that are not its own. Nothing half-written is left behind.
     """
     component = _writable(component, params)
-    with _new_folder(path) as folder:
+    with new_folder(path) as folder:
         if isinstance(component, LanguageModel):
             save_language_model(folder, component, params)
         else:
@@ -101,7 +101,7 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
         raise CheckpointError(
             f"only a denoiser's factors can be saved apart, not those of {', '.join(others)}: use save"
         )
-    with _new_folder(path) as folder:
+    with new_folder(path) as folder:
         if isinstance(component, LanguageModel):
             write_peft_adapter(folder, params, decoder_naming(component.decoder.config), base_model)
         else:
@@ -118,8 +118,11 @@ def _writable(component: Component, params: Params) -> LanguageModel | Diffusion
 
 
 @contextmanager
-def _new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its place at the end, or disappears on an error."""
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place at the end, or disappears on an error.
+
+    Raises `FileExistsError` when `path` exists and is not an empty folder.
+    """
     path = Path(path)
     if jax.process_count() > 1:
         raise CheckpointError(

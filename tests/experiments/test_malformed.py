@@ -153,7 +153,10 @@ CONFIGURATIONS = {
         lambda c: [each.update(mode="frozen") for each in c["system"]["components"].values()],
         "every component is frozen",
     ),
-    "half an evaluation": (set_("evaluation", {"prompts": "prompts.txt"}), "give either evaluation.scorer or evaluation.judge.url"),
+    "half an evaluation": (
+        set_("evaluation", {"prompts": "prompts.txt"}),
+        "give either evaluation.scorer or evaluation.judge.url",
+    ),
     "a scorer that is not there": (
         set_("evaluation", {"prompts": "prompts.txt", "scorer": "no_such_module:score"}),
         "evaluation.scorer: the module 'no_such_module' cannot be imported",

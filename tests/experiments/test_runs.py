@@ -354,7 +354,16 @@ def test_the_expression_that_finds_the_score(files, judge):
 
 @pytest.mark.parametrize(
     ("answer", "number"),
-    [("I say 3-4", 4.0), ("-2", -2.0), ("about 1.5e-2.", 0.015), ("Score: **7**", 7.0), ("0.25", 0.25)],
+    [
+        ("I say 3-4", 4.0),
+        ("8 of 10", 8.0),
+        ("7 out of 10", 7.0),
+        ("6 / 10", 6.0),
+        ("-2", -2.0),
+        ("about 1.5e-2.", 0.015),
+        ("Score: **7**", 7.0),
+        ("0.25", 0.25),
+    ],
 )
 def test_the_last_number_of_an_answer(monkeypatch, answer, number):
     monkeypatch.setattr(Judge, "_ask", lambda self, body: answer)
