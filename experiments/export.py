@@ -16,7 +16,9 @@ from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config, write_whole
 from experiments.own.exporting import write_component
 from experiments.own.loading import Which, restored
+from experiments.own.report import best_evaluation
 from experiments.own.run import CONFIG, assemble
+from sysdpo_jax.training import read_metrics
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Config:
 
 def export(config: Config) -> list[Path]:
     """The folders written. Raises `ConfigError` where the directory holds no run, or nothing of it can be exported."""
+    if not (config.directory / CONFIG).is_file():
+        raise ConfigError(f"{config.directory} is no folder of a run ({CONFIG} is missing): give what it trained in")
     train = read_config(config.directory / CONFIG, TrainConfig)
     chosen = [name for name, component in train.system.components.items() if component.mode != "frozen"]
     if not chosen:
@@ -41,6 +45,9 @@ def export(config: Config) -> list[Path]:
     # On the devices that are here, whatever it was trained on.
     run = assemble(replace(train, mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
+    best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
+    if best not in (None, step):
+        print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
     about = model_card(config.directory, run, step)
     written = []
     for name in chosen:

@@ -83,7 +83,7 @@ def _shard(path: Path, index: int, count: int) -> Path:
 def _about(config: Config) -> dict[str, str]:
     """What the runs depend on."""
     if not config.prompts.is_file():
-        raise ConfigError(f"{config.prompts} does not exist")
+        raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
     return {
         "system": identity(config.system, config.checkpoint),
         "prompts": digest(config.prompts),

@@ -20,7 +20,15 @@ from experiments.own.config import TrainConfig, parse
 from experiments.own.dry_run import describe_run
 from experiments.own.evaluation import make_evaluation
 from experiments.own.report import write_run_report
-from experiments.own.run import assemble, claim, describe_data, make_batches, make_trainer, read_preferences
+from experiments.own.run import (
+    assemble,
+    check_files,
+    claim,
+    describe_data,
+    make_batches,
+    make_trainer,
+    read_preferences,
+)
 
 
 def train(config: TrainConfig, arguments: list[str]) -> None:
@@ -29,6 +37,7 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     Raises `ConfigError`, `RecordError` and the like for what cannot be used, `Preempted` when asked to stop.
     """
     began, folder = time.monotonic(), Path(config.directory)
+    check_files(config)
     run = assemble(config)
     trainer = make_trainer(run, make_evaluation(run))
     records = read_preferences(run)

@@ -5,15 +5,32 @@ import re
 import shlex
 import shutil
 import threading
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from PIL import Image
 
-from experiments.own.config import TrainConfig, parse, parse_flags, read_config
+import sysdpo_jax as sj
+from experiments.own.config import (
+    ComponentConfig,
+    DataConfig,
+    EvaluationConfig,
+    JudgeConfig,
+    MeshConfig,
+    NodeConfig,
+    ObjectiveConfig,
+    ScheduleConfig,
+    TrainConfig,
+    parse,
+    parse_flags,
+    read_config,
+)
+from sysdpo_jax.data.readers import READERS
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
 
@@ -187,6 +204,41 @@ def _pairs(config, place):
             nodes = (name for name, node in config.system.nodes.items() if node.component is not None)
             row[side] = {name: own[name] for name in nodes}
         yield row
+
+
+def test_the_page_of_the_configuration_has_every_field(tmp_path):
+    """With its default, but for those that are examples."""
+    text = (ROOT / "docs/configuration.md").read_text().split("```yaml")[1].split("```")[0]
+    (tmp_path / "all.yaml").write_text(text)
+    config = read_config(tmp_path / "all.yaml", TrainConfig)
+    given = yaml.safe_load(text)
+    assert set(given) == {field.name for field in fields(TrainConfig)}
+    for name, kind in (("data", DataConfig), ("objective", ObjectiveConfig), ("schedule", ScheduleConfig)):
+        assert set(given[name]) == {field.name for field in fields(kind)}
+        assert replace(getattr(config, name), **({"source": ""} if name == "data" else {})) == kind()
+    assert set(given["mesh"]) == {field.name for field in fields(MeshConfig)}
+    assert set(given["evaluation"]) == {field.name for field in fields(EvaluationConfig)}
+    assert set(given["evaluation"]["judge"]) == {field.name for field in fields(JudgeConfig)}
+    assert replace(config.evaluation, prompts="", scorer="", judge=JudgeConfig()) == EvaluationConfig()
+    assert replace(config.evaluation.judge, number=JudgeConfig().number) == JudgeConfig()
+    assert set(given["system"]["nodes"]["caption"]) == {field.name for field in fields(NodeConfig)}
+    assert set(given["system"]["components"]["writer"]) == {field.name for field in fields(ComponentConfig)}
+    rest = {name: getattr(config, name) for name in set(given) - {"directory", "system", "data", "evaluation"}}
+    assert rest == {name: getattr(TrainConfig(), name) for name in rest}
+
+
+def test_rows_of_the_page_of_data_are_read():
+    """Each reader takes its row, and gives the record that the page describes."""
+    text = (ROOT / "docs/data.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", text, re.MULTILINE))
+    assert set(rows) == {"records", "trl", "pick_a_pic", "ranked"}
+    question, answer = sj.Categorical(2, (2,)), ("x",)
+    system = sj.CompoundSystem(("x",), (sj.Node("z", question, answer),))
+    for name, row in rows.items():
+        [record] = READERS[name](json.loads(row.replace(": bytes", ': "bytes"')), system)
+        assert isinstance(record, sj.PreferenceRecord)
+    [record] = READERS["ranked"](json.loads(rows["ranked"]), system)
+    assert (record.chosen, record.rejected) == ({"z": "a red ball"}, {"z": "a cube"})
 
 
 @pytest.mark.parametrize("path", DOCS, ids=str)

@@ -1,5 +1,6 @@
 """What people see of an entry point that cannot go on: one line on standard error, exit code 1."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ def user_errors() -> Iterator[None]:
 
     What other libraries raise, and we did not expect, is a fault of the program: it shows where it happened.
     """
+    # Orbax warns of what is meant: saving before the evaluation has its figure, looking at a run from outside.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         yield
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted: the same command goes on", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, NonFiniteError, CorruptCheckpointError) as error:
         if isinstance(error, ValueError | ImportError) and not _is_ours(error):

@@ -20,7 +20,7 @@ def read_prompts(path: str | Path, system: sj.CompoundSystem) -> list[dict[str, 
                 f"{path}: the system has the inputs {', '.join(system.inputs)}: write JSON Lines with them"
             )
         if not path.exists():
-            raise ConfigError(f"{path} does not exist")
+            raise ConfigError(f"{path} does not exist: give a file of prompts")
         try:
             # Not splitlines: a prompt may hold what that takes for ends of lines.
             texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]

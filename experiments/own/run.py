@@ -15,6 +15,7 @@ import sysdpo_jax as sj
 from experiments.own.config import ConfigError, TrainConfig, read_config, write_config, write_whole
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.records import check_intermediates
+from sysdpo_jax.data.rows import LINES, TABLE
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.search import IntermediateSearch
@@ -62,6 +63,13 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that must be the same when the run goes on."""
         return {name: value for name, value in asdict(self.config).items() if name not in FREE}
+
+
+def check_files(config: TrainConfig) -> None:
+    """Raise `ConfigError` naming a file that is missing: before models are loaded, which takes a while."""
+    for field, path in (("data.source", config.data.source), ("evaluation.prompts", config.evaluation.prompts)):
+        if Path(path).suffix in (*LINES, *TABLE, ".txt") and not Path(path).exists():
+            raise ConfigError(f"{field} {path} does not exist: give the file")
 
 
 def assemble(config: TrainConfig) -> Run:

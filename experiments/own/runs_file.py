@@ -63,7 +63,7 @@ def run_lines(path: Path) -> Iterator[Run]:
 def read_lines(path: Path) -> Iterator[Run]:
     """The objects of a file of lines. Raises `ConfigError` naming file and line for what is none."""
     if not path.exists():
-        raise ConfigError(f"{path} does not exist")
+        raise ConfigError(f"{path} does not exist: give the file that the command before this one wrote")
     for number, row in json_lines(path):
         if isinstance(row, RecordError):
             raise ConfigError(f"{path}, line {number}: {row}")

@@ -108,7 +108,8 @@ def load_preferences(
     try:
         write_records(made / RECORDS, _checked(source, split, convert, system, base, on_error == "skip", counts))
         if not counts.kept:
-            raise RecordError(f"{source} holds no record" + (f" ({counts.errors[0]})" if counts.errors else ""))
+            first = f" ({counts.errors[0]})" if counts.errors else ""
+            raise RecordError(f"{source} holds no record{first}: give a file with at least one that can be used")
         (made / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
         if cache is not None:
             return Preferences(_moved(made, Path(cache)), str(source))

@@ -27,7 +27,8 @@ def records(row: Mapping[str, Any], system: CompoundSystem | None = None) -> lis
     """{"inputs": {name: value}, "chosen": {node: value}, "rejected": {node: value}}: the library's own schema."""
     for name in ("inputs", "chosen", "rejected"):
         if not isinstance(row.get(name), Mapping):
-            raise RecordError(f"the field {name!r} must be an object of named values")
+            hint = "" if "inputs" in row else "; rows with texts or messages are for the reader trl"
+            raise RecordError(f"the field {name!r} must be an object of named values{hint}")
     return [PreferenceRecord(*(_present(row[name]) for name in ("inputs", "chosen", "rejected")))]
 
 
@@ -133,7 +134,8 @@ def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
         return value
     if isinstance(value, list) and value and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
         return [_present(turn) for turn in value]
-    raise RecordError(f"the field {name!r} must be a string or a list of messages, not {type(value).__name__}")
+    other = "; objects of named values are for the reader records" if isinstance(value, Mapping) else ""
+    raise RecordError(f"the field {name!r} must be a string or a list of messages, not {type(value).__name__}{other}")
 
 
 def _common(first: str | list[Any], second: str | list[Any]) -> int:

@@ -38,8 +38,9 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, variant: str
             _download(repository, revision, _weights(lacking, None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
-            f"{repository!r} is no local path, and the hub does not give it as a repository ({error}): check the name "
-            "and the revision, log in for gated models, or download it and pass the folder"
+            f"{repository!r} is no local path, and the hub does not give it as a repository "
+            f"({' '.join(str(error).split())[:120]}): check the name and the revision, log in for gated models, or "
+            "download it and pass the folder or the GGUF file"
         ) from None
     if not list(folder.glob("**/*.safetensors")):
         raise CheckpointError(

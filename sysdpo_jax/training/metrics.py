@@ -105,8 +105,8 @@ class MetricsReader:
     """Reads the steps' metrics when a row is due, after the step that follows it is dispatched: no device waits.
 
     log, report: what takes rows and progress, None for nothing. throughput: what makes its part of a row. every: steps
-    between rows. directory: of the checkpoints, for the message of `NonFiniteError`. best: the metric that `mean`
-    averages, None for none.
+    between rows; the step `final` makes one too. directory: of the checkpoints, for the message of `NonFiniteError`.
+    best: the metric that `mean` averages, None for none.
     """
 
     def __init__(
@@ -117,9 +117,10 @@ class MetricsReader:
         every: int,
         directory: Path,
         best: str | None = None,
+        final: int | None = None,
     ):
         self._log, self._report, self._throughput = log, report, throughput
-        self._every, self._directory, self._best = every, directory, best
+        self._every, self._directory, self._best, self._final = every, directory, best, final
         self._meter: Meter | None = None
         self._waiting: list[tuple[int, Mapping[str, Array]]] = []
         self._values: list[float] = []
@@ -163,7 +164,7 @@ class MetricsReader:
             raise self._error(waiting)
         if self._best is not None:
             self._values.append(float(values[self._best]))
-        if self._log is not None and self._meter is not None and step % self._every == 0:
+        if self._log is not None and self._meter is not None and (step % self._every == 0 or step == self._final):
             self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
             self._log.write(step, {name: x for name, x in values.items() if not name.startswith("finite")} | speed)
         if self._report is not None:

@@ -59,14 +59,23 @@ def progress(start: int, steps: int) -> Iterator[Report]:
 
 class _Lines:
     def __init__(self, label: str, start: int, steps: int):
-        self._label, self._first, self._steps = label, start, steps
-        self._began = self._last = time.monotonic()
+        self._label, self._start, self._steps = label, start, steps
+        self._last = time.monotonic()
+        # The first report: what came before it compiled, and says nothing of the speed.
+        self._first: tuple[int, float] | None = None
 
     def report(self, done: int, text: str) -> None:
         now = time.monotonic()
+        if self._first is None and done > self._start:
+            self._first = done, now
         if now - self._last < LINE_EVERY and done < self._steps:
             return
         self._last = now
-        seconds = (now - self._began) / max(done - self._first, 1)
-        minutes, rest = divmod(round(seconds * (self._steps - done)), 60)
-        print(f"{self._label} {done}/{self._steps}  {text}  {minutes}:{rest:02d} left", file=sys.stderr, flush=True)
+        print(f"{self._label} {done}/{self._steps}  {text}  {self._left(done, now)}", file=sys.stderr, flush=True)
+
+    def _left(self, done: int, now: float) -> str:
+        if done >= self._steps or self._first is None or done == self._first[0]:
+            return "done" if done >= self._steps else ""
+        number, began = self._first
+        minutes, rest = divmod(round((now - began) / (done - number) * (self._steps - done)), 60)
+        return f"{minutes}:{rest:02d} left"
