@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sysdpo_jax.components.base import Component, Metrics, RecordError, batch_size
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
+    Asking,
     Truncation,
     check_vocabulary,
     completion_ids,
     fitted,
-    fitting_text,
+    fitting_texts,
     prompt_ids,
-    turn_end,
+    tokenized,
 )
 from sysdpo_jax.components.token_log_probs import token_log_probs
 from sysdpo_jax.generation.beam_decode import beam_generate
@@ -99,13 +100,11 @@ class LanguageModel(Component):
         prompts = self._prompts(parents, len(values))
         tokens = np.full((len(values), self.max_prompt_length + self.max_new_tokens), self._pad, np.int32)
         prompt_lengths, lengths, truncated = np.zeros((3, len(values)), np.int32)
-        for row, (prompt, value) in enumerate(zip(prompts, values, strict=True)):
-            whole = prompt_ids(self.tokenizer, prompt, row)
-            start, start_cut = self._fitting_prompt(whole, row)
-            answer, answer_cut = self._completion(prompt, whole, value, row)
+        rows = tokenized(self.tokenizer, map(self._row, prompts, values, range(len(values))))
+        for row, (start, answer, cut) in enumerate(rows):
             prompt_lengths[row], lengths[row] = len(start), len(start) + len(answer)
             tokens[row, : lengths[row]] = start + answer
-            truncated[row] = start_cut or answer_cut
+            truncated[row] = cut
         return {
             "tokens": tokens,
             "prompt_lengths": prompt_lengths,
@@ -195,21 +194,15 @@ class LanguageModel(Component):
         """Right-padded token ids of the prompts and their lengths."""
         rows = batch_size(parents, "LanguageModel")
         tokens, lengths = np.full((rows, self.max_prompt_length), self._pad, np.int32), np.zeros(rows, np.int32)
-        for row, prompt in enumerate(self._prompts(parents, rows)):
-            ids, _ = self._fitting_prompt(prompt_ids(self.tokenizer, prompt, row), row)
+        made = tokenized(self.tokenizer, map(self._prompt_row, self._prompts(parents, rows), range(rows)))
+        for row, (_, ids, _) in enumerate(made):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         return tokens, lengths
 
     def _texts(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, "rows"]) -> list[str]:
         """Strings of generated ids, shortened where they would not fit when they are tokenized again."""
         kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
-        again = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        room = self.max_new_tokens
-        return [
-            text if len(back) <= room else fitting_text(self.tokenizer, row, room)
-            for text, back, row in zip(texts, again, kept, strict=True)
-        ]
+        return fitting_texts(self.tokenizer, kept, self.max_new_tokens)
 
     @property
     def _pad(self) -> int:
@@ -231,18 +224,22 @@ class LanguageModel(Component):
         join = self.prompt or (lambda value: value)
         return [join(*(v[row] for v in parents.values())) for row in range(rows)]
 
-    def _fitting_prompt(self, ids: list[int], row: int) -> tuple[list[int], bool]:
-        start = self.tokenizer.bos_token_id
+    def _row(self, prompt: Any, value: Any, row: int) -> Asking[tuple[list[int], list[int], bool]]:
+        """Token ids of the prompt and of the completion as they fit, and whether anything was cut."""
+        whole, start, start_cut = yield from self._prompt_row(prompt, row)
+        answer, answer_cut = yield from self._completion(prompt, whole, value, row)
+        return start, answer, start_cut or answer_cut
+
+    def _prompt_row(self, prompt: Any, row: int) -> Asking[tuple[list[int], list[int], bool]]:
+        """Token ids of the prompt, whole and as they fit, and whether they were cut."""
+        ids, start = (yield from prompt_ids(self.tokenizer, prompt, row)), self.tokenizer.bos_token_id
         kept, cut = fitted(ids, self.max_prompt_length, self.truncation, "prompt", "max_prompt_length", row, start)
         check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "prompt", row)
-        return kept, cut
+        return ids, kept, cut
 
-    def _completion(self, prompt: Any, prompt_tokens: list[int], value: Any, row: int) -> tuple[list[int], bool]:
+    def _completion(self, prompt: Any, whole: list[int], value: Any, row: int) -> Asking[tuple[list[int], bool]]:
         """Token ids of the completion with its end, and whether it was cut."""
-        ids = completion_ids(self.tokenizer, prompt, prompt_tokens, value, self._ends, row)
-        # One that fills its room has no end, as `sample` stops there too: its probability is that of being cut.
-        if len(ids) != self.max_new_tokens and (not ids or ids[-1] not in self._ends):
-            ids.append(turn_end(self.tokenizer, prompt, prompt_tokens, value, self._ends, row))
+        ids = yield from completion_ids(self.tokenizer, prompt, whole, value, self._ends, self.max_new_tokens, row)
         # The first tokens whatever becomes of prompts: a completion is judged from where it begins.
         keep: Truncation = "error" if self.truncation == "error" else "keep_start"
         kept, cut = fitted(ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)

@@ -1,10 +1,12 @@
 """Prompts and completions as token ids: what a tokenizer adds by itself, chat templates, and texts that are too long.
 
-All functions run on the host and raise `RecordError` that names the row.
+All functions run on the host and raise `RecordError` that names the row. Those that need token ids are generators: they
+yield the texts to tokenize, and `tokenized` runs the rows of a batch side by side, so that the tokenizer is called with
+many texts at a time.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 from sysdpo_jax.components.base import RecordError
 
@@ -12,75 +14,70 @@ from sysdpo_jax.components.base import RecordError
 Truncation = Literal["error", "keep_start", "keep_end"]
 TRUNCATIONS = get_args(Truncation)
 
+T = TypeVar("T")
+# A text, and whether the tokenizer adds its special tokens to it.
+Question = tuple[str, bool]
+# What yields questions, is sent the token ids of each, which it must not change, and returns a T.
+Asking = Generator[Question, list[int], T]
 
-def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> list[int]:
+
+def tokenized(tokenizer: Any, rows: Iterable[Asking[T]]) -> list[T]:
+    """What each row returns. The rows' questions are answered together, a round at a time, equal ones once.
+
+    Raises what the first of the failing rows raises.
+    """
+    running = dict(enumerate(rows))
+    results: dict[int, T] = {}
+    errors: dict[int, Exception] = {}
+    known: dict[Question, list[int]] = {}
+    asked: dict[int, Question] = {}
+    while running:
+        for row, work in list(running.items()):
+            try:
+                asked[row] = work.send(known[asked[row]]) if row in asked else next(work)
+                continue
+            except StopIteration as stop:
+                results[row] = stop.value
+            except Exception as error:
+                errors[row] = error
+            del running[row]
+        for special in (True, False):
+            new = {asked[row]: None for row in running if asked[row][1] == special and asked[row] not in known}
+            if new:
+                made = tokenizer([text for text, _ in new], add_special_tokens=special)["input_ids"]
+                known.update(zip(new, map(list, made), strict=True))
+    if errors:
+        raise errors[min(errors)]
+    return [results[row] for row in sorted(results)]
+
+
+def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[list[int]]:
     """Token ids of a string as the tokenizer makes them by default, or of messages that await the next turn.
 
     Of a string's ids, a start that the text holds already is not put before it again, and an end that the tokenizer
     puts after every text is left out, because the text goes on.
     """
     if isinstance(prompt, str):
-        return _open_text(tokenizer, prompt, row)
+        return (yield from _open_text(tokenizer, prompt, row))
     if not _is_chat(prompt):
         raise RecordError(f"the prompt in row {row} must be a string or messages, not {_kind(prompt)}")
-    return _chat_ids(tokenizer, prompt, row, True)
+    return (yield _chat_text(tokenizer, prompt, row, True), False)
 
 
 def completion_ids(
-    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
-) -> list[int]:
-    """Token ids of a string without special tokens, or of the one message that follows the prompt's messages.
+    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], room: int, row: int
+) -> Asking[list[int]]:
+    """Token ids of a string without special tokens, or of the one message that follows the prompt's messages; one end.
 
     prompt_tokens: `prompt_ids` of the prompt, before any cut. A string is tokenized apart from its prompt, so that no
     token spans their boundary. Of a message's ids, those after its last token in `ends` are left out: templates write
     line breaks there, which a model that stops at the end never makes.
     """
-    if isinstance(value, str):
-        return list(tokenizer(value, add_special_tokens=False)["input_ids"])
-    if not _is_chat(value):
-        raise RecordError(f"the completion in row {row} must be a string or a message, not {_kind(value)}")
-    if len(value) != 1:
-        raise RecordError(
-            f"the completion in row {row} has {len(value)} messages, but a model makes one: put the earlier ones into "
-            "the prompt"
-        )
-    if not _is_chat(prompt):
-        raise RecordError(
-            f"the completion in row {row} is a message but its prompt is {_kind(prompt)}: give both as messages, or "
-            "the completion as a string"
-        )
-    whole = _chat_ids(tokenizer, [*prompt, *value], row, False)
-    if whole[: len(prompt_tokens)] != list(prompt_tokens):
-        raise RecordError(
-            f"the chat template does not leave the prompt in row {row} as it is when the completion follows (it "
-            "rewrites earlier turns, or a token spans the boundary): give that completion as a string"
-        )
-    ids = whole[len(prompt_tokens) :]
-    last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids) - 1)
-    return ids[: last + 1]
-
-
-def turn_end(
-    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
-) -> int:
-    """The token that closes a completion without an end.
-
-    For a string after messages it is the last of `ends` that the chat template writes behind it as an assistant's
-    turn; else, and where the template writes none, rewrites the prompt or refuses the turn, it is ends[0].
-    prompt_tokens: `prompt_ids` of the prompt, before any cut.
-    """
-    if isinstance(prompt, str) or not isinstance(value, str):
-        return ends[0]
-    try:
-        whole = _chat_ids(tokenizer, [*prompt, {"role": "assistant", "content": value}], row, False)
-    except RecordError:
-        return ends[0]
-    if whole[: len(prompt_tokens)] != list(prompt_tokens):
-        return ends[0]
-    written = [token for token in whole[len(prompt_tokens) :] if token in ends]
-    # The text may hold ends itself.
-    own = sum(token in ends for token in tokenizer(value, add_special_tokens=False)["input_ids"])
-    return written[-1] if len(written) > own else ends[0]
+    ids = yield from _open_completion(tokenizer, prompt, prompt_tokens, value, ends, row)
+    # One that fills its room has no end, as sampling stops there too: its probability is that of being cut.
+    if len(ids) == room or (ids and ids[-1] in ends):
+        return ids
+    return [*ids, (yield from _turn_end(tokenizer, prompt, prompt_tokens, value, ends, row))]
 
 
 def check_vocabulary(tokenizer: Any, ids: Sequence[int], vocab_size: int, what: str, row: int) -> None:
@@ -91,6 +88,16 @@ def check_vocabulary(tokenizer: Any, ids: Sequence[int], vocab_size: int, what: 
             f"the {what} in row {row} holds the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but the "
             f"decoder knows ids below {vocab_size}: leave it out, or give the tokenizer that belongs to the decoder"
         )
+
+
+def fitting_texts(tokenizer: Any, rows: Sequence[Sequence[int]], room: int) -> list[str]:
+    """The texts of rows of ids, those shortened that would have more than `room` tokens, see `fitting_text`."""
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        text if len(back) <= room else fitting_text(tokenizer, ids, room)
+        for text, back, ids in zip(texts, again, rows, strict=True)
+    ]
 
 
 def fitting_text(tokenizer: Any, ids: Sequence[int], room: int) -> str:
@@ -120,9 +127,11 @@ def fitted(
     return front + ids[len(ids) - (room - len(front)) :], True
 
 
-def _open_text(tokenizer: Any, text: str, row: int) -> list[int]:
-    ids = list(tokenizer(text)["input_ids"])
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _open_text(tokenizer: Any, text: str, row: int) -> Asking[list[int]]:
+    plain = yield text, False
+    if not tokenizer.num_special_tokens_to_add():
+        return plain
+    ids = yield text, True
     places = [place for place in range(len(ids) - len(plain) + 1) if ids[place : place + len(plain)] == plain]
     if not places:
         raise RecordError(
@@ -138,7 +147,59 @@ def _open_text(tokenizer: Any, text: str, row: int) -> list[int]:
     return before + plain + after
 
 
-def _chat_ids(tokenizer: Any, messages: Sequence[Any], row: int, awaits_turn: bool) -> list[int]:
+def _open_completion(
+    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
+) -> Asking[list[int]]:
+    if isinstance(value, str):
+        return (yield value, False)
+    if not _is_chat(value):
+        raise RecordError(f"the completion in row {row} must be a string or a message, not {_kind(value)}")
+    if len(value) != 1:
+        raise RecordError(
+            f"the completion in row {row} has {len(value)} messages, but a model makes one: put the earlier ones into "
+            "the prompt"
+        )
+    if not _is_chat(prompt):
+        raise RecordError(
+            f"the completion in row {row} is a message but its prompt is {_kind(prompt)}: give both as messages, or "
+            "the completion as a string"
+        )
+    whole = yield _chat_text(tokenizer, [*prompt, *value], row, False), False
+    if whole[: len(prompt_tokens)] != list(prompt_tokens):
+        raise RecordError(
+            f"the chat template does not leave the prompt in row {row} as it is when the completion follows (it "
+            "rewrites earlier turns, or a token spans the boundary): give that completion as a string"
+        )
+    ids = whole[len(prompt_tokens) :]
+    last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids) - 1)
+    return ids[: last + 1]
+
+
+def _turn_end(
+    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
+) -> Asking[int]:
+    """The token that closes a completion without an end.
+
+    For a string after messages it is the last of `ends` that the chat template writes behind it as an assistant's
+    turn; else, and where the template writes none, rewrites the prompt or refuses the turn, it is ends[0].
+    """
+    if isinstance(prompt, str) or not isinstance(value, str) or len(set(ends)) == 1:
+        return ends[0]
+    try:
+        text = _chat_text(tokenizer, [*prompt, {"role": "assistant", "content": value}], row, False)
+    except RecordError:
+        return ends[0]
+    whole = yield text, False
+    if whole[: len(prompt_tokens)] != list(prompt_tokens):
+        return ends[0]
+    written = [token for token in whole[len(prompt_tokens) :] if token in ends]
+    # The text may hold ends itself.
+    own = sum(token in ends for token in (yield value, False))
+    return written[-1] if len(written) > own else ends[0]
+
+
+def _chat_text(tokenizer: Any, messages: Sequence[Any], row: int, awaits_turn: bool) -> str:
+    """The messages as their template writes them, with all special tokens."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
@@ -147,10 +208,9 @@ def _chat_ids(tokenizer: Any, messages: Sequence[Any], row: int, awaits_turn: bo
             "string"
         )
     try:
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=awaits_turn, return_dict=False)
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=awaits_turn))
     except TemplateError as error:
         raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
-    return list(ids)
 
 
 def _is_chat(value: Any) -> bool:

@@ -318,6 +318,23 @@ def test_what_is_sampled_can_always_be_prepared():
     assert fitting_text(tokenizer, cut, 7) == "ball "
 
 
+@pytest.mark.parametrize("prompts", [["a red", "<bos> ball"], [ASKED, ASKED]], ids=["text", "chat"])
+def test_a_batch_is_tokenized_in_a_few_calls(prompts, monkeypatch):
+    """Prompts with and without special tokens, then completions; or prompts, completions, and both as a chat."""
+    tokenizer = word_tokenizer(bos=True, chat=True)
+    node, calls = component(tokenizer, max_prompt_length=12, stop_tokens=(UNK,)), []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *a, **k: calls.append(a[0]) or call(self, *a, **k))
+    node.prepare(["ball", "a ball"] * 32, {"x": prompts * 32})
+    assert [len(texts) for texts in calls] == ([2, 2, 2] if prompts != [ASKED] * 2 else [1, 2, 2])
+
+
+def test_of_several_bad_rows_the_first_is_named():
+    """Though what is wrong with the others is found before."""
+    with pytest.raises(RecordError, match="completion in row 1 has 10 tokens"):
+        component().prepare(["a", "a " * 9, "a", 3], {"x": ["a", "a", 3, "a"]})
+
+
 def test_equal_components_are_equal_and_hash_alike():
     assert component() == component()
     assert hash(component()) == hash(component())
