@@ -54,6 +54,7 @@ from sysdpo_jax.training import (
     make_mesh,
     make_optimizer,
     make_train_step,
+    on_own_devices,
     precompute_reference,
     tree_shardings,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "make_optimizer",
     "make_pairs",
     "make_train_step",
+    "on_own_devices",
     "precompute_reference",
     "preference_dataset",
     "prepare_pairs",

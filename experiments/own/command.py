@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+
 import experiments
 import sysdpo_jax
 from sysdpo_jax import NonFiniteError
 from sysdpo_jax.training.checkpoints import CorruptCheckpointError
+from sysdpo_jax.training.distributed import leave
 
 OURS = tuple(str(Path(package.__path__[0])) for package in (experiments, sysdpo_jax))
 
@@ -31,6 +34,8 @@ def user_errors() -> Iterator[None]:
         if isinstance(error, ValueError | ImportError) and not _is_ours(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            leave()
         raise SystemExit(1) from None
 
 

@@ -151,6 +151,7 @@ def read_preferences(run: Run) -> sj.Preferences:
 def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
     """The batches of the objective. Raises `ConfigError` where it does not go with the records."""
     schedule, objective = run.config.schedule, run.config.objective
+    shard = sj.batch_shard(run.mesh)
     held = bool(run.system.intermediates) and check_intermediates(run.system, records[0])
     if objective.kind == "direct":
         if run.system.intermediates and not held:
@@ -158,11 +159,10 @@ def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
                 "objective.kind is direct, but the preferences hold no intermediate values "
                 f"({', '.join(node.name for node in run.system.intermediates)}): set it to sampling to search for them"
             )
-        shard = sj.batch_shard(run.mesh)
         return sj.preference_dataset(run.system, records, schedule.batch_size, run.config.seed, shard)
     final = sj.without_intermediates(run.system, records) if held else records
     return sj.SearchedBatches(
-        run.system, final, schedule.batch_size, run.config.seed, objective.intermediates, objective.every
+        run.system, final, schedule.batch_size, run.config.seed, objective.intermediates, objective.every, shard
     )
 
 

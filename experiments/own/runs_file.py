@@ -28,16 +28,9 @@ def as_row(system: sj.CompoundSystem, run: Mapping[str, Any], name: str, images:
     return {"id": name, "inputs": inputs, "outputs": outputs}
 
 
-def write_runs(
-    path: Path, system: sj.CompoundSystem, runs: Sequence[Mapping[str, Any]], samples: int, scores: Sequence[float]
-) -> None:
-    """Write the runs of `rollout` with their scores, whole or not at all. samples: runs of a prompt."""
+def write_rows(path: Path, rows: Sequence[Run]) -> None:
+    """Write a file of runs, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = ImageFiles(path)
-    rows = [
-        as_row(system, run, f"{number // samples}-{number % samples}", images) | {"score": float(score)}
-        for number, (run, score) in enumerate(zip(runs, scores, strict=True))
-    ]
     write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 

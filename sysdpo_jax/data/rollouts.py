@@ -23,15 +23,18 @@ def rollout(
     samples: int = 1,
     batch_size: int = 256,
     progress: Callable[[int], None] = lambda done: None,
+    shard: tuple[int, int] = (0, 1),
 ) -> list[dict[str, Any]]:
     """`samples` whole-system runs of every input; runs of one input are adjacent.
 
     Batches all have the same size (the last is filled up and cut), so nothing recompiles. `progress` is told how many
-    runs each batch made.
+    runs each batch made. shard: (index, count) makes the batches index, index + count, ... alone, whose runs are the
+    same as among all.
     """
     rows = [record for record in inputs for _ in range(samples)]
     records: list[dict[str, Any]] = []
-    for number, start in enumerate(range(0, len(rows), batch_size)):
+    index, count = shard
+    for number, start in list(enumerate(range(0, len(rows), batch_size)))[index::count]:
         batch = rows[start : start + batch_size]
         filled = batch + [batch[-1]] * (batch_size - len(batch))
         records += system.sample(params, filled, jax.random.fold_in(key, number))[: len(batch)]

@@ -7,6 +7,7 @@ from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.training.identity import CheckpointMismatchError
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
+from sysdpo_jax.training.own_devices import on_own_devices
 from sysdpo_jax.training.preemption import Preempted
 from sysdpo_jax.training.progress import Board, progress
 from sysdpo_jax.training.reference import precompute_reference
@@ -44,6 +45,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_train_step",
+    "on_own_devices",
     "precompute_reference",
     "progress",
     "read_metrics",

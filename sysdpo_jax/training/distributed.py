@@ -1,10 +1,14 @@
 """Several processes as one run, on JAX's own runtime: a process that dies ends the others instead of hanging them."""
 
+import json
 import os
 import sys
 from types import TracebackType
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 # Seconds without a sign of life after which a process counts as dead.
 HEARTBEAT_TIMEOUT = 30
@@ -43,8 +47,27 @@ def initialize(
         _exit_at_errors(heartbeat_timeout_seconds)
 
 
+def gathered(value: Any) -> list[Any]:
+    """The JSON values that the processes give, in their order; all processes call it, and get all values."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    if jax.process_count() == 1:
+        return [json.loads(text.tobytes())]
+    sizes = multihost_utils.process_allgather(np.array(len(text), np.int32))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
+
+
+def leave() -> NoReturn:
+    """End this process with code 1 at once.
+
+    What JAX does at exit is skipped: it waits minutes for the others, who wait for this process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1)
+
+
 def _exit_at_errors(timeout: int) -> None:
-    """Skip what JAX does at exit after an exception: it waits minutes for the others, who wait for this process."""
     shown, where = sys.excepthook, f"process {jax.process_index()} of {jax.process_count()}"
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -55,8 +78,6 @@ def _exit_at_errors(timeout: int) -> None:
             "run goes on from its newest checkpoint.",
             file=sys.stderr,
         )
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(1)
+        leave()
 
     sys.excepthook = hook

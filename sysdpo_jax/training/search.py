@@ -1,6 +1,7 @@
 """Batches whose intermediates the policy itself draws, anew every few steps, and what a run needs to resume them."""
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ from sysdpo_jax.data.intermediates import draw_intermediates, sampled_batch
 from sysdpo_jax.data.records import PreferenceRecord, hold_intermediates, require_inputs, without_intermediates
 from sysdpo_jax.graph import CompoundSystem, GraphError
 from sysdpo_jax.objectives.log_ratio import SampledBatch
+from sysdpo_jax.training.own_devices import on_own_devices
 from sysdpo_jax.typing import Params
 from sysdpo_jax.values import content
 
 ROWS, COUNTS = "rows of records", "sets of each row"
+NAME = re.compile(r"(?P<step>\d+)(-\d+-of-(?P<count>\d+))?\.npz")
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,12 @@ class SearchedBatches:
     every: at the steps 0, every, 2 * every ... the policy draws for all rows of the `every` batches that follow; 1 as
     in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is longer than
     an epoch.
+    shard: (index, count) as `batch_shard(mesh)` says for this process, which draws for its own rows on its own devices
+    (see `on_own_devices`); a run may go on with another count. Draws without noise, such as a language model's beams,
+    are the same for every count.
     Values must be strings, numbers, or arrays of one shape. Raises `RecordError` naming the row for records that hold
     intermediates or lack an input or a final value, `GraphError` for a system without intermediates, and `ValueError`
-    for a number below 1, fewer rows than a batch, or several processes, which would each need the others' draws.
+    for a number below 1, fewer rows than a batch, or processes that do not have a shard each.
     """
 
     system: CompoundSystem = field(compare=False)
@@ -42,14 +48,18 @@ class SearchedBatches:
     seed: int
     num_intermediates: int = 8
     every: int = 1
+    shard: tuple[int, int] = field(default=(0, 1), compare=False)
 
     def __post_init__(self) -> None:
         if self.num_intermediates < 1 or self.every < 1:
             raise ValueError(
                 f"SearchedBatches: num_intermediates {self.num_intermediates} and every {self.every} must be at least 1"
             )
-        if jax.process_count() > 1:
-            raise ValueError("SearchedBatches: intermediates are drawn in one process only; this run has several")
+        if jax.process_count() not in (1, self.shard[1]):
+            raise ValueError(
+                f"SearchedBatches: shard {self.shard} is none of {jax.process_count()}, one for each process: give "
+                "batch_shard(mesh), of a mesh whose data x fsdp is a multiple of the processes"
+            )
         if not self.system.intermediates:
             raise GraphError("the system has no intermediate values to search for: train it with DirectObjective")
         if self.records and hold_intermediates(self.system, self.records):
@@ -63,8 +73,8 @@ class SearchedBatches:
 
     @property
     def rows_at(self) -> Callable[[int], Int[Any, "batch"]]:
-        """The numbers of the records in the batch of a step."""
-        return epoch_rows(len(self.records), self.batch_size, self.seed)
+        """The numbers of the records in this shard of the batch of a step."""
+        return epoch_rows(len(self.records), self.batch_size, self.seed, self.shard)
 
     def fingerprint(self) -> str:
         """The same for records of the same inputs, in every process: final values may be mended between two starts."""
@@ -75,6 +85,7 @@ class SearchedBatches:
 class IntermediateSearch:
     """The batches of one run. What was drawn at a step is in `<directory>/<step>.npz`: a resumed run reads it there.
 
+    Of several processes each writes `<step>-<number>-of-<count>.npz`; a run that goes on with another count reads all.
     A file holds the numbers of the records, the number of sets of each, and the values of every intermediate node.
     """
 
@@ -87,7 +98,7 @@ class IntermediateSearch:
         directory.mkdir(parents=True, exist_ok=True)
 
     def batch(self, step: int, params: Params) -> SampledBatch:
-        """The batch of a step. params: the policy that has made `step` updates."""
+        """The batch of a step, which all processes ask for. params: the policy that has made `step` updates."""
         drawn_at = self._start(step)
         if drawn_at == step:
             self._draw(step, params)
@@ -105,8 +116,10 @@ class IntermediateSearch:
     def forget(self, checkpoint: int) -> None:
         """Delete what a run resumed at this checkpoint, or at a later one, does not read."""
         for path in self._directory.glob("*.npz"):
-            if path.stem.isdigit() and int(path.stem) < self._start(checkpoint):
-                path.unlink()
+            name = NAME.fullmatch(path.name)
+            if name is not None and int(name["step"]) < self._start(checkpoint):
+                # Each process deletes what it finds.
+                path.unlink(missing_ok=True)
 
     def _start(self, step: int) -> int:
         return step - step % self._batches.every
@@ -118,22 +131,27 @@ class IntermediateSearch:
 
     def _draw(self, step: int, params: Params) -> None:
         spec, rows = self._batches, self._rows_from(step)
+        own, (index, count) = on_own_devices(params), spec.shard
+        size = spec.batch_size // count
         key = jax.random.fold_in(jax.random.key(spec.seed), step)
         sets: list[list[dict[str, Any]]] = []
-        for number, start in enumerate(range(0, len(rows), spec.batch_size)):
-            part = rows[start : start + spec.batch_size]
+        for number, start in enumerate(range(0, len(rows), size)):
+            part = rows[start : start + size]
             # Slices of one size, so that nothing recompiles and memory is bounded.
-            filled = part + [part[-1]] * (spec.batch_size - len(part))
+            filled = part + [part[-1]] * (size - len(part))
             inputs = [{**self._records[row].inputs, **self._given(row)} for row in filled]
-            part_key = jax.random.fold_in(key, number)
+            part_key = jax.random.fold_in(key, number * count + index)
             try:
-                drawn = draw_intermediates(spec.system, params, inputs, spec.num_intermediates, part_key)
+                drawn = draw_intermediates(spec.system, own, inputs, spec.num_intermediates, part_key)
             except RecordError as error:
                 raise RecordError(f"the intermediates of the records {filled}, counted from 0: {error}") from error
             sets += drawn[: len(part)]
         columns: dict[str, Any] = {
             node.name: [y[node.name] for kept in sets for y in kept] for node in spec.system.intermediates
         }
+        # Those of an earlier start with another count, which came to no checkpoint behind this step.
+        for path in [path for path, its_count in self._files(step).items() if its_count != count and index == 0]:
+            path.unlink()
         save_columns(self._path(step), columns | {ROWS: rows, COUNTS: [len(kept) for kept in sets]})
 
     def _given(self, row: int) -> dict[str, Any]:
@@ -141,17 +159,25 @@ class IntermediateSearch:
         return {node.name: chosen[node.name] for node in self._batches.system.given if node.name in chosen}
 
     def _read(self, step: int) -> None:
-        path = self._path(step)
-        if not path.exists():
+        path, present = self._path(step), self._files(step)
+        if path not in present and set(present.values()) != {len(present)}:
             raise FileNotFoundError(
                 f"{path} with the intermediates drawn at step {step} is missing, so the run cannot go on as it was: "
                 "restore the file, or train in another directory"
             )
-        columns = {name: as_values(column) for name, column in load_columns(path).items()}
-        rows, counts = columns.pop(ROWS), columns.pop(COUNTS)
-        sets = iter([dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)])
-        self._sets = {row: [next(sets) for _ in range(count)] for row, count in zip(rows, counts, strict=True)}
-        self._drawn_at = step
+        self._sets, self._drawn_at = {}, step
+        for part in [path] if path in present else present:
+            columns = {name: as_values(column) for name, column in load_columns(part).items()}
+            rows, counts = columns.pop(ROWS), columns.pop(COUNTS)
+            sets = iter([dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)])
+            self._sets |= {row: [next(sets) for _ in range(count)] for row, count in zip(rows, counts, strict=True)}
 
     def _path(self, step: int) -> Path:
-        return self._directory / f"{step:08d}.npz"
+        index, count = self._batches.shard
+        part = "" if count == 1 else f"-{index + 1:05d}-of-{count:05d}"
+        return self._directory / f"{step:08d}{part}.npz"
+
+    def _files(self, step: int) -> dict[Path, int]:
+        """What there is of a step, and of how many files each is one."""
+        names = [(path, NAME.fullmatch(path.name)) for path in sorted(self._directory.glob(f"{step:08d}*.npz"))]
+        return {path: int(name["count"] or 1) for path, name in names if name is not None}

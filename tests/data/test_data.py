@@ -95,6 +95,12 @@ def test_runs_of_an_input_are_adjacent_and_complete():
     assert len({record["y"] for record in records}) > 5
     again = rollout(SYSTEM, PARAMS, inputs, jax.random.key(1), samples=3, batch_size=4)
     assert again == records
+    shards = [
+        rollout(SYSTEM, PARAMS, inputs, jax.random.key(1), samples=3, batch_size=4, shard=(index, 2))
+        for index in range(2)
+    ]
+    assert shards[0] == records[:4] + records[8:12] + records[16:20]
+    assert shards[1] == records[4:8] + records[12:16] + records[20:]
 
 
 def runs(*values, x=0):

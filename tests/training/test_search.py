@@ -30,6 +30,7 @@ from sysdpo_jax.data.columns import load_columns
 from sysdpo_jax.generation import beam_decode
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.training import CheckpointMismatchError, read_metrics
+from sysdpo_jax.training.search import IntermediateSearch
 from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
 from tests.training.systems import trained_rows
 
@@ -130,6 +131,39 @@ def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "intermediates" / "00000003.npz").unlink()
     with pytest.raises(FileNotFoundError, match=r"00000003\.npz with the intermediates drawn at step 3 is missing"):
         trainer(tmp_path).fit(fresh(), batches(every=3), 8, KEY)
+
+
+def test_shards_draw_their_own_rows_and_any_number_goes_on_with_them(tmp_path):
+    """Two shards of a batch of four, at a step between two draws; the candidates of a table need no noise."""
+    params = fresh().params
+
+    def search(shard):
+        return IntermediateSearch(batches(batch_size=4, every=2, shard=shard), tmp_path)
+
+    # Of a start that was killed before its checkpoint.
+    search((0, 1)).batch(2, jax.tree.map(lambda x: -x, params))
+    halves = [search((index, 2)) for index in range(2)]
+    parts = [[half.batch(step, params) for half in halves] for step in (2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"00000002-0000{number}-of-00002.npz" for number in (1, 2)
+    ]
+    joined = [jax.tree.map(lambda *x: np.concatenate(x), *each) for each in parts]
+    same(joined[1], search((0, 1)).batch(3, None))
+    whole = search((0, 1))
+    same(joined, [whole.batch(step, params) for step in (2, 3)])
+    assert [path.name for path in tmp_path.iterdir()] == ["00000002.npz"]
+    same(parts[1], [search((index, 2)).batch(3, None) for index in range(2)])
+
+
+def test_a_missing_part_is_not_gone_on_without(tmp_path):
+    halves = [IntermediateSearch(batches(batch_size=4, every=2, shard=(index, 2)), tmp_path) for index in range(2)]
+    for half in halves:
+        half.batch(0, fresh().params)
+    (tmp_path / "00000000-00001-of-00002.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"00000000\.npz with the intermediates drawn at step 0 is missing"):
+        IntermediateSearch(batches(batch_size=4, every=2), tmp_path).batch(1, None)
+    halves[1].forget(2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_records_are_another_run(tmp_path):
