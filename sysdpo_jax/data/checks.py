@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem, Node
@@ -20,7 +21,8 @@ def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
     """Raise `RecordError` naming side and field for a record that the system cannot be trained on.
 
     Names must be the system's, every final value there, and of intermediate values all or none, on both sides alike.
-    Images must decode; with intermediate values the other nodes are prepared, so that texts without room are found.
+    Images must decode. With intermediate values the other nodes are prepared, so that texts without room are found;
+    without them the prompts of models that read inputs alone, and the lengths of final texts.
     """
     for record in records:
         _check_names("inputs", record.inputs, system.inputs)
@@ -30,14 +32,39 @@ def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
         check_intermediates(system, record)
     for side in SIDES:
         rows = [{**record.inputs, **getattr(record, side)} for record in records]
-        whole = [row for row in rows if all(node.name in row for node in system.intermediates)]
+        inner = [node.name for node in system.intermediates]
+        whole = [row for row in rows if all(name in row for name in inner)]
         nodes = [n.name for n in system.nodes if not n.deterministic and not isinstance(n.component, TextToImage)]
         try:
             if whole and nodes:
                 system.prepare(whole, nodes)
+            if len(whole) < len(rows):
+                _check_texts(system, [row for row in rows if not any(name in row for name in inner)])
         except RecordError as error:
             # Of one record the row's number says nothing.
             raise RecordError(f"{side}, {re.sub(' in row 0(?= |$|:)', '', str(error))}") from error
+
+
+def _check_texts(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Of rows without intermediate values what can be known of texts: the rest depends on what will be drawn."""
+    for node in system.nodes:
+        model = node.component
+        if not isinstance(model, LanguageModel):
+            continue
+        if set(node.parents) <= set(system.inputs):
+            blank = "" if node.plate is None else [""] * node.plate
+            system.prepare([{node.name: blank, **row} for row in rows], [node.name])
+        elif model.truncation == "error":
+            for number, row in enumerate(rows):
+                values = row.get(node.name, []) if node.plate else [row.get(node.name)]
+                texts = [value for value in values if isinstance(value, str)]
+                ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+                longest = max(map(len, ids), default=0)
+                if longest > model.max_new_tokens:
+                    raise RecordError(
+                        f"node {node.name!r}: the completion in row {number} has {longest} tokens, outside "
+                        f"1..{model.max_new_tokens}: raise max_new_tokens, set truncation, or edit it"
+                    )
 
 
 def resolve_images(system: CompoundSystem, record: PreferenceRecord, folder: Path) -> PreferenceRecord:

@@ -266,3 +266,24 @@ def test_records_are_found_by_number_and_the_file_ends_with_them(tmp_path):
     del loaded
     gc.collect()
     assert not os.path.exists(mapped)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("a red", "ball"), None),
+        (("a red " * 9, "ball"), "row 2: chosen, node 'draft': the prompt has 18 tokens, outside 1..16"),
+        (("a red", "ball " * 5), "row 2: chosen, node 'answer': the completion has 5 tokens, outside 1..4"),
+    ],
+)
+def test_texts_without_room_are_found_where_the_drafts_are_searched_for(tmp_path, row, message):
+    drafts = CompoundSystem(
+        ("question",), (Node("draft", WRITER, ("question",)), Node("answer", WRITER, ("draft",), params="other"))
+    )
+    rows = [{"prompt": question, "chosen": answer, "rejected": "cube"} for question, answer in (("a red", "ball"), row)]
+    path = lines(tmp_path / "pairs.jsonl", *rows)
+    if message is None:
+        assert len(load_preferences(path, drafts, "trl")) == 2
+        return
+    with pytest.raises(RecordError, match=message):
+        load_preferences(path, drafts, "trl")
