@@ -144,7 +144,7 @@ def material(tmp_path_factory):
     writer = {
         "checkpoint": str(folder / "writer"),
         "mode": "full",
-        "settings": {"max_prompt_length": 8, "max_new_tokens": 8},
+        "settings": {"max_prompt_length": 16, "max_new_tokens": 8},
     }
     config = {
         "system": {
@@ -184,7 +184,9 @@ def test_two_processes_evaluate_as_one_does(material):
         found[number] = figures, runs, losses(directory)
     assert [len(runs) for runs in found[1][1]] == [15, 15]
     assert found[1][1][0] != found[1][1][1]  # it trains
-    assert found[2][:2] == found[1][:2]
+    assert found[2][1] == found[1][1]
+    # Figures travel between processes in float32.
+    assert found[2][0] == [pytest.approx(figures, rel=1e-6) for figures in found[1][0]]
     np.testing.assert_allclose(found[2][2], found[1][2], rtol=0, atol=1e-5)
 
 
