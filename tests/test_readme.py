@@ -27,7 +27,7 @@ OWN_SYSTEM, FINAL_VALUES, OWN_MODELS, SHARDED = re.findall(r"```python\n(.*?)```
 def run_code(code, folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -50,6 +50,7 @@ def run(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("gpu") / "run", "decoder")
 
 
+@pytest.mark.slow
 def test_a_decoder_is_measured_beside_the_roofline(run):
     results, printed = run
     assert results["roofline"]["matmul_flops_per_second"] > 0
@@ -69,6 +70,7 @@ def test_a_unet_with_all_its_weights_is_measured(tmp_path):
     assert case["images_per_second/unet"] == pytest.approx(2 / case["seconds_per_step"]["median"])
 
 
+@pytest.mark.slow
 def test_the_flops_are_those_of_the_formula(run):
     """LoRA: 2 forward passes for the policy and 1 for the reference, and what the thin products add to each of them."""
     width, hidden, layers, heads, groups, vocabulary, rank = 32, 64, 2, 4, 2, 64, 2
@@ -84,13 +86,16 @@ def test_the_flops_are_those_of_the_formula(run):
     assert run[0]["cases"]["decoder"]["model_flops_per_step"] == wanted
 
 
+@pytest.mark.slow
 def test_the_run_says_what_made_it(run):
     made = run[0]["made_by"]
     assert made["command"].startswith("python -m experiments.benchmarks.gpu --preset tiny")
     assert made["versions"]["jax"] == jax.__version__
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "sdxl" else name for name in PARAMETERS]
+)
 def test_large_shapes_are_the_models_and_in_bfloat16(name):
     case = CASES["large"][name]()
     abstract = by_path(jax.eval_shape(case.system.init, jax.random.key(0)))

@@ -219,6 +219,7 @@ STEPS, SAVED_EVERY = 60, 10
 PATIENCE = 600
 
 
+@pytest.mark.slow
 def test_the_entry_point_loads_its_models_and_prepares_its_batches(tmp_path, material):
     """All of `main` before the first step, whose compilation is what the slow test below waits for."""
     run = assemble(parse(["--config", str(material / "run.yaml"), "--directory", str(tmp_path)], None))

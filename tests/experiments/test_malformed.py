@@ -274,7 +274,15 @@ def test_prompts_without_the_input(place, capsys):
 
 
 def test_a_folder_that_holds_no_run(place, capsys):
-    fails(capsys, "is no folder of a run (config.yaml is missing)", export, "--directory", place / "run", "--output", place / "aligned")
+    fails(
+        capsys,
+        "is no folder of a run (config.yaml is missing)",
+        export,
+        "--directory",
+        place / "run",
+        "--output",
+        place / "aligned",
+    )
     assert not (place / "aligned").exists()
 
 

@@ -36,6 +36,7 @@ def test_a_routed_value_is_drawn_from_its_expert():
         routed.sample(params, {"route": [0, 2], "x": [0, 0]}, KEY)
 
 
+@pytest.mark.slow
 def test_the_configuration_makes_a_system_that_runs(tmp_path):
     """With small models in the places of those on the hub."""
     for name in ("first", "second"):

@@ -147,7 +147,7 @@ def close(gradient, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest), gradient, expected)
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", [pytest.param(INNER[0], marks=pytest.mark.slow), INNER[1]])
 def test_with_one_intermediate_it_is_direct(name):
     """The sums are the same; XLA may fuse the extra axis differently, within float32's rounding of each sum."""
     system, params, reference, records, sets = mixture(name)

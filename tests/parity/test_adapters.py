@@ -123,7 +123,7 @@ def language_model(tie):
 
 # peft 0.21 asks transformers for a name that version 5 deprecates.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("tie", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_peft_loads_a_language_models_adapter(tie, tmp_path):
     model, component, params = language_model(tie)
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 9))
@@ -188,6 +188,7 @@ def test_diffusers_loads_a_unets_adapter(tmp_path):
         np.testing.assert_allclose(found, run(theirs), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_diffusers_loads_a_transformers_adapter(tmp_path):
     model = diffusers.SD3Transformer2DModel(**MMDIT).eval()
     randomise(model, 1)

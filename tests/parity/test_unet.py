@@ -102,7 +102,10 @@ def assert_gradients_equal(found, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize(("name", "size"), [(n, (8, 8)) for n in CONFIGS] + [("sd1", (7, 5)), ("sdxl", (6, 9))])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((n, (8, 8)) for n in CONFIGS), ("sd1", (7, 5)), pytest.param("sdxl", (6, 9), marks=pytest.mark.slow)],
+)
 def test_outputs_equal_diffusers(name, size):
     """1e-4: about 40 layers of float32 sums in another order."""
     model, module, inputs = case(name, size)
@@ -122,7 +125,7 @@ def test_gradients_with_recomputed_activations_equal_autograd():
     assert_gradients_equal(found, torch_gradients(model))
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_recomputation_is_kept_apart_where_no_loop_does_it(name):
     """The compiler takes a scan of one block apart, and would merge what the backward pass computes again.
 

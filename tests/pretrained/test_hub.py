@@ -45,6 +45,7 @@ def test_of_a_decoder_the_safetensors_alone_are_downloaded(tmp_path, hub):
     ]
 
 
+@pytest.mark.slow
 def test_of_a_pipeline_the_parts_that_are_read_are_downloaded_in_the_variant_that_there_is(tmp_path, hub):
     """The autoencoder has no fp16 file; the safety checker is left alone."""
     remote = tmp_path / "remote"

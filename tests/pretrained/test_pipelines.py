@@ -40,7 +40,9 @@ def made(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("sd2", "sdxl") else name for name in PIPELINES]
+)
 def test_pictures_equal_those_of_diffusers(name, made):
     """The whole way from caption to picture, with guidance and a negative prompt: 1e-3 of pixels in [0, 1].
 
@@ -68,7 +70,7 @@ def test_pictures_equal_those_of_diffusers(name, made):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
 def test_without_a_negative_prompt_guidance_leads_away_from_the_null_condition(name, made):
     """SDXL's is all zeros, the others' that of the empty caption, as in diffusers. Tolerance as above."""
     pipe, folder = made(name)
@@ -190,6 +192,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(made, tmp_path):
         pretrained.load(tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_half_precision_and_variants_are_read_and_written_as_they_are(made, tmp_path):
     """fp16 weights beside a float32 autoencoder, which has no fp16 file; each part comes back in its own precision."""
     pipe, folder = made("sdxl")

@@ -74,7 +74,9 @@ def start(config, objective=OBJECTIVE):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"dtype": "bfloat16", "remat": "full"}], ids=["float32", "bfloat16, rematerialised"]
+    "change",
+    [{}, pytest.param({"dtype": "bfloat16", "remat": "full"}, marks=pytest.mark.slow)],
+    ids=["float32", "bfloat16, rematerialised"],
 )
 def test_step_zero_has_no_margin_and_only_factors_change(change):
     """1e-6, an ulp of the log-probability: XLA fuses a forward pass otherwise when its gradient is wanted."""
@@ -103,6 +105,7 @@ def test_a_split_holds_every_array_once_and_joins_to_the_same():
     assert all(x is y for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True))
 
 
+@pytest.mark.slow
 def test_a_reference_of_its_own_gives_the_same_step():
     """Equal arrays that are not the same array: another program, compiled when such a state comes; 1e-6, rounding."""
     state, step = start(SMALL)
@@ -135,6 +138,7 @@ def test_a_run_resumes_on_its_base_alone(tmp_path):
     assert re.findall(r"^  (\w+ \S+):", str(error.value), re.MULTILINE) == ["frozen lm/norm/weight"]
 
 
+@pytest.mark.slow
 def test_the_step_takes_the_base_once_and_never_merges():
     """By the compiler's account; a step that merges the kernels first is caught."""
 
