@@ -19,6 +19,7 @@ from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, win_rate
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.distributed import gathered
+from sysdpo_jax.training.progress import Lines
 from sysdpo_jax.typing import Params
 
 FOLDER = "evaluation"
@@ -63,9 +64,17 @@ class HeldOut:
         index, count = shard = jax.process_index(), jax.process_count()
         key, size = jax.random.key(self.seed), self.batch_size
         own = sj.on_own_devices(params)
-        runs = sj.rollout(self.system, own, self.prompts, key, self.samples, size, shard=shard)
-        scores = list(score_runs(self.scorer, runs, self.threads))
         places = [place for place in range(len(self.prompts) * self.samples) if place // size % count == index]
+        lines, made = Lines(f"evaluation at step {step}, runs", 0, len(places)), 0
+
+        def progress(number: int) -> None:
+            nonlocal made
+            made += number
+            if index == 0:
+                lines.report(made, "")
+
+        runs = sj.rollout(self.system, own, self.prompts, key, self.samples, size, progress, shard)
+        scores = list(score_runs(self.scorer, runs, self.threads))
         images = ImageFiles(self.path(step))
         rows = []
         for place, run, score in zip(places, runs, scores, strict=True):

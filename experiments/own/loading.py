@@ -21,19 +21,13 @@ Which: TypeAlias = Literal["newest", "best"]
 def load_system(spec: str, checkpoint: Which) -> tuple[sj.CompoundSystem, Params]:
     """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
 
-    checkpoint: of a run's folder.
-
-    Of several processes each has the whole system of a YAML file on its own devices, to sample at its own pace.
+    checkpoint: of a run's folder. Of several processes each has the whole system on its own devices, to sample at its
+    own pace.
     """
     path, alone = Path(spec), jax.process_count() == 1
     if path.is_dir():
-        if not alone:
-            raise ConfigError(
-                f"{spec}: the folder of a run is sampled in one process; or export it, and name the exported models "
-                "in a YAML file"
-            )
         run = assemble(replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig()))
-        return run.system, restored(run, checkpoint)[0]
+        return run.system, sj.on_own_devices(restored(run, checkpoint)[0])
     if not path.exists() and ":" in spec:
         system, params = import_object(spec, "--system")()
         return system, params

@@ -41,7 +41,7 @@ class Board:
     def phase(self, label: str, start: int, steps: int) -> Iterator[Report]:
         """A bar from `start` to `steps` that stays until the block ends: `report(steps done, text)` moves it."""
         if not self._terminal:
-            yield _Lines(label, start, steps).report
+            yield Lines(label, start, steps).report
             return
         task = self._bars.add_task(label, total=steps, completed=start, note="")
         try:
@@ -57,7 +57,9 @@ def progress(start: int, steps: int) -> Iterator[Report]:
         yield report
 
 
-class _Lines:
+class Lines:
+    """Plain lines, ten seconds apart at least, and one at the end: `report(steps done, text)`."""
+
     def __init__(self, label: str, start: int, steps: int):
         self._label, self._start, self._steps = label, start, steps
         self._last = time.monotonic()

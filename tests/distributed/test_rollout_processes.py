@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments import train
 from tests.pretrained.checkpoints import write_decoder
 
 # Starting several processes takes minutes where the machine is busy.
@@ -28,13 +29,13 @@ rollout.main(flags)
 """
 
 
-def roll_out(folder, number):
+def roll_out(folder, system, number):
     """The lines of all processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--system", folder / "run.yaml", "--prompts", folder / "prompts.txt", "--samples", "3", "--chunk", "1"]
-    flags += ["--output", folder / f"runs{number}.jsonl"]
+    flags = ["--system", folder / system, "--prompts", folder / "prompts.txt", "--samples", "3", "--chunk", "1"]
+    flags += ["--output", folder / f"{system}{number}.jsonl"]
     devices = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     processes = [
         subprocess.Popen(
@@ -45,21 +46,31 @@ def roll_out(folder, number):
         for process in range(number)
     ]
     assert [process.wait(timeout=400) for process in processes] == [0] * number
-    return sorted(line for path in folder.glob(f"runs{number}*.jsonl") for line in path.read_text().splitlines())
+    return sorted(line for path in folder.glob(f"{system}{number}*.jsonl") for line in path.read_text().splitlines())
 
 
-def test_two_processes_make_the_runs_of_one(tmp_path):
+@pytest.mark.parametrize("system", ["run.yaml", "trained"])
+def test_two_processes_make_the_runs_of_one(tmp_path, system):
     """Of 5 chunks one process has 3 and the other 2; a model that lay across both would mix their prompts."""
     write_decoder(tmp_path / "writer", "llama", num_hidden_layers=1)
     settings = {"max_prompt_length": 8, "max_new_tokens": 8}
-    system = {
-        "inputs": ["request"],
-        "nodes": {"caption": {"component": "writer", "parents": ["request"]}},
-        "components": {"writer": {"checkpoint": str(tmp_path / "writer"), "settings": settings}},
+    config = {
+        "directory": str(tmp_path / "trained"),
+        "system": {
+            "inputs": ["request"],
+            "nodes": {"caption": {"component": "writer", "parents": ["request"]}},
+            "components": {"writer": {"checkpoint": str(tmp_path / "writer"), "settings": settings}},
+        },
+        "data": {"source": str(tmp_path / "pairs.jsonl"), "reader": "trl"},
+        "schedule": {"steps": 1, "batch_size": 2, "warmup": 0, "learning_rate": 0.1},
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"system": system}))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "prompts.txt").write_text("a red\nthe cube\na\nthe ball\nthe\n")
-    lines = roll_out(tmp_path, 1)
+    if system == "trained":
+        pair = {"prompt": "a red", "chosen": "ball", "rejected": "cube"}
+        (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 2)
+        train.main(["--config", str(tmp_path / "run.yaml")])
+    lines = roll_out(tmp_path, system, 1)
     assert len({json.loads(line)["outputs"]["caption"] for line in lines}) > 10
-    assert roll_out(tmp_path, 2) == lines
-    assert len(list(tmp_path.glob("runs2-0000?-of-00002.jsonl"))) == 2
+    assert roll_out(tmp_path, system, 2) == lines
+    assert len(list(tmp_path.glob(f"{system}2-0000?-of-00002.jsonl"))) == 2

@@ -12,9 +12,8 @@ import pytest
 
 import sysdpo_jax as sj
 from experiments import make_pairs, rollout, score
-from experiments.own.config import ConfigError
 from experiments.own.judge import Judge
-from experiments.own.loading import identity, load_system
+from experiments.own.loading import identity
 from experiments.own.runs_file import read_lines, read_runs
 from tests.data.test_preference_files import PAINTER
 
@@ -147,12 +146,6 @@ def test_a_system_is_its_configuration_and_newest_checkpoint(tmp_path):
     seen |= {identity(str(tmp_path), "newest"), identity(str(tmp_path / "config.yaml"), "newest")}
     assert len(seen) == 6
     assert identity("package:function", "newest") == "package:function"
-
-
-def test_a_run_that_has_trained_is_sampled_in_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="is sampled in one process; or export it"):
-        load_system(str(tmp_path), "newest")
 
 
 def test_prompts_that_a_component_refuses_are_named_and_may_be_mended(files, capsys):
