@@ -46,7 +46,9 @@ def export(config: Config) -> list[Path]:
     run = assemble(replace(train, mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
     best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
-    if best not in (None, step):
+    if step == 0:
+        raise ConfigError("no evaluation found the run better than it was before training: --checkpoint newest")
+    if config.checkpoint == "newest" and best not in (None, 0, step):
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
     about = model_card(config.directory, run, step)
     written = []

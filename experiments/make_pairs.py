@@ -69,7 +69,10 @@ def make_pairs(config: Config) -> str:
             first, second = group[better][1], group[worse][1]
             lines.append({"inputs": first["inputs"], "chosen": first["outputs"], "rejected": second["outputs"]})
     if not lines:
-        raise ConfigError(f"no two runs of a prompt differ by {config.min_margin:g} or more: sample more, or lower it")
+        without = f" ({len(skipped)} runs have no score)" if skipped else ""
+        raise ConfigError(
+            f"no two runs of a prompt differ by {config.min_margin:g} or more{without}: sample more, or lower it"
+        )
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(config.output, "".join(f"{json.dumps(line)}\n" for line in lines))
     ties = f" ({tied} ties)" if config.ties == "keep" else ""

@@ -19,7 +19,7 @@ import sysdpo_jax as sj
 from experiments.own.appended import AppendedFile, digest
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, Positive, parse_flags
-from experiments.own.loading import Which, identity, load_system
+from experiments.own.loading import Which, load_system
 from experiments.own.prompts import read_prompts
 from experiments.own.runs_file import as_row
 from sysdpo_jax.components.base import RecordError
@@ -50,8 +50,10 @@ def roll_out(config: Config) -> Path:
     """
     index, count = jax.process_index(), jax.process_count()
     path = config.output if count == 1 else _shard(config.output, index, count)
-    file = AppendedFile(path, _about(config))
-    system, params = load_system(config.system, config.checkpoint)
+    if not config.prompts.is_file():
+        raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
+    system, params, identity = load_system(config.system, config.checkpoint)
+    file = AppendedFile(path, _about(config, identity))
     prompts = read_prompts(config.prompts, system)
     mine = range(0, len(prompts), config.chunk)[index::count]
     sizes = [config.samples * len(prompts[start : start + config.chunk]) for start in mine]
@@ -80,12 +82,10 @@ def _shard(path: Path, index: int, count: int) -> Path:
     return path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
 
 
-def _about(config: Config) -> dict[str, str]:
-    """What the runs depend on."""
-    if not config.prompts.is_file():
-        raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
+def _about(config: Config, identity: str) -> dict[str, str]:
+    """What the runs depend on. identity: of the system."""
     return {
-        "system": identity(config.system, config.checkpoint),
+        "system": identity,
         "prompts": digest(config.prompts),
         "samples": str(config.samples),
         "chunk": str(config.chunk),

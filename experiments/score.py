@@ -22,8 +22,11 @@ from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, JudgeConfig, parse_flags
 from experiments.own.judge import ScoreError
 from experiments.own.runs_file import Run, read_lines, run_lines, values_of, with_images
-from experiments.own.scoring import make_scorer, parallel, score_of
+from experiments.own.scoring import about_scorer, make_scorer, parallel, score_of
 from sysdpo_jax.training import Board
+
+# So many runs without a score, and none with one, are no accident.
+ENOUGH = 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def score(config: Config) -> Path:
             file.append(lines)
             done += len(lines)
             failed += sum("error" in line for line in lines)
+            if failed == done >= min(ENOUGH, len(runs)):
+                raise ConfigError(f"none of the first {failed} runs has a score; the last: {lines[-1]['error']}")
             report(done, f"{failed} without a score" if failed else "")
     return config.output
 
@@ -87,16 +92,7 @@ def _runs(paths: Sequence[Path]) -> dict[str, tuple[Path, Run]]:
 def _about(config: Config) -> dict[str, str]:
     """What the scores depend on. Files of several processes have notes that say the same."""
     sources = {digest(note_of(path)) if note_of(path).exists() else path.name for path in config.runs}
-    about = {"runs": ", ".join(sorted(sources))}
-    if config.scorer:
-        return about | {"scorer": config.scorer}
-    judge = config.judge
-    return about | {
-        "judge.model": judge.model,
-        "judge.template": digest(Path(judge.template)),
-        "judge.number": judge.number,
-        "judge.temperature": str(judge.temperature),
-    }
+    return {"runs": ", ".join(sorted(sources))} | about_scorer(config.scorer, config.judge)
 
 
 def main(arguments: list[str]) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import yaml
 
 import sysdpo_jax as sj
+from experiments.own.report import ENDED
 from experiments.own.run import DATA, Run
 from sysdpo_jax.data.rows import LINES, TABLE
 from sysdpo_jax.training.metrics import read_metrics
 
 PAPER = "[arXiv 2502.17721](https://arxiv.org/abs/2502.17721)"
-# The figures of the last row that say how training ended.
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
 
 def model_card(directory: Path, run: Run, step: int) -> Callable[[str, str | None], str]:
@@ -77,7 +76,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, in
     last: dict[str, tuple[float, int]] = {}
     for row in rows:
         for name, value in row.items():
-            if value is not None and (name in SHOWN or name.startswith("eval/")):
+            if value is not None and (name in ENDED or name.startswith("eval/")):
                 last[name] = (value, row["step"])
     for name, (value, step) in sorted(last.items()):
         yield name, value, step

@@ -17,26 +17,35 @@ from sysdpo_jax.training.distributed import leave
 OURS = tuple(str(Path(package.__path__[0])) for package in (experiments, sysdpo_jax))
 
 
+# Of Orbax, about what is meant: saving before the evaluation has its figure, looking at a run from outside.
+EXPECTED = ("Requested `tracked_metric`", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """End with a line and code 1 where what the user gave cannot be used, a full disk included; 130 after Ctrl-C.
 
     What other libraries raise, and we did not expect, is a fault of the program: it shows where it happened.
     """
-    # Orbax warns of what is meant: saving before the evaluation has its figure, looking at a run from outside.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").addFilter(_is_news)
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted: the same command goes on", file=sys.stderr, flush=True)
+        print(str(stop) or "interrupted: what was finished is kept", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            leave(130)
         raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, NonFiniteError, CorruptCheckpointError) as error:
         if isinstance(error, ValueError | ImportError) and not _is_ours(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
-            leave()
+            leave(1)
         raise SystemExit(1) from None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(EXPECTED)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -15,8 +15,11 @@ class ConfigError(ValueError):
     """A configuration cannot be used: the message names the file, the field and the remedy."""
 
 
-# Not what a score is out of: "8/10", "8 of 10", "8 out of 10". A sign that follows a digit is a dash: "between 3-4".
-NUMBER = r"(?<![\d/])(?<!/ )(?<!out of )(?<!\d of )[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+# What a score is out of is taken with it: "8/10", "**8** out of **10**". A sign after a digit is a dash: "3-4".
+NUMBER = (
+    r"((?:(?<![\w.,])[-+])?(?<![\w.,])(?:\d+(?:[.,]\d+)*|\.\d+)(?:[eE][-+]?\d+)?)"
+    r"(?:[\s*_]*(?:/|(?:out\s+)?of)[\s*_]*\d[\d.,]*)?"
+)
 
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Natural: TypeAlias = Annotated[int, Field(ge=0)]
@@ -149,7 +152,7 @@ class JudgeConfig:
     model: its name there. template: a file with the question, the run's values in braces. number: regular expression of
     the score in the answer; its last match counts, or that match's first group. key: the environment variable of the
     API key. temperature: null for models that take none. timeout: seconds of a request. retries: of a failed one.
-    parallel: requests at a time.
+    parallel: requests at a time, of each process.
     """
 
     url: str = ""
@@ -169,13 +172,15 @@ class EvaluationConfig:
     """Runs of the whole system on held-out prompts, scored beside those of the system before training.
 
     prompts: JSON Lines of objects with the system's inputs, or a text file with a prompt a line; "" for no evaluation.
-    scorer: "module:function", run -> number, higher is better; or judge. every: steps. samples: runs a prompt.
+    scorer: "module:function", run -> number, higher is better; or judge. on_error: of a run without a score; "skip"
+    leaves it and the run that it is compared with out, and counts them. every: steps. samples: runs a prompt.
     patience: evaluations without a better win rate after which training stops; None: never. shown: runs in the report.
     """
 
     prompts: str = ""
     scorer: str = ""
     judge: JudgeConfig = JudgeConfig()
+    on_error: Literal["stop", "skip"] = "stop"
     every: Positive = 100
     samples: Positive = 1
     batch_size: Positive = 16

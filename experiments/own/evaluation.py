@@ -1,5 +1,6 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 from jaxtyping import Float
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError, JudgeConfig
+from experiments.own.appended import digest, note_of
+from experiments.own.config import ConfigError, JudgeConfig, write_whole
+from experiments.own.judge import ScoreError
 from experiments.own.prompts import read_prompts
 from experiments.own.run import BEST, Run
 from experiments.own.runs_file import as_row, read_lines, write_rows
-from experiments.own.scoring import Scorer, make_scorer, parallel, score_runs
+from experiments.own.scoring import Scorer, about_scorer, make_scorer, parallel, score_runs
 from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, win_rate
 from sysdpo_jax.training import Evaluation
@@ -38,26 +41,29 @@ class HeldOut:
     prompts: Sequence[Mapping[str, Any]]
     scorer: Scorer
     threads: int
+    skip: bool
     samples: int
     batch_size: int
     seed: int
     folder: Path
+    about: Mapping[str, str]
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
-        """score and win_rate with their intervals; a tie with the system before training counts half."""
+        """score and win_rate with their intervals; a tie with the system before training counts half.
+
+        unscored: how many pairs of runs are left out because one has no score. Raises `ScoreError` for a run without a
+        score, or where `skip` leaves too few.
+        """
         numbered = [pair for pairs in gathered(self._own_runs(step, params)) for pair in pairs]
         now = [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
         if jax.process_index() > 0:
             # Of its figures only the names count.
             return _estimates(_scores(now), _scores(now), self.samples)
+        if step == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(note_of(self.path(0)), json.dumps(self.about, indent=1) + "\n")
         write_rows(self.path(step), now)
-        before = list(read_lines(self.path(0)))
-        if [run["inputs"] for run in now] != [run["inputs"] for run in before]:
-            raise ConfigError(
-                f"{self.path(0)} has runs of other prompts: the held-out prompts or samples changed under the run; "
-                "give those that it began with, or choose another directory"
-            )
-        return _estimates(_scores(now), _scores(before), self.samples)
+        return _estimates(_scores(now), _scores(list(read_lines(self.path(0)))), self.samples)
 
     def _own_runs(self, step: int, params: Params) -> list[tuple[int, Any]]:
         """(place, row) of the runs that this process makes; their images are written."""
@@ -74,13 +80,27 @@ class HeldOut:
                 lines.report(made, "")
 
         runs = sj.rollout(self.system, own, self.prompts, key, self.samples, size, progress, shard)
-        scores = list(score_runs(self.scorer, runs, self.threads))
+        names = [f"{place // self.samples}-{place % self.samples}" for place in places]
+        scores = score_runs(self.scorer, runs, names, self.threads, self.skip)
         images = ImageFiles(self.path(step))
-        rows = []
-        for place, run, score in zip(places, runs, scores, strict=True):
-            name = f"{place // self.samples}-{place % self.samples}"
-            rows.append((place, as_row(self.system, run, name, images) | {"score": score}))
-        return rows
+        rows = [as_row(self.system, run, name, images) for run, name in zip(runs, names, strict=True)]
+        return [(place, row | {"score": score}) for place, row, score in zip(places, rows, scores, strict=True)]
+
+    def check(self) -> None:
+        """Raise `ConfigError` where the folder's first runs were made or scored in another way, or are missing."""
+        note, began = note_of(self.path(0)), self.folder.parent / "checkpoints"
+        if not self.path(0).exists() and any(path.name.isdigit() and path.name != "0" for path in began.glob("*")):
+            raise ConfigError(
+                f"{self.folder.parent} has trained without an evaluation, so that there are no runs from before "
+                "training to compare with: leave evaluation out, or choose another directory"
+            )
+        noted = json.loads(note.read_text(encoding="utf-8")) if note.exists() else self.about
+        differing = sorted(name for name in {*self.about, *noted} if noted.get(name) != self.about.get(name))
+        if differing:
+            raise ConfigError(
+                f"{self.path(0)} was made with another evaluation.{', evaluation.'.join(differing)} (see {note}), and "
+                "scores of two kinds are not compared: give what it says, or choose another directory"
+            )
 
     def path(self, step: int) -> Path:
         """The runs of a step's evaluation."""
@@ -104,11 +124,19 @@ def make_evaluation(run: Run) -> Evaluation | None:
         read_prompts(config.prompts, run.system),
         make_scorer(config.scorer, config.judge, "evaluation."),
         parallel(config.scorer, config.judge),
+        config.on_error == "skip",
         config.samples,
         config.batch_size,
         run.config.seed,
         Path(run.config.directory) / FOLDER,
+        about_scorer(config.scorer, config.judge)
+        | {
+            "samples": str(config.samples),
+            "batch_size": str(config.batch_size),
+            "prompts": digest(Path(config.prompts)),
+        },
     )
+    held_out.check()
     if len(held_out.prompts) < 2:
         raise ConfigError(f"evaluation.prompts {config.prompts} has one prompt: a standard error needs two or more")
     stop_on = None if config.patience is None else (*BEST, config.patience)
@@ -116,10 +144,16 @@ def make_evaluation(run: Run) -> Evaluation | None:
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs"]:
+    """NaN for a run without a score."""
     return np.array([row["score"] for row in rows], np.float64)
 
 
 def _estimates(scores: Float[np.ndarray, "runs"], before: Float[np.ndarray, "runs"], samples: int) -> dict[str, float]:
-    prompts = np.arange(len(scores)) // samples
-    score, wins = clustered_mean(scores, prompts), win_rate(scores, before, prompts)
-    return {**interval_figures("score", score), **interval_figures("win_rate", wins), "runs": float(len(scores))}
+    prompts, both = np.arange(len(scores)) // samples, np.isfinite(scores) & np.isfinite(before)
+    if len(np.unique(prompts[both])) < 2:
+        raise ScoreError(
+            f"only {both.sum()} of {len(scores)} runs have a score: mend the scorer or the judge's template"
+        )
+    score, wins = clustered_mean(scores[both], prompts[both]), win_rate(scores[both], before[both], prompts[both])
+    counts = {"runs": float(both.sum()), "unscored": float((~both).sum())}
+    return {**interval_figures("score", score), **interval_figures("win_rate", wins), **counts}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from safetensors.numpy import save_file
 
 import sysdpo_jax as sj
@@ -40,6 +41,7 @@ def write_component(
         if isinstance(component, Saves):
             component.save(made, params)
         else:
-            arrays = {path: jax.device_get(leaf) for path, leaf in by_path(params).items()}
+            # safetensors writes the memory of an array as it lies.
+            arrays = {path: np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in by_path(params).items()}
             save_file(arrays, made / "parameters.safetensors")
     return None

@@ -118,8 +118,8 @@ class Judge:
             raise ScoreError(f"the judge's answer has no number: {answer[:200]!r}; ask for one in the template")
         score = found[-1].group(1 if found[-1].re.groups else 0)
         try:
-            return float(score)
-        except (TypeError, ValueError):
+            return _as_number(score)
+        except (TypeError, AttributeError, ValueError):
             raise ScoreError(
                 f"the judge's number is {score!r}, found by {self.number!r}: mend the expression"
             ) from None
@@ -158,8 +158,15 @@ class Judge:
 def _endpoint(url: str) -> str:
     """Where questions go: below the address that OpenAI's client would be given."""
     parts = urlsplit(url)
-    path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-    return parts._replace(path=f"{path}/chat/completions").geturl()
+    path = parts.path.rstrip("/")
+    whole = path if path.endswith("/chat/completions") else f"{path or '/v1'}/chat/completions"
+    return parts._replace(path=whole).geturl()
+
+
+def _as_number(text: str) -> float:
+    """Commas part thousands where they can, "1,000", and are decimal points elsewhere, "8,5"."""
+    thousands = re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text)
+    return float(text.replace(",", "" if thousands else "."))
 
 
 def _content(answer: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 
@@ -18,7 +18,15 @@ from sysdpo_jax.typing import Params
 Which: TypeAlias = Literal["newest", "best"]
 
 
-def load_system(spec: str, checkpoint: Which) -> tuple[sj.CompoundSystem, Params]:
+class Loaded(NamedTuple):
+    """A system with its parameters. identity: tells it from others that the same words may stand for."""
+
+    system: sj.CompoundSystem
+    params: Params
+    identity: str
+
+
+def load_system(spec: str, checkpoint: Which) -> Loaded:
     """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
 
     checkpoint: of a run's folder. Of several processes each has the whole system on its own devices, to sample at its
@@ -27,25 +35,17 @@ def load_system(spec: str, checkpoint: Which) -> tuple[sj.CompoundSystem, Params
     path, alone = Path(spec), jax.process_count() == 1
     if path.is_dir():
         run = assemble(replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig()))
-        return run.system, sj.on_own_devices(restored(run, checkpoint)[0])
+        params, step = restored(run, checkpoint)
+        return Loaded(run.system, sj.on_own_devices(params), f"{digest(path / CONFIG)} step {step}")
     if not path.exists() and ":" in spec:
         system, params = import_object(spec, "--system")()
-        return system, params
+        return Loaded(system, params, spec)
     config = read_config(path, TrainConfig)
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
-    return build_system(replace(config, system=replace(config.system, components=components)), mesh)
-
-
-def identity(spec: str, checkpoint: Which) -> str:
-    """What tells two systems apart: the configuration, the checkpoint of a folder, a function's name."""
-    path = Path(spec)
-    if not path.is_dir():
-        return digest(path) if path.exists() else spec
-    steps = sorted(int(file.name) for file in (path / "checkpoints").glob("*") if file.name.isdigit())
-    # A better one may come while the run goes on.
-    return f"{digest(path / CONFIG)} {checkpoint} of {steps if checkpoint == 'best' else steps[-1:]}"
+    made = build_system(replace(config, system=replace(config.system, components=components)), mesh)
+    return Loaded(*made, digest(path))
 
 
 def restored(run: Run, checkpoint: Which) -> tuple[Params, int]:

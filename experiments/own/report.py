@@ -85,10 +85,13 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
 
 
 def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step of the best evaluation after step 0, of equal ones the last, as of checkpoints; None where none is."""
+    """The step of the best evaluation, of equal ones the last, as of checkpoints; None where none is.
+
+    It is 0 where every later one is worse than the system before training.
+    """
     metric, mode = BEST
     sign = 1 if mode == "max" else -1
-    graded = [(sign * row[metric], row["step"]) for row in rows if row.get(metric) is not None and row["step"] > 0]
+    graded = [(sign * row[metric], row["step"]) for row in rows if row.get(metric) is not None]
     return max(graded)[1] if graded else None
 
 
@@ -108,11 +111,12 @@ def _last_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _compared(rows: Sequence[Mapping[str, Any]], best: int | None) -> Iterator[tuple[str, int]]:
-    """The system before training and the best one after it."""
-    if any(row.get(BEST[0]) is not None for row in rows):
+    """The system before training, and the best one; the last one where none is better."""
+    if best is not None:
         yield "before", 0
-        if best is not None:
-            yield f"after {best} steps", best
+        last = max(row["step"] for row in rows if row.get(BEST[0]) is not None)
+        if last > 0:
+            yield f"after {best or last} steps", best or last
 
 
 def _first_runs(run: Run, folder: Path, step: int) -> list[Mapping[str, Any]]:
@@ -125,6 +129,8 @@ def _description(run: Run, rows: Sequence[Mapping[str, Any]], best: int | None, 
     text = DESCRIPTION.format(kind=run.config.objective.kind.capitalize(), pairs=pairs)
     if best is None:
         return text
+    if best == 0:
+        return f"No evaluation found the system better than it was before training.\n{text}"
     row = next(row for row in rows if row["step"] == best and row.get(BEST[0]) is not None)
     wins, low, high = (100 * row[f"{BEST[0]}{end}"] for end in ("", "/low", "/high"))
     certain = "" if low > 50 or high < 50 else ", which chance alone could give"

@@ -34,11 +34,6 @@ def write_rows(path: Path, rows: Sequence[Run]) -> None:
     write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def read_runs(path: Path) -> list[Run]:
-    """The runs of a file; images are arrays in [0, 1]. Raises `ConfigError` naming file and line."""
-    return [with_images(run, path) for run in run_lines(path)]
-
-
 def run_lines(path: Path) -> Iterator[Run]:
     """The runs of a file one after the other; images are paths, from its folder.
 

@@ -1,11 +1,13 @@
 """Scores of runs, by a function of your own or a judge behind HTTP."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.own.appended import digest
 from experiments.own.config import ConfigError, JudgeConfig
 from experiments.own.importing import import_object
 from experiments.own.judge import ScoreError, make_judge
@@ -51,7 +53,30 @@ def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
     return number
 
 
-def score_runs(scorer: Scorer, runs: Sequence[Mapping[str, Any]], threads: int) -> Iterator[float]:
-    """The scores of runs, one after the other. Raises as `score_of`, naming the run by its number."""
+def score_runs(
+    scorer: Scorer, runs: Sequence[Mapping[str, Any]], names: Sequence[str], threads: int, skip: bool
+) -> list[float | None]:
+    """The scores of runs, whose ids are `names`. skip: None for one without a score. Raises as `score_of`."""
+
+    def scored(run: Mapping[str, Any], name: str) -> float | None:
+        try:
+            return score_of(scorer, run, name)
+        except ScoreError:
+            if skip:
+                return None
+            raise
+
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(lambda numbered: score_of(scorer, numbered[1], str(numbered[0])), enumerate(runs))
+        return list(pool.map(scored, runs, names))
+
+
+def about_scorer(scorer: str, judge: JudgeConfig) -> dict[str, str]:
+    """What scores depend on: those of two scorers are not compared."""
+    if scorer:
+        return {"scorer": scorer}
+    return {
+        "judge.model": judge.model,
+        "judge.template": digest(Path(judge.template)),
+        "judge.number": judge.number,
+        "judge.temperature": str(judge.temperature),
+    }

@@ -55,15 +55,14 @@ def _check_texts(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> N
             blank = "" if node.plate is None else [""] * node.plate
             system.prepare([{node.name: blank, **row} for row in rows], [node.name])
         elif model.truncation == "error":
-            for number, row in enumerate(rows):
-                values = row.get(node.name, []) if node.plate else [row.get(node.name)]
-                texts = [value for value in values if isinstance(value, str)]
-                ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-                longest = max(map(len, ids), default=0)
-                if longest > model.max_new_tokens:
+            values = [value for row in rows for value in (row[node.name] if node.plate else [row[node.name]])]
+            texts = [value if isinstance(value, str) else "" for value in values]
+            for place, ids in enumerate(model.tokenizer(texts, add_special_tokens=False)["input_ids"]):
+                if len(ids) > model.max_new_tokens:
+                    row_number = place // (node.plate or 1)
                     raise RecordError(
-                        f"node {node.name!r}: the completion in row {number} has {longest} tokens, outside "
-                        f"1..{model.max_new_tokens}: raise max_new_tokens, set truncation, or edit it"
+                        f"node {node.name!r}: the completion in row {row_number} has {len(ids)} tokens, outside"
+                        f" 1..{model.max_new_tokens}: raise max_new_tokens, set truncation, or edit it"
                     )
 
 

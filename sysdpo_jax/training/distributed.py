@@ -57,14 +57,14 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
 
-def leave() -> NoReturn:
-    """End this process with code 1 at once.
+def leave(code: int) -> NoReturn:
+    """End this process with this exit code at once.
 
     What JAX does at exit is skipped: it waits minutes for the others, who wait for this process.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _exit_at_errors(timeout: int) -> None:
@@ -78,6 +78,6 @@ def _exit_at_errors(timeout: int) -> None:
             "run goes on from its newest checkpoint.",
             file=sys.stderr,
         )
-        leave()
+        leave(1)
 
     sys.excepthook = hook

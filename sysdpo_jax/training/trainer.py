@@ -46,8 +46,8 @@ class Trainer:
     "max", such as ("rewards/accuracies", "max"): the checkpoint with the best mean of it over the steps read since the
     one before is kept too; of a metric "eval/<name>" the one with the best such figure. evaluation: what measures them,
     see `Evaluation`; the state that it measures is saved, and it may change when the run resumes.
-    log_every: steps between rows of metrics, the last step has one too; the host waits for the device at no other step
-    but to evaluate and save.
+    log_every: steps between rows of metrics, the last of all steps has one too; the host waits for the device at no
+    other step but to evaluate and save.
     config: JSON values of the experiment (learning rates, data); like objective, system and optimiser they must be the
     same when the run resumes. progress: shows the bar. profile: (first, last), the steps first ... last - 1 are traced
     by jax.profiler into profile/. wandb: see `MetricsLog`; the config goes there too.

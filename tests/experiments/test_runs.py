@@ -12,9 +12,8 @@ import pytest
 
 import sysdpo_jax as sj
 from experiments import make_pairs, rollout, score
-from experiments.own.judge import Judge
-from experiments.own.loading import identity
-from experiments.own.runs_file import read_lines, read_runs
+from experiments.own.judge import Judge, _endpoint
+from experiments.own.runs_file import read_lines, run_lines, with_images
 from tests.data.test_preference_files import PAINTER
 
 TEXTS = ("a red ball", "the small cube", "green", "on the left", "large")
@@ -62,6 +61,11 @@ def roll_out(folder, name="runs.jsonl", **changes):
     } | changes
     rollout.main([word for key, value in settings.items() for word in (f"--{key}", str(value))])
     return folder / name
+
+
+def read_runs(path):
+    """The runs of a file with their images."""
+    return [with_images(run, path) for run in run_lines(path)]
 
 
 def test_runs_hold_inputs_and_all_values(files):
@@ -133,19 +137,6 @@ def test_prompts_that_were_edited_are_others(files, capsys):
     (files / "prompts.txt").write_text("one\ntwo\nthree\nfour\nsix\n")
     assert "another prompts" in failure(capsys, lambda: roll_out(files))
     assert (files / "runs.jsonl").read_bytes() == text
-
-
-def test_a_system_is_its_configuration_and_newest_checkpoint(tmp_path):
-    """Runs of a policy that has trained on are not mixed with those before."""
-    (tmp_path / "config.yaml").write_text("seed: 0")
-    seen = {identity(str(tmp_path), "newest"), identity(str(tmp_path / "config.yaml"), "newest")}
-    for name in ("10", "9", "20.corrupt-1", "20"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        seen.add(identity(str(tmp_path), "newest"))
-    (tmp_path / "config.yaml").write_text("seed: 1")
-    seen |= {identity(str(tmp_path), "newest"), identity(str(tmp_path / "config.yaml"), "newest")}
-    assert len(seen) == 6
-    assert identity("package:function", "newest") == "package:function"
 
 
 def test_prompts_that_a_component_refuses_are_named_and_may_be_mended(files, capsys):
@@ -263,6 +254,55 @@ def test_scoring_goes_on_where_it_stopped(files, capsys):
     assert (len(found), len(CALLS)) == (15, 16)
 
 
+def lame(run):
+    """No score for a question of three letters."""
+    return {"one": float("nan")}.get(run["question"], 1.0)
+
+
+def test_runs_without_a_score_are_skipped_and_scored_again(files, capsys, monkeypatch):
+    roll_out(files)
+    flags = ("--scorer", f"{__name__}:lame", "--on-error", "skip")
+    score.main(["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags])
+    lines = list(read_lines(files / "scores.jsonl"))
+    failed = [line["id"] for line in lines if "error" in line]
+    assert failed == [line["id"] for line in read_lines(files / "runs.jsonl") if line["inputs"]["question"] == "one"]
+    assert 0 < len(failed) < len(lines)
+    made = ["--runs", str(files / "runs.jsonl"), "--scores", str(files / "scores.jsonl"), "--ties", "keep"]
+    capsys.readouterr()
+    make_pairs.main([*made, "--output", str(files / "pairs.jsonl")])
+    assert f"{len(failed)} runs have no score" in capsys.readouterr().out
+    assert all(line["inputs"]["question"] != "one" for line in read_lines(files / "pairs.jsonl"))
+    # Given again the command asks for these alone, and what it then finds counts.
+    monkeypatch.setattr(f"{__name__}.lame", lambda run: 2.0)
+    score.main(["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags])
+    again = list(read_lines(files / "scores.jsonl"))[len(lines) :]
+    assert [(line["id"], line["score"]) for line in again] == [(name, 2.0) for name in failed]
+    make_pairs.main([*made, "--output", str(files / "pairs.jsonl")])
+    assert "no score" not in capsys.readouterr().out
+
+
+def test_a_scorer_that_fails_on_every_run_is_no_accident(files, capsys, monkeypatch):
+    roll_out(files)
+    monkeypatch.setattr(f"{__name__}.lame", lambda run: None)
+    flags = ["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), "--on-error", "skip"]
+    said = failure(capsys, score.main, [*flags, "--scorer", f"{__name__}:lame"])
+    assert "none of the first 15 runs has a score" in said
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1/chat/completions"),
+        ("https://api.openai.com/v1/", "https://api.openai.com/v1/chat/completions"),
+        ("https://host/openai/v2", "https://host/openai/v2/chat/completions"),
+        ("https://host/chat/completions", "https://host/chat/completions"),
+        ("https://host/a?version=1", "https://host/a/chat/completions?version=1"),
+    ],
+)
+def test_where_a_judge_is_asked(url, asked):
+    assert _endpoint(url) == asked
+
+
 @pytest.mark.parametrize(
     ("value", "message"), [("nan", "the score of run 0-0 is nan"), ("'high'", "is 'high', no number")]
 )
@@ -356,6 +396,13 @@ def test_the_expression_that_finds_the_score(files, judge):
         ("about 1.5e-2.", 0.015),
         ("Score: **7**", 7.0),
         ("0.25", 0.25),
+        ("8.5/10.0", 8.5),
+        ("8 out of 10.0.", 8.0),
+        ("**8** out of **10**", 8.0),
+        ("a score of 7", 7.0),
+        (".8", 0.8),
+        ("1,000", 1000.0),
+        ("8,5", 8.5),
     ],
 )
 def test_the_last_number_of_an_answer(monkeypatch, answer, number):

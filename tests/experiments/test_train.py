@@ -10,6 +10,7 @@ import transformers
 import yaml
 
 from experiments import export, rollout, train
+from experiments.own.loading import load_system
 from experiments.own.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from tests.experiments.test_runs import failure
@@ -166,6 +167,11 @@ def test_a_trained_run_is_a_system_to_sample_from(trained, tmp_path):
     flags = ["--prompts", str(trained / "prompts.txt"), "--samples", "1", "--output", str(tmp_path / "runs.jsonl")]
     rollout.main(["--system", str(trained / "run"), *flags])
     assert len(list(read_lines(tmp_path / "runs.jsonl"))) == 6
+    assert json.loads((tmp_path / "runs.jsonl.json").read_text())["system"].endswith(f" step {STEPS}")
+    best = json.loads((trained / "run" / "results.json").read_text())["best_step"]
+    loaded = load_system(str(trained / "run"), "best")
+    assert loaded.identity.endswith(f" step {best}")
+    assert load_system(str(trained / "run.yaml"), "newest").identity != loaded.identity
 
 
 def test_data_that_changed_under_a_run_are_refused(trained, capsys):

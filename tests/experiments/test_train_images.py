@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from experiments import export, train
-from experiments.own.runs_file import read_runs
 from sysdpo_jax.training import read_metrics
+from tests.experiments.test_runs import read_runs
 from tests.pretrained.checkpoints import stable_diffusion_1, unet, write_decoder
 
 # The U-Net's step takes minutes to compile.
