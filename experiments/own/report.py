@@ -127,7 +127,7 @@ def _first_runs(run: Run, folder: Path, step: int) -> list[Mapping[str, Any]]:
 
 def _description(run: Run, rows: Sequence[Mapping[str, Any]], best: int | None, pairs: int) -> str:
     text = DESCRIPTION.format(kind=run.config.objective.kind.capitalize(), pairs=pairs)
-    if best is None:
+    if not any(row["step"] > 0 and row.get(BEST[0]) is not None for row in rows):
         return text
     if best == 0:
         return f"No evaluation found the system better than it was before training.\n{text}"
