@@ -180,7 +180,7 @@ def test_two_processes_evaluate_as_one_does(material):
         assert (directory / "report.html").exists()
         rows = [row for row in read_metrics(directory / "metrics.jsonl") if "eval/score" in row]
         figures = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows]
-        runs = [list(read_lines(path)) for path in sorted((directory / "evaluation").iterdir())]
+        runs = [list(read_lines(path)) for path in sorted((directory / "evaluation").glob("*.jsonl"))]
         found[number] = figures, runs, losses(directory)
     assert [len(runs) for runs in found[1][1]] == [15, 15]
     assert found[1][1][0] != found[1][1][1]  # it trains
