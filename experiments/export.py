@@ -47,7 +47,8 @@ def export(config: Config) -> list[Path]:
     params, step = restored(run, config.checkpoint)
     best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
     if step == 0:
-        raise ConfigError("no evaluation found the run better than it was before training: --checkpoint newest")
+        why = "has not trained yet" if config.checkpoint == "newest" else "was never better than before training"
+        raise ConfigError(f"{config.directory} {why}, so that there is nothing aligned to export: train on")
     if config.checkpoint == "newest" and best not in (None, 0, step):
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
     about = model_card(config.directory, run, step)

@@ -12,34 +12,35 @@ from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.prompts import fitted
 from sysdpo_jax.components.text_to_image import TextToImage
-from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates
+from sysdpo_jax.data.records import SIDES, PreferenceRecord
 from sysdpo_jax.graph import CompoundSystem, Node
 
 
 def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> None:
     """Raise `RecordError` naming side and field for a record that the system cannot be trained on.
 
-    Names must be the system's, every final value there, and of intermediate values all or none, on both sides alike.
-    Images must decode. With intermediate values the other nodes are prepared, so that texts without room are found;
-    without them the prompts of models that read inputs alone, and the lengths of final texts.
+    Names must be the system's, and every final value there; `check_intermediates` sees to the others. Images must
+    decode. With intermediate values the other nodes are prepared, so that texts without room are found; without them
+    the prompts of models that read inputs alone, and the lengths of final texts.
     """
     for record in records:
         _check_names("inputs", record.inputs, system.inputs)
         _check_inputs(system, record.inputs)
         for side in SIDES:
             _check_side(system, side, getattr(record, side))
-        check_intermediates(system, record)
     for side in SIDES:
         rows = [{**record.inputs, **getattr(record, side)} for record in records]
         inner = [node.name for node in system.intermediates]
         whole = [row for row in rows if all(name in row for name in inner)]
+        final = [row for row in rows if inner and not any(name in row for name in inner)]
         nodes = [n.name for n in system.nodes if not n.deterministic and not isinstance(n.component, TextToImage)]
         try:
             if whole and nodes:
                 system.prepare(whole, nodes)
-            if len(whole) < len(rows):
-                _check_texts(system, [row for row in rows if not any(name in row for name in inner)])
+            if final:
+                _check_texts(system, final)
         except RecordError as error:
             # Of one record the row's number says nothing.
             raise RecordError(f"{side}, {re.sub(' in row 0(?= |$|:)', '', str(error))}") from error
@@ -54,16 +55,18 @@ def _check_texts(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> N
         if set(node.parents) <= set(system.inputs):
             blank = "" if node.plate is None else [""] * node.plate
             system.prepare([{node.name: blank, **row} for row in rows], [node.name])
-        elif model.truncation == "error":
+        elif node in system.outputs and model.truncation == "error":
             values = [value for row in rows for value in (row[node.name] if node.plate else [row[node.name]])]
             texts = [value if isinstance(value, str) else "" for value in values]
-            for place, ids in enumerate(model.tokenizer(texts, add_special_tokens=False)["input_ids"]):
-                if len(ids) > model.max_new_tokens:
-                    row_number = place // (node.plate or 1)
-                    raise RecordError(
-                        f"node {node.name!r}: the completion in row {row_number} has {len(ids)} tokens, outside"
-                        f" 1..{model.max_new_tokens}: raise max_new_tokens, set truncation, or edit it"
-                    )
+            rows_of_ids = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            try:
+                for place, ids in enumerate(rows_of_ids):
+                    # An empty one has an end at least.
+                    if ids:
+                        row_number = place // (node.plate or 1)
+                        fitted(ids, model.max_new_tokens, "error", "completion", "max_new_tokens", row_number)
+            except RecordError as error:
+                raise RecordError(f"node {node.name!r}: {error}") from error
 
 
 def resolve_images(system: CompoundSystem, record: PreferenceRecord, folder: Path) -> PreferenceRecord:

@@ -162,7 +162,7 @@ def _checked(
     """The records in their order, checked; errors are raised with their place, or counted."""
     ids: dict[Any, int] = {}
     waiting: list[tuple[int, PreferenceRecord]] = []
-    held: list[bool] = []
+    held: bool | None = None
 
     def refuse(number: int, error: RecordError) -> None:
         message = f"{source}, row {number}: {error}"
@@ -173,11 +173,13 @@ def _checked(
             counts.errors.append(message)
 
     def passed() -> Iterator[PreferenceRecord]:
+        nonlocal held
         for number, record, error in _verdicts(system, waiting):
             if system is not None and error is None:
-                # As the first record of all does.
-                held[:] = held or [check_intermediates(system, record)]
-                error = _refusal(check_intermediates, system, record, held[0])
+                try:
+                    held = check_intermediates(system, record, held)
+                except RecordError as mixed:
+                    error = mixed
             if error is not None:
                 refuse(number, error)
             else:
@@ -236,7 +238,7 @@ def _verdicts(
         yield number, record, None if fine or system is None else _refusal(check_records, system, [record])
 
 
-def _refusal(check: Callable[..., Any], *args: Any) -> RecordError | None:
+def _refusal(check: Callable[..., None], *args: Any) -> RecordError | None:
     """What the check raises."""
     try:
         check(*args)

@@ -278,7 +278,8 @@ def test_records_are_found_by_number_and_the_file_ends_with_them(tmp_path):
 )
 def test_texts_without_room_are_found_where_the_drafts_are_searched_for(tmp_path, row, message):
     drafts = CompoundSystem(
-        ("question",), (Node("draft", WRITER, ("question",)), Node("answer", WRITER, ("draft",), params="other"))
+        ("question",),
+        (Node("draft", WRITER, ("question",)), Node("second", WRITER, ("draft",)), Node("answer", WRITER, ("second",))),
     )
     rows = [{"prompt": question, "chosen": answer, "rejected": "cube"} for question, answer in (("a red", "ball"), row)]
     path = lines(tmp_path / "pairs.jsonl", *rows)
