@@ -28,8 +28,10 @@ setup(
     install_requires=[
         "chex>=0.1.91",
         "datasets>=4.0",
+        "filelock>=3.16",
         "flax>=0.12",
         "grain>=0.2.18",
+        "httpx>=0.28",
         "huggingface_hub>=1.0",
         "jax>=0.10",
         "jaxtyping>=0.3.7",
@@ -42,6 +44,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=14.0",
         "safetensors>=0.6",
+        "tenacity>=9.0",
         "tensorboardX>=2.6",
         "tokenizers>=0.22",
         "transformers>=5.0",

@@ -1,0 +1,40 @@
+"""Whatever a user's code raises is named as that code's failure; a stop is not."""
+
+import logging
+import sys
+
+import pytest
+
+from sysdpo_jax.user_code import user_code
+
+
+class Failure(ValueError):
+    """What the caller wants to be raised."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ConnectionError("no route"), "ConnectionError: no route"),
+        (StopIteration(), "StopIteration: "),
+        (SystemExit(0), r"sys.exit\(0\)"),
+        (SystemExit("no ones"), r"sys.exit\('no ones'\)"),
+    ],
+)
+def test_any_exception_is_a_failure_of_the_code(raised, said, caplog):
+    with pytest.raises(Failure, match=f"^the tool shop:price failed .{said}.: fix it$"):  # noqa: SIM117
+        with caplog.at_level(logging.ERROR), user_code("the tool shop:price", Failure):
+            raise raised
+    assert "the tool shop:price failed" in caplog.text and "Traceback" in caplog.text
+
+
+def test_sys_exit_does_not_end_the_process():
+    with pytest.raises(Failure), user_code("the scorer", Failure):
+        sys.exit(3)
+
+
+def test_a_stop_and_what_is_expected_go_through():
+    with pytest.raises(KeyboardInterrupt), user_code("the tool", Failure):
+        raise KeyboardInterrupt
+    with pytest.raises(LookupError, match="as meant"), user_code("the tool", Failure, (LookupError,)):
+        raise LookupError("as meant")
