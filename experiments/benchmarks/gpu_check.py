@@ -95,7 +95,9 @@ def check_attention(shape: AttentionShape) -> str:
     sizes = {"queries": (2, shape.length, shape.heads, shape.width)}
     sizes |= dict.fromkeys(("keys", "values"), (2, shape.slots, shape.groups, shape.width))
     keys = jax.random.split(jax.random.key(0), 4)
-    args = [jax.random.normal(k, size, jnp.bfloat16) for k, size in zip(keys, sizes.values(), strict=False)]
+    queries, slots, values = (
+        jax.random.normal(k, size, jnp.bfloat16) for k, size in zip(keys[:3], sizes.values(), strict=True)
+    )
     onto = jax.random.normal(keys[3], sizes["queries"], jnp.bfloat16)
     run = partial(attend, softcap=shape.softcap, causal=shape.causal, window=shape.window)
 
@@ -104,11 +106,11 @@ def check_attention(shape: AttentionShape) -> str:
         out, back = jax.vjp(partial(run, implementation=implementation), *args)
         return [out, *back(onto)]
 
-    request = AttentionRequest.of(*args, None, shape.softcap, shape.causal, shape.window)
+    request = AttentionRequest.of(queries, slots, values, None, shape.softcap, shape.causal, shape.window)
     kernel = choose("auto", jax.default_backend(), request)
-    found = both("auto", onto, *args)
+    found = both("auto", onto, queries, slots, values)
     with jax.default_matmul_precision("highest"):
-        wanted = both("plain", *(x.astype(jnp.float32) for x in (onto, *args)))
+        wanted = both("plain", *(x.astype(jnp.float32) for x in (onto, queries, slots, values)))
     errors = [
         float(jnp.abs(got.astype(jnp.float32) - right).max() / jnp.abs(right).max())
         for got, right in zip(found, wanted, strict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from experiments.benchmarks.gpu_cases import PRECISION, TINY_DECODER, TINY_UNET, Case, images, language, unet
@@ -123,14 +124,8 @@ def _flow(config: MMDiTConfig, pixels: int) -> FlowMatching:
 
 # {family: what makes its case}, in bfloat16; 17 tokens and 77 of text are odd lengths.
 STEPS: dict[str, Callable[[], Case]] = {
-    **{
-        name: lambda name=name, config=config: language(name, config, pairs=2, length=17, rate=1e-2)
-        for name, config in _DECODERS.items()
-    },
+    **{name: partial(language, name, config, pairs=2, length=17, rate=1e-2) for name, config in _DECODERS.items()},
     "llama, LoRA": lambda: language("llama", _DECODER, pairs=2, length=16, rate=1e-2, lora_rank=2),
-    **{
-        name: lambda name=name, config=config: unet(name, config, pairs=2, pixels=64, rate=1e-4)
-        for name, config in _UNETS.items()
-    },
+    **{name: partial(unet, name, config, pairs=2, pixels=64, rate=1e-4) for name, config in _UNETS.items()},
     "sd-3": lambda: images("sd-3", _flow(_MMDIT, 64), pairs=2, pixels=64, rate=1e-4),
 }
