@@ -7,13 +7,15 @@ BASE := $(VENV)/.base
 DEV := $(VENV)/.dev
 SLOW := $(VENV)/.slow
 LLM := $(VENV)/.llm
+GPU := $(VENV)/.gpu
+NEWEST := $(VENV)-newest
 
 # One process a core; the tests of a file stay together, because they share what they build.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
 # Most of the tests' time is compilation of programs that run once: level 0 compiles in half of it.
 QUICK := XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -m "not slow"
 
-.PHONY: demo demo-llm test parity test-slow benchmark lint clean
+.PHONY: demo demo-llm test parity test-slow benchmark gpu-check gpu-check-newest lint clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,10 +60,25 @@ test-slow: $(SLOW)
 benchmark: $(SLOW)
 	$(BIN)/python -m experiments.benchmarks.diverse_beam_search
 
+# JAX for CUDA in the version that everything else is tested with.
+$(GPU): $(BASE)
+	$(PIP) "jax[cuda12]==$$(sed -n 's/^jax==//p' requirements.txt)"
+	touch $@
+
+# Is the library right on this machine's GPU? A table, runs/gpu_check/results.json, and exit code 1 where a row failed.
+gpu-check: $(GPU)
+	$(BIN)/python -m experiments.benchmarks.gpu_check
+
+# The same with the newest JAX that pip offers this Python; PYTHON=python3.12 gives it newer ones.
+gpu-check-newest:
+	$(MAKE) VENV=$(NEWEST) $(NEWEST)/.base
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "jax[cuda12]"
+	$(NEWEST)/bin/python -m experiments.benchmarks.gpu_check --folder runs/gpu_check_newest
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

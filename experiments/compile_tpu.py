@@ -6,8 +6,8 @@ It is the step that a run would take (`make_train_step`), with its optimiser, re
 parameters and batch are shapes. What it prints, as JSON, is the compiler's account of one chip's memory, the collective
 operations, and the operations counted from shapes. It needs libtpu: `pip install ".[tpu-aot]"`.
 
-The compiler's level O1 takes minutes where its default, which a run uses, takes half an hour for SDXL's U-Net; their
-memory differs by some percent.
+Nothing is taken from a cache: the seconds are part of the account. The compiler's level O1 takes minutes where its
+default, which a run uses, takes half an hour for SDXL's U-Net; their memory differs by some percent.
 """
 
 import json

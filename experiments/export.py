@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.common.compilation import keep_compilations
 from experiments.own.card import model_card
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config, write_whole
@@ -25,17 +26,20 @@ from sysdpo_jax.training import read_metrics
 class Config:
     """directory: of the run. output: a new folder. checkpoint: the newest, or the one that evaluation found best.
 
-    adapters: write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers.
+    adapters: write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers. compilation_cache: see
+    `keep_compilations`.
     """
 
     directory: Path
     output: Path
     checkpoint: Which = "newest"
     adapters: bool = False
+    compilation_cache: str = "user"
 
 
 def export(config: Config) -> list[Path]:
     """The folders written. Raises `ConfigError` where the directory holds no run, or nothing of it can be exported."""
+    keep_compilations(config.compilation_cache)
     if not (config.directory / CONFIG).is_file():
         raise ConfigError(f"{config.directory} is no folder of a run ({CONFIG} is missing): give what it trained in")
     train = read_config(config.directory / CONFIG, TrainConfig)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 import sysdpo_jax as sj
+from experiments.common.compilation import keep_compilations
 from experiments.own.appended import AppendedFile, digest
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, Positive, parse_flags
@@ -31,7 +32,8 @@ from sysdpo_jax.training import Board
 class Config:
     """samples: runs of each prompt. chunk: prompts that are sampled and written together; part of what is drawn.
 
-    checkpoint: of a run's folder, the newest or the one that evaluation found best.
+    checkpoint: of a run's folder, the newest or the one that evaluation found best. compilation_cache: see
+    `keep_compilations`.
     """
 
     system: str
@@ -41,6 +43,7 @@ class Config:
     chunk: Positive = 16
     seed: int = 0
     checkpoint: Which = "newest"
+    compilation_cache: str = "user"
 
 
 def roll_out(config: Config) -> Path:
@@ -48,6 +51,7 @@ def roll_out(config: Config) -> Path:
 
     Raises `ConfigError` for a file of other runs, and what cannot be used.
     """
+    keep_compilations(config.compilation_cache)
     index, count = jax.process_index(), jax.process_count()
     path = config.output if count == 1 else _shard(config.output, index, count)
     if not config.prompts.is_file():

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 import sysdpo_jax as sj
+from experiments.common.compilation import keep_compilations
 from experiments.own.command import user_errors
 from experiments.own.config import TrainConfig, parse
 from experiments.own.dry_run import describe_run
@@ -37,6 +38,7 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     Raises `ConfigError`, `RecordError` and the like for what cannot be used, `Preempted` when asked to stop.
     """
     began, folder = time.monotonic(), Path(config.directory)
+    keep_compilations(config.compilation_cache)
     check_files(config)
     run = assemble(config)
     trainer = make_trainer(run, make_evaluation(run))

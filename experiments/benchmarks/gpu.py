@@ -35,6 +35,7 @@ import jaxlib
 
 from experiments.benchmarks.gpu_cases import CASES, Case
 from experiments.common.command import parse
+from experiments.common.compilation import keep_compilations
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
 from sysdpo_jax.training.flops import step_flops
 from sysdpo_jax.training.throughput import count_units, memory, peak_flops
@@ -109,6 +110,7 @@ def roofline(config: Config) -> dict[str, Any]:
 
 def measure(case: Case, config: Config) -> dict[str, Any]:
     """The figures of one case. Raises SystemExit when a step is not finite: nothing was timed then."""
+    keep_compilations(str(config.folder / "compiled"))
     system, optimizer, mesh = case.system, case.optimizer, make_mesh()
     state = create_state(system, case.params(jax.random.key(0)), optimizer, mesh)
     batch, key = case.batch(), jax.random.key(1)

@@ -24,6 +24,8 @@ from sysdpo_jax import (
     Component,
     ComponentOptimizer,
     CompoundSystem,
+    Diffusion,
+    FlowMatching,
     LoRA,
     Node,
     PairBatch,
@@ -121,18 +123,24 @@ def language(name: str, config: DecoderConfig, pairs: int, length: int, rate: fl
     return Case(name, model, f"{pairs} pairs x {length} tokens", optax.adamw(rate), side, lora_rank)
 
 
-def images(name: str, config: UNetConfig, pairs: int, pixels: int, rate: float) -> Case:
-    """A U-Net on the latents of pairs of square images, with Adafactor."""
-    model = painter(replace(config, **PRECISION), pixels)
+def images(name: str, component: Diffusion | FlowMatching, pairs: int, pixels: int, rate: float) -> Case:
+    """A denoiser on the latents of pairs of square images, with Adafactor."""
 
     def side(rng: np.random.Generator) -> Features:
-        shapes = image_features(model, pairs)
+        shapes = image_features(component, pairs)
         random = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
-        text, pooled, _ = random["text"]["encoded"]
-        frames = np.full((pairs, SIZE_IDS), pixels, np.float32)
-        return random | {"text": {"encoded": (text, pooled, frames), "truncated": np.zeros(pairs, np.float32)}}
+        encoded = random["text"]["encoded"]
+        if len(encoded) == 3:
+            # SDXL's sizes are pixels.
+            encoded = (*encoded[:2], np.full((pairs, SIZE_IDS), pixels, np.float32))
+        return random | {"text": {"encoded": encoded, "truncated": np.zeros(pairs, np.float32)}}
 
-    return Case(name, model, f"{pairs} pairs x {pixels} pixels", optax.adafactor(rate), side)
+    return Case(name, component, f"{pairs} pairs x {pixels} pixels", optax.adafactor(rate), side)
+
+
+def unet(name: str, config: UNetConfig, pairs: int, pixels: int, rate: float) -> Case:
+    """`images` of a U-Net in bfloat16."""
+    return images(name, painter(replace(config, **PRECISION), pixels), pairs, pixels, rate)
 
 
 # {preset: {case: what makes it}}
@@ -140,10 +148,10 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "large": {
         "llama-3.2-1b": lambda: language("llama-3.2-1b", LLAMA_32_1B, pairs=8, length=1024, rate=1e-6),
         "llama-3-8b": lambda: language("llama-3-8b", LLAMA_3_8B, pairs=4, length=1024, rate=1e-5, lora_rank=16),
-        "sdxl": lambda: images("sdxl", SDXL, pairs=2, pixels=1024, rate=1e-6),
+        "sdxl": lambda: unet("sdxl", SDXL, pairs=2, pixels=1024, rate=1e-6),
     },
     "tiny": {
         "decoder": lambda: language("decoder", TINY_DECODER, pairs=2, length=16, rate=1e-3, lora_rank=2),
-        "unet": lambda: images("unet", TINY_UNET, pairs=1, pixels=64, rate=1e-4),
+        "unet": lambda: unet("unet", TINY_UNET, pairs=1, pixels=64, rate=1e-4),
     },
 }

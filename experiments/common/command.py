@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import tyro
 
+from experiments.common.compilation import keep_compilations
 from sysdpo_jax.training.progress import Board
 
 C = TypeVar("C")
@@ -54,7 +55,7 @@ def claim(folder: Path, run: Any) -> None:
     if path.exists() and path.read_text() != wanted:
         raise SystemExit(f"{folder} holds a run of another configuration (see {path}): choose another --folder")
     path.write_text(wanted)
-    jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").absolute()))
+    keep_compilations(str(folder / "compiled"))
 
 
 def run_seeds(seeds: Sequence[int], make: Callable[[int, Board], R]) -> tuple[dict[int, R], dict[int, Any]]:

@@ -196,7 +196,8 @@ class TrainConfig:
     directory: of checkpoints, metrics and report. dtype: of the computation; weights that are trained whole are kept in
     float32. remat: see `pretrained.load`. profile: steps (first, last) to trace. wandb: project of Weights & Biases,
     none by default. resume: False refuses a directory that holds a checkpoint. preempted_exit_code: after SIGTERM.
-    dry_run: print what the run would be, and stop before it.
+    compilation_cache: "user", "none" or a folder, see `keep_compilations`. dry_run: print what the run would be, and
+    stop before it.
     """
 
     directory: str = ""
@@ -215,6 +216,7 @@ class TrainConfig:
     wandb: str | None = None
     resume: bool = True
     preempted_exit_code: int = 0
+    compilation_cache: str = "user"
     dry_run: bool = False
 
 

@@ -36,6 +36,7 @@ FREE = (
     "wandb",
     "resume",
     "preempted_exit_code",
+    "compilation_cache",
 )
 # What the folder of a run says of it.
 CONFIG, DATA = "config.yaml", "data.json"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from sysdpo_jax import Diffusion, LanguageModel, PixelCodec
+from sysdpo_jax import Diffusion, FlowMatching, LanguageModel, PixelCodec
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 from sysdpo_jax.typing import Features, Params
@@ -75,30 +75,33 @@ TEXT_TOKENS, SIZE_IDS = 77, 6
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Conditioning that comes encoded, as `FrozenText` leaves it, for a U-Net of this shape.
+    """Conditioning that comes encoded, as `FrozenText` leaves it; rows: shapes of its arrays without their batch axis.
 
     Its features are made by shape, so that `prepare` has nothing to do; it raises NotImplementedError.
     """
 
-    unet: UNetConfig
+    rows: tuple[tuple[int, ...], ...]
 
     def init(self, key: PRNGKeyArray) -> dict[str, Params]:
         return {}
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        text = jax.ShapeDtypeStruct((1, TEXT_TOKENS, self.unet.cross_attention_dim), jnp.float32)
-        if self.unet.addition_embed_type is None:
-            return (text,)
-        sizes = SIZE_IDS * (self.unet.addition_time_embed_dim or 0)
-        pooled = (self.unet.projection_class_embeddings_input_dim or 0) - sizes
-        shapes = (1, pooled), (1, SIZE_IDS)
-        return text, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        return tuple(jax.ShapeDtypeStruct((1, *row), jnp.float32) for row in self.rows)
 
     def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
         raise NotImplementedError("EncodedText: these features come from their shapes, not from captions")
 
     def encode(self, params: Params, features: dict[str, Features]) -> tuple[Array, ...]:
         return tuple(features["encoded"])
+
+
+def text_rows(config: UNetConfig) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one caption for a U-Net: its tokens and, for SDXL, the pooled text and the sizes."""
+    text = (TEXT_TOKENS, config.cross_attention_dim)
+    if config.addition_embed_type is None:
+        return (text,)
+    sizes = SIZE_IDS * (config.addition_time_embed_dim or 0)
+    return text, ((config.projection_class_embeddings_input_dim or 0) - sizes,), (SIZE_IDS,)
 
 
 def writer(config: DecoderConfig, prompt: int, new: int) -> LanguageModel:
@@ -109,7 +112,9 @@ def writer(config: DecoderConfig, prompt: int, new: int) -> LanguageModel:
 def painter(config: UNetConfig, pixels: int) -> Diffusion:
     """An epsilon diffusion model of square images, of whose codec only the latents' shape is known."""
     side = pixels // PIXELS_PER_LATENT
-    return Diffusion(UNet2DCondition(config), EncodedText(config), PixelCodec((side, side, config.in_channels)))
+    return Diffusion(
+        UNet2DCondition(config), EncodedText(text_rows(config)), PixelCodec((side, side, config.in_channels))
+    )
 
 
 def text_features(component: LanguageModel, *leading: int) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def text_features(component: LanguageModel, *leading: int) -> dict[str, Any]:
     }
 
 
-def image_features(component: Diffusion, *leading: int) -> dict[str, Any]:
+def image_features(component: Diffusion | FlowMatching, *leading: int) -> dict[str, Any]:
     """Shapes of what `prepare` makes of images and captions."""
     encoded = tuple(jax.ShapeDtypeStruct((*leading, *s.shape[1:]), s.dtype) for s in component.text.shapes())
     return {

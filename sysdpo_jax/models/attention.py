@@ -4,17 +4,21 @@ Axes: B batch, L length, S slots, H heads, G key-value heads, K head width.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sysdpo_jax.models import cudnn
+from sysdpo_jax.models.attention_request import AttentionRequest
+from sysdpo_jax.models.partitioning import on_own_heads
+
 # What a configuration's `attention` may name.
 IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "flash")
+FUSED = {"tpu": "flash", "gpu": "cudnn"}
 # Shorter than the kernel's smallest block, the matrix of scores is small and plain products are as good.
 MIN_FLASH_LENGTH = 128
-# Of cuDNN's fused attention on every GPU that has it; the newest take wider heads.
-MAX_CUDNN_WIDTH = 128
 
 
 def attend(
@@ -40,61 +44,58 @@ def attend(
     """
     if window is not None and not causal:
         raise ValueError(f"attend: window {window} needs causal=True")
-    kind = choose(
-        implementation, jax.default_backend(), queries.dtype.name, queries.shape, visible is not None, softcap
-    )
-    if kind == "flash" and implementation == "auto" and jax.device_count() > 1:
+    request = AttentionRequest.of(queries, keys, values, visible, softcap, causal, window)
+    kind = choose(implementation, jax.default_backend(), request)
+    if kind in FUSED.values() and implementation == "auto" and jax.device_count() > 1:
         # The compiler cannot cut a kernel, and without a mesh nobody says how to spread it.
         kind = "xla" if jax.sharding.get_abstract_mesh().empty else kind
     if kind == "plain":
         return _plain(queries, keys, values, _both(visible, queries, keys, causal, window), scale, softcap)
     scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
+    if kind == "xla":
+        return jax.nn.dot_product_attention(
+            queries,
+            keys,
+            values,
+            mask=None if visible is None else visible[:, None],
+            scale=scale,
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="xla",
+        )
     if kind == "flash":
         # Importing Pallas takes half a second, which only TPUs get something for.
-        from sysdpo_jax.models.flash import flash
-
-        return flash(queries, keys, values, scale, causal, window)
-    return jax.nn.dot_product_attention(
-        queries,
-        keys,
-        values,
-        mask=None if visible is None else visible[:, None],
-        scale=scale,
-        is_causal=causal,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn" if kind == "cudnn" else "xla",
-    )
+        from sysdpo_jax.models.flash import flash as kernel
+    else:
+        kernel = cudnn.cudnn
+    return on_own_heads(partial(kernel, scale=scale, causal=causal, window=window), queries, keys, values)
 
 
-def choose(
-    implementation: str, backend: str, dtype: str, shape: tuple[int, ...], masked: bool, softcap: float | None
-) -> str:
-    """The implementation for queries of this shape [B, L, H, K] and dtype, on one of jax's backends.
+def choose(implementation: str, backend: str, request: AttentionRequest) -> str:
+    """The implementation for a request on one of jax's backends.
 
     "plain": matrix products and a softmax written here, the fastest on CPUs and the only one with a soft cap.
     "xla": `jax.nn.dot_product_attention`, the same with fewer passes over the scores on accelerators.
-    "cudnn": cuDNN's fused attention, for NVIDIA GPUs since Ampere.
+    "cudnn": cuDNN's fused attention, for NVIDIA GPUs since Ampere, see `cudnn`.
     "flash": jax's splash kernel for TPUs, see `flash`. It is chosen at tracing, so name it to compile for a TPU ahead
     of time: "auto" then sees the machine at hand.
-    "auto": on a TPU flash from MIN_FLASH_LENGTH queries on (with several devices only under a mesh), on such a GPU
-    cudnn, where these can run; else xla, and on CPUs and with a soft cap plain. Only cudnn and flash never hold scores
+    "auto": on a TPU flash from MIN_FLASH_LENGTH queries on, on such a GPU cudnn, where these can run (with several
+    devices only under a mesh); else xla, and on CPUs and with a soft cap plain. Only cudnn and flash never hold scores
     [B, H, L, S].
 
     Raises ValueError for an unknown name and for a named implementation that cannot run, with the reason.
     """
     check_attention(implementation, "attend")
     if implementation != "auto":
-        reason = _refusal(implementation, backend, dtype, shape, masked, softcap)
+        reason = _refusal(implementation, request)
         if reason is not None:
-            raise ValueError(
-                f"attend: attention {implementation!r} {reason} (queries {shape}, {dtype}); choose another or 'auto'"
-            )
+            raise ValueError(f"attend: attention {implementation!r} {reason} ({request}); choose another or 'auto'")
         return implementation
-    if softcap is not None or backend == "cpu":
+    if request.softcap or backend == "cpu":
         return "plain"
-    fused = {"tpu": "flash", "gpu": "cudnn"}.get(backend, "xla")
-    short = fused == "flash" and shape[1] < MIN_FLASH_LENGTH
-    return "xla" if short or _refusal(fused, backend, dtype, shape, masked, softcap) else fused
+    fused = FUSED.get(backend, "xla")
+    short = fused == "flash" and request.length < MIN_FLASH_LENGTH
+    return "xla" if short or _refusal(fused, request) else fused
 
 
 def check_attention(name: str, where: str) -> None:
@@ -103,31 +104,19 @@ def check_attention(name: str, where: str) -> None:
         raise ValueError(f"{where}: unknown attention {name!r}: choose among {', '.join(IMPLEMENTATIONS)}")
 
 
-def _refusal(
-    implementation: str, backend: str, dtype: str, shape: tuple[int, ...], masked: bool, softcap: float | None
-) -> str | None:
+def _refusal(implementation: str, request: AttentionRequest) -> str | None:
     """Why an implementation cannot run, None if it can."""
+    if implementation == "cudnn":
+        return cudnn.refusal(request)
     if implementation == "plain":
         return None
-    if softcap is not None:
+    if request.softcap:
         return "has no soft cap on scores"
     if implementation == "xla":
         return None
-    if masked:
+    if request.masked:
         return "takes no mask, only causal attention and windows"
-    if implementation == "flash":
-        return "computes in float32 and bfloat16 only" if dtype not in ("float32", "bfloat16") else None
-    if dtype not in ("bfloat16", "float16"):
-        return "computes in bfloat16 and float16 only"
-    if shape[-1] % 8 or shape[-1] > MAX_CUDNN_WIDTH:
-        return f"needs a head width that is a multiple of 8 and at most {MAX_CUDNN_WIDTH}"
-    return None if backend == "gpu" and _since_ampere() else "needs an NVIDIA GPU of compute capability 8.0 or more"
-
-
-def _since_ampere() -> bool:
-    # AMD's are named otherwise ("gfx90a").
-    major = str(jax.local_devices(backend="gpu")[0].compute_capability).partition(".")[0]
-    return major.isdigit() and int(major) >= 8
+    return None if request.dtype in ("float32", "bfloat16") else "computes in float32 and bfloat16 only"
 
 
 def _both(

@@ -1,18 +1,13 @@
-"""Attention on TPUs without its matrix of scores: jax's splash kernel, padded to its blocks and spread over the mesh.
+"""Attention on TPUs without its matrix of scores: jax's splash kernel, padded to its blocks.
 
 Axes: B batch, L length, S slots, H heads, G key-value heads, K head width.
 """
 
-import functools
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
-
-from sysdpo_jax.models.partitioning import num_parts
 
 LANES, MAX_BLOCK = 128, 512
 
@@ -27,25 +22,8 @@ def flash(
 ) -> Float[Array, "batch length heads width"]:
     """softmax(scale q k) v block by block (arXiv 2205.14135), its backward pass too; any length and head width.
 
-    Under a mesh each device runs the kernel on its own rows and heads, as the rules in force lay out the axes "batch"
-    and "heads": the compiler cannot cut a kernel. An axis that does not divide is whole on every device.
     The scale is multiplied into the queries, so that in bfloat16 they are rounded once more.
     """
-    local = functools.partial(_local, scale=scale, causal=causal, window=window)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return local(queries, keys, values)
-    rows, _, heads, _ = nn.logical_to_mesh_axes(("batch", None, "heads", None)) or (None,) * 4
-    if queries.shape[0] % num_parts(mesh.shape, rows):
-        rows = None
-    # A head stays with the key-value head that it reads.
-    if keys.shape[2] % num_parts(mesh.shape, heads):
-        heads = None
-    spec = jax.sharding.PartitionSpec(rows, None, heads, None)
-    return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(queries, keys, values)
-
-
-def _local(queries: Array, keys: Array, values: Array, scale: float, causal: bool, window: int | None) -> Array:
     length, slots, heads = queries.shape[1], keys.shape[1], queries.shape[2]
     block_q, block_kv = _block(length), _block(slots)
     queries = _padded((queries * scale).astype(queries.dtype), block_q)

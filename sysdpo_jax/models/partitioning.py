@@ -165,6 +165,30 @@ def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Ar
     )
 
 
+def on_own_heads(
+    kernel: Callable[..., Float[Array, "batch length heads width"]],
+    queries: Float[Array, "batch length heads width"],
+    keys: Float[Array, "batch slots groups width"],
+    values: Float[Array, "batch slots groups width"],
+) -> Float[Array, "batch length heads width"]:
+    """kernel(queries, keys, values), each device with its own rows and heads: the compiler cannot cut a kernel.
+
+    They lie as the rules in force lay out the axes "batch" and "heads"; one that does not divide is whole on every
+    device. A plain call without a mesh or on a mesh of one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(queries, keys, values)
+    rows, _, heads, _ = nn.logical_to_mesh_axes(("batch", None, "heads", None)) or (None,) * 4
+    if queries.shape[0] % num_parts(mesh.shape, rows):
+        rows = None
+    # A head stays with the key-value head that it reads.
+    if keys.shape[2] % num_parts(mesh.shape, heads):
+        heads = None
+    spec = PartitionSpec(rows, None, heads, None)
+    return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(queries, keys, values)
+
+
 def num_parts(sizes: Mapping[str, int], mesh_axes: str | tuple[str, ...] | None) -> int:
     """Into how many parts an axis is cut that lies over these axes of a mesh of these sizes."""
     return math.prod(sizes[name] for name in _axes(mesh_axes))
