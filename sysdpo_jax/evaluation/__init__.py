@@ -1,4 +1,4 @@
-"""Measuring what systems produce: scorers, preference figures with standard errors, tables, samples and the report."""
+"""Measuring what systems produce: scorers, preference figures and their intervals, tables, samples and the report."""
 
 from sysdpo_jax.evaluation.chart import Curve, Figure
 from sysdpo_jax.evaluation.intervals import Interval, mean_interval, share_interval, too_few, wilson_interval
