@@ -46,19 +46,19 @@ def interval_of(figures: Mapping[str, float], name: str) -> Interval | None:
     return None if ends[0] is None or ends[1] is None else Interval(ends[0], ends[1])
 
 
-def summary(rows: Sequence[Row], samples: int, steps: int) -> Iterator[str]:
+def summary(rows: Sequence[Row], steps: int) -> Iterator[str]:
     """The result in sentences, of which there are none without an evaluation. Brackets hold 95% intervals.
 
-    samples: runs a prompt. steps: of the whole training, which may have been stopped before.
+    steps: of the whole training, which may have been stopped before.
     """
     made, figures = evaluations(rows), final_figures(rows)
     if made and not figures:
         yield (
-            f"score {_ranged(_plain(made[-1]), 'score')} before training over {_over(_plain(made[-1]), samples)}; no "
+            f"score {_ranged(_plain(made[-1]), 'score')} before training over {_over(_plain(made[-1]))}; no "
             "evaluation since, so that there is nothing to compare it with"
         )
     if figures:
-        yield f"win rate {_win_rate(figures)} over {_over(figures, samples)}, {_which(made, int(figures['step']))}"
+        yield f"win rate {_win_rate(figures)} over {_over(figures)}, {_which(made, int(figures['step']))}"
         yield (
             f"score {figures['score_before']:.4g} before, {figures['score']:.4g} after: difference "
             f"{_ranged(figures, 'score_difference', '+')}"
@@ -93,10 +93,11 @@ def _ranged(figures: Mapping[str, float], name: str, sign: str = "-") -> str:
     return f"{text} [{ends.low:{sign}.3g}, {ends.high:{sign}.3g}]"
 
 
-def _over(figures: Mapping[str, float], samples: int) -> str:
+def _over(figures: Mapping[str, float]) -> str:
+    samples = figures["runs"] / figures["prompts"]
     prompts = f"{figures['prompts']:.0f} prompt{'' if figures['prompts'] == 1 else 's'}"
     if not figures["unscored"]:
-        return f"{prompts} x {samples} sample{'' if samples == 1 else 's'}"
+        return f"{prompts} x {samples:.0f} sample{'' if samples == 1 else 's'}"
     return f"{prompts}, {figures['runs']:.0f} runs ({figures['unscored']:.0f} left out, which have no score)"
 
 

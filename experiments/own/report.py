@@ -21,7 +21,8 @@ ENDED = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rew
 DESCRIPTION = """
 The system was aligned from {pairs} preferences on its runs with SysDPO-{kind} (arXiv 2502.17721): one loss for all
 components that are trained.
-
+"""
+EVALUATION = """
 Figures of evaluation are of held-out prompts, with the noise of the first evaluation, which is the system before
 training; the win rate is the share of runs with a higher score than that system's, a tie counting half. Brackets hold
 95% intervals, which know that runs of a prompt are alike: Wilson's of shares, Student's of other scores. The best
@@ -38,7 +39,7 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> list[s
     """
     folder = Path(run.config.directory)
     rows = read_metrics(folder / "metrics.jsonl")
-    said = list(summary(rows, run.config.evaluation.samples, run.config.schedule.steps))
+    said = list(summary(rows, run.config.schedule.steps))
     made_by = {
         "command": " ".join(["python -m experiments.train", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
@@ -53,7 +54,8 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> list[s
     report = Report(
         title=f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system",
         headline=tuple(f"{text[0].upper()}{text[1:]}." for text in said),
-        description=DESCRIPTION.format(kind=run.config.objective.kind.capitalize(), pairs=results["data"]["kept"]),
+        description=DESCRIPTION.format(kind=run.config.objective.kind.capitalize(), pairs=results["data"]["kept"])
+        + (EVALUATION if evaluations(rows) else ""),
         tables=tuple(_table(rows)),
         figures=run_figures(rows),
         warnings=run_warnings(rows),

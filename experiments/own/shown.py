@@ -29,8 +29,7 @@ def spread(number: int, shown: int) -> list[int]:
 
 def _first_runs(run: Run, step: int) -> list[Mapping[str, Any]]:
     path = Path(run.config.directory) / FOLDER / runs_name(step)
-    # A prompt's runs follow each other.
-    firsts = list(run_lines(path))[:: run.config.evaluation.samples]
+    firsts = [line for line in run_lines(path) if line["id"].endswith("-0")]
     return [with_images(firsts[place], path) for place in spread(len(firsts), run.config.evaluation.shown)]
 
 

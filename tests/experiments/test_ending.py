@@ -178,6 +178,17 @@ def test_without_an_evaluation_nothing_is_invented(tmp_path, capsys):
     assert lines == [str(tmp_path / "run" / "report.html")]
     assert (results["summary"], results["final"], results["best_step"]) == ([], {}, None)
     assert (page.headline, page.runs) == ([], [])
+    assert "held-out" not in (tmp_path / "run" / "report.html").read_text().split("<h2>Configuration")[0]
+
+
+def test_an_evaluation_that_is_left_out_later_is_still_told(tmp_path, capsys):
+    """The same folder, whose training is over."""
+    lines, _, page = ended(tmp_path, capsys, configured(tmp_path))
+    again, _, same = ended(tmp_path, capsys, configured(tmp_path, scorer=None))
+    assert again == lines
+    assert [rows[2] for rows in same.runs[:3]] == [["question 0"], ["question 3"], ["question 7"]]
+    assert len(page.runs) == 3
+    assert len(same.runs) == 8
 
 
 def test_a_few_prompts_are_said_to_be_too_few_before_and_after(tmp_path, capsys):

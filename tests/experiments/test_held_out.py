@@ -141,8 +141,8 @@ def row(step, rate=0.5, ends=(0.4, 0.6), **figures):
     return {"step": step, **{f"eval/{name}": value for name, value in (made | known | change | figures).items()}}
 
 
-def said(*rows, samples=4, steps=400):
-    return list(summary([{"step": 0, "loss": 0.7}, *rows], samples, steps))
+def said(*rows):
+    return list(summary([{"step": 0, "loss": 0.7}, *rows], 400))
 
 
 def test_the_result_is_that_of_the_best_evaluation():
@@ -179,7 +179,7 @@ def test_few_prompts_and_runs_without_a_score_are_told():
     lines = said(row(0, prompts=6), row(400, 0.7, (0.6, 0.78), prompts=6, runs=20, unscored=4))
     assert "over 6 prompts, 20 runs (4 left out, which have no score), at step 400" in lines[0]
     assert lines[-1] == "too few prompts (n = 6, fewer than 20): the interval says little"
-    one = said(row(0, ends=None, prompts=1), row(400, 1.0, None, prompts=1), samples=1)
+    one = said(row(0, ends=None, prompts=1, runs=1), row(400, 1.0, None, prompts=1, runs=1))
     assert one == [
         "win rate 100.0% over 1 prompt x 1 sample, at step 400",
         "score 1.05 before, 1.25 after: difference +0.2",
