@@ -44,6 +44,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=14.0",
         "safetensors>=0.6",
+        "scipy>=1.13",
         "tenacity>=9.0",
         "tensorboardX>=2.6",
         "tokenizers>=0.22",

@@ -58,7 +58,7 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     finally:
         # After a stop or a value that is not finite it is wanted most.
         if first and (folder / "metrics.jsonl").exists():
-            print(write_run_report(run, arguments, began))
+            print("\n".join(write_run_report(run, arguments, began)), flush=True)
 
 
 def main(arguments: list[str]) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 import sysdpo_jax as sj
+from experiments.own.outcome import interval_of
 from experiments.own.report import ENDED
 from experiments.own.run import DATA, Run
 from sysdpo_jax.data.rows import LINES, TABLE
+from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.training.metrics import read_metrics
 
 PAPER = "[arXiv 2502.17721](https://arxiv.org/abs/2502.17721)"
@@ -61,8 +63,15 @@ def _lines(
     yield f"Data: {data['source']}, {data['kept']} preferences, SHA-256 {data['sha256']}.\n"
     yield "## Figures\n"
     yield "| figure | value | step |\n| --- | ---: | ---: |"
-    for title, value, at in _figures(rows):
-        yield f"| {title} | {value:.4g} | {at} |"
+    figures = _figures(rows)
+    for title, (value, at) in figures.items():
+        if not title.endswith(("/low", "/high")):
+            ends = interval_of({name: each for name, (each, _) in figures.items()}, title)
+            shown = f"{value:.4g}" if ends is None else f"{value:.4g} [{ends.low:.3g}, {ends.high:.3g}]"
+            yield f"| {title} | {shown} | {at} |"
+    if "eval/prompts" in figures:
+        few = too_few(int(figures["eval/prompts"][0]))
+        yield f"\nBrackets hold 95% intervals{'' if few is None else f'; {few}'}."
 
 
 def _on_hub(source: str) -> bool:
@@ -71,12 +80,11 @@ def _on_hub(source: str) -> bool:
     return named and not path.exists() and path.suffix not in (*LINES, *TABLE, ".gguf")
 
 
-def _figures(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:
-    """The last value of each figure of training, and of all of evaluation."""
+def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """{name: (value, step)}, the last ones, of each figure of training, and of all of evaluation."""
     last: dict[str, tuple[float, int]] = {}
     for row in rows:
         for name, value in row.items():
             if value is not None and (name in ENDED or name.startswith("eval/")):
                 last[name] = (value, row["step"])
-    for name, (value, step) in sorted(last.items()):
-        yield name, value, step
+    return dict(sorted(last.items()))

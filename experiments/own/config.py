@@ -174,7 +174,8 @@ class EvaluationConfig:
     prompts: JSON Lines of objects with the system's inputs, or a text file with a prompt a line; "" for no evaluation.
     scorer: "module:function", run -> number, higher is better; or judge. on_error: of a run without a score; "skip"
     leaves it and the run that it is compared with out, and counts them. every: steps. samples: runs a prompt.
-    patience: evaluations without a better win rate after which training stops; None: never. shown: runs in the report.
+    patience: evaluations without a better win rate after which training stops; None: never. shown: prompts in the
+    report.
     """
 
     prompts: str = ""

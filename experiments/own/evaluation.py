@@ -1,6 +1,7 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from experiments.own.run import BEST, Run
 from experiments.own.runs_file import as_row, read_lines, write_rows
 from experiments.own.scoring import Scorer, about_scorer, make_scorer, parallel, score_runs
 from sysdpo_jax.data.saving import ImageFiles
-from sysdpo_jax.evaluation import clustered_mean, interval_figures, win_rate
+from sysdpo_jax.evaluation import clustered_mean, interval_figures, paired_difference, too_few, win_rate
+from sysdpo_jax.evaluation.preferences import SHARE
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.distributed import gathered
 from sysdpo_jax.training.progress import Lines
@@ -49,10 +51,11 @@ class HeldOut:
     about: Mapping[str, str]
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
-        """score and win_rate with their intervals; a tie with the system before training counts half.
+        """score, win_rate and score_difference, with their intervals where there are two prompts or more.
 
-        unscored: how many pairs of runs are left out because one has no score. Raises `ScoreError` for a run without a
-        score, or where `skip` leaves too few.
+        The latter two are of pairs of runs, with the system before training; a tie counts half. runs, prompts: behind
+        the figures. unscored: how many pairs of runs are left out because one has no score. Raises `ScoreError` for a
+        run without a score, or where `skip` leaves too few.
         """
         numbered = [pair for pairs in gathered(self._own_runs(step, params)) for pair in pairs]
         now = [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
@@ -137,8 +140,9 @@ def make_evaluation(run: Run) -> Evaluation | None:
         },
     )
     held_out.check()
-    if len(held_out.prompts) < 2:
-        raise ConfigError(f"evaluation.prompts {config.prompts} has one prompt: a standard error needs two or more")
+    few = too_few(len(held_out.prompts))
+    if few and jax.process_index() == 0:
+        print(f"warning: evaluation.prompts {config.prompts}: {few}", file=sys.stderr, flush=True)
     stop_on = None if config.patience is None else (*BEST, config.patience)
     return Evaluation(held_out.measure, config.every, stop_on)
 
@@ -149,11 +153,26 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs"]:
 
 
 def _estimates(scores: Float[np.ndarray, "runs"], before: Float[np.ndarray, "runs"], samples: int) -> dict[str, float]:
-    prompts, both = np.arange(len(scores)) // samples, np.isfinite(scores) & np.isfinite(before)
-    if len(np.unique(prompts[both])) < 2:
+    numbers, both = np.arange(len(scores)) // samples, np.isfinite(scores) & np.isfinite(before)
+    now, then, prompts = scores[both], before[both], numbers[both]
+    counts = {
+        "runs": float(len(now)),
+        "prompts": float(len(np.unique(prompts))),
+        "unscored": float((~both).sum()),
+    }
+    if samples == len(scores) and len(now):
+        # One prompt tells nothing of how others would differ.
+        wins = float((np.sign(now - then).mean() + 1) / 2)
+        return {"score": float(now.mean()), "win_rate": wins, "score_difference": float((now - then).mean()), **counts}
+    if counts["prompts"] < 2:
         raise ScoreError(
             f"only {both.sum()} of {len(scores)} runs have a score: mend the scorer or the judge's template"
         )
-    score, wins = clustered_mean(scores[both], prompts[both]), win_rate(scores[both], before[both], prompts[both])
-    counts = {"runs": float(both.sum()), "unscored": float((~both).sum())}
-    return {**interval_figures("score", score), **interval_figures("win_rate", wins), **counts}
+    # Right or wrong: the score is a share.
+    bounds = SHARE if np.isin([now, then], (0, 1)).all() else None
+    return {
+        **interval_figures("score", clustered_mean(now, prompts, bounds)),
+        **interval_figures("win_rate", win_rate(now, then, prompts)),
+        **interval_figures("score_difference", paired_difference(now, then, prompts, bounds)),
+        **counts,
+    }

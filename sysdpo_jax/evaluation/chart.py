@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from sysdpo_jax.evaluation.markup import Markup, element
+from sysdpo_jax.evaluation.markup import Markup, element, join
 
 Line = Float[np.ndarray, "points"]
 Values = tuple[int | float | None, ...]
@@ -19,6 +19,8 @@ COLOURS = 8
 MAX_POINTS = 400
 # The moving average spans about this share of a curve.
 SMOOTHING = 0.05
+# Values that differ by this share of the greatest are the same but for float32's rounding.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,30 @@ class Figure:
     x_label: str = "step"
 
 
+def html_figures(figures: Sequence[Figure]) -> Markup:
+    """The drawings, and below them a sentence for each figure in which nothing changes: there is no line to see."""
+    drawn = [html_figure(figure) for figure in figures if changes(figure)]
+    said = [element("li", constant_sentence(figure)) for figure in figures if not changes(figure)]
+    charts = [element("div", *drawn, class_="charts")] if drawn else []
+    return join(*charts, *([element("ul", *said, class_="constants")] if said else []))
+
+
+def changes(figure: Figure) -> bool:
+    """Whether a curve of the figure has two values that differ by more than rounding."""
+    return any(_differ(_finite(curve)) for curve in figure.curves)
+
+
+def constant_sentence(figure: Figure) -> str:
+    """What there is to see of a figure in which nothing changes: "clipped: writer 0 at all 12 steps"."""
+    return f"{figure.title}: {'; '.join(_constant(curve, figure.title) for curve in figure.curves)}"
+
+
 def html_figure(figure: Figure) -> Markup:
-    """A <figure> with the drawing, its title and a legend."""
-    items = [element("li", _name(curve), class_=_style(number)) for number, curve in enumerate(figure.curves)]
+    """A <figure> with the drawing, its title and a legend. figure: one that `changes`."""
+    items = [
+        element("li", f"{curve.name}{_gaps(curve)}", class_=_style(number))
+        for number, curve in enumerate(figure.curves)
+    ]
     return element(
         "figure",
         element("figcaption", figure.title),
@@ -68,9 +91,27 @@ def ticks(low: int | float, high: int | float) -> list[float]:
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _name(curve: Curve) -> str:
-    gaps = int((~np.isfinite(_floats(curve.values))).sum())
-    return f"{curve.name} ({gaps} values not finite)" if gaps else curve.name
+def _finite(curve: Curve) -> Line:
+    values = _floats(curve.values)
+    return values[np.isfinite(values)]
+
+
+def _differ(values: Line) -> bool:
+    return len(values) > 1 and float(np.ptp(values)) > ROUNDING * float(np.abs(values).max())
+
+
+def _constant(curve: Curve, title: str) -> str:
+    name, finite = "" if curve.name == title else f"{curve.name} ", _finite(curve)
+    if len(finite) == 0:
+        return f"{name}no finite value"
+    steps = [step for step, value in zip(curve.steps, _floats(curve.values), strict=True) if math.isfinite(value)]
+    where = f"at step {steps[0]:g} alone" if len(steps) == 1 else f"at all {len(steps)} steps"
+    return f"{name}{finite[0]:.4g} {where}{_gaps(curve)}"
+
+
+def _gaps(curve: Curve) -> str:
+    gaps = len(curve.values) - len(_finite(curve))
+    return f" ({gaps} values not finite)" if gaps else ""
 
 
 def _style(number: int) -> str:
@@ -120,16 +161,10 @@ def _floats(values: Sequence[int | float | None]) -> Line:
 
 
 def _range(parts: Sequence[Float[np.ndarray, "_"]]) -> tuple[float, float]:
-    """Lowest and highest finite value, apart by more than nothing."""
-    values = np.concatenate([np.zeros(0), *parts])
+    """Lowest and highest finite value."""
+    values = np.concatenate(parts)
     values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return 0.0, 1.0
-    low, high = float(values.min()), float(values.max())
-    if high - low > 1e-9 * max(abs(low), abs(high)):
-        return low, high
-    room = 0.5 * abs(low) or 0.5
-    return low - room, high + room
+    return float(values.min()), float(values.max())
 
 
 def _smooth(values: Line) -> Line:

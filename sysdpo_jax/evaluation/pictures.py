@@ -44,6 +44,13 @@ def html_images(rows: Sequence[ImageRow]) -> Markup:
     return join(*(_html_row(row) for row in rows))
 
 
+def html_picture(image: Float[np.ndarray, "height width 3"], alt: str) -> Markup:
+    """An <img> that holds its picture, values in [0, 1]; small ones are enlarged."""
+    height, width, _ = image.shape
+    factor = _factor(width)
+    return element("img", src=data_uri(to_pixels(image)), alt=alt, width=factor * width, height=factor * height)
+
+
 def image_grid(rows: Sequence[ImageRow]) -> Pixels:
     """One picture of all: a line a prompt, methods from left to right with wider gaps between them, no text.
 
@@ -74,10 +81,7 @@ def _html_row(row: ImageRow) -> Markup:
 
 
 def _html_picture(image: Float[np.ndarray, "height width 3"], caption: str) -> Markup:
-    height, width, _ = image.shape
-    factor = _factor(width)
-    picture = element("img", src=data_uri(to_pixels(image)), alt=caption, width=factor * width, height=factor * height)
-    return element("figure", picture, element("figcaption", caption))
+    return element("figure", html_picture(image, caption), element("figcaption", caption))
 
 
 def _factor(width: int) -> int:

@@ -4,29 +4,33 @@ Runs of one prompt are alike, so errors are clustered: prompts are independent, 
 """
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from sysdpo_jax.evaluation.intervals import Interval, mean_interval, share_interval
+
 Grades = Float[np.ndarray, "*runs 3"]
 Values = Float[np.ndarray, "runs"]
 # The label of each run's cluster, an integer or a string.
 Clusters = Shaped[np.ndarray, "labels"]
-
-
-# Standard errors on either side of a mean for 95% of a normal distribution.
-CONFIDENCE = NormalDist().inv_cdf(0.975)
+# The least and the greatest value that a run can have.
+Bounds = tuple[float, float]
+SHARE: Bounds = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n runs and its standard error."""
+    """A mean over n runs and its standard error.
+
+    interval: the 95% confidence interval, None for a figure of which no more than the error is known.
+    """
 
     value: float
     standard_error: float
     n: int
+    interval: Interval | None = None
 
 
 def preference_score(grades: Grades) -> Float[np.ndarray, "*runs"]:
@@ -44,41 +48,61 @@ def order_consistency(grades: Grades) -> Float[np.ndarray, "*runs"]:
     return np.asarray((np.diff(_finite(grades), axis=-1) > 0).all(axis=-1), np.float64)
 
 
-def clustered_mean(values: Values, clusters: Clusters) -> Estimate:
+def clustered_mean(values: Values, clusters: Clusters, bounds: Bounds | None = None) -> Estimate:
     """The mean, and its standard error robust to correlation inside clusters (Liang and Zeger 1986).
 
     SE^2 = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2 over G clusters; with one run a cluster it is the usual
-    s / sqrt(n). Raises ValueError for no runs, a single cluster or values that are not finite.
+    s / sqrt(n).
+
+    Args:
+        values: of the runs.
+        clusters: the prompt of each run.
+        bounds: what the values lie between by their nature, (0.0, 1.0) for right and wrong: then the interval is
+            Wilson's (`share_interval`), otherwise Student's (`mean_interval`).
+
+    Raises:
+        ValueError: for no runs, a single cluster, or values that are not finite or outside the bounds.
     """
     values = _checked(values, clusters)
     _, index = np.unique(clusters, return_inverse=True)
     number = int(index.max()) + 1
     if number < 2:
         raise ValueError("a standard error needs at least two clusters (prompts)")
-    mean = values.mean()
+    mean = float(values.mean())
     sums = np.bincount(index, weights=values - mean, minlength=number)
-    variance = number / (number - 1) * (sums**2).sum() / len(values) ** 2
-    return Estimate(float(mean), float(np.sqrt(variance)), len(values))
+    error = float(np.sqrt(number / (number - 1) * (sums**2).sum() / len(values) ** 2))
+    if bounds is None:
+        return Estimate(mean, error, len(values), mean_interval(mean, error, number))
+    low, width = bounds[0], bounds[1] - bounds[0]
+    if not (bounds[0] <= values.min() and values.max() <= bounds[1]):
+        raise ValueError(f"values from {values.min():g} to {values.max():g} are not all within the bounds {bounds}")
+    share, variance = (mean - low) / width, float(values.var()) / width**2
+    ends = share_interval(share, error / width, variance, len(values), number)
+    return Estimate(mean, error, len(values), Interval(low + width * ends.low, low + width * ends.high))
 
 
-def paired_difference(first: Values, second: Values, clusters: Clusters) -> Estimate:
-    """The mean of first - second over runs that share prompt and noise. Raises as `clustered_mean`."""
-    return clustered_mean(_checked(first, clusters) - _checked(second, clusters), clusters)
+def paired_difference(first: Values, second: Values, clusters: Clusters, bounds: Bounds | None = None) -> Estimate:
+    """The mean of first - second over runs that share prompt and noise. bounds: of both. Raises as `clustered_mean`."""
+    difference = _checked(first, clusters) - _checked(second, clusters)
+    return clustered_mean(difference, clusters, bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0]))
 
 
 def win_rate(first: Values, second: Values, clusters: Clusters) -> Estimate:
     """Share of paired runs in which first > second; a tie counts half. Raises as `clustered_mean`."""
     difference = np.sign(_checked(first, clusters) - _checked(second, clusters))
-    return clustered_mean((difference + 1) / 2, clusters)
+    return clustered_mean((difference + 1) / 2, clusters, SHARE)
 
 
 def interval_figures(name: str, estimate: Estimate) -> dict[str, float]:
-    """{name: mean, <name>/low and <name>/high: mean -+ 1.96 standard errors}: a 95% confidence interval for large n.
+    """{name: mean, <name>/low and <name>/high: the ends of its 95% confidence interval}.
 
-    They are figures for `training.Evaluation` to log, which the report draws as a curve with a band.
+    They are figures for `training.Evaluation` to log, which the report draws as a curve with a band. Raises ValueError
+    for an estimate without an interval.
     """
-    reach = CONFIDENCE * estimate.standard_error
-    return {name: estimate.value, f"{name}/low": estimate.value - reach, f"{name}/high": estimate.value + reach}
+    if estimate.interval is None:
+        raise ValueError(f"the estimate of {name!r} has no interval: make it by clustered_mean, or log its value alone")
+    low, high = estimate.interval
+    return {name: estimate.value, f"{name}/low": low, f"{name}/high": high}
 
 
 def _finite(grades: Grades) -> Grades:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sysdpo_jax.evaluation.chart import Figure, html_figure
+from sysdpo_jax.evaluation.chart import Figure, html_figures
 from sysdpo_jax.evaluation.diagram import draw_system
 from sysdpo_jax.evaluation.markup import Markup, element, join
 from sysdpo_jax.evaluation.pictures import ImageRow, html_images
+from sysdpo_jax.evaluation.samples import ComparedRuns, html_runs
 from sysdpo_jax.evaluation.style import STYLE
 from sysdpo_jax.evaluation.tables import Table, html_table
 from sysdpo_jax.evaluation.texts import TextTable, html_texts
@@ -23,7 +24,8 @@ class Report:
     """What the page shows; parts that are empty are left out.
 
     description: paragraphs, separated by empty lines. configuration: may be nested. made_by: the machine, the date, the
-    command line and the like. warnings: texts, such as `run_warnings` of a run.
+    command line and the like. warnings: texts, such as `run_warnings` of a run. headline: the result, a sentence each,
+    on top of the page.
     """
 
     title: str
@@ -36,6 +38,8 @@ class Report:
     made_by: Mapping[str, Any] = field(default_factory=dict)
     texts: tuple[TextTable, ...] = ()
     warnings: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()
+    runs: tuple[ComparedRuns, ...] = ()
 
 
 def write_report(path: str | Path, report: Report) -> None:
@@ -56,7 +60,9 @@ def _page(report: Report) -> str:
         element("style", Markup(STYLE)),
     )
     paragraphs = [element("p", " ".join(text.split())) for text in report.description.split("\n\n") if text.strip()]
-    body = element("body", element("h1", report.title), *paragraphs, *_sections(report))
+    headline = element("div", *(element("p", text) for text in report.headline), class_="headline")
+    top = (headline,) if report.headline else ()
+    body = element("body", element("h1", report.title), *top, *paragraphs, *_sections(report))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
@@ -66,7 +72,9 @@ def _sections(report: Report) -> Iterator[Markup]:
     if report.tables:
         yield _section("Results", *(element("div", html_table(table), class_="wide") for table in report.tables))
     if report.figures:
-        yield _section("Learning curves", element("div", *map(html_figure, report.figures), class_="charts"))
+        yield _section("Learning curves", html_figures(report.figures))
+    if report.runs:
+        yield _section("Whole runs of the same prompts and seeds", *map(html_runs, report.runs))
     if report.images:
         yield _section("Pictures of the same prompts and seeds", html_images(report.images))
     if report.texts:

@@ -24,6 +24,9 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 h4 { font-size: .85rem; margin: 0 0 .35rem; color: var(--faint); font-weight: 600; }
 body > p, body ul { max-width: 46rem; }
+.headline { border-left: .3rem solid var(--accent); background: var(--panel); padding: .6rem 1rem; max-width: 46rem; }
+.headline p { margin: .2rem 0; }
+.headline p:first-child { font-size: 1.1rem; font-weight: 600; }
 .wide { overflow-x: auto; overflow-wrap: normal; }
 table { border-collapse: collapse; margin: 0 0 1.5rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); padding-bottom: .35rem; }
@@ -31,6 +34,14 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); tex
 .results th, .results td { white-space: nowrap; }
 .results td, .results thead th:not(:first-child) { text-align: right; padding: .3rem 0 .3rem 1.5rem; }
 .results tbody th { font-weight: 400; }
+.runs { table-layout: fixed; width: 100%; max-width: 60rem; margin-bottom: 2.5rem; }
+.runs td { white-space: pre-wrap; overflow-wrap: anywhere; padding-bottom: .6rem; }
+.runs tbody th { border-bottom: none; padding-bottom: 0; font-weight: 400; font-size: .8rem; color: var(--faint); }
+.runs ol, .runs dl, .runs dd { margin: 0; padding-left: 1.3rem; }
+.runs dl { padding-left: 0; }
+.runs dt { color: var(--faint); font-size: .8rem; }
+.runs img { image-rendering: pixelated; display: block; max-width: 100%; height: auto; }
+.empty { color: var(--faint); }
 .settings { font-size: .85rem; }
 .settings th { font-weight: 400; color: var(--faint); white-space: nowrap; }
 .settings code { overflow-wrap: anywhere; }
@@ -38,6 +49,7 @@ code, pre { font-family: ui-monospace, monospace; }
 pre { background: var(--panel); padding: .75rem 1rem; border-radius: 6px; white-space: pre-wrap; font-size: .8rem; }
 figure { margin: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: 1.5rem; }
+.constants { font-size: .9rem; color: var(--faint); }
 .chart figcaption { font-weight: 600; font-size: .9rem; }
 .chart svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
@@ -75,5 +87,9 @@ svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 @media (max-width: 30rem) {
   body { padding: 1.25rem 1rem 3rem; }
   .chart svg text { font-size: 15px; }
+  .results th, .results td { white-space: normal; }
+  .results td, .results thead th:not(:first-child) { padding-left: .8rem; }
+  .settings th, .settings td { display: block; }
+  .settings th { border-bottom: none; padding-bottom: 0; white-space: normal; }
 }
 """

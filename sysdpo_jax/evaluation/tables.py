@@ -6,12 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sysdpo_jax.evaluation.intervals import Interval
 from sysdpo_jax.evaluation.markup import Markup, element, join
 from sysdpo_jax.evaluation.preferences import Estimate
 
-Value = Estimate | float | int | None
-
 ABSENT = "–"  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """A figure of n runs, shown with its confidence interval instead of its standard error; None: it has none."""
+
+    value: float
+    interval: Interval | None
+    n: int
+
+
+Value = Estimate | Ranged | float | int | None
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Row:
     @property
     def runs(self) -> str:
         """The number of runs behind the row's estimates; several, joined by commas, where they differ."""
-        numbers = {value.n for value in self.values if isinstance(value, Estimate)}
+        numbers = {value.n for value in self.values if isinstance(value, Estimate | Ranged)}
         return ", ".join(map(str, sorted(numbers))) or ABSENT
 
 
@@ -111,13 +122,20 @@ def _column(column: Column, values: Sequence[Value], mark: Callable[[str], str])
 def _text(column: Column, value: Value) -> str:
     if value is None:
         return ABSENT
-    scale = 100 if column.percent else 1
-    shown = [value.value, value.standard_error] if isinstance(value, Estimate) else [value]
-    # z: no minus sign in front of a rounded zero.
-    return " ± ".join(f"{scale * number:z.{column.digits}f}" for number in shown)
+
+    def rounded(number: float) -> str:
+        # z: no minus sign in front of a rounded zero.
+        return f"{(100 if column.percent else 1) * number:z.{column.digits}f}"
+
+    text = rounded(_number(value))
+    if isinstance(value, Estimate):
+        return f"{text} ± {rounded(value.standard_error)}"
+    if isinstance(value, Ranged) and value.interval is not None:
+        return f"{text} [{', '.join(map(rounded, value.interval))}]"
+    return text
 
 
 def _number(value: Value) -> float:
     if value is None:
         return math.nan
-    return value.value if isinstance(value, Estimate) else value
+    return value.value if isinstance(value, Estimate | Ranged) else value

@@ -80,13 +80,17 @@ def test_paired_difference_is_free_of_what_both_runs_share():
     np.testing.assert_allclose([estimate.value, estimate.standard_error], [0.25, 0.0], atol=1e-12)
 
 
-def test_the_interval_holds_the_truth_19_times_in_20():
-    """4000 means of 200 coins: 1% is three standard errors of that share."""
-    rng = np.random.default_rng(1)
-    estimates = [clustered_mean(values, np.arange(200)) for values in rng.binomial(1, 0.6, (4000, 200)).astype(float)]
-    figures = [interval_figures("eval", estimate) for estimate in estimates]
-    assert figures[0]["eval"] == estimates[0].value
-    assert np.mean([f["eval/low"] <= 0.6 <= f["eval/high"] for f in figures]) == pytest.approx(0.95, abs=0.01)
+def test_figures_are_the_mean_and_the_ends_of_its_interval():
+    estimate = clustered_mean(np.array([1.0, 2.0, 4.0]), np.arange(3))
+    low, high = estimate.interval
+    assert interval_figures("a", estimate) == {"a": estimate.value, "a/low": low, "a/high": high}
+    with pytest.raises(ValueError, match="the estimate of 'a' has no interval"):
+        interval_figures("a", Estimate(0.5, 0.1, 3))
+
+
+def test_values_outside_of_their_bounds_are_refused():
+    with pytest.raises(ValueError, match=r"values from 0 to 2 are not all within the bounds \(0.0, 1.0\)"):
+        clustered_mean(np.array([0.0, 2.0]), np.arange(2), (0.0, 1.0))
 
 
 def test_win_rate_counts_a_tie_as_half():

@@ -9,13 +9,17 @@ import pytest
 from sysdpo_jax import Categorical, CompoundSystem, Node, Tool
 from sysdpo_jax.evaluation import (
     Column,
+    ComparedRuns,
     Curve,
     Estimate,
     Figure,
     ImageRow,
     ImageSequence,
+    Interval,
+    Ranged,
     Report,
     Row,
+    ShownRun,
     Table,
     TextTable,
     console_table,
@@ -115,8 +119,9 @@ def test_a_full_page_shows_all_and_loads_nothing(tmp_path):
         "0.0003", "('ball', '<box>')", "two cores", "2020-01-02", 'python -m "run" --seeds 0 1', SYSTEM.describe(),
     ):  # fmt: skip
         assert expected in shown
-    # Loss, accuracy and margin of both runs together, each run's nodes, and the graph.
-    assert [tag for tag, _ in page.tags].count("svg") == 3 + 2 + 1
+    # Loss and margin of both runs together, each run's nodes, and the graph; the accuracy is always the same.
+    assert [tag for tag, _ in page.tags].count("svg") == 2 + 2 + 1
+    assert "accuracy: seed 0 0.5 at all 10 steps; seed 1 0.5 at all 10 steps" in page.text
 
 
 def test_an_empty_report_is_a_page_of_its_title(tmp_path):
@@ -185,10 +190,67 @@ def test_the_strong_line_is_the_moving_average():
 
 
 @pytest.mark.parametrize(
-    "curve", [Curve("none", (), ()), Curve("gaps", (1, 2), (None, None)), Curve("flat", (7,), (0.5,))]
+    ("curve", "said"),
+    [
+        (Curve("none", (), ()), "f: none no finite value"),
+        (Curve("gaps", (1, 2), (None, None)), "f: gaps no finite value"),
+        (Curve("dot", (7,), (0.5,)), "f: dot 0.5 at step 7 alone"),
+        (Curve("dot", (7, 8), (None, 0.5)), "f: dot 0.5 at step 8 alone (1 values not finite)"),
+        (Curve("f", (1, 2, 3), (48.0, 48.0, 48.0)), "f: 48 at all 3 steps"),
+        (Curve("zero", (1, 2), (0, 0)), "f: zero 0 at all 2 steps"),
+        # As float32 rounds it.
+        (Curve("ln 2", (1, 2), (0.6931472, 0.6931471)), "f: ln 2 0.6931 at all 2 steps"),
+        (Curve("band", (1, 2), (0.5, 0.5), ((0.1, 0.2), (0.8, 0.9))), "f: band 0.5 at all 2 steps"),
+    ],
 )
-def test_curves_with_little_to_show_are_drawn(curve):
-    assert len(paths(Figure("f", (curve,)))) == 2
+def test_what_does_not_change_is_said_and_not_drawn(curve, said, tmp_path):
+    _, page = page_of(Report("t", "", figures=(Figure("f", (curve,)),)), tmp_path)
+    assert "svg" not in {tag for tag, _ in page.tags}
+    assert said in page.text
+
+
+def test_a_figure_is_drawn_whole_where_one_of_its_curves_changes(tmp_path):
+    """And a small change is a change."""
+    flat, small = Curve("flat", (0, 1), (0.5, 0.5)), Curve("small", (0, 1), (0.5, 0.5001))
+    figures = (Figure("both", (flat, small)), Figure("flat ones", (flat, Curve("other", (0, 1), (1.0, 1.0)))))
+    _, page = page_of(Report("t", "", figures=figures), tmp_path)
+    assert [tag for tag, _ in page.tags].count("svg") == 1
+    assert [attrs["class"] for tag, attrs in page.tags if tag == "path" and "mean" in attrs.get("class", "")] == [
+        "curve c0 mean", "curve c1 mean"]  # fmt: skip
+    assert "flat ones: flat 0.5 at all 2 steps; other 1 at all 2 steps" in page.text
+
+
+def test_a_figure_with_an_interval_is_shown_with_it():
+    rows = (Row("a", (Ranged(1.0, Interval(0.81, 1.0), 16), None)), Row("b", (Ranged(0.5, None, 1), 0.25)))
+    lines = markdown_table(
+        Table("t", (Column("wins", digits=1, percent=True), Column("y", digits=2)), rows)
+    ).splitlines()
+    assert lines[2:] == ["| a | **100.0 [81.0, 100.0]** | – | 16 |", "| b | 50.0 | 0.25 | 1 |"]  # noqa: RUF001
+
+
+def test_the_headline_stands_before_all_else(tmp_path):
+    _, page = page_of(Report("t", "described", headline=("Win rate 75% <b>", "More")), tmp_path)
+    assert page.text[-3:] == ["Win rate 75% <b>", "More", "described"]
+    assert ("div", {"class": "headline"}) in page.tags
+    assert "headline" not in page_of(Report("t", "described"), tmp_path)[0].split("</style>")[1]
+
+
+def test_whole_runs_stand_side_by_side(tmp_path):
+    """Every node in the order of the graph, the runs' values beside each other; what is a picture is drawn."""
+    picture = np.zeros((4, 6, 3))
+    before = {"draft": "a <b>\nline", "kinds": ["x", "y"], "sizes": [1, 2.5], "image": picture, "answer": ""}
+    after = before | {"draft": "c", "kinds": [picture, " "], "answer": {"role": "user", "content": "d"}}
+    runs = (ShownRun("before", before, "0.1"), ShownRun("after", after, "0.3 (win)"))
+    _, page = page_of(Report("t", "", runs=(ComparedRuns("run 3-0", {"q": "why?", "p": picture}, runs),)), tmp_path)
+    shown = page.text[page.text.index("run 3-0") :]
+    assert shown == [
+        "run 3-0", "before", "after", "q", "why?", "p", "score", "0.1", "0.3 (win)", "draft", "a <b>\nline", "c",
+        "kinds", "x", "y", "(white space)", "sizes", "[1, 2.5]", "[1, 2.5]", "image", "answer", "(empty)", "role",
+        "user", "content", "d",
+    ]  # fmt: skip
+    assert [tag for tag, _ in page.tags].count("img") == 4
+    with pytest.raises(ValueError, match="runs 'r': 'b' has other nodes than 'a'"):
+        ComparedRuns("r", {}, (ShownRun("a", {"x": 1}, ""), ShownRun("b", {"y": 1}, "")))
 
 
 def test_long_curves_are_thinned():

@@ -16,11 +16,15 @@ import pytest
 from sysdpo_jax import Categorical, CompoundSystem, Node, Tool
 from sysdpo_jax.evaluation import (
     Column,
+    ComparedRuns,
     Estimate,
     ImageRow,
     ImageSequence,
+    Interval,
+    Ranged,
     Report,
     Row,
+    ShownRun,
     Table,
     TextTable,
     run_figures,
@@ -49,6 +53,13 @@ addEventListener("load", () => {
   found.charts = [...page.querySelectorAll(".chart svg")].map(width);
   found.curves = [...page.querySelectorAll("path.curve.mean")].map((e) => e.getTotalLength() > 50);
   found.colours = new Set([...page.querySelectorAll("path.curve.mean")].map((e) => getComputedStyle(e).stroke)).size;
+  const top = page.querySelector(".headline").getBoundingClientRect();
+  found.headline = [page.querySelector(".headline p").innerText, top.left >= 0, top.right <= WIDTH, top.bottom < 800];
+  const shown = [...page.querySelectorAll("table.results tbody tr")].map((e) => e.cells[1].getBoundingClientRect());
+  found.wins = shown.map((e) => e.left >= 0 && e.right <= WIDTH);
+  const rows = [...page.querySelectorAll("table.runs tbody tr")].filter((e) => e.cells.length == 2);
+  const sides = rows.map((e) => [...e.cells].map((cell) => cell.getBoundingClientRect()));
+  found.beside = sides.map(([a, b]) => a.right <= b.left + 1 && b.right <= WIDTH && b.width > 100);
   found.text = Math.min(...[...page.querySelectorAll(".chart svg text")].map((e) => e.getBoundingClientRect().height));
   found.pictures = [...page.images].map((e) => [e.complete, e.naturalWidth, width(e)]);
   found.nodes = [...page.querySelectorAll(".graph .node")].map((e) => [e.dataset.name, width(e) > 30]);
@@ -88,6 +99,11 @@ def report():
                 ),
                 tuple(Row(name, (Estimate(0.1, 0.01, 500),) * 4) for name in ("reference", long)),
             ),
+            Table(
+                "Evaluations",
+                (Column("win rate", digits=1, percent=True), Column("score"), Column("change")),
+                tuple(Row(f"step {k}, best", (Ranged(0.75, Interval(0.7, 0.8), 500),) * 3) for k in (4000, 8000)),
+            ),
         ),
         figures=run_figures([step(k) for k in range(30)]),
         images=tuple(
@@ -101,6 +117,17 @@ def report():
         configuration={"system": {long: long}, "data": "/a/path/" + "very/" * 30 + "long.jsonl"},
         made_by={"command": "python -m experiments.train " + "--flag value " * 20},
         texts=(TextTable("Answers", ("request", "reference", "aligned"), (("Why?", "word " * 60, long),)),),
+        headline=("Win rate 75.0% [70.0, 80.0] over 125 prompts x 4 samples, best of 12 evaluations at step 8000.",),
+        runs=(
+            ComparedRuns(
+                "run 0-0",
+                {"request": long},
+                tuple(
+                    ShownRun(name, {"answer": "word " * 60 + long, "image": [rng.random((256, 320, 3))]}, "0.1")
+                    for name in ("before training", f"after {long}")
+                ),
+            ),
+        ),
         warnings=(f"steps 0 to 9: the node {long!r} carries 97.0% of the margin",),
     )
 
@@ -140,13 +167,18 @@ def test_the_report_is_whole_and_no_wider_than_its_window(page, width):
     assert found["width"] == width
     assert found["over"] == []
     assert {tuple(box) for box in found["scrolling"]} <= {("wide", "TABLE"), ("wide", "svg")}
-    assert found["tables"] == [[3, True]]
+    assert found["tables"] == [[3, True], [3, True]]
+    assert found["headline"][0].startswith("Win rate 75.0% [70.0, 80.0] over 125 prompts")
+    assert found["headline"][1:] == [True] * 3
+    assert found["wins"][-2:] == [True, True]
+    assert found["beside"] == [True] * 3
     assert len(found["charts"]) == 6
     assert all(250 <= wide <= width for wide in found["charts"])
     assert found["curves"] == [True] * 7
     assert found["colours"] >= 2
     assert found["text"] >= 8
-    assert [(done, natural) for done, natural, _ in found["pictures"]] == [(True, 12)] * 6 + [(True, 320)] * 6
+    assert [(done, natural) for done, natural, _ in found["pictures"]] == [
+        *[(True, 320)] * 2, *[(True, 12)] * 6, *[(True, 320)] * 6]  # fmt: skip
     assert all(72 <= wide <= width for *_, wide in found["pictures"])
     assert found["nodes"] == [["request", True], ["answer", True], ["captions", True], ["image", True]]
 
