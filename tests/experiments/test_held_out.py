@@ -10,8 +10,8 @@ import pytest
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError
 from experiments.own.evaluation import HeldOut
-from experiments.own.judge import ScoreError
 from experiments.own.report import best_evaluation
+from experiments.own.unscored import ScoreError
 
 SYSTEM = sj.CompoundSystem(("x",), (sj.Node("z", sj.Categorical(50, (4,)), ("x",)),))
 PROMPTS = [{"x": x} for x in range(4)]
