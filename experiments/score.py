@@ -6,13 +6,13 @@
 
 A scorer takes a run, {input or node: value} with images as arrays in [0, 1], and returns a number, higher is better. A
 judge is any server with OpenAI's chat completions; its template is a file with the run's values in braces. Lines are
-{"id", "score"}; given again, the command scores what has no score. A file of another scorer or of other runs is
-refused.
+{"id", "score"}, in the order in which scores come; given again, the command scores what has no score. A file of another
+scorer or of other runs is refused.
 """
 
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,9 @@ from typing import Literal
 from experiments.own.appended import AppendedFile, digest, note_of
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, JudgeConfig, parse_flags
-from experiments.own.judge import ScoreError
 from experiments.own.runs_file import Run, read_lines, run_lines, values_of, with_images
-from experiments.own.scoring import about_scorer, make_scorer, parallel, score_of
+from experiments.own.scoring import about_scorer, check_scorer, make_scorer, scores
+from experiments.own.unscored import ScoreError, counted
 from sysdpo_jax.training import Board
 
 # So many runs without a score, and none with one, are no accident.
@@ -45,34 +45,39 @@ class Config:
 
 def score(config: Config) -> Path:
     """Score the runs that have none yet. Raises `ConfigError`, with all scores before it kept."""
-    scorer, threads = make_scorer(config.scorer, config.judge, "--"), parallel(config.scorer, config.judge)
-    runs = _runs(config.runs)
+    scorer, runs = make_scorer(config.scorer, config.judge, "--"), _runs(config.runs)
+    checked = set[tuple[str, ...]]()
+    for name, (path, run) in runs.items():
+        names = tuple(values_of(run))
+        # Runs mostly have the same values.
+        if names not in checked:
+            check_scorer(scorer, names, f"run {name} of {path}")
+            checked.add(names)
     file = AppendedFile(config.output, _about(config))
     # A line that a killed process left half-written has no end.
     file.cut(file.count())
     known = {row.get("id") for row in read_lines(config.output) if "score" in row} if config.output.exists() else set()
     waiting = [name for name in runs if name not in known]
 
-    def scored(name: str) -> Run:
+    def values(name: str) -> Run:
         path, run = runs[name]
-        try:
-            # Opened one by one: all images of a rollout would fill the memory.
-            return {"id": name, "score": score_of(scorer, values_of(with_images(run, path)), name)}
-        except ScoreError as error:
-            if config.on_error == "stop":
-                raise
-            return {"id": name, "error": str(error)}
+        # Opened one by one: all images of a rollout would fill the memory.
+        return values_of(with_images(run, path))
 
-    done, failed = len(runs) - len(waiting), 0
-    with ThreadPoolExecutor(threads) as pool, Board() as board, board.phase("scores", done, len(runs)) as report:
-        for start in range(0, len(waiting), threads):
-            lines = list(pool.map(scored, waiting[start : start + threads]))
-            file.append(lines)
-            done += len(lines)
-            failed += sum("error" in line for line in lines)
-            if failed == done >= min(ENOUGH, len(runs)):
-                raise ConfigError(f"none of the first {failed} runs has a score; the last: {lines[-1]['error']}")
-            report(done, f"{failed} without a score" if failed else "")
+    before, failed = len(runs) - len(waiting), list[ScoreError]()
+    found = scores(scorer, waiting, values, config.judge.parallel, config.on_error == "skip")
+    with closing(found), Board() as board, board.phase("scores", before, len(runs)) as report:
+        for done, (name, outcome) in enumerate(found, before + 1):
+            if isinstance(outcome, ScoreError):
+                failed.append(outcome)
+                file.append([{"id": name, "error": str(outcome)}])
+            else:
+                file.append([{"id": name, "score": outcome}])
+            if len(failed) == done >= min(ENOUGH, len(runs)):
+                raise ConfigError(f"none of the first {done} runs has a score ({counted(failed)}); the last: {outcome}")
+            report(done, f"{len(failed)} without a score" if failed else "")
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs have no score: {counted(failed)}", file=sys.stderr)
     return config.output
 
 

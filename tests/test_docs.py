@@ -235,7 +235,7 @@ def test_the_page_of_the_configuration_has_every_field(tmp_path):
         assert replace(getattr(config, name), **({"source": ""} if name == "data" else {})) == kind()
     assert set(given["mesh"]) == {field.name for field in fields(MeshConfig)}
     assert set(given["evaluation"]) == {field.name for field in fields(EvaluationConfig)}
-    assert set(given["evaluation"]["judge"]) == {field.name for field in fields(JudgeConfig)} - {"number"}
+    assert set(given["evaluation"]["judge"]) == {field.name for field in fields(JudgeConfig)}
     assert replace(config.evaluation, prompts="", scorer="") == EvaluationConfig()
     assert set(given["system"]["nodes"]["caption"]) == {field.name for field in fields(NodeConfig)}
     assert set(given["system"]["components"]["writer"]) == {field.name for field in fields(ComponentConfig)}

@@ -15,12 +15,6 @@ class ConfigError(ValueError):
     """A configuration cannot be used: the message names the file, the field and the remedy."""
 
 
-# What a score is out of is taken with it: "8/10", "**8** out of **10**". A sign after a digit is a dash: "3-4".
-NUMBER = (
-    r"((?:(?<![\w.,])[-+])?(?<![\w.,])(?:\d+(?:[.,]\d+)*|\.\d+)(?:[eE][-+]?\d+)?)"
-    r"(?:[\s*_]*(?:/|(?:out\s+)?of)[\s*_]*\d[\d.,]*)?"
-)
-
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Natural: TypeAlias = Annotated[int, Field(ge=0)]
 # Unknown names are errors.
@@ -149,18 +143,21 @@ class JudgeConfig:
     """A model that scores runs, behind an endpoint that speaks OpenAI's chat completions. url: "" for none.
 
     url: as OpenAI's client takes it, https://api.openai.com/v1; of a server alone, http://localhost:8000, /v1 is added.
-    model: its name there. template: a file with the question, the run's values in braces. number: regular expression of
-    the score in the answer; its last match counts, or that match's first group. key: the environment variable of the
-    API key. temperature: null for models that take none. timeout: seconds of a request. retries: of a failed one.
-    parallel: requests at a time, of each process.
+    model: its name there. template: a file with the question, the run's values in braces. answer: "stated" asks for the
+    score as a JSON object in the last line, and takes no other number; "last_number" takes the last number of whatever
+    the template asks for. range: the lowest and the highest score. key: the environment variable of the API key.
+    temperature: null for models that take none. max_tokens: of an answer, null for the server's limit. timeout: seconds
+    of a whole request. retries: of a failed one, within two minutes. parallel: requests at a time, of each process.
     """
 
     url: str = ""
     model: str = ""
     template: str = ""
-    number: str = NUMBER
+    answer: Literal["stated", "last_number"] = "stated"
+    range: tuple[float, float] = (0.0, 10.0)
     key: str = "OPENAI_API_KEY"
     temperature: float | None = 0.0
+    max_tokens: Positive | None = None
     timeout: Annotated[float, Field(gt=0)] = 60.0
     retries: Natural = 5
     parallel: Positive = 4

@@ -14,11 +14,12 @@ from jaxtyping import Float
 import sysdpo_jax as sj
 from experiments.own.appended import digest, note_of
 from experiments.own.config import ConfigError, JudgeConfig, write_whole
-from experiments.own.judge import ScoreError
+from experiments.own.judge import Judge
 from experiments.own.prompts import read_prompts
 from experiments.own.run import BEST, Run
 from experiments.own.runs_file import as_row, read_lines, write_rows
-from experiments.own.scoring import Scorer, about_scorer, make_scorer, parallel, score_runs
+from experiments.own.scoring import Scorer, about_scorer, check_scorer, make_scorer, score_runs
+from experiments.own.unscored import ScoreError
 from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, paired_difference, too_few, win_rate
 from sysdpo_jax.evaluation.preferences import SHARE
@@ -41,8 +42,8 @@ class HeldOut:
 
     system: sj.CompoundSystem
     prompts: Sequence[Mapping[str, Any]]
-    scorer: Scorer
-    threads: int
+    scorer: Scorer | Judge
+    parallel: int
     skip: bool
     samples: int
     batch_size: int
@@ -84,7 +85,7 @@ class HeldOut:
 
         runs = sj.rollout(self.system, own, self.prompts, key, self.samples, size, progress, shard)
         names = [f"{place // self.samples}-{place % self.samples}" for place in places]
-        scores = score_runs(self.scorer, runs, names, self.threads, self.skip)
+        scores = score_runs(self.scorer, runs, names, self.parallel, self.skip)
         images = ImageFiles(self.path(step))
         rows = [as_row(self.system, run, name, images) for run, name in zip(runs, names, strict=True)]
         return [(place, row | {"score": score}) for place, row, score in zip(places, rows, scores, strict=True)]
@@ -122,11 +123,13 @@ def make_evaluation(run: Run) -> Evaluation | None:
         if config.scorer or config.judge != JudgeConfig():
             raise ConfigError("evaluation.prompts is empty: give the held-out prompts too, or leave the scorer out")
         return None
+    scorer = make_scorer(config.scorer, config.judge, "evaluation.")
+    check_scorer(scorer, (*run.system.inputs, *(node.name for node in run.system.nodes)), "the system")
     held_out = HeldOut(
         run.system,
         read_prompts(config.prompts, run.system),
-        make_scorer(config.scorer, config.judge, "evaluation."),
-        parallel(config.scorer, config.judge),
+        scorer,
+        config.judge.parallel,
         config.on_error == "skip",
         config.samples,
         config.batch_size,

@@ -1,7 +1,8 @@
 """Scores of runs, by a function of your own or a judge behind HTTP."""
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import numpy as np
 from experiments.own.appended import digest
 from experiments.own.config import ConfigError, JudgeConfig
 from experiments.own.importing import import_object
-from experiments.own.judge import ScoreError, make_judge
+from experiments.own.in_parallel import as_completed
+from experiments.own.judge import Judge, make_judge
+from experiments.own.unscored import ScoreError, counted
 
 Scorer = Callable[[Mapping[str, Any]], float]
 
+logger = logging.getLogger(__name__)
 
-def make_scorer(scorer: str, judge: JudgeConfig, prefix: str) -> Scorer:
+
+def make_scorer(scorer: str, judge: JudgeConfig, prefix: str) -> Scorer | Judge:
     """The function "module:name", or the judge. prefix: of both fields, for errors.
 
     Raises `ConfigError` for none or both, and for one that cannot be had.
@@ -28,9 +33,10 @@ def make_scorer(scorer: str, judge: JudgeConfig, prefix: str) -> Scorer:
     return found
 
 
-def parallel(scorer: str, judge: JudgeConfig) -> int:
-    """How many runs are scored at a time: a function of your own need not bear more than one."""
-    return 1 if scorer else judge.parallel
+def check_scorer(scorer: Scorer | Judge, names: Collection[str], of: str) -> None:
+    """Raise `ConfigError` where a judge's template names other values than `names`. of: what has them, for errors."""
+    if isinstance(scorer, Judge):
+        scorer.template.check(names, of)
 
 
 def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
@@ -53,30 +59,76 @@ def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
     return number
 
 
-def score_runs(
-    scorer: Scorer, runs: Sequence[Mapping[str, Any]], names: Sequence[str], threads: int, skip: bool
-) -> list[float | None]:
-    """The scores of runs, whose ids are `names`. skip: None for one without a score. Raises as `score_of`."""
+def scores(
+    scorer: Scorer | Judge,
+    names: Iterable[str],
+    read: Callable[[str], Mapping[str, Any]],
+    parallel: int,
+    skip: bool,
+) -> Generator[tuple[str, float | ScoreError], None, None]:
+    """(id, score) of runs as they come. A function scores one after the other, a judge `parallel` at a time.
 
-    def scored(run: Mapping[str, Any], name: str) -> float | None:
+    read: the run of an id; it is called when its turn has come. skip: gives the error of one without a score.
+    Raises as `score_of`, when all scores that are there were given.
+    """
+    if isinstance(scorer, Judge):
+        yield from _judged(scorer, names, read, parallel, skip)
+        return
+    for name in names:
         try:
-            return score_of(scorer, run, name)
-        except ScoreError:
-            if skip:
-                return None
-            raise
+            found: float | ScoreError = score_of(scorer, read(name), name)
+        except ScoreError as error:
+            if not skip:
+                raise
+            found = error
+        yield name, found
 
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(scored, runs, names))
+
+def _judged(
+    judge: Judge, names: Iterable[str], read: Callable[[str], Mapping[str, Any]], parallel: int, skip: bool
+) -> Generator[tuple[str, float | ScoreError], None, None]:
+    connections = judge.client.connections(parallel)
+
+    async def judged(name: str) -> tuple[str, float | ScoreError]:
+        run = read(name)
+        try:
+            return name, await judge.score(connections, run)
+        except ScoreError as error:
+            named = ScoreError(f"run {name}: {error}", error.reason)
+            if not skip:
+                raise named from None
+            return name, named
+        except ConfigError as error:
+            raise ConfigError(f"run {name}: {error}") from None
+
+    with asyncio.Runner() as runner:
+        try:
+            yield from as_completed(runner, judged, names, parallel)
+        finally:
+            runner.run(connections.aclose())
+
+
+def score_runs(
+    scorer: Scorer | Judge, runs: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: int, skip: bool
+) -> list[float | None]:
+    """The scores of runs, whose ids are `names`. skip: None for one without a score. Raises as `scores`."""
+    found = dict(scores(scorer, names, dict(zip(names, runs, strict=True)).__getitem__, parallel, skip))
+    errors = [error for error in found.values() if isinstance(error, ScoreError)]
+    if errors:
+        said = (len(errors), len(runs), counted(errors), errors[-1])
+        logger.warning("%d of %d runs have no score (%s); the last: %s", *said)
+    return [None if isinstance(score, ScoreError) else score for score in (found[name] for name in names)]
 
 
 def about_scorer(scorer: str, judge: JudgeConfig) -> dict[str, str]:
     """What scores depend on: those of two scorers are not compared."""
     if scorer:
         return {"scorer": scorer}
+    # Neither the place nor the limits of an answer: a run that had no score gets one under others.
     return {
         "judge.model": judge.model,
         "judge.template": digest(Path(judge.template)),
-        "judge.number": judge.number,
+        "judge.answer": judge.answer,
+        "judge.range": f"{judge.range[0]:g} to {judge.range[1]:g}",
         "judge.temperature": str(judge.temperature),
     }

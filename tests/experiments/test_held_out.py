@@ -10,9 +10,9 @@ import pytest
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError
 from experiments.own.evaluation import HeldOut
-from experiments.own.judge import ScoreError
 from experiments.own.outcome import best_evaluation, final_figures, summary
 from experiments.own.shown import spread
+from experiments.own.unscored import ScoreError
 from sysdpo_jax.evaluation import share_interval
 
 SYSTEM = sj.CompoundSystem(("x",), (sj.Node("z", sj.Categorical(50, (4,)), ("x",)),))

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import jax
@@ -12,7 +10,6 @@ import pytest
 
 import sysdpo_jax as sj
 from experiments import make_pairs, rollout, score
-from experiments.own.judge import Judge, _endpoint
 from experiments.own.runs_file import read_lines, run_lines, with_images
 from tests.data.test_preference_files import PAINTER
 
@@ -290,170 +287,12 @@ def test_a_scorer_that_fails_on_every_run_is_no_accident(files, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("url", "asked"),
-    [
-        ("http://localhost:8000", "http://localhost:8000/v1/chat/completions"),
-        ("https://api.openai.com/v1/", "https://api.openai.com/v1/chat/completions"),
-        ("https://host/openai/v2", "https://host/openai/v2/chat/completions"),
-        ("https://host/chat/completions", "https://host/chat/completions"),
-        ("https://host/a?version=1", "https://host/a/chat/completions?version=1"),
-    ],
-)
-def test_where_a_judge_is_asked(url, asked):
-    assert _endpoint(url) == asked
-
-
-@pytest.mark.parametrize(
     ("value", "message"), [("nan", "the score of run 0-0 is nan"), ("'high'", "is 'high', no number")]
 )
 def test_a_score_that_is_none(files, capsys, monkeypatch, value, message):
     roll_out(files)
     monkeypatch.setattr(f"{__name__}.brightness", lambda run: eval(value, {"nan": float("nan")}))
     assert message in failure(capsys, scored, files, "--scorer", f"{__name__}:brightness")
-
-
-class Server(BaseHTTPRequestHandler):
-    """Answers what `script` says, a status and a text each, the last one for ever."""
-
-    script: list = []
-    seen: list = []
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        Server.seen.append((self.path, body, self.headers.get("Authorization")))
-        status, text = Server.script.pop(0) if len(Server.script) > 1 else Server.script[0]
-        if status == "hang":
-            threading.Event().wait(2)
-            return
-        if status == "torn":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"half")
-            return
-        answer = text if status != 200 else json.dumps({"choices": [{"message": {"content": text}}]})
-        self.send_response(status)
-        if status == 302:
-            self.send_header("Location", text)
-        self.end_headers()
-        self.wfile.write(answer.encode())
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def judge(files):
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Server.seen = []
-    roll_out(files)
-    (files / "question.txt").write_text("Question: {question}. Picture: {image}. Rate from 0 to 10.")
-
-    def flags(*script, timeout="5", retries="2"):
-        Server.script = list(script)
-        url = f"http://127.0.0.1:{server.server_port}"
-        named = {
-            "url": url,
-            "model": "m",
-            "template": str(files / "question.txt"),
-            "timeout": timeout,
-            "retries": retries,
-            "parallel": "1",
-        }
-        return [word for name, value in named.items() for word in (f"--judge.{name}", value)]
-
-    yield flags
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_judge_is_asked_again_where_it_fails(files, judge, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    found = scored(files, *judge((503, "busy"), (429, "slower"), (200, "7 of 10, or rather 8.5")))
-    assert set(found.values()) == {8.5}
-    path, body, key = Server.seen[0]
-    assert (path, key, len(Server.seen)) == ("/v1/chat/completions", "Bearer secret", 17)
-    text, image = body["messages"][0]["content"]
-    assert text["text"] == "Question: one. Picture: (image). Rate from 0 to 10."
-    assert image["image_url"]["url"].startswith("data:image/png;base64,")
-
-
-def test_the_expression_that_finds_the_score(files, judge):
-    found = scored(files, *judge((200, "between 3-4, so 3 of 10")), "--judge.number", r"(\S+) of 10")
-    assert set(found.values()) == {3.0}
-
-
-@pytest.mark.parametrize(
-    ("answer", "number"),
-    [
-        ("I say 3-4", 4.0),
-        ("8 of 10", 8.0),
-        ("7 out of 10", 7.0),
-        ("6 / 10", 6.0),
-        ("-2", -2.0),
-        ("about 1.5e-2.", 0.015),
-        ("Score: **7**", 7.0),
-        ("0.25", 0.25),
-        ("8.5/10.0", 8.5),
-        ("8 out of 10.0.", 8.0),
-        ("**8** out of **10**", 8.0),
-        ("a score of 7", 7.0),
-        (".8", 0.8),
-        ("1,000", 1000.0),
-        ("8,5", 8.5),
-    ],
-)
-def test_the_last_number_of_an_answer(monkeypatch, answer, number):
-    monkeypatch.setattr(Judge, "_ask", lambda self, body: answer)
-    assert Judge("http://localhost", "m", "{question}")({"question": "one"}) == number
-
-
-def test_the_key_goes_to_the_judge_alone(files, judge, capsys, monkeypatch):
-    """Neither what a server repeats nor what no header can hold is printed, and redirections are not followed."""
-    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
-    said = failure(capsys, scored, files, *judge((401, "no such key: secret")))
-    assert "refuses: 401" in said
-    assert "no such key: ..." in said
-    assert Server.seen[-1][2] == "Bearer secret"
-    assert "refuses: 302" in failure(capsys, scored, files, *judge((302, "/elsewhere")))
-    assert Server.seen[-1][0] == "/v1/chat/completions"
-    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
-    said = failure(capsys, scored, files, *judge((200, "1")))
-    assert "OPENAI_API_KEY holds characters that no API key has" in said
-    assert "ret" not in said.replace("retries", "")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--judge.url", "localhost:8000"), "begin it with http:// or https://"),
-        (("--judge.number", "(7"), "is no regular expression"),
-        (("--judge.timeout", "0"), "judge.timeout is 0.0: input should be greater than 0"),
-        (("--scorer", "builtins:len"), "give either --scorer or --judge.url"),
-    ],
-)
-def test_a_judge_that_cannot_be_asked(files, judge, capsys, flags, message):
-    assert message in failure(capsys, scored, files, *judge((200, "1")), *flags)
-
-
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        ((200, "very good"), "the judge's answer has no number: 'very good'"),
-        ((401, "who are you"), "refuses: 401"),
-        ((500, "broken"), "fails after 3 tries (500"),
-        (("hang", ""), "fails after 3 tries (timed out)"),
-        (("torn", ""), "fails after 3 tries (IncompleteRead"),
-        ((529, "overloaded"), "fails after 3 tries (529"),
-    ],
-)
-def test_a_judge_that_is_of_no_use(files, judge, capsys, monkeypatch, script, message):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    said = failure(capsys, scored, files, *judge(script, timeout="0.3"))
-    assert message in said
-    assert "run 0-0: " in said
 
 
 def paired(folder, *flags, runs="runs.jsonl"):
