@@ -271,7 +271,7 @@ def test_a_pipelines_files_go_out_as_they_came_though_the_folder_is_gone(made, t
 def test_what_was_changed_in_a_pipeline_is_written_anew(made, tmp_path, library_log):
     """Another sampler and another tokenizer: diffusers makes both of the folder, and says nothing."""
     pipe, folder = made("sd1")
-    component, params = pretrained.load(folder, sampler=Euler("trailing"))
+    component, params = pretrained.load(folder, sampler=Euler("trailing", 1))
     component.text.text.tokenizer.add_special_tokens({"additional_special_tokens": ["<style>"]})
     pretrained.save(tmp_path / "out", component, params)
     library_log.clear()

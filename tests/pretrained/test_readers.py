@@ -110,7 +110,7 @@ def test_vllm_reads_what_is_written(tmp_path):
     adapted = sj.add_lora(adapted, sj.LoRA(4, 6.0, "mlp"), jax.random.key(2))
     flat = flatten_dict(adapted, sep="/")
     for number, path in enumerate(sorted(path for path in flat if path.endswith("lora_b"))):
-        flat[path] = 0.01 * jax.random.normal(jax.random.key(number), flat[path].shape)
+        flat[path] = 0.05 * jax.random.normal(jax.random.key(number), flat[path].shape)
     adapted = unflatten_dict(flat, sep="/")
     sj.pretrained.save_adapter(tmp_path / "adapter", component, adapted)
     prompts = [[{"role": "user", "content": text}] for text in ("What is the capital of France?", "Name a colour.")]
