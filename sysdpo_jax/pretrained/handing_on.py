@@ -12,12 +12,16 @@ from typing import Any
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.pretrained.base import CheckpointError, write_json
 
+# What the writer alone says. The code that auto_map names does not go along, and the model is one that is known.
+OWN = ("architectures", "auto_map", "model_type")
+
 
 def remember(path: Path, variant: str | None, patterns: tuple[str, ...]) -> Source:
     """The source of a folder, with the content of its files that the patterns name."""
     found = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
     files = tuple((file.relative_to(path).as_posix(), file.read_bytes()) for file in sorted(found))
-    return Source(path, variant, files)
+    # Absolute, because the weights there are read again later, when the process may be elsewhere.
+    return Source(path.absolute(), variant, files)
 
 
 def recalled(source: Source | None, name: str) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def handed_on(
         `values`, completed by what they leave to defaults; `written` alone where they say something else than `wanted`
         because the configuration was changed after it was read.
     """
-    joined = {**written, **values}
+    joined = {**written, **{name: value for name, value in values.items() if name not in OWN}}
     try:
         same = read(joined) == wanted
     except CheckpointError:

@@ -48,7 +48,7 @@ def load_language_model(
     tokenizer = settings.pop("tokenizer", None)
     if path.is_file():
         values, tensors, tokenizer = read_gguf(path, tokenizer)
-        source, generation = Source(path), {}
+        source, generation = Source(path.absolute()), {}
         where = str(path)
     else:
         where = str(path / "config.json")

@@ -11,6 +11,7 @@ import transformers
 
 from sysdpo_jax import pretrained
 from sysdpo_jax.components.source import Source
+from sysdpo_jax.pretrained.handing_on import handed_on
 from tests.components.stubs import CHAT_TEMPLATE, byte_tokenizer, word_tokenizer
 from tests.pretrained.checkpoints import write_decoder
 
@@ -107,6 +108,15 @@ def test_the_file_of_transformers_5_is_completed_for_older_readers(tmp_path):
     pretrained.save(tmp_path / "out", component, params)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5000.0
+
+
+def test_what_the_writer_says_is_not_handed_on():
+    """As of a whole T5, of which a pipeline's encoder is one half."""
+    values = {"architectures": ["Whole"], "auto_map": {"A": "b.C"}, "size": 1, "unread": 2}
+    written = {"architectures": ["Half"], "size": 1, "eps": 0.5}
+    read = {"size": 1, "eps": 0.5}.items()
+    assert handed_on(values, written, True, lambda joined: read <= joined.items()) == {**written, "unread": 2}
+    assert handed_on({**values, "size": 3}, written, True, lambda joined: read <= joined.items()) == written
 
 
 def with_token(tokenizer):

@@ -9,9 +9,6 @@ from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.fields import with_ours
 from sysdpo_jax.pretrained.handing_on import handed_on
 
-# What is ours to say. The code that auto_map names does not go along, and the model is one that transformers knows.
-OWN = ("architectures", "auto_map", "model_type")
-
 
 @dataclass(frozen=True)
 class Family:
@@ -55,5 +52,4 @@ class Family:
                     f"a {self.model_type} checkpoint cannot say {field.name}={wanted!r} (it would be read as "
                     f"{found!r}): write it under another model_type"
                 )
-        kept = {name: value for name, value in (source or {}).items() if name not in OWN}
-        return handed_on(kept, values, config, read)
+        return handed_on(source or {}, values, config, read)
