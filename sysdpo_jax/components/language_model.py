@@ -21,6 +21,7 @@ from sysdpo_jax.components.prompts import (
     prompt_ids,
     tokenized,
 )
+from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
 from sysdpo_jax.generation.beam_decode import beam_generate
 from sysdpo_jax.generation.beam_search import BeamSearch
@@ -47,6 +48,7 @@ class LanguageModel(Component):
     stop_tokens: token ids that end a completion beside the tokenizer's end-of-sequence token, as the
     `eos_token_id` of a generation_config.json lists them.
     search: settings of the beam search that finds `candidates`.
+    source: the files that it was read from, which `pretrained.save` hands on.
 
     The tokenizer may hold more tokens than the decoder, as long as no row does; its padding token is never read.
     Raises ValueError for lengths beyond the decoder's positions and ends beyond its vocabulary.
@@ -62,6 +64,7 @@ class LanguageModel(Component):
     truncation: Truncation = "error"
     stop_tokens: tuple[int, ...] = ()
     search: BeamSearch = BeamSearch()
+    source: Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:

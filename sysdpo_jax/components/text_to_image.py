@@ -7,7 +7,7 @@ Axes: B batch, h w c latent.
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, Metrics, RecordError, row_keys
 from sysdpo_jax.components.codec import Codec, whole_frames
+from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import TextConditioner
 from sysdpo_jax.generation.samplers import Denoiser, guided
 from sysdpo_jax.generation.schedules import expand
@@ -44,6 +45,7 @@ class TextToImage(Component):
     num_steps, guidance_scale: of the sampler. negative_prompt: what guidance leads away from, None: the null condition.
     caption_dropout: share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
     strata: rows come in groups of this many whose times are spread evenly (set it to the node's plate); 1: independent.
+    source: the files that it was read from, which `pretrained.save` hands on.
     """
 
     denoiser: nn.Module
@@ -54,6 +56,7 @@ class TextToImage(Component):
     negative_prompt: str | None = None
     caption_dropout: float = 0.0
     strata: int = 1
+    source: Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:

@@ -1,8 +1,9 @@
 """LoRA factors in the layouts that PEFT (language models) and diffusers (image models) read. Only safetensors."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,14 @@ class Adapter:
     def rank(self) -> int:
         return int(self.down.shape[0])
 
-    @property
-    def alpha(self) -> float:
-        """scale * rank, without the rounding of the float32 scale."""
-        return float(f"{self.scale * self.rank:.6g}")
+    def resized(self, rank: int, scale: float) -> "Adapter":
+        """The same product with a rank that is no smaller, by zeros, and with another scale, by its share in B."""
+        more, rest = rank - self.rank, [(0, 0)] * (self.down.ndim - 2)
+        share = self.scale / scale
+        # The float32 scale is alpha / rank to seven digits; what is only its rounding leaves B as it was trained.
+        up = self.up if abs(share - 1) < 1e-6 else (self.up * np.float32(share)).astype(self.up.dtype)
+        down, up = np.pad(self.down, [(0, more), (0, 0), *rest]), np.pad(up, [(0, 0), (0, more), *rest])
+        return Adapter(self.module, down, up, scale)
 
 
 def adapters_of(params: Params, naming: Naming) -> Iterator[Adapter]:
@@ -51,15 +56,26 @@ def adapters_of(params: Params, naming: Naming) -> Iterator[Adapter]:
             yield Adapter(tensor.name.removesuffix(".weight"), down, up, float(scale[one]))
 
 
-def write_peft_adapter(folder: Path, params: Params, naming: Naming, base_model: str | None) -> None:
-    """adapter_config.json and adapter_model.safetensors of a decoder, for peft.PeftModel.from_pretrained.
+def write_peft_adapter(
+    folder: Path, params: Params, naming: Naming, base_model: str | None, whole: Mapping[str, np.ndarray]
+) -> None:
+    """adapter_config.json and adapter_model.safetensors of a decoder, for peft.PeftModel.from_pretrained and vLLM.
 
-    base_model: folder or repository of the model that the adapter belongs to, noted for readers.
-    Raises `CheckpointError` for parameters without LoRA.
+    All layers have the largest rank and the most common scale, so that readers that know one r and one lora_alpha (vLLM
+    for long) compute the same as those that know PEFT's patterns.
+
+    Args:
+        base_model: folder or repository of the model that the adapter belongs to, noted for readers.
+        whole: weights that were trained beside the factors, by their stored names. PEFT keeps such modules whole.
+
+    Raises:
+        CheckpointError: for parameters without LoRA.
     """
     adapters = list(adapters_of(params, naming))
-    rank = Counter(adapter.rank for adapter in adapters).most_common(1)[0][0]
-    alpha = Counter(adapter.alpha for adapter in adapters).most_common(1)[0][0]
+    rank = max(adapter.rank for adapter in adapters)
+    scale = Counter(adapter.scale for adapter in adapters).most_common(1)[0][0]
+    # Without the rounding of the float32 scale.
+    alpha = float(f"{scale * rank:.6g}")
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -67,38 +83,37 @@ def write_peft_adapter(folder: Path, params: Params, naming: Naming, base_model:
         "inference_mode": True,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
+        "modules_to_save": [name.removesuffix(".weight").rpartition(".")[2] for name in whole] or None,
         "peft_type": "LORA",
         "r": rank,
-        # Whole names, so that exactly these layers are adapted; the patterns name those that differ.
+        # Whole names, so that exactly these layers are adapted.
         "target_modules": sorted(adapter.module for adapter in adapters),
-        "rank_pattern": {adapter.module: adapter.rank for adapter in adapters if adapter.rank != rank},
-        "alpha_pattern": {adapter.module: adapter.alpha for adapter in adapters if adapter.alpha != alpha},
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", config)
-    tensors = ((f"base_model.model.{adapter.module}", adapter.down, adapter.up) for adapter in adapters)
-    write_safetensors(folder, "adapter_model", _factors(tensors))
+    factors = _factors("base_model.model.", (adapter.resized(rank, alpha / rank) for adapter in adapters))
+    others = ((f"base_model.model.{name}", array) for name, array in whole.items())
+    write_safetensors(folder, "adapter_model", chain(factors, others))
 
 
 def write_diffusers_adapter(folder: Path, params: Params, naming: Naming, name: str) -> None:
     """pytorch_lora_weights.safetensors of one model, for diffusers' load_lora_weights and load_lora_adapter.
 
-    name: the model's in its pipeline, "unet" or "transformer". The scale is multiplied into B: the layout has no place
-    for alpha that all of its readers know, and without one they take alpha = rank, which is then right.
+    name: the model's in its pipeline, "unet" or "transformer". All layers have the largest rank, and a scale of 1 that
+    is multiplied into B. diffusers refuses a key for alpha in this layout, and takes alpha to be the rank: today each
+    layer's own, in older versions (0.35 and before) the first layer's for all. With one rank all of them are right.
     Raises `CheckpointError` for parameters without LoRA.
     """
     adapters = list(adapters_of(params, naming))
+    rank = max(adapter.rank for adapter in adapters)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = (
-        (f"{name}.{adapter.module}", adapter.down, (adapter.up * np.float32(adapter.scale)).astype(adapter.up.dtype))
-        for adapter in adapters
-    )
-    write_safetensors(folder, "pytorch_lora_weights", _factors(tensors))
+    factors = _factors(f"{name}.", (adapter.resized(rank, 1.0) for adapter in adapters))
+    write_safetensors(folder, "pytorch_lora_weights", factors)
 
 
-def _factors(tensors: Iterator[tuple[str, np.ndarray, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    for module, down, up in tensors:
-        yield f"{module}.lora_A.weight", down
-        yield f"{module}.lora_B.weight", up
+def _factors(before: str, adapters: Iterable[Adapter]) -> Iterator[tuple[str, np.ndarray]]:
+    for adapter in adapters:
+        yield f"{before}{adapter.module}.lora_A.weight", adapter.down
+        yield f"{before}{adapter.module}.lora_B.weight", adapter.up

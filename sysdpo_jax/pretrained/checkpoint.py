@@ -13,10 +13,11 @@ import jax
 from sysdpo_jax.components import Component, Diffusion, FlowMatching, LanguageModel
 from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
 from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.beside import trained_beside, whole_modules
 from sysdpo_jax.pretrained.hub import locate
 from sysdpo_jax.pretrained.language import decoder_naming, load_language_model, save_language_model
 from sysdpo_jax.pretrained.params import Shardings, check_params
-from sysdpo_jax.pretrained.pipelines import denoiser_names, load_pipeline, save_pipeline
+from sysdpo_jax.pretrained.pipelines import denoiser_part, load_pipeline, save_pipeline
 from sysdpo_jax.pretrained.tensors import DTYPES
 from sysdpo_jax.typing import Params
 
@@ -75,8 +76,10 @@ def load(
 def save(path: str | Path, component: Component, params: Params) -> None:
     """Write a component as `load` reads it, in the layout of transformers or diffusers and in the parameters' dtype.
 
-    LoRA factors are merged into their kernels, one layer at a time; `save_adapter` writes them apart. Of a
-    generation_config.json only the token ids are kept: sampling settings are the component's own.
+    LoRA factors are merged into their kernels, one layer at a time; `save_adapter` writes them apart. What was read and
+    is not trained goes out unchanged: configurations with all their keys, sampling settings of a
+    generation_config.json, the tokenizer's files, a pipeline's scheduler file. What of it the component contradicts,
+    because it was changed after loading, is written anew.
     Raises `FileExistsError` when `path` exists and is not an empty folder, and `CheckpointError` for a component that
     has no Hugging Face form and for parameters that are not its own. Nothing half-written is left behind.
     """
@@ -91,9 +94,19 @@ def save(path: str | Path, component: Component, params: Params) -> None:
 def save_adapter(path: str | Path, component: Component, params: Params, base_model: str | None = None) -> None:
     """Write the LoRA factors alone: PEFT's layout for a language model, diffusers' for a denoiser.
 
-    base_model: folder or repository of the model they belong to, noted in PEFT's configuration.
-    What is trained beside the factors is not in it. Raises as `save` does, and `CheckpointError` for parameters without
-    LoRA, and for trained text encoders, which `save` writes.
+    What was trained beside the factors is found by comparing with the files that the component was loaded from, which
+    must still be there. Embeddings and the head of a language model that does not tie them are written whole, where
+    PEFT has a place for them. A component that was not loaded cannot be compared, and a warning says so.
+
+    Args:
+        path: a new or empty folder.
+        component: a language model or a text-to-image component.
+        params: its parameters, LoRA's factors among them.
+        base_model: folder or repository of the model they belong to, noted in PEFT's configuration.
+
+    Raises:
+        CheckpointError: as `save` does, for parameters without LoRA, and for what was trained that an adapter has no
+            place for, by name: `save` writes it.
     """
     component = _writable(component, params)
     others = [] if isinstance(component, LanguageModel) else [key for key in params if key != "denoiser"]
@@ -103,9 +116,13 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
         )
     with new_folder(path) as folder:
         if isinstance(component, LanguageModel):
-            write_peft_adapter(folder, params, decoder_naming(component.decoder.config), base_model)
+            naming = decoder_naming(component.decoder.config)
+            whole = trained_beside(component, params, naming, whole_modules(component, params))
+            write_peft_adapter(folder, params, naming, base_model, whole)
         else:
-            name, naming = denoiser_names(component)
+            name, part = denoiser_part(component)
+            naming = part.naming(component.denoiser.config)  # type: ignore[attr-defined]
+            trained_beside(component, params["denoiser"], naming, frozenset())
             write_diffusers_adapter(folder, params["denoiser"], naming, name)
 
 

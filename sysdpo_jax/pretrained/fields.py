@@ -1,7 +1,7 @@
 """Fields of configurations that are read and written alike."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
@@ -74,3 +74,8 @@ def express(config: Any, *left_out: str) -> dict[str, Any]:
     """The fields of a configuration dataclass as JSON has them, without our own and those left out."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in (*OURS, *left_out)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def with_ours(config: Model, other: Any) -> Model:
+    """A configuration that was read from a file, with the fields that no file has taken from another one."""
+    return replace(config, **{f.name: getattr(other, f.name) for f in fields(other) if f.name in OURS})  # type: ignore[type-var]

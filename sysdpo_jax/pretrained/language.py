@@ -7,13 +7,16 @@ from typing import Any
 import jax
 
 from sysdpo_jax.components import LanguageModel
+from sysdpo_jax.components.source import Source
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json, write_json
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json
 from sysdpo_jax.pretrained.decoders import find_family
 from sysdpo_jax.pretrained.gguf import read_gguf
+from sysdpo_jax.pretrained.handing_on import recalled, remember, write_like
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
 from sysdpo_jax.pretrained.tensors import Safetensors, TensorSource, write_safetensors
+from sysdpo_jax.pretrained.tokenizer_files import FILES, write_tokenizer
 from sysdpo_jax.typing import Params
 
 # Room for prompt and completion when the caller says nothing: the lengths of TRL's DPO recipes.
@@ -40,17 +43,18 @@ def load_language_model(
     Raises `CheckpointError` for a model that is not known or would be computed wrongly, files that are missing or
     damaged (the tokenizer's too, unless one is passed), and tensors that do not fit.
     """
-    check_settings(LanguageModel, settings, {"decoder"})
-    source: TensorSource
+    check_settings(LanguageModel, settings, {"decoder", "source"})
+    tensors: TensorSource
     tokenizer = settings.pop("tokenizer", None)
     if path.is_file():
-        values, source, tokenizer = read_gguf(path, tokenizer)
-        generation: dict[str, Any] = {}
+        values, tensors, tokenizer = read_gguf(path, tokenizer)
+        source, generation = Source(path.absolute()), {}
         where = str(path)
     else:
         where = str(path / "config.json")
-        values, source = read_json(path / "config.json"), Safetensors(path, "model", variant)
+        values, tensors = read_json(path / "config.json"), Safetensors(path, "model", variant)
         generation = read_json(file) if (file := path / "generation_config.json").exists() else {}
+        source = remember(path, variant, ("config.json", "generation_config.json", *FILES))
         tokenizer = read_tokenizer(path) if tokenizer is None else tokenizer
     config = find_family(values.get("model_type", "(none)"), where).read(ConfigReader(values, where))
     config = replace(config, dtype=dtype, remat=remat, param_dtype=param_dtype or config.param_dtype)
@@ -61,9 +65,9 @@ def load_language_model(
         "stop_tokens": _ends(generation, values, tokenizer),
     }
     # Settings are checked before the weights are read, which may take minutes.
-    component = LanguageModel(Decoder(config), tokenizer, **defaults | settings)
+    component = LanguageModel(Decoder(config), tokenizer, **defaults | settings, source=source)
     abstract = jax.eval_shape(component.init, jax.random.key(0))
-    return component, load_params(abstract, source, decoder_naming(config), param_dtype, shardings)
+    return component, load_params(abstract, tensors, decoder_naming(config), param_dtype, shardings)
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -81,23 +85,37 @@ def read_tokenizer(path: Path) -> Any:
 
 
 def save_language_model(folder: Path, component: LanguageModel, params: Params) -> None:
-    """config.json, generation_config.json, tokenizer and safetensors, as transformers lays them out."""
-    config, tokenizer = component.decoder.config, component.tokenizer
+    """config.json, generation_config.json, tokenizer and safetensors, as transformers lays them out.
+
+    Of the files that the component was read from all is kept that it does not contradict.
+    """
+    config, tokenizer, source = component.decoder.config, component.tokenizer, component.source
+    read, generation = recalled(source, "config.json"), recalled(source, "generation_config.json")
+    as_read = write_tokenizer(folder, tokenizer, source)
     ends, pad = (tokenizer.eos_token_id, *component.stop_tokens), tokenizer.pad_token_id
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
-        # transformers makes no model with a padding token beyond its vocabulary.
-        "pad_token_id": pad if pad is not None and pad < config.vocab_size else None,
+        "pad_token_id": pad,
     }
-    first = jax.tree.leaves(params)[0]
-    written = find_family(config.model_type, "the component").write(config)
+    # The files' own ids are right as long as tokenizer and ends are those that were read with them.
+    changed = {} if as_read and component.stop_tokens == _ends(generation, read, tokenizer) else special
+    written = special | find_family(config.model_type, "the component").write(config, read) | changed
+    if not 0 <= (written["pad_token_id"] or 0) < config.vocab_size:
+        # transformers makes no model with a padding token beyond its vocabulary.
+        written["pad_token_id"] = None
     # The first is what transformers 5 reads, the second what older versions and vLLM read.
-    dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(first.dtype))
-    write_json(folder / "config.json", written | special | dtypes)
-    write_json(folder / "generation_config.json", special)
-    tokenizer.save_pretrained(folder)
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(jax.tree.leaves(params)[0].dtype))
+    write_like(folder, "config.json", written | dtypes, source)
+    write_like(folder, "generation_config.json", special | generation | changed, source)
     write_safetensors(folder, "model", stored_tensors(params, decoder_naming(config)))
+
+
+def base_tensors(component: LanguageModel, source: Source) -> TensorSource:
+    """The weights that the component was loaded with."""
+    if source.path.is_file():
+        return read_gguf(source.path, component.tokenizer).tensors
+    return Safetensors(source.path, "model", source.variant)
 
 
 def decoder_naming(config: DecoderConfig) -> Naming:

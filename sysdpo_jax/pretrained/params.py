@@ -77,6 +77,21 @@ def stored_tensors(params: Params, naming: Naming) -> Iterator[tuple[str, np.nda
             yield tensor.name, tensor.to_stored(np.asarray(whole))
 
 
+def changed_tensors(params: Params, source: TensorSource, naming: Naming) -> Iterator[tuple[str, np.ndarray]]:
+    """`(name, array)` of the stored tensors, LoRA's factors aside, that are not those of the source.
+
+    The source is read one tensor at a time, and compared in the parameters' precision.
+    """
+    present = _by_todays_name(source, naming)
+    leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(strip_lora(params))}
+    for path, leaf in leaves.items():
+        for tensor in tensors_of(path, leaf.shape, naming):
+            ours = tensor.to_stored(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
+            stored = present.get(tensor.name)
+            if stored is None or not np.array_equal(source.read(stored, ()).astype(ours.dtype), ours):
+                yield tensor.name, ours
+
+
 def check_params(component: Component, params: Params) -> None:
     """Raise `CheckpointError` when a tree, LoRA's leaves aside, is not that of the component."""
     if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):

@@ -1,6 +1,6 @@
 """The models that make up a pipeline, one folder each: what they are called, how they are read and written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sysdpo_jax.components.source import Source
 from sysdpo_jax.models.autoencoder import AutoencoderKL
 from sysdpo_jax.models.clip import CLIPTextEncoder
 from sysdpo_jax.models.mmdit import MMDiT
 from sysdpo_jax.models.t5 import T5Encoder
 from sysdpo_jax.models.unet import UNet2DCondition
 from sysdpo_jax.pretrained import autoencoder, clip, mmdit, t5, unet
-from sysdpo_jax.pretrained.base import ConfigReader, read_json, write_json
+from sysdpo_jax.pretrained.base import ConfigReader, read_json
+from sysdpo_jax.pretrained.fields import with_ours
+from sysdpo_jax.pretrained.handing_on import handed_on, recalled, write_like
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
 from sysdpo_jax.pretrained.tensors import Safetensors, weight_files, write_safetensors
@@ -54,14 +57,17 @@ class Loader:
     def part(self, name: str, part: Part, shardings: Shardings | None = None, **changes: Any) -> tuple[Any, Params]:
         """Module and parameters. changes: other fields of our configuration."""
         file = self.folder / name / "config.json"
-        folder = self.folder / name
-        # A pipeline need not have every part in every variant.
-        has_variant = any(path.exists() for path in weight_files(folder, part.stem, self.variant))
-        source = Safetensors(folder, part.stem, self.variant if has_variant else None)
+        source = part_tensors(self.folder / name, part, self.variant)
         config = part.read(ConfigReader(read_json(file), str(file)))
         module = part.module(replace(config, dtype=self.dtype, **changes))
         abstract = abstract_params(part, module)
         return module, load_params(abstract, source, part.naming(config), self.param_dtype, shardings)
+
+
+def part_tensors(folder: Path, part: Part, variant: str | None) -> Safetensors:
+    """The weights in a part's folder. A pipeline need not have every part in every variant."""
+    has_variant = any(path.exists() for path in weight_files(folder, part.stem, variant))
+    return Safetensors(folder, part.stem, variant if has_variant else None)
 
 
 def abstract_params(part: Part, module: Any) -> Params:
@@ -70,10 +76,23 @@ def abstract_params(part: Part, module: Any) -> Params:
     return jax.eval_shape(lambda key: module.init(key, *inputs), jax.random.key(0))["params"]
 
 
-def write_part(folder: Path, part: Part, module: Any, params: Params, extra: dict[str, Any] | None = None) -> list[str]:
-    """Write config.json and weights; returns the part's entry in model_index.json. extra: more keys of config.json."""
+def write_part(
+    folder: Path, part: Part, module: Any, params: Params, source: Source | None, ids: Mapping[str, int | None]
+) -> list[str]:
+    """Write a part's config.json and weights; returns its entry in model_index.json.
+
+    source: the folder that the part was read from. ids: token ids for a config.json that does not name them.
+    """
     folder.mkdir()
-    write_json(folder / "config.json", (extra or {}) | part.write(module.config))
+
+    def read(values: Mapping[str, Any]) -> Any:
+        return with_ours(part.read(ConfigReader(values, "the config.json to be written")), module.config)
+
+    values = {**ids, **handed_on(recalled(source, "config.json"), part.write(module.config), module.config, read)}
+    # Those of transformers' models say the precision of the file beside them.
+    precision = str(jax.tree.leaves(params)[0].dtype)
+    values |= {name: precision for name in ("dtype", "torch_dtype") if name in values}
+    write_like(folder, "config.json", values, source)
     write_safetensors(folder, part.stem, stored_tensors(params, part.naming(module.config)))
     return [part.package, part.cls(module.config)]
 

@@ -14,11 +14,12 @@ from sysdpo_jax.components.text import CaptionTruncation, TextConditioner
 from sysdpo_jax.generation.samplers import FlowEuler
 from sysdpo_jax.models.mmdit import MMDiT
 from sysdpo_jax.models.unet import UNet2DCondition
-from sysdpo_jax.pretrained import mmdit, schedulers, unet
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json, write_json
-from sysdpo_jax.pretrained.names import Naming
+from sysdpo_jax.pretrained import schedulers
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json
+from sysdpo_jax.pretrained.handing_on import recalled, remember, write_files, write_like
 from sysdpo_jax.pretrained.params import Shardings
 from sysdpo_jax.pretrained.parts import CLIP, MMDIT, T5, UNET, VAE, Loader, Part, write_part
+from sysdpo_jax.pretrained.tokenizer_files import FILES, write_tokenizer
 from sysdpo_jax.typing import Params
 
 SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
@@ -33,6 +34,7 @@ TEXTS: dict[str, dict[str, Part]] = {
     SDXL: {"text_encoder": CLIP, "text_encoder_2": CLIP},
     SD3: {"text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5},
 }
+SCHEDULER, EXTRACTOR = "scheduler/scheduler_config.json", "feature_extractor"
 # The only encoder that a pipeline can do without.
 OPTIONAL = "text_encoder_3"
 Pipeline = Diffusion | FlowMatching
@@ -60,7 +62,7 @@ def load_pipeline(
     kind = index.take("_class_name")
     if kind not in DEFAULTS:
         raise CheckpointError(f"{index.where}: {kind} is not supported, only {', '.join(DEFAULTS)}")
-    check_settings(FlowMatching if kind == SD3 else Diffusion, settings, {"denoiser", "text", "codec"})
+    check_settings(FlowMatching if kind == SD3 else Diffusion, settings, {"denoiser", "text", "codec", "source"})
     name, part = _denoiser(kind)
     listed = [key for key in TEXTS[kind] if index.take(key, [None, None])[1] is not None]
     for key in TEXTS[kind]:
@@ -84,9 +86,13 @@ def load_pipeline(
     autoencoder, frozen = Loader(path, "float32", param_dtype, variant).part("vae", VAE, _below(shardings, "vae"))
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     size = image_size or tuple(factor * n for n in _pair(denoiser.config.sample_size or 64))
-    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    scheduler_file = path / SCHEDULER
     scheduler = schedulers.read(ConfigReader(read_json(scheduler_file), str(scheduler_file)))
+    parts = (f"{key}/config.json" for key in (name, "vae", *listed))
+    tokenizer_files = (f"{_tokenizer_name(key)}/{pattern}" for key in listed for pattern in FILES)
+    patterns = ("model_index.json", SCHEDULER, f"{EXTRACTOR}/*.json", *parts, *tokenizer_files)
     common = {
+        "source": remember(path, variant, patterns),
         "denoiser": denoiser,
         "text": text if train_text else FrozenText(text, text_params),
         "codec": LatentCodec(autoencoder, frozen, size),
@@ -108,6 +114,7 @@ def load_pipeline(
 def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
     """The folders of a pipeline as diffusers' save_pretrained lays them out, frozen parts included.
 
+    Of the files that the component was read from all is kept that it does not contradict.
     Raises `CheckpointError` for a component without an autoencoder, or whose text side is none of diffusers'.
     """
     if not isinstance(component.codec, LatentCodec):
@@ -116,43 +123,54 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
         )
     text = component.text.text if isinstance(component.text, FrozenText) else component.text
     text_params = component.text.params if isinstance(component.text, FrozenText) else params
-    kind = _kind(component, text)
+    kind, source = _kind(component, text), component.source
     name, part = _denoiser(kind)
-    index: dict[str, Any] = {"_class_name": kind, "vae": [VAE.package, VAE.cls(component.codec.autoencoder.config)]}
-    index[name] = write_part(folder / name, part, component.denoiser, params["denoiser"])
-    write_part(folder / "vae", VAE, component.codec.autoencoder, component.codec.params)
+    written: dict[str, Any] = {"_class_name": kind, "image_encoder": [None, None]}
+
+    def write(key: str, part: Part, module: Any, params: Params, ids: dict[str, int | None]) -> None:
+        below = None if source is None else source.below(key)
+        written[key] = write_part(folder / key, part, module, params, below, ids)
+
+    write(name, part, component.denoiser, params["denoiser"], {})
+    write("vae", VAE, component.codec.autoencoder, component.codec.params, {})
+    read = recalled(source, "model_index.json")
     for key, encoder_part in TEXTS[kind].items():
-        suffix = key.removeprefix("text_encoder")
+        beside, suffix = _tokenizer_name(key), key.removeprefix("text_encoder")
         encoder, tokenizer = getattr(text, f"encoder{suffix}"), getattr(text, f"tokenizer{suffix}")
-        index[key] = index[f"tokenizer{suffix}"] = [None, None]
+        written[key] = written[beside] = [None, None]
         if encoder is not None:
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            index[key] = write_part(folder / key, encoder_part, encoder, text_params[key], ids)
-            tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-            index[f"tokenizer{suffix}"] = ["transformers", type(tokenizer).__name__]
-    written = schedulers.write(
+            write(key, encoder_part, encoder, text_params[key], ids)
+            (folder / beside).mkdir()
+            as_read = write_tokenizer(folder / beside, tokenizer, None if source is None else source.below(beside))
+            # What is written anew says PreTrainedTokenizerFast too, which every version reads from tokenizer.json.
+            written[beside] = read[beside] if as_read else ["transformers", "PreTrainedTokenizerFast"]
+    scheduler = schedulers.write(
         component.sampler
         if isinstance(component, FlowMatching)
-        else schedulers.DiffusionScheduler(component.schedule, component.prediction_type, component.sampler)
+        else schedulers.DiffusionScheduler(component.schedule, component.prediction_type, component.sampler),
+        recalled(source, SCHEDULER),
     )
-    (folder / "scheduler").mkdir()
-    write_json(folder / "scheduler" / "scheduler_config.json", written)
-    index |= {"scheduler": ["diffusers", written["_class_name"]], "feature_extractor": [None, None]}
-    index["image_encoder"] = [None, None]
+    write_like(folder, SCHEDULER, scheduler, source)
+    written["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    extractor = () if source is None else source.below(EXTRACTOR).files
+    write_files(folder, tuple((f"{EXTRACTOR}/{file}", data) for file, data in extractor))
+    if not extractor:
+        written[EXTRACTOR] = [None, None]
     if kind == SD:
-        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+        written |= {"safety_checker": [None, None], "requires_safety_checker": False}
     if isinstance(text, SDXLText):
-        index["force_zeros_for_empty_prompt"] = text.zero_null
-    write_json(folder / "model_index.json", index)
+        written["force_zeros_for_empty_prompt"] = text.zero_null
+    write_like(folder, "model_index.json", read | written, source)
 
 
-def denoiser_names(component: Pipeline) -> tuple[str, Naming]:
-    """The denoiser's name in a pipeline, and the naming of its tensors. Raises `CheckpointError` for another one."""
+def denoiser_part(component: Pipeline) -> tuple[str, Part]:
+    """The denoiser's name in a pipeline, and its kind. Raises `CheckpointError` for another one."""
     denoiser = component.denoiser
     if isinstance(denoiser, UNet2DCondition):
-        return "unet", unet.naming(denoiser.config)
+        return "unet", UNET
     if isinstance(denoiser, MMDiT):
-        return "transformer", mmdit.naming(denoiser.config)
+        return "transformer", MMDIT
     raise CheckpointError(f"a {type(denoiser).__name__} is no denoiser of diffusers: use a run's checkpoints")
 
 

@@ -1,6 +1,6 @@
 """diffusers' scheduler_config.json in and out: the noise schedule, the prediction type and the sampler it names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,13 +48,27 @@ def read(config: ConfigReader) -> DiffusionScheduler | FlowEuler:
     return made
 
 
-def write(scheduler: DiffusionScheduler | FlowEuler) -> dict[str, Any]:
+def write(scheduler: DiffusionScheduler | FlowEuler, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of a scheduler_config.json from which diffusers and `read` make the same scheduler.
 
-    Raises `CheckpointError` when no class of diffusers computes it.
+    Args:
+        scheduler: what the component samples with.
+        source: the file that the component was read from. Where it still says this scheduler it is the result. Of a
+            file that does not, because the sampler was changed, the keys of other classes are kept: diffusers' users
+            change the class, and each class finds its own keys.
+
+    Raises:
+        CheckpointError: no class of diffusers computes it.
     """
-    if isinstance(scheduler, FlowEuler):
-        return _write_flow(scheduler)
+    source = source or {}
+    if source and read(ConfigReader(source, "the scheduler's file")) == scheduler:
+        return dict(source)
+    made, known = _write_flow(scheduler) if isinstance(scheduler, FlowEuler) else _write_diffusion(scheduler)
+    return {**{name: value for name, value in source.items() if name not in known}, **made}
+
+
+def _write_diffusion(scheduler: DiffusionScheduler) -> tuple[dict[str, Any], frozenset[str]]:
+    """The content, and the keys of the class; those that the content leaves out have diffusers' default."""
     schedule, sampler = scheduler.schedule, scheduler.sampler
     name = next((name for name, family in _FAMILIES.items() if type(sampler) is family.sampler), None)
     if name is None:
@@ -78,7 +92,7 @@ def write(scheduler: DiffusionScheduler | FlowEuler) -> dict[str, Any]:
     }
     if "rescale_betas_zero_snr" in family.keys:
         made["rescale_betas_zero_snr"] = schedule.rescale_betas_zero_snr
-    return made
+    return made, family.keys | _SHARED
 
 
 def _read_diffusion(config: ConfigReader, family: _Family) -> DiffusionScheduler:
@@ -254,15 +268,16 @@ def _read_flow(config: ConfigReader) -> FlowEuler:
     return FlowEuler(schedule, "linspace")
 
 
-def _write_flow(sampler: FlowEuler) -> dict[str, Any]:
+def _write_flow(sampler: FlowEuler) -> tuple[dict[str, Any], frozenset[str]]:
     if sampler.spacing != "linspace":
         raise CheckpointError(
             f"FlowMatchEulerDiscreteScheduler has no {sampler.spacing} spacing: write the model with "
             "FlowEuler(schedule, 'linspace'), the times that diffusers' pipelines take by default"
         )
     schedule = sampler.schedule
-    return {
+    made = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": schedule.num_train_timesteps,
         "shift": schedule.shift,
     }
+    return made, frozenset(made)

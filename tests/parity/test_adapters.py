@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 
 import diffusers
 import jax
@@ -30,19 +31,21 @@ from sysdpo_jax import (
     TextEncoder,
 )
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.models.lora import TRAINABLE, LoRA, add_lora
+from sysdpo_jax.models.lora import TRAINABLE, LoRA, add_lora, merge_lora
 from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
-from sysdpo_jax.pretrained import mmdit, save_adapter, unet
-from sysdpo_jax.pretrained.adapters import write_diffusers_adapter
+from sysdpo_jax.pretrained import load, mmdit, save_adapter, unet
+from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.language import decoder_naming
+from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import stored_tensors
 from sysdpo_jax.training import ComponentOptimizer, create_state, make_optimizer, make_train_step
 from tests.components.stubs import SPECIAL, WORDS, Embedding, word_tokenizer
 from tests.parity.convert import llama_params
 from tests.parity.convert_diffusion import randomise, torch_params
 from tests.parity.convert_sd3 import torch_params as sd3_params
+from tests.pretrained.checkpoints import stable_diffusion_1, write_decoder
 
 KEY = jax.random.key(0)
 TOLERANCE = 1e-4
@@ -138,6 +141,8 @@ def test_peft_loads_a_language_models_adapter(tie, tmp_path):
     first = "base_model.model.model.layers.0.self_attn.q_proj"
     assert tensors[f"{first}.lora_A.weight"].shape == (4, 32)
     assert tensors[f"{first}.lora_B.weight"].shape == (32, 4)
+    # Those of rank 2 too: readers that know one rank and one alpha compute the same.
+    assert {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name} == {4}
 
     merged = LlamaForCausalLM(model.config).eval()
     stored = {
@@ -209,6 +214,118 @@ def test_diffusers_loads_a_transformers_adapter(tmp_path):
     assert np.abs(found - run()).max() > 0.1
     model.load_lora_adapter(tmp_path / "adapter", prefix="transformer", use_safetensors=True)
     np.testing.assert_allclose(found, run(), rtol=0, atol=TOLERANCE)
+
+
+def mixed(seed=0):
+    """Two dense layers with factors of other ranks and scales, the first of the smaller rank."""
+    rng = np.random.default_rng(seed)
+    params = {name: {"kernel": rng.standard_normal((6, 8)).astype(np.float32)} for name in ("first", "second", "third")}
+    params = add_lora(params, LoRA(2, 5.0, "first"), jax.random.key(1))
+    return randomised(add_lora(params, LoRA(4, 6.0, ("second", "third")), jax.random.key(2)))
+
+
+def products(tensors, prefix, scale):
+    """`{layer: scale(rank) A B}` of the factors in a file, in our layout."""
+    modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    pairs = {module: (tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]) for module in modules}
+    return {module.removeprefix(prefix): scale(len(a)) * (b @ a).T for module, (a, b) in pairs.items()}
+
+
+def test_layers_of_different_ranks_are_scaled_alike_by_readers_old_and_new(tmp_path):
+    """The product of each layer, by the rules of the readers; 1e-6 is float32 rounding of values of order 1."""
+    params = mixed()
+    expected = {name: merge_lora(params)[name]["kernel"] - params[name]["kernel"] for name in params}
+    write_diffusers_adapter(tmp_path / "diffusers", params, Naming(), "unet")
+    tensors = load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors")
+    # diffusers refuses a file with any other key ("Invalid LoRA checkpoint").
+    assert all("lora" in name for name in tensors)
+    first = len(next(tensor for name, tensor in tensors.items() if name.endswith("lora_A.weight")))
+    # Today alpha is each layer's rank; until 0.35 at least that of the first one for all.
+    for alpha in (lambda rank: rank, lambda rank: first):
+        found = products(tensors, "unet.", lambda rank, alpha=alpha: alpha(rank) / rank)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6)
+    write_peft_adapter(tmp_path / "peft", params, Naming(), None, {})
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 6.0)
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    found = products(tensors, "base_model.model.", lambda rank: config["lora_alpha"] / config["r"])
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6)
+    # The layers that have the rank and the scale already are stored as they were trained.
+    np.testing.assert_array_equal(tensors["base_model.model.second.lora_B.weight"].T, params["second"]["lora_b"])
+
+
+def loaded(folder, tie=False):
+    """A decoder from files, with factors that change what it computes."""
+    write_decoder(folder, "llama", tie_word_embeddings=tie)
+    component, params = load(folder)
+    return component, randomised(add_lora(params, LoRA(4, 6.0, "attention"), jax.random.key(1)))
+
+
+def scaled(params, path):
+    """The parameters with one leaf trained beside the factors."""
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({**flat, path: 1.5 * flat[path]}, sep="/")
+
+
+# peft 0.21 asks transformers for a name that version 5 deprecates.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_embedding_and_head_that_were_trained_beside_the_factors_are_in_the_adapter(tmp_path):
+    component, params = loaded(tmp_path / "base")
+    params = scaled(scaled(params, "embed_tokens/embedding"), "lm_head/kernel")
+    save_adapter(tmp_path / "adapter", component, params)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["embed_tokens", "lm_head"]
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base, tmp_path / "adapter")(torch.tensor(tokens)).logits.numpy()
+    found = component.decoder.apply({"params": params}, jnp.array(tokens))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_what_else_was_trained_is_refused_by_name(tmp_path):
+    component, params = loaded(tmp_path / "base")
+    message = r"no place for .*: model\.norm\.weight differ from .*base\. Write the whole model with save"
+    with pytest.raises(CheckpointError, match=message):
+        save_adapter(tmp_path / "adapter", component, scaled(params, "norm/weight"))
+    # A layer with factors whose kernel was trained too.
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.weight, .* and 1 more differ"):
+        save_adapter(tmp_path / "adapter", component, scaled(params, "layers/self_attn/q_proj/kernel"))
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"base, which the model was loaded from, is gone"):
+        save_adapter(tmp_path / "adapter", component, params)
+    # A tied head would not follow the embedding that PEFT keeps.
+    component, params = loaded(tmp_path / "tied", tie=True)
+    with pytest.raises(CheckpointError, match=r"no place for .*: model\.embed_tokens\.weight"):
+        save_adapter(tmp_path / "adapter", component, scaled(params, "embed_tokens/embedding"))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_factors_in_another_precision_than_the_files_are_no_training(tmp_path):
+    """The base as bfloat16: it is compared as it was loaded."""
+    write_decoder(tmp_path / "base", "llama")
+    component, params = load(tmp_path / "base", param_dtype="bfloat16")
+    save_adapter(tmp_path / "adapter", component, add_lora(params, LoRA(4, 6.0), jax.random.key(1)))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+
+
+def test_a_denoiser_that_was_trained_beside_its_factors_is_refused(tmp_path):
+    torch.manual_seed(0)
+    stable_diffusion_1().save_pretrained(tmp_path / "base")
+    component, params = load(tmp_path / "base")
+    params = randomised(add_lora(params, LoRA(2, 4.0), jax.random.key(1)))
+    save_adapter(tmp_path / "adapter", component, params)
+    with pytest.raises(CheckpointError, match=r"no place for .*: conv_in\.bias differ from .*base"):
+        save_adapter(tmp_path / "other", component, scaled(params, "denoiser/conv_in/bias"))
+
+
+def test_of_a_component_that_was_not_loaded_only_the_factors_are_known(tmp_path, caplog):
+    component = LanguageModel(Decoder(DecoderConfig(**LLAMA)), word_tokenizer(), 8, 8)
+    save_adapter(tmp_path / "adapter", component, add_lora(zeros(component), LoRA(2, 2.0), KEY))
+    assert "only its LoRA factors are written" in caplog.text
 
 
 def zeros(component):

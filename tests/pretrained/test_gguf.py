@@ -1,5 +1,6 @@
 """GGUF files written here with the gguf package, against the PyTorch model they were made of and transformers."""
 
+import json
 import sys
 
 import jax
@@ -10,6 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sysdpo_jax.models.decoder import Decoder
+from sysdpo_jax.pretrained import load, save
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.decoders import find_family
 from sysdpo_jax.pretrained.gguf import read_gguf
@@ -160,6 +162,17 @@ def test_the_tokenizer_is_that_of_transformers(tmp_path):
     messages = [{"role": "user", "content": "hello"}]
     assert ours.apply_chat_template(messages, return_dict=False) == [1, TOKENS.index("hello"), 2]
     assert ours.decode([1, TOKENS.index("<think>"), 2], skip_special_tokens=True) == "<think>"
+
+
+def test_the_rebuilt_tokenizer_is_written_in_words_that_every_version_reads(tmp_path):
+    component, params = load(write(tmp_path / "m.gguf", llama(), bos=True))
+    save(tmp_path / "out", component, params)
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"backend", "extra_special_tokens"} & set(config)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("hello world 12", "<|im_start|>hello<|im_end|> <think>"):
+        assert again(text)["input_ids"] == component.tokenizer(text)["input_ids"]
 
 
 def test_smollm_reads_every_digit_by_itself(tmp_path):

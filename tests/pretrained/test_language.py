@@ -135,21 +135,6 @@ def test_a_folder_without_a_tokenizer_needs_one(family, tmp_path):
         pretrained.load(tmp_path)
 
 
-def test_a_padding_token_beyond_the_vocabulary_stays_with_the_tokenizer(tmp_path):
-    """As in fine-tuned Llamas with an added [PAD]; torch makes no embedding with such a padding row."""
-    write_decoder(tmp_path / "in", "llama")
-    tokenizer = word_tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(tmp_path / "in")
-    component, params = pretrained.load(tmp_path / "in")
-    assert component.tokenizer.pad_token_id == component.decoder.config.vocab_size
-    assert component.prepare(["ball"], {"x": ["a red"]})["tokens"].max() < 14
-    pretrained.save(tmp_path / "out", component, params)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert again.config.pad_token_id is None
-    assert pretrained.load(tmp_path / "out")[0].tokenizer.pad_token == "[PAD]"
-
-
 def test_a_loaded_decoder_trains_and_its_checkpoint_holds_the_result(tmp_path):
     """Two real steps, saved, loaded by transformers: the logits are those of our parameters to 1e-4."""
     write_decoder(tmp_path / "in", "qwen2")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sysdpo_jax import pretrained
 from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText
 from sysdpo_jax.components.codec import whole_frames
+from sysdpo_jax.generation.samplers import Euler
 from sysdpo_jax.pretrained import CheckpointError
 from tests.pretrained.checkpoints import PIPELINES
 
@@ -220,3 +221,66 @@ def test_frames_of_made_pictures_are_whole(made):
     _, folder = made("sd1")
     component, _ = pretrained.load(folder)
     np.testing.assert_array_equal(whole_frames(component.codec, 1), [[16, 16, 0, 0, 16, 16]])
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def annotate(folder):
+    """Keys and files of other programs, laid out in another way than the library does."""
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text('{"crop_size": 16}')
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2")
+    extra = {
+        "model_index.json": {"_name_or_path": "someone", "feature_extractor": ["transformers", "CLIPImageProcessor"]},
+        "text_encoder/config.json": {"_name_or_path": "clip", "transformers_version": "4.1"},
+        "unet/config.json": {"_diffusers_version": "0.1"},
+        "vae/config.json": {"_name_or_path": "vae"},
+        "scheduler/scheduler_config.json": {"clip_sample": False, "sample_max_value": 1.0},
+    }
+    for name, values in extra.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values, indent=7))
+
+
+def test_a_pipelines_files_go_out_as_they_came_though_the_folder_is_gone(made, tmp_path):
+    _, folder = made("sd1")
+    shutil.copytree(folder, tmp_path / "in")
+    annotate(tmp_path / "in")
+    before = files(tmp_path / "in")
+    component, params = pretrained.load(tmp_path / "in")
+    component.text.text.tokenizer(["a red ball"], padding="max_length", truncation=True, max_length=9)
+    shutil.rmtree(tmp_path / "in")
+    pretrained.save(tmp_path / "out", component, params)
+    after = files(tmp_path / "out")
+    assert set(after) == set(before)
+    assert after["scheduler/scheduler_config.json"] == before["scheduler/scheduler_config.json"]
+    for name in before:
+        if name.endswith("config.json") or name == "model_index.json":
+            theirs, ours = json.loads(before[name]), json.loads(after[name])
+            # Fixtures of transformers 5: their tokenizers are put into words that older versions read.
+            left_out = {"backend", "tokenizer_class", "extra_special_tokens"} if name.startswith("tokenizer") else set()
+            assert {key: ours.get(key) for key in theirs if key not in left_out} == {
+                key: value for key, value in theirs.items() if key not in left_out
+            }, name
+        elif not name.endswith("safetensors"):
+            assert after[name] == before[name], name
+
+
+def test_what_was_changed_in_a_pipeline_is_written_anew(made, tmp_path, library_log):
+    """Another sampler and another tokenizer: diffusers makes both of the folder, and says nothing."""
+    pipe, folder = made("sd1")
+    component, params = pretrained.load(folder, sampler=Euler("trailing", 1))
+    component.text.text.tokenizer.add_special_tokens({"additional_special_tokens": ["<style>"]})
+    pretrained.save(tmp_path / "out", component, params)
+    library_log.clear()
+    again = type(pipe).from_pretrained(tmp_path / "out")
+    assert [message for message in library_log if "torchvision" not in message] == []
+    assert type(again.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert again.scheduler.config.timestep_spacing == "trailing"
+    # A key of the class before, for whoever goes back to it.
+    assert again.scheduler.config.skip_prk_steps is True
+    text = "red <style> ball"
+    assert again.tokenizer(text)["input_ids"] == component.text.text.tokenizer(text)["input_ids"]
+    assert len(again.tokenizer) == len(pipe.tokenizer) + 1

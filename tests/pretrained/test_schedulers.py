@@ -229,6 +229,32 @@ def test_diffusers_makes_the_same_scheduler_of_what_is_written(scheduler):
         np.testing.assert_allclose(scheduler.schedule.betas(), theirs.betas, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_a_file_that_still_says_the_scheduler_is_handed_on_whole(name):
+    values, scheduler = REAL[name]
+    assert write(scheduler, values) == values
+
+
+def test_of_a_changed_sampler_the_keys_of_other_classes_are_kept():
+    """SDXL's file names clip_sample=false for DDIM and skip_prk_steps=true for PNDM, for whoever changes the class."""
+    _, read = REAL["sdxl"]
+    source = {**SDXL, "thresholding": True}
+    changed = DiffusionScheduler(read.schedule, read.prediction_type, DPMSolver("trailing", 0))
+    written = write(changed, source)
+    assert reading(written) == changed
+    assert {"clip_sample", "set_alpha_to_one", "skip_prk_steps", "_diffusers_version"} <= set(written)
+    # Of DPM-Solver++ too, where it would mean something that is not computed here.
+    assert "thresholding" not in written
+    assert reading({**written, "_class_name": "PNDMScheduler"}).sampler == PNDM("trailing", 0)
+    flow = FlowEuler(FlowSchedule(1.5, 500), "linspace")
+    assert write(flow, {**SD3, "base_shift": 0.1}) == {
+        **SD3,
+        "base_shift": 0.1,
+        "shift": 1.5,
+        "num_train_timesteps": 500,
+    }
+
+
 class Unknown(DDIM):
     """A sampler that diffusers does not have."""
 
