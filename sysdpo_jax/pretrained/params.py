@@ -31,7 +31,8 @@ def load_params(
     """The tree of `abstract` (of `jax.eval_shape`) filled from the source.
 
     dtype: of the parameters, by default each as it is stored; a parameter that is stacked of layers in several
-    precisions has one that holds them all (float32 of bfloat16 and float16). shardings: where they go, by default the first device.
+    precisions has the one that holds them all (float32 of bfloat16 and float16).
+    shardings: where they go, by default the first device.
     Raises `CheckpointError` that lists every missing, unexpected and misshapen tensor at once.
     """
     leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
