@@ -10,6 +10,7 @@ from sysdpo_jax.components import LanguageModel
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json, write_json
 from sysdpo_jax.pretrained.decoders import find_family
+from sysdpo_jax.pretrained.fit import check_vocabulary
 from sysdpo_jax.pretrained.gguf import read_gguf
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
@@ -43,6 +44,7 @@ def load_language_model(
     check_settings(LanguageModel, settings, {"decoder"})
     source: TensorSource
     tokenizer = settings.pop("tokenizer", None)
+    own_tokenizer = tokenizer is None
     if path.is_file():
         values, source, tokenizer = read_gguf(path, tokenizer)
         generation: dict[str, Any] = {}
@@ -62,6 +64,8 @@ def load_language_model(
     }
     # Settings are checked before the weights are read, which may take minutes.
     component = LanguageModel(Decoder(config), tokenizer, **defaults | settings)
+    if own_tokenizer:
+        check_vocabulary(tokenizer, config.vocab_size, str(path))
     abstract = jax.eval_shape(component.init, jax.random.key(0))
     return component, load_params(abstract, source, decoder_naming(config), param_dtype, shardings)
 

@@ -124,6 +124,15 @@ def _check(
             misshapen.append(f"{copy}: the configuration ties it to {original}, but they differ")
     problems = [("missing", missing), ("unexpected", extra), ("misshapen", misshapen)]
     lines = [f"  {kind}: {item}" for kind, items in problems for item in sorted(items)]
+    if any("lora_" in name for name in extra):
+        raise CheckpointError(
+            f"{source.where}: the weights hold the factors of an adapter beside the kernels they adapt "
+            f"({next(name for name in extra if 'lora_' in name)}): merge them with the library that wrote them "
+            "(merge_and_unload in peft, fuse_lora in diffusers) and save_pretrained again"
+        )
+    for name in sorted(present.keys() & wanted):
+        # First, as quantised weights also have other shapes and scales beside them, which are not the cause.
+        source.dtype(present[name])
     if lines:
         raise CheckpointError(
             "\n".join([f"{source.where}: {len(lines)} tensors do not fit the configuration beside it:", *lines])

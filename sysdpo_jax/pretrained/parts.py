@@ -17,6 +17,7 @@ from sysdpo_jax.pretrained import autoencoder, clip, mmdit, t5, unet
 from sysdpo_jax.pretrained.base import ConfigReader, read_json, write_json
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
+from sysdpo_jax.pretrained.refusals import refuse_adapter
 from sysdpo_jax.pretrained.tensors import Safetensors, weight_files, write_safetensors
 from sysdpo_jax.typing import Params
 
@@ -43,25 +44,34 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Loader:
-    """Reads parts of the pipeline in a folder; dtype, param_dtype and variant as for `load`."""
+class Stored:
+    """A part as it lies in a folder: its configuration, read, and its weights, not read yet. variant: as for `load`."""
 
+    part: Part
     folder: Path
-    dtype: str
-    param_dtype: str | None
+    config: Any
     variant: str | None
 
-    def part(self, name: str, part: Part, shardings: Shardings | None = None, **changes: Any) -> tuple[Any, Params]:
-        """Module and parameters. changes: other fields of our configuration."""
-        file = self.folder / name / "config.json"
-        folder = self.folder / name
+    @property
+    def has_variant(self) -> bool:
+        return any(path.exists() for path in weight_files(self.folder, self.part.stem, self.variant))
+
+    def load(
+        self, dtype: str, param_dtype: str | None, shardings: Shardings | None = None, **changes: Any
+    ) -> tuple[Any, Params]:
+        """Module and parameters; dtype and param_dtype as for `load`. changes: other fields of our configuration."""
         # A pipeline need not have every part in every variant.
-        has_variant = any(path.exists() for path in weight_files(folder, part.stem, self.variant))
-        source = Safetensors(folder, part.stem, self.variant if has_variant else None)
-        config = part.read(ConfigReader(read_json(file), str(file)))
-        module = part.module(replace(config, dtype=self.dtype, **changes))
-        abstract = abstract_params(part, module)
-        return module, load_params(abstract, source, part.naming(config), self.param_dtype, shardings)
+        source = Safetensors(self.folder, self.part.stem, self.variant if self.has_variant else None)
+        module = self.part.module(replace(self.config, dtype=dtype, **changes))
+        naming = self.part.naming(self.config)
+        return module, load_params(abstract_params(self.part, module), source, naming, param_dtype, shardings)
+
+
+def read_part(folder: Path, part: Part, variant: str | None) -> Stored:
+    """Raises `CheckpointError` for a configuration that is not of this kind of part, and for an adapter beside it."""
+    refuse_adapter(folder)
+    file = folder / "config.json"
+    return Stored(part, folder, part.read(ConfigReader(read_json(file), str(file))), variant)
 
 
 def abstract_params(part: Part, module: Any) -> Params:
