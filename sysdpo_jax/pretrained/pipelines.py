@@ -26,7 +26,7 @@ from sysdpo_jax.pretrained.sources import (
     SD,
     SD3,
     SDXL,
-    Parts,
+    checked_parts,
     denoiser_name,
     part_folders,
     part_names,
@@ -53,7 +53,7 @@ def load_pipeline(
     remat: str | None = None,
     shardings: Shardings | None = None,
     variant: str | None = None,
-    parts: Parts | None = None,
+    parts: Any = None,
     train_text: bool = False,
     image_size: tuple[int, int] | None = None,
     truncation: CaptionTruncation = "error",
@@ -76,7 +76,7 @@ def load_pipeline(
     index.expect("image_encoder", [None, None])
     index.ignore(*part_names(kind))
     index.finish()
-    folders = part_folders(path, kind, index, parts or {}, variant)
+    folders = part_folders(path, kind, index, checked_parts(kind, parts or {}), variant)
 
     # Everything that is small first: that parts do not fit each other should not wait for weights to be read.
     stored = {name: read_part(folders[name], PARTS[name], variant) for name in folders if name in PARTS}

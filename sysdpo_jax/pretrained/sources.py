@@ -34,13 +34,40 @@ def part_names(kind: str) -> tuple[str, ...]:
     return (denoiser_name(kind), "vae", "scheduler", *texts, *map(tokenizer_name, texts))
 
 
+def checked_parts(kind: str, parts: Any) -> Parts:
+    """`parts` as it was given.
+
+    Raises `CheckpointError` for what is no mapping to folders, and for names that a pipeline of that class does not
+    have or cannot do without.
+    """
+    names = part_names(kind)
+    if not isinstance(parts, Mapping):
+        raise CheckpointError(f"parts={parts!r} is no mapping from the names of parts to folders or None")
+    unknown = [name for name in parts if name not in names]
+    if unknown:
+        raise CheckpointError(f"parts: a {kind} has no {unknown[0]!r}, only {', '.join(names)}")
+    droppable = [name for name in OPTIONAL if name in names]
+    needed = [name for name, given in parts.items() if given is None and name not in droppable]
+    if needed:
+        only = f"only {' with '.join(droppable)} can be left out" if droppable else "nothing of it can be left out"
+        raise CheckpointError(f"parts: a {kind} cannot do without {needed[0]}; {only}: give a folder instead of None")
+    pair = {name: parts[name] for name in droppable if name in parts}
+    if None in pair.values() and (pair.get(OPTIONAL[0], "its own") is not None or pair.get(OPTIONAL[1]) is not None):
+        raise CheckpointError(
+            f"parts: {' and '.join(OPTIONAL)} are left out together: give None for {OPTIONAL[0]} and no folder for "
+            f"{OPTIONAL[1]}"
+        )
+    for name, given in parts.items():
+        if not isinstance(given, str | Path | None):
+            raise CheckpointError(f"parts: {name} is {given!r}: give the path of a folder, a repository's name or None")
+    return parts
+
+
 def part_folders(path: Path, kind: str, index: ConfigReader, parts: Parts, variant: str | None) -> dict[str, Path]:
     """The folder of each part that the pipeline in `path` has; index: its model_index.json.
 
-    Raises `CheckpointError` for a name in `parts` that the pipeline's class does not have or cannot do without, and
-    for a part that is nowhere.
+    Raises `CheckpointError` for a part that is nowhere.
     """
-    _check(kind, parts)
     dropped = OPTIONAL if any(name in OPTIONAL and parts[name] is None for name in parts) else ()
     folders: dict[str, Path] = {}
     for name in part_names(kind):
@@ -67,29 +94,7 @@ def part_folders(path: Path, kind: str, index: ConfigReader, parts: Parts, varia
     return folders
 
 
-def _check(kind: str, parts: Parts) -> None:
-    names = part_names(kind)
-    if not isinstance(parts, Mapping):
-        raise CheckpointError(f"parts={parts!r} is no mapping from the names of parts to folders or None")
-    unknown = [name for name in parts if name not in names]
-    if unknown:
-        raise CheckpointError(f"parts: a {kind} has no {unknown[0]!r}, only {', '.join(names)}")
-    droppable = [name for name in OPTIONAL if name in names]
-    needed = [name for name, given in parts.items() if given is None and name not in droppable]
-    if needed:
-        only = f"only {' with '.join(droppable)} can be left out" if droppable else "nothing of it can be left out"
-        raise CheckpointError(f"parts: a {kind} cannot do without {needed[0]}; {only}: give a folder instead of None")
-    pair = {name: parts[name] for name in droppable if name in parts}
-    if None in pair.values() and (pair.get(OPTIONAL[0], "its own") is not None or pair.get(OPTIONAL[1]) is not None):
-        raise CheckpointError(
-            f"parts: {' and '.join(OPTIONAL)} are left out together: give None for {OPTIONAL[0]} and no folder for "
-            f"{OPTIONAL[1]}"
-        )
-
-
-def _given(name: str, given: Any, variant: str | None) -> Path:
-    if not isinstance(given, str | Path):
-        raise CheckpointError(f"parts: {name} is {given!r}: give the path of a folder, a repository's name or None")
+def _given(name: str, given: str | Path, variant: str | None) -> Path:
     folder = locate(given, variant=variant, part=name)
     if not folder.is_dir():
         raise CheckpointError(f"parts: {name} is the file {folder}: give the folder that holds the part's config.json")
