@@ -134,14 +134,15 @@ def write_safetensors(
 def weight_files(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
     """Where the weights are if they are one file, and the index of their shards if they are several."""
     middle = f".{variant}" if variant else ""
-    return folder / f"{stem}{middle}.safetensors", folder / f"{stem}.safetensors.index{middle}.json"
+    index, older = (folder / f"{stem}.safetensors{end}.json" for end in (f".index{middle}", f"{middle}.index"))
+    return folder / f"{stem}{middle}.safetensors", older if older.exists() else index
 
 
 def _nothing_to_read(folder: Path, stem: str, wanted: str) -> CheckpointError:
     found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    named = rf"{stem}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)"
-    variants = [match[1] or match[2] for name in found if (match := re.fullmatch(named, name))]
+    named = rf"{stem}\.(?:(\w+)\.safetensors|safetensors\.(?:index\.(\w+)|(\w+)\.index)\.json)"
+    variants = [match[1] or match[2] or match[3] for name in found if (match := re.fullmatch(named, name))]
     if pickles and not variants:
         return CheckpointError(
             f"{folder} holds {', '.join(pickles)} but no {wanted}: pickle files can run code and are never read. Load "

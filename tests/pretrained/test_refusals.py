@@ -136,6 +136,12 @@ def test_a_variant_is_found_whole_and_in_shards_and_must_be_asked_for(shard_size
     assert refusal(tmp_path).endswith(": pass variant='fp16'")
     _, params = pretrained.load(tmp_path, variant="fp16")
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"bfloat16"}
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    if index.exists():
+        # The name that older versions of diffusers gave it.
+        index.rename(tmp_path / "model.safetensors.fp16.index.json")
+        assert refusal(tmp_path).endswith(": pass variant='fp16'")
+        pretrained.load(tmp_path, variant="fp16")
     model.float().save_pretrained(tmp_path)
     _, plain = pretrained.load(tmp_path)
     assert {x.dtype.name for x in jax.tree.leaves(plain)} == {"float32"}
