@@ -15,11 +15,13 @@ class Source:
         path: the folder or the GGUF file. Its weights are read again where they are needed.
         variant: of the weights' file names, see `pretrained.load`.
         files: (name within the folder, content) of the small files.
+        moved: (name, folder) of the parts of a pipeline that lie elsewhere; their files have names as if they did not.
     """
 
     path: Path
     variant: str | None = None
     files: tuple[tuple[str, bytes], ...] = ()
+    moved: tuple[tuple[str, Path], ...] = ()
 
     def content(self, name: str) -> bytes | None:
         """The file of that name, None where there was none."""
@@ -29,4 +31,4 @@ class Source:
         """The source of one part of a pipeline: its folder, with names within it."""
         start = f"{folder}/"
         inside = tuple((name.removeprefix(start), data) for name, data in self.files if name.startswith(start))
-        return Source(self.path / folder, self.variant, inside)
+        return Source(dict(self.moved).get(folder, self.path / folder), self.variant, inside)

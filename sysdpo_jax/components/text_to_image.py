@@ -21,7 +21,7 @@ from sysdpo_jax.components.base import Component, Metrics, RecordError, row_keys
 from sysdpo_jax.components.codec import Codec, whole_frames
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import TextConditioner
-from sysdpo_jax.generation.samplers import Denoiser, guided
+from sysdpo_jax.generation.samplers import Denoiser, guided, guides
 from sysdpo_jax.generation.schedules import expand
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
@@ -42,7 +42,8 @@ class TextToImage(Component):
     denoiser: module (latents [B, h, w, c], time [B], *conditioning) -> prediction [B, h, w, c].
     text: captions to the conditioning, see components/text.py; trained with the denoiser unless it is `FrozenText`.
     codec: images (paths, bytes, PIL images, arrays) to latents and back.
-    num_steps, guidance_scale: of the sampler. negative_prompt: what guidance leads away from, None: the null condition.
+    num_steps, guidance_scale: of the sampler; a scale of at most 1 means no guidance, one evaluation of the denoiser a
+    step, as in diffusers. negative_prompt: what guidance leads away from, None: the null condition.
     caption_dropout: share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
     strata: rows come in groups of this many whose times are spread evenly (set it to the node's plate); 1: independent.
     source: the files that it was read from, which `pretrained.save` hands on.
@@ -63,7 +64,9 @@ class TextToImage(Component):
             raise ValueError(f"caption_dropout must lie in [0, 1), got {self.caption_dropout}")
         if self.num_steps < 1 or self.strata < 1:
             raise ValueError(f"num_steps {self.num_steps} and strata {self.strata} must be at least 1")
-        if self.negative_prompt is not None and self.guidance_scale == 1.0:
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale {self.guidance_scale} must be a finite number (at most 1: no guidance)")
+        if self.negative_prompt is not None and not guides(self.guidance_scale):
             raise ValueError("a negative_prompt is only read with guidance: set guidance_scale above 1")
 
     @abstractmethod
@@ -149,7 +152,8 @@ class TextToImage(Component):
         captions = _captions(parents)
         frames = whole_frames(self.codec, len(captions))
         text = self.text.prepare(captions, frames)
-        null = None if self.guidance_scale == 1.0 else self.text.prepare([self.negative_prompt] * len(captions), frames)
+        negative = [self.negative_prompt] * len(captions)
+        null = self.text.prepare(negative, frames) if guides(self.guidance_scale) else None
         return list(self.codec.decode(np.asarray(self._sample(params, text, null, key))))
 
     @partial(jax.jit, static_argnums=0)

@@ -4,7 +4,7 @@ from typing import Any
 
 from sysdpo_jax.models.autoencoder_config import AutoencoderConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
-from sysdpo_jax.pretrained.fields import build, express, whole
+from sysdpo_jax.pretrained.fields import build, express, flag, listed, number, number_or_none, size, whole
 from sysdpo_jax.pretrained.names import Naming
 
 CLASS = "AutoencoderKL"
@@ -25,24 +25,23 @@ def read(config: ConfigReader) -> AutoencoderConfig:
     config.expect("latents_mean", None)
     config.expect("latents_std", None)
     default = AutoencoderConfig()
-    channels = tuple(config.take("block_out_channels", default.block_out_channels))
+    channels = listed(config, "block_out_channels", default.block_out_channels, int)
     for name, kind in BLOCKS.items():
-        blocks = list(config.take(name, [kind]))
+        blocks = list(listed(config, name, [kind], str))
         if blocks != [kind] * len(channels):
             raise CheckpointError(
                 f"{config.where}: {name}={blocks!r} is not supported, only {kind!r} for each of the "
                 f"{len(channels)} block_out_channels"
             )
-    shift, size = config.take("shift_factor", None), config.take("sample_size", default.sample_size)
     numbers = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
     flags = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast")
     values = {
         "block_out_channels": channels,
         **{name: whole(config, name, getattr(default, name)) for name in numbers},
-        **{name: bool(config.take(name, True)) for name in flags},
-        "scaling_factor": float(config.take("scaling_factor", default.scaling_factor)),
-        "shift_factor": None if shift is None else float(shift),
-        "sample_size": tuple(size) if isinstance(size, list) else size,
+        **{name: flag(config, name, True) for name in flags},
+        "scaling_factor": number(config, "scaling_factor", default.scaling_factor),
+        "shift_factor": number_or_none(config, "shift_factor"),
+        "sample_size": size(config, default.sample_size) or default.sample_size,
     }
     return build(config, AutoencoderConfig, values)
 

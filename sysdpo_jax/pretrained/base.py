@@ -45,12 +45,22 @@ class ConfigReader:
             raise CheckpointError(f"{self.where} has no {name!r}: the file is incomplete or of another kind of model")
         return default
 
+    def expect_kind(self, kind: type | tuple[type, ...], *names: str) -> None:
+        """Raise `CheckpointError` where one of the keys is there and its value is not of this kind; reads none."""
+        for name in names:
+            if name in self._values and not is_of_kind(self._values[name], kind):
+                raise self.refused(name, "a value of another kind was expected")
+
+    def refused(self, name: str, expected: str) -> CheckpointError:
+        """The error for a key whose value the module here cannot have. expected: what it can."""
+        return CheckpointError(f"{self.where}: {name}={_short(self._values.get(name))} is not supported, {expected}")
+
     def expect(self, name: str, *allowed: Any) -> None:
         """Raise `CheckpointError` unless the key is absent or has one of these values."""
         self._unread.discard(name)
         if name in self._values and self._values[name] not in allowed:
             raise CheckpointError(
-                f"{self.where}: {name}={self._values[name]!r} is not supported (only "
+                f"{self.where}: {name}={_short(self._values[name])} is not supported (only "
                 f"{' or '.join(map(repr, allowed))}); this model would be computed wrongly"
             )
 
@@ -64,12 +74,24 @@ class ConfigReader:
 
     def finish(self) -> None:
         """Raise `CheckpointError` listing every key that was neither read nor ignored."""
-        if self._unread:
+        unread = [f"{name}={_short(self._values[name])}" for name in sorted(self._unread)]
+        if unread:
             raise CheckpointError(
-                f"{self.where} has keys that are not known here and may change the result: "
-                f"{', '.join(f'{name}={self._values[name]!r}' for name in sorted(self._unread))}. Remove those that do "
-                "not matter for this model, or add them to its family"
+                f"{self.where} has keys that are not known here and may change the result: {', '.join(unread)}. Remove "
+                "those that do not matter for this model, or add them to its family"
             )
+
+
+def is_of_kind(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """isinstance, but a bool is no number."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _short(value: Any) -> str:
+    """For an error's one sentence: a list of a thousand betas is cut."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def check_settings(kind: type, settings: Mapping[str, Any], made: Collection[str]) -> None:

@@ -38,6 +38,9 @@ def trained_beside(
             "trained is not in the adapter. save writes everything."
         )
         return {}
+    if not isinstance(component, LanguageModel):
+        name, part = denoiser_part(component)
+        source = source.below(name)
     if not source.path.exists():
         raise CheckpointError(
             f"{source.path}, which the model was loaded from, is gone, so that nobody can tell whether more than the "
@@ -46,8 +49,7 @@ def trained_beside(
     if isinstance(component, LanguageModel):
         tensors = base_tensors(component, source)
     else:
-        name, part = denoiser_part(component)
-        tensors = part_tensors(source.path / name, part, source.variant)
+        tensors = part_tensors(source.path, part, source.variant)
     kept, refused = {}, []
     for stored, array in changed_tensors(params, tensors, naming):
         if stored in allowed:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sysdpo_jax.pretrained.hub import locate
 from sysdpo_jax.pretrained.language import decoder_naming, load_language_model, save_language_model
 from sysdpo_jax.pretrained.params import Shardings, check_params
 from sysdpo_jax.pretrained.pipelines import denoiser_part, load_pipeline, save_pipeline
+from sysdpo_jax.pretrained.refusals import no_checkpoint, refuse_adapter, refuse_file, refuse_part
 from sysdpo_jax.pretrained.tensors import DTYPES
 from sysdpo_jax.typing import Params
 
@@ -45,32 +46,40 @@ def load(
     device's block is read by itself: no host holds a whole model that it does not keep. variant: of the weights' file
     names, such as "fp16"; parts that lack it are read from their plain files.
     settings: fields of the component (max_new_tokens, guidance_scale ...); for pipelines also `train_text=True`, which
-    moves the text encoders from the frozen part to the parameters.
+    moves the text encoders from the frozen part to the parameters, and `parts`, folders or repositories that take the
+    place of the pipeline's own parts, by their names in model_index.json, such as {"vae": "path"}; where a path is a
+    whole pipeline it stands for its part of that name. {"text_encoder_3": None} leaves T5 out. Lists stand for tuples.
 
-    Raises `CheckpointError` for a checkpoint that is incomplete, of an unknown kind or pickled, naming the remedy.
+    Raises `CheckpointError` for a checkpoint that is incomplete, of an unknown kind or pickled, whose parts do not fit
+    each other or beside which an adapter lies, naming the remedy.
     """
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value not in (*DTYPES.values(), None):
             raise ValueError(f"{name}={value!r} is none of {', '.join(sorted(DTYPES.values()))}")
-    path = locate(path_or_hub_id, revision, variant)
+    settings = {name: _tuples(value) for name, value in settings.items()}
+    parts = settings.get("parts") or {}
+    path = locate(path_or_hub_id, revision, variant, without=parts if isinstance(parts, Mapping) else ())
+    refuse_file(path)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "shardings": shardings}
-    if path.is_dir() and not (path / "config.json").exists():
-        ggufs = sorted(path.glob("*.gguf"))
+    if path.is_dir():
+        refuse_adapter(path)
         if (path / "model_index.json").exists():
             return load_pipeline(path, variant=variant, **options, **settings)
-        if (path / "adapter_config.json").exists() or (path / "pytorch_lora_weights.safetensors").exists():
-            raise CheckpointError(f"{path} holds an adapter: load its base model instead")
-        if len(ggufs) != 1:
-            raise CheckpointError(
-                f"{path} holds neither config.json nor model_index.json"
-                + (f", and {len(ggufs)} GGUF files: pass the one you mean" if ggufs else ": give a checkpoint's folder")
-            )
-        path = ggufs[0]
-    if (path / "config.json").exists() and (path.parent / "model_index.json").exists():
-        raise CheckpointError(f"{path} is one part of a pipeline: pass the pipeline's folder, {path.parent}")
-    if path.is_file() and path.suffix != ".gguf":
-        raise CheckpointError(f"{path} is a file: pass the folder that holds it (only .gguf files stand alone)")
+        if (path / "config.json").exists():
+            refuse_part(path)
+        else:
+            ggufs = sorted(path.glob("*.gguf"))
+            if len(ggufs) > 1:
+                raise CheckpointError(f"{path} holds no config.json and {len(ggufs)} GGUF files: pass the one you mean")
+            if not ggufs:
+                raise no_checkpoint(path)
+            path = ggufs[0]
     return load_language_model(path, variant=variant, **options, **settings)
+
+
+def _tuples(value: Any) -> Any:
+    """Settings that come from JSON or YAML have lists where a component, which is static, has tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def save(path: str | Path, component: Component, params: Params) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from sysdpo_jax.models.clip import ACTIVATIONS, CLIPTextConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
-from sysdpo_jax.pretrained.fields import UNUSED, build, express, whole
+from sysdpo_jax.pretrained.fields import UNUSED, build, express, number, whole
 from sysdpo_jax.pretrained.names import Naming
 
 PLAIN, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
@@ -45,7 +45,7 @@ def read(config: ConfigReader) -> CLIPTextConfig:
     values = {
         **{name: whole(config, name, getattr(default, name)) for name in numbers},
         "hidden_act": config.take("hidden_act", default.hidden_act),
-        "layer_norm_eps": float(config.take("layer_norm_eps", default.layer_norm_eps)),
+        "layer_norm_eps": number(config, "layer_norm_eps", default.layer_norm_eps),
         "with_projection": classes == [PROJECTED],
     }
     return build(config, CLIPTextConfig, values)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
+from sysdpo_jax.pretrained.base import REQUIRED, CheckpointError, ConfigReader, is_of_kind
 
 Model = TypeVar("Model")
 # How we compute and keep parameters; a checkpoint's configuration does not say.
@@ -40,34 +40,90 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def whole(config: ConfigReader, name: str, default: Any) -> int:
+def whole(config: ConfigReader, name: str, default: Any = REQUIRED) -> int:
     """A whole number. Raises `CheckpointError` for anything else, such as a list with one for each block."""
     value = config.take(name, default)
-    if type(value) is not int:
-        raise CheckpointError(f"{config.where}: {name}={value!r} is not supported, only one whole number")
-    return value
+    if not is_of_kind(value, int):
+        raise config.refused(name, "only one whole number")
+    return int(value)
+
+
+def whole_or_none(config: ConfigReader, name: str, default: int | None = None) -> int | None:
+    """A whole number, or None where the file says null or, by default, nothing."""
+    return None if config.take(name, default) is None else whole(config, name, default)
 
 
 def whole_or_each(config: ConfigReader, name: str, default: Any) -> int | tuple[int, ...]:
     """A whole number or a tuple of them. Raises `CheckpointError` for anything else, such as a list of lists."""
     value = config.take(name, default)
-    if type(value) is int:
+    if is_of_kind(value, int):
+        return int(value)
+    if not is_of_kind(value, (list, tuple)) or not all(is_of_kind(member, int) for member in value):
+        raise config.refused(name, "only a whole number or a list with one for each block")
+    return tuple(value)
+
+
+def size(config: ConfigReader, default: Any) -> int | tuple[int, int] | None:
+    """sample_size: None, one number for both sides or (height, width)."""
+    value = None if config.take("sample_size", default) is None else whole_or_each(config, "sample_size", default)
+    if not isinstance(value, tuple):
         return value
-    if not isinstance(value, list | tuple) or not all(type(member) is int for member in value):
-        raise CheckpointError(
-            f"{config.where}: {name}={value!r} is not supported, only a whole number or a list with one for each block"
-        )
+    if len(value) != 2:
+        raise config.refused("sample_size", "only one whole number or two, height and width")
+    return value[0], value[1]
+
+
+def number(config: ConfigReader, name: str, default: Any = REQUIRED) -> float:
+    """Raises `CheckpointError` for anything else than a number."""
+    value = config.take(name, default)
+    if not is_of_kind(value, (int, float)):
+        raise config.refused(name, "only one number")
+    return float(value)
+
+
+def number_or_none(config: ConfigReader, name: str, default: float | None = None) -> float | None:
+    """A number, or None where the file says null or, by default, nothing."""
+    return None if config.take(name, default) is None else number(config, name, default)
+
+
+def flag(config: ConfigReader, name: str, default: bool) -> bool:
+    """True or false; null is false, as in Python. Raises `CheckpointError` for anything else."""
+    value = config.take(name, default)
+    if not isinstance(value, bool | None):
+        raise config.refused(name, "only true or false")
+    return bool(value)
+
+
+def listed(config: ConfigReader, name: str, default: Any, kind: type) -> tuple[Any, ...]:
+    """A list of one kind. Raises `CheckpointError` for anything else."""
+    value = config.take(name, default)
+    if not is_of_kind(value, (list, tuple)) or not all(is_of_kind(member, kind) for member in value):
+        raise config.refused(name, f"only a list of {kind.__name__}")
     return tuple(value)
 
 
 def build(config: ConfigReader, kind: type[Model], values: Mapping[str, Any]) -> Model:
     """A configuration with these fields, once nothing in the file is left unread but switches that are off."""
     config.ignore_neutral(NEUTRAL)
+    refuse_quantised(config)
     config.finish()
     try:
         return kind(**values)
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{config.where} describes no model: {error}") from None
+
+
+def refuse_quantised(config: ConfigReader) -> None:
+    """Raise `CheckpointError` for weights that are stored quantised, with what makes them readable."""
+    for name in ("quantization_config", "compression_config"):
+        stated = config.take(name, None)
+        if stated is not None:
+            method = stated.get("quant_method", "of no name") if isinstance(stated, dict) else stated
+            raise CheckpointError(
+                f"{config.where}: {name} says that the weights are quantised ({method}), which are not read: load the "
+                "checkpoint that they were made from, or load this one with the library that wrote it and save what "
+                "model.dequantize() gives"
+            )
 
 
 def express(config: Any, *left_out: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ is handed on where reading it again gives what the component holds, and written 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sysdpo_jax.components.source import Source
@@ -16,12 +17,24 @@ from sysdpo_jax.pretrained.base import CheckpointError, write_json
 OWN = ("architectures", "auto_map", "model_type")
 
 
-def remember(path: Path, variant: str | None, patterns: tuple[str, ...]) -> Source:
-    """The source of a folder, with the content of its files that the patterns name."""
-    found = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
-    files = tuple((file.relative_to(path).as_posix(), file.read_bytes()) for file in sorted(found))
+def remember(
+    path: Path, variant: str | None, patterns: tuple[str, ...], moved: Mapping[str, Path] = MappingProxyType({})
+) -> Source:
+    """The source of a folder, with the content of its files that the patterns name.
+
+    moved: folders that take the place of the folder's own, by name.
+    """
+    found: dict[str, bytes] = {}
+    for pattern in patterns:
+        part, _, inside = pattern.partition("/")
+        root = moved.get(part, path / part) if inside else path
+        for file in root.glob(inside or pattern):
+            if file.is_file():
+                name = file.relative_to(root).as_posix()
+                found[f"{part}/{name}" if inside else name] = file.read_bytes()
     # Absolute, because the weights there are read again later, when the process may be elsewhere.
-    return Source(path.absolute(), variant, files)
+    elsewhere = tuple((name, folder.absolute()) for name, folder in sorted(moved.items()))
+    return Source(path.absolute(), variant, tuple(sorted(found.items())), elsewhere)
 
 
 def recalled(source: Source | None, name: str) -> dict[str, Any]:

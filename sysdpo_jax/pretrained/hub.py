@@ -1,6 +1,7 @@
 """Where a checkpoint lies: a local folder or file, or a repository of the Hugging Face hub."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,11 +15,19 @@ SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def locate(path_or_hub_id: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
+def locate(
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    variant: str | None = None,
+    part: str | None = None,
+    without: Collection[str] = (),
+) -> Path:
     """A local path as it is; else the repository of that name, of which only what is read is downloaded.
 
     revision: branch, tag or commit of the repository. variant: of the weights' names, as in "model.fp16.safetensors";
     a part of a pipeline that has no such file is read from its plain one, as diffusers does.
+    part: the only part of a pipeline that is wanted; the repository is that part or a pipeline that has it.
+    without: parts of the pipeline that are not wanted.
     Raises `CheckpointError` when there is neither, or when the repository has no safetensors.
     """
     path = Path(path_or_hub_id)
@@ -31,7 +40,7 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, variant: str
         )
     try:
         folder = _download(repository, revision, [])
-        stems = _stems(folder)
+        stems = _stems(folder, part, without)
         _download(repository, revision, _weights(stems, variant))
         lacking = [stem for stem in stems if not list(folder.glob(f"{stem}*.safetensors"))]
         if variant and lacking:
@@ -42,11 +51,12 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None, variant: str
             f"({' '.join(str(error).split())[:120]}): check the name and the revision, log in for gated models, or "
             "download it and pass the folder or the GGUF file"
         ) from None
-    if not list(folder.glob("**/*.safetensors")):
+    if stems and not any(list(folder.glob(f"{stem}*.safetensors")) for stem in stems):
         raise CheckpointError(
             f"{repository!r} has no safetensors weights under the names that transformers and diffusers give them: "
-            "download a GGUF file yourself and pass its path; pickle files are never read, load them with the library "
-            "that wrote them and save them with save_pretrained(safe_serialization=True)"
+            "where they are called as in model.fp16.safetensors pass variant='fp16'; download a GGUF file or a single "
+            "file yourself and pass its path; pickle files are never read, load them with the library that wrote them "
+            "and save them with save_pretrained(safe_serialization=True)"
         )
     return folder
 
@@ -55,12 +65,17 @@ def _download(repository: str, revision: str | None, weights: list[str]) -> Path
     return Path(snapshot_download(repository, revision=revision, allow_patterns=[*SMALL, *weights]))
 
 
-def _stems(folder: Path) -> list[str]:
+def _stems(folder: Path, part: str | None, without: Collection[str]) -> list[str]:
     """What the names of the weight files that `load` reads begin with."""
     if not (folder / "model_index.json").exists():
-        return ["model"]
-    parts = [name for name in read_json(folder / "model_index.json") if name in PARTS]
-    return [f"{part}/{'model' if part.startswith('text') else 'diffusion_pytorch_model'}" for part in parts]
+        name = part or "text"
+        return [_stem(name)] if part is None or part in PARTS else []
+    names = [name for name in read_json(folder / "model_index.json") if name in PARTS and name not in without]
+    return [f"{name}/{_stem(name)}" for name in names if part in (None, name)]
+
+
+def _stem(part: str) -> str:
+    return "model" if part.startswith("text") else "diffusion_pytorch_model"
 
 
 def _weights(stems: list[str], variant: str | None) -> list[str]:

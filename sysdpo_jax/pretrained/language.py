@@ -11,6 +11,7 @@ from sysdpo_jax.components.source import Source
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json
 from sysdpo_jax.pretrained.decoders import find_family
+from sysdpo_jax.pretrained.fit import check_vocabulary
 from sysdpo_jax.pretrained.gguf import read_gguf
 from sysdpo_jax.pretrained.handing_on import recalled, remember, write_like
 from sysdpo_jax.pretrained.names import Naming
@@ -46,6 +47,7 @@ def load_language_model(
     check_settings(LanguageModel, settings, {"decoder", "source"})
     tensors: TensorSource
     tokenizer = settings.pop("tokenizer", None)
+    own_tokenizer = tokenizer is None
     if path.is_file():
         values, tensors, tokenizer = read_gguf(path, tokenizer)
         source, generation = Source(path.absolute()), {}
@@ -66,6 +68,8 @@ def load_language_model(
     }
     # Settings are checked before the weights are read, which may take minutes.
     component = LanguageModel(Decoder(config), tokenizer, **defaults | settings, source=source)
+    if own_tokenizer:
+        check_vocabulary(tokenizer, config.vocab_size, str(path))
     abstract = jax.eval_shape(component.init, jax.random.key(0))
     return component, load_params(abstract, tensors, decoder_naming(config), param_dtype, shardings)
 

@@ -1,10 +1,11 @@
 """Configurations of diffusers' SD3Transformer2DModel, the denoiser of Stable Diffusion 3 and 3.5, in and out."""
 
+from types import NoneType
 from typing import Any
 
 from sysdpo_jax.models.mmdit import MMDiTConfig
 from sysdpo_jax.pretrained.base import ConfigReader
-from sysdpo_jax.pretrained.fields import build, express, whole
+from sysdpo_jax.pretrained.fields import build, express, listed, whole, whole_or_none
 from sysdpo_jax.pretrained.names import Naming
 
 CLASS = "SD3Transformer2DModel"
@@ -22,10 +23,11 @@ def read(config: ConfigReader) -> MMDiTConfig:
     default = MMDiTConfig()
     values: dict[str, Any] = {name: whole(config, name, getattr(default, name)) for name in NUMBERS}
     # A null stands for as many as go in, as in diffusers.
-    channels = config.take("out_channels", default.out_channels)
+    channels = whole_or_none(config, "out_channels", default.out_channels)
     values["out_channels"] = values["in_channels"] if channels is None else channels
     # Files of Stable Diffusion 3 are older than these two.
-    values["dual_attention_layers"] = tuple(config.take("dual_attention_layers", ()))
+    values["dual_attention_layers"] = listed(config, "dual_attention_layers", (), int)
+    config.expect_kind((str, NoneType), "qk_norm")
     values["qk_norm"] = config.take("qk_norm", None)
     return build(config, MMDiTConfig, values)
 

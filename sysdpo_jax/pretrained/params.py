@@ -6,9 +6,11 @@ take and one parameter in transit. Writing hands out one tensor at a time.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -28,14 +30,17 @@ def load_params(
 ) -> Params:
     """The tree of `abstract` (of `jax.eval_shape`) filled from the source.
 
-    dtype: of the parameters, by default as they are stored. shardings: where they go, by default the first device.
+    dtype: of the parameters, by default each as it is stored; a parameter that is stacked of layers in several
+    precisions has the one that holds them all (float32 of bfloat16 and float16).
+    shardings: where they go, by default the first device.
     Raises `CheckpointError` that lists every missing, unexpected and misshapen tensor at once.
     """
     leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
     tensors = {path: list(tensors_of(path, leaf.shape, naming)) for path, leaf in leaves.items()}
     stored = _check({path: (leaves[path].shape, parts) for path, parts in tensors.items()}, source, naming)
     found = {path: [source.dtype(stored[part.name]) for part in parts] for path, parts in tensors.items()}
-    dtypes = {path: kinds[0] if dtype is None else np.dtype(dtype) for path, kinds in found.items()}
+    widest = {path: np.dtype(reduce(jnp.promote_types, kinds)) for path, kinds in found.items()}
+    dtypes = widest if dtype is None else dict.fromkeys(widest, np.dtype(dtype))
     wanted = jax.tree.unflatten(
         jax.tree.structure(abstract),
         [jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()],
@@ -49,7 +54,7 @@ def load_params(
         def block(index: Index | None) -> np.ndarray:
             bounded = tuple(slice(*i.indices(n)) for i, n in zip(index or (), shape, strict=True))
             # Cast on the host: the device never holds the stored precision beside the wanted one.
-            return _block(source, stored, parts, bounded).astype(dtypes[path], copy=False)
+            return _block(source, stored, parts, bounded, dtypes[path])
 
         return jax.make_array_from_callback(shape, place, block)
 
@@ -134,6 +139,15 @@ def _check(
             misshapen.append(f"{copy}: the configuration ties it to {original}, but they differ")
     problems = [("missing", missing), ("unexpected", extra), ("misshapen", misshapen)]
     lines = [f"  {kind}: {item}" for kind, items in problems for item in sorted(items)]
+    if any("lora_" in name for name in extra):
+        raise CheckpointError(
+            f"{source.where}: the weights hold the factors of an adapter beside the kernels they adapt "
+            f"({next(name for name in extra if 'lora_' in name)}): merge them with the library that wrote them "
+            "(merge_and_unload in peft, fuse_lora in diffusers) and save_pretrained again"
+        )
+    for name in sorted(present.keys() & wanted):
+        # First, as quantised weights also have other shapes and scales beside them, which are not the cause.
+        source.dtype(present[name])
     if lines:
         raise CheckpointError(
             "\n".join([f"{source.where}: {len(lines)} tensors do not fit the configuration beside it:", *lines])
@@ -164,15 +178,19 @@ def _equal(source: TensorSource, first: str, second: str, rows: int = 4096) -> b
     return all(np.array_equal(source.read(first, block), source.read(second, block)) for block in blocks)
 
 
-def _block(source: TensorSource, stored: Mapping[str, str], parts: list[Tensor], index: Index) -> np.ndarray:
+def _block(
+    source: TensorSource, stored: Mapping[str, str], parts: list[Tensor], index: Index, dtype: np.dtype
+) -> np.ndarray:
     if parts[0].layer is None:
         [tensor] = parts
-        return tensor.to_ours(source.read(stored[tensor.name], tensor.index(index)))
+        return tensor.to_ours(source.read(stored[tensor.name], tensor.index(index))).astype(dtype, copy=False)
+    chosen = parts[index[0]]
     made: np.ndarray | None = None
-    for place, tensor in enumerate(parts[index[0]]):
+    for place, tensor in enumerate(chosen):
+        # Layer by layer: each may be stored in a precision of its own.
         layer = tensor.to_ours(source.read(stored[tensor.name], tensor.index(index[1:])))
         if made is None:
-            made = np.empty((len(parts[index[0]]), *layer.shape), layer.dtype)
+            made = np.empty((len(chosen), *layer.shape), dtype)
         made[place] = layer
     assert made is not None
     return made

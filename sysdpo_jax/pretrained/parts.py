@@ -20,6 +20,7 @@ from sysdpo_jax.pretrained.fields import with_ours
 from sysdpo_jax.pretrained.handing_on import handed_on, recalled, write_like
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
+from sysdpo_jax.pretrained.refusals import refuse_adapter
 from sysdpo_jax.pretrained.tensors import Safetensors, weight_files, write_safetensors
 from sysdpo_jax.typing import Params
 
@@ -46,28 +47,39 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Loader:
-    """Reads parts of the pipeline in a folder; dtype, param_dtype and variant as for `load`."""
+class Stored:
+    """A part as it lies in a folder: its configuration, read, and its weights, not read yet. variant: as for `load`."""
 
+    part: Part
     folder: Path
-    dtype: str
-    param_dtype: str | None
+    config: Any
     variant: str | None
 
-    def part(self, name: str, part: Part, shardings: Shardings | None = None, **changes: Any) -> tuple[Any, Params]:
-        """Module and parameters. changes: other fields of our configuration."""
-        file = self.folder / name / "config.json"
-        source = part_tensors(self.folder / name, part, self.variant)
-        config = part.read(ConfigReader(read_json(file), str(file)))
-        module = part.module(replace(config, dtype=self.dtype, **changes))
-        abstract = abstract_params(part, module)
-        return module, load_params(abstract, source, part.naming(config), self.param_dtype, shardings)
+    def load(
+        self, dtype: str, param_dtype: str | None, shardings: Shardings | None = None, **changes: Any
+    ) -> tuple[Any, Params]:
+        """Module and parameters; dtype and param_dtype as for `load`. changes: other fields of our configuration."""
+        source = part_tensors(self.folder, self.part, self.variant)
+        module = self.part.module(replace(self.config, dtype=dtype, **changes))
+        naming = self.part.naming(self.config)
+        return module, load_params(abstract_params(self.part, module), source, naming, param_dtype, shardings)
+
+
+def read_part(folder: Path, part: Part, variant: str | None) -> Stored:
+    """Raises `CheckpointError` for a configuration that is not of this kind of part, and for an adapter beside it."""
+    refuse_adapter(folder)
+    file = folder / "config.json"
+    return Stored(part, folder, part.read(ConfigReader(read_json(file), str(file))), variant)
+
+
+def has_variant(folder: Path, part: Part, variant: str | None) -> bool:
+    """Whether a part's folder has weights of that variant."""
+    return any(path.exists() for path in weight_files(folder, part.stem, variant))
 
 
 def part_tensors(folder: Path, part: Part, variant: str | None) -> Safetensors:
     """The weights in a part's folder. A pipeline need not have every part in every variant."""
-    has_variant = any(path.exists() for path in weight_files(folder, part.stem, variant))
-    return Safetensors(folder, part.stem, variant if has_variant else None)
+    return Safetensors(folder, part.stem, variant if has_variant(folder, part, variant) else None)
 
 
 def abstract_params(part: Part, module: Any) -> Params:

@@ -4,39 +4,59 @@ The denoiser is what is trained; the autoencoder and, unless asked otherwise, th
 component. A safety checker looks at finished pictures only: it is neither loaded nor written.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText, LatentCodec, SD3Text, SDXLText, TextEncoder
+from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import CaptionTruncation, TextConditioner
 from sysdpo_jax.generation.samplers import FlowEuler
 from sysdpo_jax.models.mmdit import MMDiT
 from sysdpo_jax.models.unet import UNet2DCondition
 from sysdpo_jax.pretrained import schedulers
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json
+from sysdpo_jax.pretrained.fields import flag
+from sysdpo_jax.pretrained.fit import caption_length, check_fit, check_patches
 from sysdpo_jax.pretrained.handing_on import recalled, remember, write_files, write_like
 from sysdpo_jax.pretrained.params import Shardings
-from sysdpo_jax.pretrained.parts import CLIP, MMDIT, T5, UNET, VAE, Loader, Part, write_part
+from sysdpo_jax.pretrained.parts import (
+    CLIP,
+    MMDIT,
+    T5,
+    UNET,
+    VAE,
+    Part,
+    Stored,
+    has_variant,
+    read_part,
+    write_part,
+)
+from sysdpo_jax.pretrained.sources import (
+    ENCODERS,
+    SD,
+    SD3,
+    SDXL,
+    checked_parts,
+    denoiser_name,
+    part_folders,
+    part_names,
+    tokenizer_name,
+)
 from sysdpo_jax.pretrained.tokenizer_files import FILES, write_tokenizer
 from sysdpo_jax.typing import Params
 
-SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 # What diffusers samples with when its caller says nothing.
 DEFAULTS = {
     SD: {"num_steps": 50, "guidance_scale": 7.5},
     SDXL: {"num_steps": 50, "guidance_scale": 5.0},
     SD3: {"num_steps": 28, "guidance_scale": 7.0},
 }
-TEXTS: dict[str, dict[str, Part]] = {
-    SD: {"text_encoder": CLIP},
-    SDXL: {"text_encoder": CLIP, "text_encoder_2": CLIP},
-    SD3: {"text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5},
-}
 SCHEDULER, EXTRACTOR = "scheduler/scheduler_config.json", "feature_extractor"
-# The only encoder that a pipeline can do without.
-OPTIONAL = "text_encoder_3"
+PARTS = {"unet": UNET, "transformer": MMDIT, "vae": VAE}
+PARTS |= {"text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5}
 Pipeline = Diffusion | FlowMatching
 
 
@@ -48,6 +68,7 @@ def load_pipeline(
     remat: str | None = None,
     shardings: Shardings | None = None,
     variant: str | None = None,
+    parts: Any = None,
     train_text: bool = False,
     image_size: tuple[int, int] | None = None,
     truncation: CaptionTruncation = "error",
@@ -55,60 +76,59 @@ def load_pipeline(
 ) -> tuple[Pipeline, Params]:
     """The component of a pipeline's folder and its parameters, {"denoiser": ...} and the trained text encoders.
 
+    parts: folders that take the place of the pipeline's own, by name, and None for what is left out, see `load`.
     image_size: (height, width) of the pictures, by default what the denoiser was made for. truncation: of captions, see
     `TextEncoder`. settings: fields of the component; steps and guidance are by default those of diffusers' pipeline.
     """
     index = ConfigReader(read_json(path / "model_index.json"), str(path / "model_index.json"))
     kind = index.take("_class_name")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise CheckpointError(f"{index.where}: {kind} is not supported, only {', '.join(DEFAULTS)}")
     check_settings(FlowMatching if kind == SD3 else Diffusion, settings, {"denoiser", "text", "codec", "source"})
-    name, part = _denoiser(kind)
-    listed = [key for key in TEXTS[kind] if index.take(key, [None, None])[1] is not None]
-    for key in TEXTS[kind]:
-        if key not in listed and key != OPTIONAL:
-            raise CheckpointError(f"{index.where} has no {key}: fetch the whole pipeline")
-    zero_null = bool(index.take("force_zeros_for_empty_prompt", True)) if kind == SDXL else False
-    index.ignore("scheduler", "vae", name, *(_tokenizer_name(key) for key in TEXTS[kind]))
+    zero_null = flag(index, "force_zeros_for_empty_prompt", True) if kind == SDXL else False
     # They look at or mark finished pictures.
     index.ignore("safety_checker", "feature_extractor", "requires_safety_checker", "add_watermarker")
     index.expect("image_encoder", [None, None])
+    index.ignore(*part_names(kind))
     index.finish()
+    folders = part_folders(path, kind, index, checked_parts(kind, parts or {}), variant)
 
-    load = Loader(path, dtype, param_dtype, variant)
-    denoiser, weights = load.part(name, part, _below(shardings, "denoiser"), remat=remat)
-    encoders, text_params, tokenizers = {}, {}, {}
-    for key in listed:
-        encoders[key], text_params[key] = load.part(key, TEXTS[kind][key], _below(shardings, key))
-        tokenizers[key] = _tokenizer(path / _tokenizer_name(key), encoders[key].config)
-    text = _text(kind, encoders, tokenizers, truncation, zero_null, denoiser.config)
+    # Everything that is small first: that parts do not fit each other should not wait for weights to be read.
+    stored = {name: read_part(folders[name], PARTS[name], variant) for name in folders if name in PARTS}
+    check_fit(kind, {name: part.config for name, part in stored.items()}, folders)
+    if variant and not any(has_variant(part.folder, part.part, variant) for part in stored.values()):
+        raise CheckpointError(f"no part of {path} has weights of the variant {variant!r}: leave variant out")
+    encoders = [name for name in ENCODERS[kind] if name in stored]
+    tokenizers = {name: _tokenizer(folders[tokenizer_name(name)], stored[name].config) for name in encoders}
+    clips = encoders[:2]
+    length = caption_length((folders[tokenizer_name(name)], tokenizers[name], stored[name].config) for name in clips)
+    scheduler = _scheduler(folders["scheduler"] / "scheduler_config.json", kind)
+    denoising, autoencoding = stored[denoiser_name(kind)], stored["vae"]
+    size = _image_size(kind, denoising, autoencoding, image_size)
+
+    denoiser, weights = denoising.load(dtype, param_dtype, _below(shardings, "denoiser"), remat=remat)
     # The autoencoder runs once, outside the step, and loses detail in half precision.
-    autoencoder, frozen = Loader(path, "float32", param_dtype, variant).part("vae", VAE, _below(shardings, "vae"))
-    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    size = image_size or tuple(factor * n for n in _pair(denoiser.config.sample_size or 64))
-    scheduler_file = path / SCHEDULER
-    scheduler = schedulers.read(ConfigReader(read_json(scheduler_file), str(scheduler_file)))
-    parts = (f"{key}/config.json" for key in (name, "vae", *listed))
-    tokenizer_files = (f"{_tokenizer_name(key)}/{pattern}" for key in listed for pattern in FILES)
-    patterns = ("model_index.json", SCHEDULER, f"{EXTRACTOR}/*.json", *parts, *tokenizer_files)
+    autoencoder, frozen = autoencoding.load("float32", param_dtype, _below(shardings, "vae"))
+    modules, text_params = {}, {}
+    for name in encoders:
+        modules[name], text_params[name] = stored[name].load(dtype, param_dtype, _below(shardings, name))
+    text = _text(kind, modules, tokenizers, length, truncation, zero_null, denoiser.config)
     common = {
-        "source": remember(path, variant, patterns),
+        "source": _source(path, variant, folders),
         "denoiser": denoiser,
         "text": text if train_text else FrozenText(text, text_params),
         "codec": LatentCodec(autoencoder, frozen, size),
+        **DEFAULTS[kind],
     }
     params = {"denoiser": weights, **(text_params if train_text else {})}
-    common = {**common, **DEFAULTS[kind], **settings}
-    if isinstance(scheduler, FlowEuler) != (kind == SD3):
-        raise CheckpointError(f"{scheduler_file}: a {type(scheduler).__name__} does not go with a {kind}")
     if isinstance(scheduler, FlowEuler):
-        return FlowMatching(**{"sampler": scheduler, **common}), params
+        return FlowMatching(**common | {"sampler": scheduler} | settings), params
     planned = {
         "schedule": scheduler.schedule,
         "prediction_type": scheduler.prediction_type,
         "sampler": scheduler.sampler,
     }
-    return Diffusion(**{**planned, **common}), params
+    return Diffusion(**common | planned | settings), params
 
 
 def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
@@ -124,27 +144,32 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
     text = component.text.text if isinstance(component.text, FrozenText) else component.text
     text_params = component.text.params if isinstance(component.text, FrozenText) else params
     kind, source = _kind(component, text), component.source
-    name, part = _denoiser(kind)
     written: dict[str, Any] = {"_class_name": kind, "image_encoder": [None, None]}
 
-    def write(key: str, part: Part, module: Any, params: Params, ids: dict[str, int | None]) -> None:
-        below = None if source is None else source.below(key)
-        written[key] = write_part(folder / key, part, module, params, below, ids)
+    def write(name: str, module: Any, params: Params, ids: dict[str, int | None]) -> None:
+        below = None if source is None else source.below(name)
+        written[name] = write_part(folder / name, PARTS[name], module, params, below, ids)
 
-    write(name, part, component.denoiser, params["denoiser"], {})
-    write("vae", VAE, component.codec.autoencoder, component.codec.params, {})
+    write(denoiser_name(kind), component.denoiser, params["denoiser"], {})
+    write("vae", component.codec.autoencoder, component.codec.params, {})
     read = recalled(source, "model_index.json")
-    for key, encoder_part in TEXTS[kind].items():
-        beside, suffix = _tokenizer_name(key), key.removeprefix("text_encoder")
+    for key in ENCODERS[kind]:
+        beside, suffix = tokenizer_name(key), key.removeprefix("text_encoder")
         encoder, tokenizer = getattr(text, f"encoder{suffix}"), getattr(text, f"tokenizer{suffix}")
         written[key] = written[beside] = [None, None]
         if encoder is not None:
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write(key, encoder_part, encoder, text_params[key], ids)
+            write(key, encoder, text_params[key], ids)
             (folder / beside).mkdir()
-            as_read = write_tokenizer(folder / beside, tokenizer, None if source is None else source.below(beside))
-            # What is written anew says PreTrainedTokenizerFast too, which every version reads from tokenizer.json.
-            written[beside] = read[beside] if as_read else ["transformers", "PreTrainedTokenizerFast"]
+            below = None if source is None else source.below(beside)
+            as_read = write_tokenizer(folder / beside, tokenizer, below)
+            if as_read and source is not None and beside not in dict(source.moved):
+                written[beside] = read[beside]
+            elif (folder / beside / "tokenizer.json").exists():
+                # What is written anew says so too; every version reads it from this file alone.
+                written[beside] = ["transformers", "PreTrainedTokenizerFast"]
+            else:
+                written[beside] = ["transformers", type(tokenizer).__name__]
     scheduler = schedulers.write(
         component.sampler
         if isinstance(component, FlowMatching)
@@ -174,8 +199,12 @@ def denoiser_part(component: Pipeline) -> tuple[str, Part]:
     raise CheckpointError(f"a {type(denoiser).__name__} is no denoiser of diffusers: use a run's checkpoints")
 
 
-def _denoiser(kind: str) -> tuple[str, Part]:
-    return ("transformer", MMDIT) if kind == SD3 else ("unet", UNET)
+def _source(path: Path, variant: str | None, folders: Mapping[str, Path]) -> Source:
+    """The small files of a pipeline and of its parts, wherever these lie."""
+    parts = (f"{name}/config.json" for name in folders if name in PARTS)
+    tokenizers = (f"{name}/{pattern}" for name in folders if name.startswith("tokenizer") for pattern in FILES)
+    moved = {name: folder for name, folder in folders.items() if folder != path / name}
+    return remember(path, variant, ("model_index.json", SCHEDULER, f"{EXTRACTOR}/*.json", *parts, *tokenizers), moved)
 
 
 def _kind(component: Pipeline, text: TextConditioner) -> str:
@@ -192,6 +221,7 @@ def _text(
     kind: str,
     encoders: dict[str, Any],
     tokenizers: dict[str, Any],
+    length: int,
     truncation: CaptionTruncation,
     zero_null: bool,
     config: Any,
@@ -199,14 +229,32 @@ def _text(
     """The conditioner; config: the denoiser's."""
     first, tokenizer = encoders["text_encoder"], tokenizers["text_encoder"]
     if kind == SD:
-        return TextEncoder(first, tokenizer, first.config.max_position_embeddings, truncation)
+        return TextEncoder(first, tokenizer, length, truncation)
     second, tokenizer_2 = encoders["text_encoder_2"], tokenizers["text_encoder_2"]
-    length = first.config.max_position_embeddings
     if kind == SDXL:
         return SDXLText(first, second, tokenizer, tokenizer_2, length, truncation, zero_null)
     third, tokenizer_3 = encoders.get("text_encoder_3"), tokenizers.get("text_encoder_3")
     width = config.joint_attention_dim
     return SD3Text(first, second, third, tokenizer, tokenizer_2, tokenizer_3, width, length, truncation=truncation)
+
+
+def _scheduler(file: Path, kind: str) -> schedulers.DiffusionScheduler | FlowEuler:
+    scheduler = schedulers.read(ConfigReader(read_json(file), str(file)))
+    if isinstance(scheduler, FlowEuler) != (kind == SD3):
+        raise CheckpointError(
+            f"{file}: a {type(scheduler).__name__} does not go with a {kind}: take that pipeline's own scheduler"
+        )
+    return scheduler
+
+
+def _image_size(kind: str, denoiser: Stored, autoencoder: Stored, wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the pictures, by default what the denoiser was made for."""
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    sides = np.broadcast_to(denoiser.config.sample_size or 64, 2).tolist()
+    height, width = wanted or (factor * sides[0], factor * sides[1])
+    if kind == SD3:
+        check_patches(denoiser.config, height / factor, width / factor, str(denoiser.folder / "config.json"))
+    return height, width
 
 
 def _tokenizer(folder: Path, encoder: Any) -> Any:
@@ -225,15 +273,6 @@ def _tokenizer(folder: Path, encoder: Any) -> Any:
     return tokenizer
 
 
-def _tokenizer_name(encoder: str) -> str:
-    return encoder.replace("text_encoder", "tokenizer")
-
-
 def _below(shardings: Shardings | None, name: str) -> Shardings | None:
     """Shardings of one subtree, asked for under its own name so that rules on paths see it."""
     return None if shardings is None else lambda tree: shardings({name: tree})[name]
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = np.broadcast_to(size, 2).tolist()
-    return height, width

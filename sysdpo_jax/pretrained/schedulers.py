@@ -35,6 +35,10 @@ def read(config: ConfigReader) -> DiffusionScheduler | FlowEuler:
     Raises `CheckpointError` for another class and, by name, for a setting that is not supported here.
     """
     name = config.take("_class_name")
+    config.expect_kind(str, "_class_name")
+    config.expect_kind(int, "num_train_timesteps", "steps_offset")
+    config.expect_kind((int, float), "beta_start", "beta_end", "shift", "clip_sample_range")
+    config.expect_kind(bool, "set_alpha_to_one", "clip_sample", "rescale_betas_zero_snr", "skip_prk_steps")
     if name == "FlowMatchEulerDiscreteScheduler":
         made: DiffusionScheduler | FlowEuler = _read_flow(config)
     elif name in _FAMILIES:

@@ -4,7 +4,7 @@ from typing import Any
 
 from sysdpo_jax.models.t5 import T5Config
 from sysdpo_jax.pretrained.base import ConfigReader
-from sysdpo_jax.pretrained.fields import UNUSED, build, express, whole
+from sysdpo_jax.pretrained.fields import UNUSED, build, express, number, whole
 from sysdpo_jax.pretrained.names import Naming
 
 # The decoder's settings, dropout (we have none) and the lengths of old tokenizers.
@@ -40,7 +40,7 @@ def read(config: ConfigReader) -> T5Config:
     config.ignore(*UNUSED, *DECODERS)
     default = T5Config()
     values: dict[str, Any] = {name: whole(config, name, getattr(default, name)) for name in NUMBERS}
-    values["layer_norm_epsilon"] = float(config.take("layer_norm_epsilon", default.layer_norm_epsilon))
+    values["layer_norm_epsilon"] = number(config, "layer_norm_epsilon", default.layer_norm_epsilon)
     return build(config, T5Config, values)
 
 

@@ -50,12 +50,15 @@ class Safetensors:
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        if whole.exists():
-            files = [whole]
-        elif index.exists():
-            names = read_json(index).get("weight_map", {})
-            files = sorted({folder / name for name in names.values()})
-        else:
+        named = read_json(index).get("weight_map", {}).values() if index.exists() else ()
+        shards = sorted({folder / name for name in named})
+        if whole.exists() and shards not in ([], [whole]):
+            raise CheckpointError(
+                f"{folder} holds the weights twice, as {whole.name} and as the shards of {index.name}: of the two "
+                "transformers reads the first, diffusers the second; remove the one that is not the model"
+            )
+        files = [whole] if whole.exists() else shards
+        if not files:
             raise _nothing_to_read(folder, stem, whole.name)
         for file in files:
             self._list(file)
@@ -131,13 +134,15 @@ def write_safetensors(
 def weight_files(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
     """Where the weights are if they are one file, and the index of their shards if they are several."""
     middle = f".{variant}" if variant else ""
-    return folder / f"{stem}{middle}.safetensors", folder / f"{stem}.safetensors.index{middle}.json"
+    index, older = (folder / f"{stem}.safetensors{end}.json" for end in (f".index{middle}", f"{middle}.index"))
+    return folder / f"{stem}{middle}.safetensors", older if older.exists() else index
 
 
 def _nothing_to_read(folder: Path, stem: str, wanted: str) -> CheckpointError:
     found = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else []
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    variants = [match[1] for name in found if (match := re.fullmatch(rf"{stem}\.(\w+)\.safetensors", name))]
+    named = rf"{stem}\.(?:(\w+)\.safetensors|safetensors\.(?:index\.(\w+)|(\w+)\.index)\.json)"
+    variants = [match[1] or match[2] or match[3] for name in found if (match := re.fullmatch(named, name))]
     if pickles and not variants:
         return CheckpointError(
             f"{folder} holds {', '.join(pickles)} but no {wanted}: pickle files can run code and are never read. Load "

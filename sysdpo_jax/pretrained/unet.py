@@ -4,7 +4,7 @@ from typing import Any
 
 from sysdpo_jax.models.unet_config import ADDED_EMBEDDINGS, UNetConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
-from sysdpo_jax.pretrained.fields import build, express, whole, whole_or_each
+from sysdpo_jax.pretrained.fields import build, express, flag, listed, number, size, whole, whole_or_each, whole_or_none
 from sysdpo_jax.pretrained.names import Naming
 
 CLASS = "UNet2DConditionModel"
@@ -57,23 +57,25 @@ def read(config: ConfigReader) -> UNetConfig:
     if only_cross is True or (isinstance(only_cross, list) and any(only_cross)):
         raise CheckpointError(f"{config.where}: only_cross_attention={only_cross!r} is not supported, only False")
     default = UNetConfig()
-    blocks = {name: tuple(config.take(name, getattr(default, name))) for name in ("down_block_types", "up_block_types")}
+    blocks = {
+        name: listed(config, name, getattr(default, name), str) for name in ("down_block_types", "up_block_types")
+    }
     shape = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups")
     sizes = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    size = config.take("sample_size", None)
     values = {
         **blocks,
         **{name: whole(config, name, getattr(default, name)) for name in (*shape, "freq_shift")},
-        **{name: config.take(name, None) for name in ("addition_embed_type", *sizes)},
-        "block_out_channels": tuple(config.take("block_out_channels", default.block_out_channels)),
+        "addition_embed_type": config.take("addition_embed_type", None),
+        **{name: whole_or_none(config, name) for name in sizes},
+        "block_out_channels": listed(config, "block_out_channels", default.block_out_channels, int),
         "transformer_layers_per_block": whole_or_each(config, "transformer_layers_per_block", 1),
         "attention_head_dim": whole_or_each(config, "attention_head_dim", default.attention_head_dim),
-        "norm_eps": float(config.take("norm_eps", default.norm_eps)),
-        "flip_sin_to_cos": config.take("flip_sin_to_cos", True),
-        "use_linear_projection": bool(config.take("use_linear_projection", False)),
-        "sample_size": tuple(size) if isinstance(size, list) else size,
+        "norm_eps": number(config, "norm_eps", default.norm_eps),
+        "flip_sin_to_cos": flag(config, "flip_sin_to_cos", True),
+        "use_linear_projection": flag(config, "use_linear_projection", False),
+        "sample_size": size(config, None),
         # Null is what SDXL says.
-        "upcast_attention": bool(config.take("upcast_attention", False)),
+        "upcast_attention": flag(config, "upcast_attention", False),
     }
     return build(config, UNetConfig, values)
 

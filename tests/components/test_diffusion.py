@@ -217,6 +217,19 @@ def test_sample_is_guided_ddim_from_the_keys_noise(prediction_type):
     np.testing.assert_allclose(np.stack(made), np.clip((latents + 1) / 2, 0, 1), atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5])
+def test_without_guidance_the_picture_is_that_of_the_caption(scale):
+    """The same as at 1, where it is the conditional prediction by definition, and another for another caption."""
+    params = component().init(KEY)
+    made, plain = (
+        np.stack(component(guidance_scale=s).sample(params, {"x": ["a red ball", "the cube"]}, KEY))
+        for s in (scale, 1.0)
+    )
+    np.testing.assert_array_equal(made, plain)
+    other = component(guidance_scale=scale).sample(params, {"x": ["the cube", "the cube"]}, KEY)
+    assert np.abs(made[0] - other[0]).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("image", "caption", "message"),
     [
@@ -245,6 +258,9 @@ def test_two_parents_are_refused():
         ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), got 1\.0"),
         ({"num_steps": 0}, "num_steps 0 and strata 1 must be at least 1"),
         ({"negative_prompt": "a cube"}, "a negative_prompt is only read with guidance"),
+        ({"negative_prompt": "a cube", "guidance_scale": 0.0}, "a negative_prompt is only read with guidance"),
+        ({"guidance_scale": float("nan")}, r"guidance_scale nan must be a finite number \(at most 1: no guidance\)"),
+        ({"guidance_scale": float("inf")}, "guidance_scale inf must be a finite number"),
         ({"schedule": NoiseSchedule(rescale_betas_zero_snr=True)}, "an epsilon model says nothing of z_0"),
     ],
 )

@@ -55,9 +55,13 @@ def test_log_ratio_is_the_weighted_difference_of_velocity_errors(drawn):
     assert np.abs(expected).max() > 100
 
 
-def test_sample_integrates_the_velocity_of_the_caption():
-    """Four Euler steps in float64 NumPy from the key's noise; 1e-4 for float32 over four steps."""
-    node = component(guidance_scale=2.0)
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_sample_integrates_the_velocity_of_the_caption(scale):
+    """Four Euler steps in float64 NumPy from the key's noise; 1e-4 for float32 over four steps.
+
+    A scale of at most 1 is no guidance.
+    """
+    node = component(guidance_scale=scale)
     params = node.init(KEY)
     features = features_of(node)
     made = node.sample(params, {"caption": CAPTIONS}, KEY)
@@ -66,5 +70,5 @@ def test_sample_integrates_the_velocity_of_the_caption():
         time = np.full(3, 1000 * (1 - step / 4))
         given = features["text"]["tokens"], np.zeros((3, 5), int)
         cond, null = (affine_by_hand(params, z, time, tokens) for tokens in given)
-        z = z - (null + 2 * (cond - null)) / 4
+        z = z - (null + max(scale, 1.0) * (cond - null)) / 4
     np.testing.assert_allclose(np.stack(made), np.clip((z + 1) / 2, 0, 1), atol=1e-4)

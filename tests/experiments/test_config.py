@@ -13,6 +13,7 @@ from experiments.own.run import assemble
 from experiments.own.system import Template, build_optimizer, build_system
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.pretrained import CheckpointError
+from tests.pretrained.checkpoints import stable_diffusion_3, vae
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 ROUTED = """
@@ -95,6 +96,35 @@ def test_a_wrong_field_is_refused_with_its_place_and_the_nearest_right_one(file,
     with pytest.raises(ConfigError) as error:
         read_config(path, TrainConfig)
     assert str(error.value) == message.replace("{}", str(path), 1)
+
+
+PAINTER = """
+system:
+  inputs: [caption]
+  nodes: {{image: {{component: painter, parents: [caption]}}}}
+  components:
+    painter:
+      checkpoint: {pipeline}
+      mode: frozen
+      settings:
+        guidance_scale: 0.0
+        image_size: [16, 32]
+        parts: {{text_encoder_3: null, vae: {vae}}}
+"""
+
+
+def test_parts_of_a_pipeline_are_settings(file, tmp_path):
+    stable_diffusion_3().save_pretrained(tmp_path / "pipeline")
+    vae(scaling_factor=0.5, use_quant_conv=False, use_post_quant_conv=False).save_pretrained(tmp_path / "vae")
+    path = file(PAINTER.format(pipeline=tmp_path / "pipeline", vae=tmp_path / "vae"))
+    system, _ = build_system(parse(["--config", str(path)], None), sj.make_mesh())
+    [node] = system.nodes
+    assert node.component.codec.autoencoder.config.scaling_factor == 0.5
+    assert node.component.text.text.encoder_3 is None
+    assert (node.component.guidance_scale, node.component.codec.image_size) == (0.0, (16, 32))
+    wrong = file(PAINTER.format(pipeline=tmp_path / "pipeline", vae="null"))
+    with pytest.raises(CheckpointError, match="cannot do without vae; only text_encoder_3 with tokenizer_3"):
+        build_system(parse(["--config", str(wrong)], None), sj.make_mesh())
 
 
 def test_the_system_is_the_one_described(file):

@@ -130,9 +130,12 @@ def test_flow_euler_needs_a_step():
         FlowEuler()(lambda z, t: z, jnp.array(NOISE), 0, KEY)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
-def test_guidance_is_the_formula_of_classifier_free_guidance(scale):
-    """With two arrays of conditioning, of different shapes; one forward pass of twice the rows unless scale is 1."""
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0, 1.5, 7.5])
+def test_guidance_is_the_formula_of_classifier_free_guidance_above_one(scale):
+    """With two arrays of conditioning, of different shapes; one forward pass of twice the rows.
+
+    At most 1 it is the conditional prediction alone, of as many rows as there are: diffusers' rule.
+    """
     rng = np.random.default_rng(1)
     cond, null = (
         (rng.normal(size=(3, 1, 1, 2)).astype(np.float32), rng.normal(size=3).astype(np.float32)) for _ in range(2)
@@ -147,10 +150,11 @@ def test_guidance_is_the_formula_of_classifier_free_guidance(scale):
         return NOISE * text + (np.arange(3) + size)[:, None, None, None]
 
     arrays = [tuple(map(jnp.asarray, half)) for half in (cond, null)]
-    made = guided(denoise, arrays[0], None if scale == 1.0 else arrays[1], scale)(jnp.array(NOISE), jnp.arange(3.0))
-    expected = written_out(*null) + scale * (written_out(*cond) - written_out(*null))
+    made = guided(denoise, arrays[0], arrays[1] if scale > 1 else None, scale)(jnp.array(NOISE), jnp.arange(3.0))
+    used = max(scale, 1.0)
+    expected = written_out(*null) + used * (written_out(*cond) - written_out(*null))
     np.testing.assert_allclose(made, expected, atol=2e-5)
-    assert calls == [3 if scale == 1.0 else 6]
+    assert calls == [6 if scale > 1 else 3]
 
 
 def test_guidance_without_the_unconditional_half_is_refused():

@@ -8,7 +8,8 @@ import torch
 
 from sysdpo_jax import pretrained
 from sysdpo_jax.pretrained import CheckpointError
-from tests.pretrained.checkpoints import stable_diffusion_xl, write_decoder
+from sysdpo_jax.pretrained.hub import locate
+from tests.pretrained.checkpoints import stable_diffusion_xl, vae, write_decoder
 
 
 @pytest.fixture
@@ -16,9 +17,11 @@ def hub(tmp_path, monkeypatch):
     """A function that publishes a folder; downloads copy what their patterns match. Returns the folder of downloads."""
     cache = tmp_path / "cache"
 
-    def publish(folder):
+    def publish(folder, revision="v1"):
+        wanted = revision
+
         def snapshot_download(repository, revision, allow_patterns):
-            assert (repository, revision) == ("someone/model", "v1")
+            assert (repository, revision) == ("someone/model", wanted)
             for file in folder.rglob("*"):
                 name = file.relative_to(folder).as_posix()
                 if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
@@ -73,6 +76,41 @@ def test_a_repository_without_safetensors_is_refused_with_the_remedy(tmp_path, h
     hub(tmp_path / "remote")
     with pytest.raises(CheckpointError, match=r"no safetensors weights .* pickle files are never read"):
         pretrained.load("someone/model", revision="v1")
+
+
+def test_of_a_part_from_the_hub_its_own_weights_alone_are_downloaded(tmp_path, hub):
+    """A repository of the part itself, and a whole pipeline that has it."""
+    vae().save_pretrained(tmp_path / "part")
+    stable_diffusion_xl().save_pretrained(tmp_path / "pipeline")
+    vae(scaling_factor=0.5).save_pretrained(tmp_path / "pipeline" / "vae")
+    (tmp_path / "part" / "sdxl.vae.safetensors").write_bytes(b"x")
+    cache = hub(tmp_path / "part", revision=None)
+    assert locate("someone/model", part="vae") == cache
+    assert [file.name for file in cache.rglob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    shutil.rmtree(cache)
+    cache = hub(tmp_path / "pipeline", revision=None)
+    component, _ = pretrained.load(tmp_path / "pipeline", parts={"vae": "someone/model", "scheduler": "someone/model"})
+    assert component.codec.autoencoder.config.scaling_factor == 0.5
+    assert [file.relative_to(cache).as_posix() for file in cache.rglob("*.safetensors")] == [
+        "vae/diffusion_pytorch_model.safetensors"
+    ]
+
+
+def test_what_is_replaced_or_left_out_is_not_downloaded(tmp_path, hub):
+    stable_diffusion_xl().save_pretrained(tmp_path / "remote")
+    vae().save_pretrained(tmp_path / "vae")
+    cache = hub(tmp_path / "remote")
+    pretrained.load("someone/model", revision="v1", parts={"vae": tmp_path / "vae"})
+    assert {file.parent.name for file in cache.rglob("*.safetensors")} == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_a_repository_of_a_variant_alone_is_refused_with_the_remedy(tmp_path, hub):
+    write_decoder(tmp_path / "remote", "llama")
+    (tmp_path / "remote" / "model.safetensors").rename(tmp_path / "remote" / "model.fp16.safetensors")
+    hub(tmp_path / "remote")
+    with pytest.raises(CheckpointError, match="pass variant='fp16'"):
+        pretrained.load("someone/model", revision="v1")
+    pretrained.load("someone/model", revision="v1", variant="fp16")
 
 
 def test_a_name_that_is_nowhere_is_refused(monkeypatch):

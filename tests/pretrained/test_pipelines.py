@@ -84,6 +84,20 @@ def test_without_a_negative_prompt_guidance_leads_away_from_the_null_condition(n
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3"))])
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_guidance_scale_of_at_most_one_is_none_as_in_diffusers(name, scale, made):
+    """0.0 is what the cards of SDXL-Turbo and Stable Diffusion 3.5 Large Turbo ask for. Tolerance as above."""
+    pipe, folder = made(name)
+    component, params = pretrained.load(folder, num_steps=1, guidance_scale=scale)
+    ours = np.stack(component.sample(params, {"caption": CAPTIONS}, KEY))
+    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
+    latents = torch.tensor(noise.transpose(0, 3, 1, 2))
+    options = {"num_inference_steps": 1, "guidance_scale": scale, "height": 16, "width": 16, "output_type": "np"}
+    theirs = pipe(prompt=CAPTIONS, latents=latents, **options).images
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["sd1", "sd3"])
 def test_latents_are_the_scaled_means_of_the_autoencoder(name, made):
     pipe, folder = made(name)

@@ -93,6 +93,30 @@ def test_the_round_trip_is_exact_in_every_precision(dtype, tmp_path):
         assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ((torch.bfloat16, torch.float32), "float32"),
+        ((torch.float32, torch.bfloat16), "float32"),
+        ((torch.bfloat16, torch.float16), "float32"),
+        ((torch.float16, torch.float16), "float16"),
+    ],
+)
+def test_of_layers_in_several_precisions_the_widest_is_kept(layers, kept, tmp_path):
+    """No value is rounded, whichever layer is the first; parameters beside it keep their own precision."""
+    tensors = stored(torch.bfloat16)
+    for layer, dtype in enumerate(layers):
+        name = f"model.layers.{layer}.q.weight"
+        tensors[name] = (tensors[name].float() + 2.0**-10).to(dtype)
+    params = load_params(abstract(), Safetensors(write(tmp_path, tensors), "model"), NAMING)
+    assert params["layers"]["q"]["kernel"].dtype == kept
+    assert params["embed"]["embedding"].dtype == "bfloat16"
+    check_values(params, tensors)
+    chosen = load_params(abstract(), Safetensors(tmp_path, "model"), NAMING, "bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(chosen)} == {jnp.dtype(ml_dtypes.bfloat16)}
+    check_values(chosen, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+
 def test_a_chosen_precision_is_that_of_a_cast(tmp_path):
     tensors = stored()
     params = load_params(abstract(), Safetensors(write(tmp_path, tensors), "model"), NAMING, "bfloat16")

@@ -3,7 +3,7 @@
 All are frozen dataclasses (static arguments of a jitted function), to be called under jit: one compilation each.
 """
 
-from sysdpo_jax.generation.samplers.base import Denoiser, Sampler, guided
+from sysdpo_jax.generation.samplers.base import Denoiser, Sampler, guided, guides
 from sysdpo_jax.generation.samplers.ddim import DDIM
 from sysdpo_jax.generation.samplers.ddpm import DDPM
 from sysdpo_jax.generation.samplers.dpm_solver import DPMSolver
@@ -23,4 +23,5 @@ __all__ = [
     "Sampler",
     "Spacing",
     "guided",
+    "guides",
 ]

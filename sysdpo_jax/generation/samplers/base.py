@@ -36,18 +36,27 @@ class Sampler(Protocol):
     ) -> Float[Array, "batch *rest"]: ...
 
 
+def guides(scale: float) -> bool:
+    """Whether there is guidance at all: above 1 only, as in diffusers.
+
+    The cards of distilled models (SDXL-Turbo, Stable Diffusion 3.5 Large Turbo) ask for 0.0 and mean the conditional
+    prediction alone, not the unconditional one that the formula of `guided` would give there.
+    """
+    return scale > 1.0
+
+
 def guided(
     denoise: Callable[..., Array], cond: tuple[Array, ...], uncond: tuple[Array, ...] | None, scale: float
 ) -> Denoiser:
     """Classifier-free guidance: uncond + scale (cond - uncond), both halves in one forward pass (arXiv 2207.12598).
 
-    `denoise` also takes the conditioning, arrays [B, ...] after the time. At scale 1 the unconditional half is left
-    out, and uncond may be None. Raises ValueError when it is None at another scale.
+    `denoise` also takes the conditioning, arrays [B, ...] after the time. At a scale that does not guide (`guides`)
+    the unconditional half is left out, and uncond may be None. Raises ValueError when it is None at another scale.
     """
-    if scale == 1.0:
+    if not guides(scale):
         return lambda z, t: denoise(z, t, *cond)
     if uncond is None:
-        raise ValueError(f"guided: scale {scale} needs the unconditional conditioning; only scale 1 goes without")
+        raise ValueError(f"guided: scale {scale} needs the unconditional conditioning; at most 1 goes without")
     both = jax.tree.map(lambda *halves: jnp.concatenate(halves), uncond, cond)
 
     def predict(z: Array, t: Array) -> Array:

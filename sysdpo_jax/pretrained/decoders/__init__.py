@@ -22,7 +22,7 @@ def find_family(model_type: str, where: str) -> Family:
             "model alone is known, as 'gemma3_text': load the whole in transformers, make its model.language_model the "
             "`model` of a Gemma3ForCausalLM of config.text_config, tie its weights, save that and load it from there"
         )
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"{where}: model_type {model_type!r} is not known; known decoders are {known}")
     return FAMILIES[model_type]

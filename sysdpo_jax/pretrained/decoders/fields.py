@@ -5,8 +5,11 @@ from typing import Any
 
 from sysdpo_jax.models.decoder_config import FULL, SLIDING, DecoderConfig
 from sysdpo_jax.models.rotary import LLAMA3_FIELDS, RopeScaling
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
-from sysdpo_jax.pretrained.fields import UNUSED
+from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, is_of_kind
+from sysdpo_jax.pretrained.fields import UNUSED, flag, listed, number, number_or_none, whole, whole_or_none
+
+# The kinds of rotary scaling, with the parameters that each has.
+ROTATIONS: dict[str, set[str]] = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *LLAMA3_FIELDS}}
 
 
 def read_shape(config: ConfigReader, model_type: str, tied: bool = False) -> dict[str, Any]:
@@ -14,23 +17,20 @@ def read_shape(config: ConfigReader, model_type: str, tied: bool = False) -> dic
 
     tied: what the family takes an absent tie_word_embeddings to be.
     """
-    heads = config.take("num_attention_heads")
+    heads = whole(config, "num_attention_heads")
     # A null stands for the default, as in transformers.
-    groups, head_dim = config.take("num_key_value_heads", None), config.take("head_dim", None)
+    groups, head_dim = whole_or_none(config, "num_key_value_heads"), whole_or_none(config, "head_dim")
     config.expect("attention_dropout", 0.0, None)
     config.expect("is_encoder_decoder", False)
     config.ignore(*UNUSED)
+    numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     return {
-        "vocab_size": config.take("vocab_size"),
-        "hidden_size": config.take("hidden_size"),
-        "intermediate_size": config.take("intermediate_size"),
-        "num_hidden_layers": config.take("num_hidden_layers"),
+        **{name: whole(config, name) for name in numbers},
         "num_attention_heads": heads,
         "num_key_value_heads": heads if groups is None else groups,
         "head_dim": head_dim,
-        "rms_norm_eps": float(config.take("rms_norm_eps", 1e-6)),
-        "max_position_embeddings": config.take("max_position_embeddings"),
-        "tie_word_embeddings": config.take("tie_word_embeddings", tied),
+        "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "tie_word_embeddings": flag(config, "tie_word_embeddings", tied),
         "model_type": model_type,
     }
 
@@ -63,17 +63,17 @@ def read_rope(config: ConfigReader, theta: float = 10000.0) -> dict[str, Any]:
     return {"rope_theta": theta if stated is None else stated, "rope_scaling": scaling}
 
 
-def stated_rope(
-    config: ConfigReader, key: str, *places: Mapping[str, Any] | None
-) -> tuple[float | None, RopeScaling | None]:
+def stated_rope(config: ConfigReader, key: str, *places: Any) -> tuple[float | None, RopeScaling | None]:
     """theta, None where nothing states it, and the scaling, from all places in which a file may state them.
 
     key: of theta where it stands by itself. places: dictionaries of rotary parameters.
     Raises `CheckpointError` where two of them say something different.
     """
-    theta = config.take(key, None)
-    thetas, scalings = set() if theta is None else {float(theta)}, set()
+    theta = number_or_none(config, key)
+    thetas, scalings = set() if theta is None else {theta}, set()
     for place in places:
+        if not isinstance(place, Mapping | None) or not is_of_kind((place or {}).get("rope_theta", 0.0), (int, float)):
+            raise _unknown_rotation(config, place)
         values = dict(place or {})
         if "rope_theta" in values:
             thetas.add(float(values.pop("rope_theta")))
@@ -99,20 +99,24 @@ def read_scaling(config: ConfigReader, values: Mapping[str, Any]) -> RopeScaling
     # The whole head is rotated, as without the key.
     if rest.get("partial_rotary_factor") == 1.0:
         del rest["partial_rotary_factor"]
-    known = {"default": set(), "linear": {"factor"}, "llama3": {"factor", *LLAMA3_FIELDS}}
-    if kind not in known or set(rest) != known[kind]:
-        raise CheckpointError(
-            f"{config.where}: rotary scaling {dict(values)!r} is not supported (only {', '.join(known)}, with exactly "
-            "their own parameters); this model would be computed wrongly"
-        )
+    numbers = all(is_of_kind(value, (int, float)) for value in rest.values())
+    if not isinstance(kind, str) or kind not in ROTATIONS or set(rest) != ROTATIONS[kind] or not numbers:
+        raise _unknown_rotation(config, values)
     if kind == "default":
         return None
     context = rest.pop("original_max_position_embeddings", None)
-    numbers = {name: float(value) for name, value in rest.items()}
+    factors = {name: float(value) for name, value in rest.items()}
     try:
-        return RopeScaling(kind, original_max_position_embeddings=context, **numbers)
+        return RopeScaling(kind, original_max_position_embeddings=context, **factors)
     except ValueError as error:
         raise CheckpointError(f"{config.where} describes no model: {error}") from None
+
+
+def _unknown_rotation(config: ConfigReader, values: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{config.where}: rotary scaling {values!r} is not supported (only {', '.join(ROTATIONS)}, with exactly their "
+        "own parameters); this model would be computed wrongly"
+    )
 
 
 def express_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -126,10 +130,9 @@ def read_layers(
     config: ConfigReader, layers: int, window: int | None, is_sliding: Callable[[int], bool]
 ) -> dict[str, Any]:
     """sliding_window and layer_types, which are those of `is_sliding(layer)` where the file has no layer_types."""
-    kinds = config.take("layer_types", None)
-    if kinds is None:
-        kinds = pattern(layers, is_sliding)
-    return {"sliding_window": window, "layer_types": tuple(kinds)}
+    if config.take("layer_types", None) is None:
+        return {"sliding_window": window, "layer_types": pattern(layers, is_sliding)}
+    return {"sliding_window": window, "layer_types": listed(config, "layer_types", None, str)}
 
 
 def pattern(layers: int, is_sliding: Callable[[int], bool]) -> tuple[str, ...]:

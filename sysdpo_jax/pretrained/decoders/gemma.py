@@ -1,12 +1,13 @@
 """Gemma 2 (soft caps, alternating local and global layers) and the text model of Gemma 3 (two rotary bases)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from sysdpo_jax.models.decoder_config import FULL, SLIDING, DecoderConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.decoders import fields
 from sysdpo_jax.pretrained.decoders.family import Family
-from sysdpo_jax.pretrained.fields import build
+from sysdpo_jax.pretrained.fields import build, flag, number, number_or_none, whole, whole_or_none
 
 ACTIVATION = "gelu_pytorch_tanh"
 
@@ -17,19 +18,19 @@ def _read_shared(config: ConfigReader, model_type: str, period: int) -> dict[str
     config.ignore("hidden_act")
     config.expect("use_bidirectional_attention", False, None)
     shape = fields.read_shape(config, model_type, tied=True)
-    window = config.take("sliding_window", 4096)
+    window = whole_or_none(config, "sliding_window", 4096)
     # The window once more, in the files of Gemma 2 9B and 27B.
     config.expect("sliding_window_size", window)
     layers = fields.read_layers(config, shape["num_hidden_layers"], window, lambda layer: bool((layer + 1) % period))
     gemma = {
         # A file without head_dim means this width, not hidden_size / heads.
-        "head_dim": config.take("head_dim", 256),
+        "head_dim": whole_or_none(config, "head_dim", 256),
         "hidden_act": ACTIVATION,
-        "attention_bias": config.take("attention_bias", False),
+        "attention_bias": flag(config, "attention_bias", False),
         "post_norms": True,
         "norm_unit_offset": True,
         "scale_embeddings": True,
-        "query_pre_attn_scalar": float(config.take("query_pre_attn_scalar", 256)),
+        "query_pre_attn_scalar": number(config, "query_pre_attn_scalar", 256),
     }
     return shape | layers | gemma
 
@@ -51,8 +52,8 @@ def _express_shared(config: DecoderConfig) -> dict[str, Any]:
 def _read_gemma2(config: ConfigReader) -> DecoderConfig:
     values = _read_shared(config, "gemma2", period=2) | fields.read_rope(config)
     caps = {
-        "attn_logit_softcapping": _number(config.take("attn_logit_softcapping", 50.0)),
-        "final_logit_softcapping": _number(config.take("final_logit_softcapping", 30.0)),
+        "attn_logit_softcapping": number_or_none(config, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": number_or_none(config, "final_logit_softcapping", 30.0),
     }
     return build(config, DecoderConfig, values | caps)
 
@@ -65,15 +66,17 @@ def _express_gemma2(config: DecoderConfig) -> dict[str, Any]:
 def _read_gemma3(config: ConfigReader) -> DecoderConfig:
     # transformers reads this key and leaves the scores uncapped, so only null is unambiguous.
     config.expect("attn_logit_softcapping", None)
-    period = config.take("sliding_window_pattern", config.take("_sliding_window_pattern", 6))
+    period = whole(config, "sliding_window_pattern", whole(config, "_sliding_window_pattern", 6))
     values = _read_shared(config, "gemma3_text", period) | _read_two_ropes(config)
-    cap = _number(config.take("final_logit_softcapping", None))
+    cap = number_or_none(config, "final_logit_softcapping")
     return build(config, DecoderConfig, values | {"final_logit_softcapping": cap, "qk_norm": True})
 
 
 def _read_two_ropes(config: ConfigReader) -> dict[str, Any]:
     """The global layers' theta and scaling and the local layers' theta, in either style or in both if they agree."""
     both = config.take("rope_parameters", None) or {}
+    if not isinstance(both, Mapping):
+        raise config.refused("rope_parameters", f"only a mapping of {FULL!r} and {SLIDING!r}")
     theta, scaling = fields.stated_rope(config, "rope_theta", config.take("rope_scaling", None), both.get(FULL))
     local_theta, local_scaling = fields.stated_rope(config, "rope_local_base_freq", both.get(SLIDING))
     if set(both) - {FULL, SLIDING} or local_scaling is not None:
@@ -96,10 +99,6 @@ def _express_gemma3(config: DecoderConfig) -> dict[str, Any]:
     if fields.pattern(config.num_hidden_layers, lambda layer: bool((layer + 1) % period)) == config.layer_kinds:
         values["sliding_window_pattern"] = period
     return values
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None else float(value)
 
 
 GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _express_gemma2)

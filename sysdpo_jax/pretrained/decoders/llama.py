@@ -6,7 +6,7 @@ from sysdpo_jax.models.decoder_config import DecoderConfig
 from sysdpo_jax.pretrained.base import ConfigReader
 from sysdpo_jax.pretrained.decoders import fields
 from sysdpo_jax.pretrained.decoders.family import Family
-from sysdpo_jax.pretrained.fields import build
+from sysdpo_jax.pretrained.fields import build, flag
 
 
 def _read(config: ConfigReader) -> DecoderConfig:
@@ -16,7 +16,7 @@ def _read(config: ConfigReader) -> DecoderConfig:
     # pretraining_tp cuts the same products into pieces.
     config.ignore("pretraining_tp", "is_llama_config")
     shape = fields.read_shape(config, "llama") | fields.read_rope(config)
-    return build(config, DecoderConfig, shape | {"attention_bias": config.take("attention_bias", False)})
+    return build(config, DecoderConfig, shape | {"attention_bias": flag(config, "attention_bias", False)})
 
 
 def _express(config: DecoderConfig) -> dict[str, Any]:

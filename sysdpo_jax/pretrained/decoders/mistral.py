@@ -6,14 +6,14 @@ from sysdpo_jax.models.decoder_config import DecoderConfig
 from sysdpo_jax.pretrained.base import ConfigReader
 from sysdpo_jax.pretrained.decoders import fields
 from sysdpo_jax.pretrained.decoders.family import Family
-from sysdpo_jax.pretrained.fields import build
+from sysdpo_jax.pretrained.fields import build, whole_or_none
 
 
 def _read(config: ConfigReader) -> DecoderConfig:
     config.expect("hidden_act", "silu")
     shape = fields.read_shape(config, "mistral") | fields.read_rope(config)
     # An absent window is transformers' default; null means none.
-    return build(config, DecoderConfig, shape | {"sliding_window": config.take("sliding_window", 4096)})
+    return build(config, DecoderConfig, shape | {"sliding_window": whole_or_none(config, "sliding_window", 4096)})
 
 
 def _express(config: DecoderConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from sysdpo_jax.models.decoder_config import SLIDING, DecoderConfig
 from sysdpo_jax.pretrained.base import ConfigReader
 from sysdpo_jax.pretrained.decoders import fields
 from sysdpo_jax.pretrained.decoders.family import Family
-from sysdpo_jax.pretrained.fields import build
+from sysdpo_jax.pretrained.fields import build, flag, whole, whole_or_none
 
 
 def _read_shared(config: ConfigReader, model_type: str) -> dict[str, Any]:
@@ -14,9 +14,9 @@ def _read_shared(config: ConfigReader, model_type: str) -> dict[str, Any]:
     config.expect("use_mrope", False)
     shape = fields.read_shape(config, model_type) | fields.read_rope(config)
     # The files state a window even where it is not used.
-    window = config.take("sliding_window", 4096)
-    used = config.take("use_sliding_window", False)
-    start = config.take("max_window_layers", 28)
+    window = whole_or_none(config, "sliding_window", 4096)
+    used = flag(config, "use_sliding_window", False)
+    start = whole(config, "max_window_layers", 28)
     window = window if used else None
     return shape | fields.read_layers(
         config, shape["num_hidden_layers"], window, lambda layer: window is not None and layer >= start
@@ -42,10 +42,10 @@ def _read_qwen2(config: ConfigReader) -> DecoderConfig:
 
 
 def _read_qwen3(config: ConfigReader) -> DecoderConfig:
-    own = {"attention_bias": config.take("attention_bias", False), "qk_norm": True}
+    own = {"attention_bias": flag(config, "attention_bias", False), "qk_norm": True}
     # A file without head_dim means this width, not hidden_size / heads.
     values = _read_shared(config, "qwen3")
-    return build(config, DecoderConfig, values | own | {"head_dim": config.take("head_dim", 128)})
+    return build(config, DecoderConfig, values | own | {"head_dim": whole_or_none(config, "head_dim", 128)})
 
 
 def _express_qwen3(config: DecoderConfig) -> dict[str, Any]:
