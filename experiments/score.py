@@ -12,17 +12,18 @@ refused.
 
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from experiments.own.appended import AppendedFile, digest, note_of
-from experiments.own.command import user_errors
+from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, JudgeConfig, parse_flags
 from experiments.own.judge import ScoreError
 from experiments.own.runs_file import Run, read_lines, run_lines, values_of, with_images
 from experiments.own.scoring import about_scorer, make_scorer, parallel, score_of
+from sysdpo_jax.locks import locked_file
+from sysdpo_jax.threads import DaemonExecutor
 from sysdpo_jax.training import Board
 
 # So many runs without a score, and none with one, are no accident.
@@ -64,7 +65,8 @@ def score(config: Config) -> Path:
             return {"id": name, "error": str(error)}
 
     done, failed = len(runs) - len(waiting), 0
-    with ThreadPoolExecutor(threads) as pool, Board() as board, board.phase("scores", done, len(runs)) as report:
+    pool = DaemonExecutor(threads, "score")
+    with pool, Board() as board, board.phase("scores", done, len(runs)) as report:
         for start in range(0, len(waiting), threads):
             lines = list(pool.map(scored, waiting[start : start + threads]))
             file.append(lines)
@@ -99,8 +101,10 @@ def main(arguments: list[str]) -> None:
     """Score, and print the file."""
     with user_errors():
         config = parse_flags(Config, arguments, __doc__)
-        print(score(config))
+        with locked_file(config.output):
+            print(score(config))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with bounded_exit():
+        main(sys.argv[1:])

@@ -1,7 +1,6 @@
 """Scores of runs, by a function of your own or a judge behind HTTP."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from experiments.own.appended import digest
 from experiments.own.config import ConfigError, JudgeConfig
 from experiments.own.importing import import_object
 from experiments.own.judge import ScoreError, make_judge
+from sysdpo_jax.threads import DaemonExecutor
 
 Scorer = Callable[[Mapping[str, Any]], float]
 
@@ -66,7 +66,7 @@ def score_runs(
                 return None
             raise
 
-    with ThreadPoolExecutor(threads) as pool:
+    with DaemonExecutor(threads, "score") as pool:
         return list(pool.map(scored, runs, names))
 
 
