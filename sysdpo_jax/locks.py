@@ -58,13 +58,12 @@ def _made(folder: Path) -> Iterator[None]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield
     except FileExistsError:
         raise InUseError(f"{folder} is a file: choose another directory") from None
     except OSError as error:
-        if isinstance(error, InUseError) or folder.is_dir():
-            raise
         raise InUseError(f"{folder} cannot be made ({error.strerror}): choose a directory that you may write") from None
+    try:
+        yield
     finally:
         for path in missing:
             with suppress(OSError):

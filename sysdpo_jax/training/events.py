@@ -1,5 +1,7 @@
 """TensorBoard's events of a run: a side output, which ends with a warning where it cannot be written."""
 
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,17 +27,18 @@ class Events:
 
     def __init__(self, directory: Path, purge: int):
         # Imported late: tensorboardX imports torch where it is installed, and `import sysdpo_jax` must not.
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._directory = directory
         self._writer: Any = None
         self._flushed = time.monotonic()
         try:
-            self._writer = EventsWriter(str(directory / "events"))
+            self._writer = RecordWriter(str(directory / name))
         except OSError as error:
             self._drop(error)
-        self._write(Event(step=purge, file_version="brain.Event:2", wall_time=time.time()))
+        self._write(Event(file_version="brain.Event:2", wall_time=time.time()))
         self._write(Event(step=purge, session_log=SessionLog(status=SessionLog.START), wall_time=time.time()))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -58,6 +61,7 @@ class Events:
 
     def close(self) -> None:
         """Put all on disk, and close the file."""
+        self.flush()
         self._tried(lambda: self._writer.close())
 
     def _summary(self, summary: Any, step: int) -> None:
@@ -68,7 +72,7 @@ class Events:
             self.flush()
 
     def _write(self, event: Any) -> None:
-        self._tried(lambda: self._writer.write_event(event))
+        self._tried(lambda: self._writer.write(event.SerializeToString()))
 
     def _tried(self, write: Callable[[], object]) -> None:
         if self._writer is None:
