@@ -11,10 +11,9 @@ complete: a process that is killed leaves the older checkpoints and nothing else
 
 import json
 import math
-import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from sysdpo_jax.training.identity import Identity, array_types, check_same, fingerprints
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState, join, split
 
@@ -103,9 +103,9 @@ class Checkpoints:
                 problems.append(problem)
         if problems and error is None:
             raise problems[0]
-        for problem in problems[:1]:
+        if problems:
             # What ended the block matters more.
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+            tell(f"warning: {problems[0]}")
 
     @property
     def latest(self) -> int | None:
@@ -219,7 +219,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._manager.reload()
+            if jax.process_count() == 1:
+                # Orbax may count the step that failed.
+                with suppress(OSError):
+                    self._manager.reload()
             newest = "there is none to go on from" if self.latest is None else f"the newest is {self.latest}"
             raise CheckpointWriteError(
                 f"{self.directory} does not take the checkpoint of step {step} ({_first_line(error)}); {newest}: make "

@@ -2,12 +2,13 @@
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from sysdpo_jax.training.progress import tell
 
 # Seconds after which what TensorBoard may show is on disk.
 FLUSH_EVERY = 30.0
@@ -83,11 +84,9 @@ class Events:
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        print(
+        tell(
             f"warning: {self._directory}: TensorBoard's events cannot be written ({error}) and end here; metrics.jsonl "
-            "goes on",
-            file=sys.stderr,
-            flush=True,
+            "goes on"
         )
         writer, self._writer = self._writer, None
         if writer is not None:

@@ -6,7 +6,6 @@ docs/metrics.md lists their names.
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from sysdpo_jax.training.events import Events
+from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.throughput import Meter, Throughput
 from sysdpo_jax.training.tracker import Tracker
@@ -101,7 +101,7 @@ class MetricsLog:
         if self._tracker is not None:
             self._tracker.log({"step": step, **values})
         for text in warnings:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            tell(f"warning: {text}")
             self._events.text("warnings", text, step)
 
     def flush(self) -> None:

@@ -1,6 +1,5 @@
 """Weights & Biases: a side output, which training neither waits for nor ends with."""
 
-import sys
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, TimeoutError
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sysdpo_jax.threads import DaemonExecutor
+from sysdpo_jax.training.progress import tell
 
 # Seconds that it may take, when training has ended, to send what is left.
 FINISH = 10.0
@@ -82,8 +82,4 @@ class Tracker:
         return self._thread.submit(tried)
 
     def _warn(self, what: str) -> None:
-        print(
-            f"warning: Weights & Biases gets no more of this run ({' '.join(what.split())}); metrics.jsonl goes on",
-            file=sys.stderr,
-            flush=True,
-        )
+        tell(f"warning: Weights & Biases gets no more of this run ({' '.join(what.split())}); metrics.jsonl goes on")

@@ -3,9 +3,8 @@
 Step k is the update made from `batch_at(k)`; a state or checkpoint of step s has made steps 0 ... s - 1.
 """
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, No
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, stop_requests
 from sysdpo_jax.training.profiling import Profile
-from sysdpo_jax.training.progress import ProgressFactory, progress
+from sysdpo_jax.training.progress import ProgressFactory, progress, tell
 from sysdpo_jax.training.search import IntermediateSearch, SearchedBatches
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_step
@@ -120,7 +119,7 @@ class Trainer:
             stop = asked(done)
         if stop is not None:
             if isinstance(stop, Preempted) and jax.process_index() == 0:
-                print(stop, file=sys.stderr, flush=True)
+                tell(str(stop))
             raise stop
         return state
 
@@ -179,7 +178,7 @@ class Trainer:
                     save()
                     checkpoints.wait()
                 except Exception as error:
-                    print(f"warning: the state of step {done} is not saved: {error}", file=sys.stderr, flush=True)
+                    tell(f"warning: the state of step {done} is not saved: {error}")
                     return False
                 return True
 
@@ -190,24 +189,23 @@ class Trainer:
 
             proceed: Array | np.bool_ = PROCEED
             try:
-                stop = asked(done)
-                ended = stop is None and ends()
-                while done < steps and stop is None and not ended:
-                    with asked.waiting():
-                        batch = batch_of(done, state.params)
-                    reader.count(done, state, batch)
-                    profile.before(done)
-                    state, metrics = self.step(state, batch, key, proceed)
-                    proceed = metrics["finite"]
-                    reader.take(done, metrics)
-                    profile.after(done, metrics)
-                    done += 1
+                with suppress(StopNow):
                     stop = asked(done)
-                    if done % self.checkpoint_every == 0:
-                        checkpoint()
                     ended = stop is None and ends()
-                checkpoint()
-            except StopNow:
+                    while done < steps and stop is None and not ended:
+                        with asked.waiting():
+                            batch = batch_of(done, state.params)
+                        reader.count(done, state, batch)
+                        profile.before(done)
+                        state, metrics = self.step(state, batch, key, proceed)
+                        proceed = metrics["finite"]
+                        reader.take(done, metrics)
+                        profile.after(done, metrics)
+                        done += 1
+                        stop = asked(done)
+                        if done % self.checkpoint_every == 0:
+                            checkpoint()
+                        ended = stop is None and ends()
                 checkpoint()
             except Exception as error:
                 first = _first_cause(error, reader)
@@ -258,7 +256,7 @@ class Trainer:
         It is asked for the steps start, start + 1, ... while `stack` is open.
         """
         if isinstance(batch_at, grain.MapDataset):
-            batches = stack.enter_context(read_ahead(batch_at, start))
+            batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
             return lambda step, params: next(batches), lambda checkpoint: None
         if not isinstance(batch_at, SearchedBatches):
             return lambda step, params: batch_at(step), lambda checkpoint: None
@@ -293,7 +291,7 @@ def _first_cause(error: Exception, reader: MetricsReader) -> Exception:
     except NonFiniteError as earlier:
         return earlier
     except Exception as another:
-        print(f"warning: {another}", file=sys.stderr, flush=True)
+        tell(f"warning: {another}")
     return error
 
 

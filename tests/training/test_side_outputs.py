@@ -171,3 +171,22 @@ def test_wandb_that_is_absent_is_said_before_anything_is_made(tmp_path, monkeypa
     with pytest.raises(ImportError, match="wandb is not installed"):
         fit(tmp_path / "run", 2, wandb={})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: None)
+    monkeypatch.setattr("jax.profiler.stop_trace", fails)
+    assert int(fit(tmp_path, 3, profile=(1, 2)).step) == 3
+    assert (
+        f"warning: the trace of the steps is not written to {tmp_path / 'profile'}: no room" in capsys.readouterr().err
+    )
+
+
+def test_a_log_file_on_a_full_disk_stops_nothing(tmp_path, monkeypatch):
+    """Progress and warnings go to standard error."""
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: full(), flush=full, isatty=lambda: False))
+    assert int(fit(tmp_path, 2).step) == 2
+    assert steps_of(tmp_path) == [0, 1]
