@@ -41,7 +41,9 @@ class Board:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        # It writes to standard error, see `tell`.
+        with suppress(OSError):
+            self._bars.stop()
 
     @contextmanager
     def phase(self, label: str, start: int, steps: int) -> Iterator[Report]:

@@ -76,10 +76,12 @@ class Tracker:
             try:
                 call()
             except (Exception, SystemExit) as error:
-                self._failed = True
                 self._warn(f"{type(error).__name__}: {error}")
 
         return self._thread.submit(tried)
 
     def _warn(self, what: str) -> None:
+        if self._failed:
+            return
+        self._failed = True
         tell(f"warning: Weights & Biases gets no more of this run ({' '.join(what.split())}); metrics.jsonl goes on")

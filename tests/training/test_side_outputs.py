@@ -147,7 +147,12 @@ def test_weights_and_biases_that_hangs_holds_up_no_step_and_the_end_for_a_bounde
     tmp_path, monkeypatch, capsys, broken
 ):
     come = threading.Event()
-    monkeypatch.setitem(sys.modules, "wandb", Wandb(broken, come.wait))
+
+    def hangs():
+        come.wait()
+        no_network()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(broken, hangs))
     monkeypatch.setattr("sysdpo_jax.training.tracker.FINISH", 0.3)
     began = time.monotonic()
     with MetricsLog(tmp_path, 0, {}) as log:
@@ -157,7 +162,10 @@ def test_weights_and_biases_that_hangs_holds_up_no_step_and_the_end_for_a_bounde
     assert time.monotonic() - began < 5
     assert steps_of(tmp_path) == list(range(100))
     assert "did not take all rows within" in capsys.readouterr().err
+    # What comes of it later is told no more.
     come.set()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_without_the_network_trains_and_ends(tmp_path, monkeypatch, capsys):
