@@ -17,6 +17,7 @@ from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, parse_flags, write_whole
 from experiments.own.runs_file import Run, moved, read_lines, run_lines
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
+from sysdpo_jax.locks import locked_file
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def main(arguments: list[str]) -> None:
     """Make the pairs, and print the counts."""
     with user_errors():
         config = parse_flags(Config, arguments, __doc__)
-        print(make_pairs(config))
+        with locked_file(config.output):
+            print(make_pairs(config))
 
 
 if __name__ == "__main__":

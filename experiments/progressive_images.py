@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.common.command import claim, parse, provenance, run_seeds
+from experiments.common.command import claimed, parse, provenance, run_seeds
 from experiments.common.fit import FitConfig
 from experiments.progressive.align import AlignConfig
 from experiments.progressive.report import print_table, write
@@ -55,17 +55,17 @@ def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and the picture, print the table."""
     began = time.monotonic()
     config = parse(PRESETS, arguments, __doc__)
-    claim(config.folder, config.run)
-    runs, figures = run_seeds(
-        config.seeds, lambda seed, board: SeedRun(config.run, seed, config.folder / f"seed-{seed}", board)
-    )
-    made_by = provenance("experiments.progressive_images", arguments, runs, config.run.evaluate_on, began)
-    results = summarise(figures) | made_by
-    path = config.folder / "results.json"
-    path.write_text(json.dumps(results, indent=1))
-    write(config.folder, results, runs, figures)
-    print_table(results)
-    print(f"\n{path}\n{config.folder / 'report.html'}")
+    with claimed(config.folder, config.run):
+        runs, figures = run_seeds(
+            config.seeds, lambda seed, board: SeedRun(config.run, seed, config.folder / f"seed-{seed}", board)
+        )
+        made_by = provenance("experiments.progressive_images", arguments, runs, config.run.evaluate_on, began)
+        results = summarise(figures) | made_by
+        path = config.folder / "results.json"
+        path.write_text(json.dumps(results, indent=1))
+        write(config.folder, results, runs, figures)
+        print_table(results)
+        print(f"\n{path}\n{config.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

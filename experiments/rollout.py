@@ -18,13 +18,14 @@ import jax
 import sysdpo_jax as sj
 from experiments.common.compilation import keep_compilations
 from experiments.own.appended import AppendedFile, digest
-from experiments.own.command import user_errors
+from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, Positive, parse_flags
 from experiments.own.loading import Which, load_system
 from experiments.own.prompts import read_prompts
 from experiments.own.runs_file import as_row
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.saving import ImageFiles
+from sysdpo_jax.locks import locked_file
 from sysdpo_jax.training import Board
 
 
@@ -53,7 +54,7 @@ def roll_out(config: Config) -> Path:
     """
     keep_compilations(config.compilation_cache)
     index, count = jax.process_index(), jax.process_count()
-    path = config.output if count == 1 else _shard(config.output, index, count)
+    path = own_file(config.output)
     if not config.prompts.is_file():
         raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
     system, params, identity = load_system(config.system, config.checkpoint)
@@ -82,8 +83,10 @@ def roll_out(config: Config) -> Path:
     return path
 
 
-def _shard(path: Path, index: int, count: int) -> Path:
-    return path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
+def own_file(path: Path) -> Path:
+    """Of several processes each writes a file."""
+    index, count = jax.process_index(), jax.process_count()
+    return path if count == 1 else path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
 
 
 def _about(config: Config, identity: str) -> dict[str, str]:
@@ -110,9 +113,11 @@ def main(arguments: list[str]) -> None:
     """Sample, and print the file."""
     with user_errors():
         config = parse_flags(Config, arguments, __doc__)
-        print(roll_out(config))
+        with locked_file(own_file(config.output)):
+            print(roll_out(config))
 
 
 if __name__ == "__main__":
-    sj.initialize()
-    main(sys.argv[1:])
+    with bounded_exit():
+        sj.initialize()
+        main(sys.argv[1:])

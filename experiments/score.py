@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.own.appended import AppendedFile, digest, note_of
-from experiments.own.command import user_errors
+from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, JudgeConfig, parse_flags
 from experiments.own.runs_file import Run, read_lines, run_lines, values_of, with_images
 from experiments.own.scoring import about_scorer, check_scorer, make_scorer, scores
 from experiments.own.unscored import ScoreError, counted
+from sysdpo_jax.locks import locked_file
 from sysdpo_jax.training import Board
 
 # So many runs without a score, and none with one, are no accident.
@@ -104,8 +105,10 @@ def main(arguments: list[str]) -> None:
     """Score, and print the file."""
     with user_errors():
         config = parse_flags(Config, arguments, __doc__)
-        print(score(config))
+        with locked_file(config.output):
+            print(score(config))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with bounded_exit():
+        main(sys.argv[1:])

@@ -10,13 +10,14 @@ more; several find each other by what Slurm, GKE or Cloud TPU put into their env
 
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import jax
 
 import sysdpo_jax as sj
 from experiments.common.compilation import keep_compilations
-from experiments.own.command import user_errors
+from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import TrainConfig, parse
 from experiments.own.dry_run import describe_run
 from experiments.own.evaluation import make_evaluation
@@ -29,13 +30,16 @@ from experiments.own.run import (
     make_batches,
     make_trainer,
     read_preferences,
+    refuse_others,
 )
+from sysdpo_jax.locks import locked_folder
 
 
 def train(config: TrainConfig, arguments: list[str]) -> None:
     """Train until the last step, from the newest checkpoint if there is one, and write report.html.
 
-    Raises `ConfigError`, `RecordError` and the like for what cannot be used, `Preempted` when asked to stop.
+    Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was, and `Preempted`
+    when asked to stop.
     """
     began, folder = time.monotonic(), Path(config.directory)
     keep_compilations(config.compilation_cache)
@@ -48,17 +52,30 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
         for part in describe_run(run, batches, folder / "dry_run"):
             print(part, flush=True)
         return
-    first = jax.process_index() == 0
+    first, about = jax.process_index() == 0, describe_data(run, records)
     if first:
         print(records.summary(), file=sys.stderr, flush=True)
-        claim(run, describe_data(run, records))
+        refuse_others(run, about)
+    begun = False
+
+    def accepted() -> None:
+        nonlocal begun
+        claim(run, about)
+        begun = True
+
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     try:
-        trainer.fit(state, batches, config.schedule.steps, run.key, config.resume)
-    finally:
-        # After a stop or a value that is not finite it is wanted most.
-        if first and (folder / "metrics.jsonl").exists():
-            print("\n".join(write_run_report(run, arguments, began)), flush=True)
+        trainer.fit(state, batches, config.schedule.steps, run.key, config.resume, accepted)
+    except BaseException:
+        # After a stop or a value that is not finite the report is wanted most, but what ended the run more.
+        if begun:
+            try:
+                print("\n".join(write_run_report(run, arguments, began)), flush=True)
+            except Exception as error:
+                print(f"warning: the report is not written: {error}", file=sys.stderr, flush=True)
+        raise
+    if begun:
+        print("\n".join(write_run_report(run, arguments, began)), flush=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -66,11 +83,19 @@ def main(arguments: list[str]) -> None:
     with user_errors():
         config = parse(arguments, __doc__)
         try:
-            train(config, arguments)
+            with _own(config):
+                train(config, arguments)
         except sj.Preempted:
             raise SystemExit(config.preempted_exit_code) from None
 
 
+def _own(config: TrainConfig) -> AbstractContextManager[None]:
+    """The run's folder is this command's alone, from before it reads what may be long: process 0 of several has it."""
+    writes = config.directory and not config.dry_run and jax.process_index() == 0
+    return locked_folder(Path(config.directory)) if writes else nullcontext()
+
+
 if __name__ == "__main__":
-    sj.initialize()
-    main(sys.argv[1:])
+    with bounded_exit():
+        sj.initialize()
+        main(sys.argv[1:])

@@ -6,8 +6,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ import jax
 import tyro
 
 from experiments.common.compilation import keep_compilations
+from sysdpo_jax.locks import InUseError, locked_folder
 from sysdpo_jax.training.progress import Board
 
 C = TypeVar("C")
@@ -44,18 +46,25 @@ def parse(presets: Mapping[str, C], arguments: Sequence[str], description: str |
     return tyro.cli(type(default), args=arguments, default=default, description=description)
 
 
-def claim(folder: Path, run: Any) -> None:
+@contextmanager
+def claimed(folder: Path, run: Any) -> Iterator[None]:
     """The folder belongs to one configuration, a dataclass: phases of another must not be taken for this one's.
 
-    Compilations are kept in it too: methods, seeds and starts compile the same steps. Raises SystemExit.
+    For the block it is this process's alone. Compilations are kept in it too: methods, seeds and starts compile the
+    same steps. Raises SystemExit.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.json"
-    wanted = json.dumps(dataclasses.asdict(run), indent=1)
-    if path.exists() and path.read_text() != wanted:
-        raise SystemExit(f"{folder} holds a run of another configuration (see {path}): choose another --folder")
-    path.write_text(wanted)
-    keep_compilations(str(folder / "compiled"))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder))
+        except InUseError as error:
+            raise SystemExit(f"error: {error}") from None
+        path = folder / "config.json"
+        wanted = json.dumps(dataclasses.asdict(run), indent=1)
+        if path.exists() and path.read_text() != wanted:
+            raise SystemExit(f"{folder} holds a run of another configuration (see {path}): choose another --folder")
+        path.write_text(wanted)
+        keep_compilations(str(folder / "compiled"))
+        yield
 
 
 def run_seeds(seeds: Sequence[int], make: Callable[[int, Board], R]) -> tuple[dict[int, R], dict[int, Any]]:

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from sysdpo_jax.training.distributed import leave
 
 OURS = tuple(str(Path(package.__path__[0])) for package in (experiments, sysdpo_jax))
 
+# Seconds that Python and other libraries may take to end their threads, once the command has done its work.
+EXIT = 10.0
 
 # Of Orbax, about what is meant: saving before the evaluation has its figure, looking at a run from outside.
 EXPECTED = ("Requested `tracked_metric`", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
@@ -42,6 +46,30 @@ def user_errors() -> Iterator[None]:
         if jax.distributed.is_initialized():
             leave(1)
         raise SystemExit(1) from None
+
+
+@contextmanager
+def bounded_exit() -> Iterator[None]:
+    """Around all that a process does: threads of others, such as a tool's, hold up its end for `EXIT` seconds alone.
+
+    Of several processes the end is JAX's business, which waits for the others.
+    """
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        if not jax.distributed.is_initialized():
+            threading.Thread(target=_end, args=(code,), daemon=True).start()
+
+
+def _end(code: int) -> None:
+    time.sleep(EXIT)
+    print("warning: something in the background does not end and is left alone", file=sys.stderr, flush=True)
+    leave(code)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -82,10 +82,10 @@ def assemble(config: TrainConfig) -> Run:
     return Run(config, mesh, system, params, optimizer, objective)
 
 
-def claim(run: Run, about: Mapping[str, Any]) -> None:
-    """Note the configuration and the data in the run's folder. about: what `describe_data` says.
+def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` naming the fields and both values where the run's folder holds a run of others.
 
-    Raises `ConfigError` naming the fields and both values where the folder holds a run of others.
+    about: what `describe_data` says.
     """
     folder = Path(run.config.directory)
     if (folder / CONFIG).exists():
@@ -93,7 +93,11 @@ def claim(run: Run, about: Mapping[str, Any]) -> None:
         _refuse_others(folder / CONFIG, {name: noted[name] for name in run.identity}, run.identity)
     if (folder / DATA).exists():
         _refuse_others(folder / DATA, json.loads((folder / DATA).read_text(encoding="utf-8")), about)
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def claim(run: Run, about: Mapping[str, Any]) -> None:
+    """Note the configuration and the data in the run's folder: once nothing can refuse the run any more."""
+    folder = Path(run.config.directory)
     write_config(folder / CONFIG, run.config)
     write_whole(folder / DATA, json.dumps(about, indent=1) + "\n")
 

@@ -1,9 +1,11 @@
 """The input pipeline, on Grain: records that need not fit in memory, prepared in threads ahead of the step."""
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import grain
 
@@ -12,6 +14,10 @@ from sysdpo_jax.data.batches import check_batches
 from sysdpo_jax.data.records import PreferenceRecord, prepare_pairs
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import PairBatch
+from sysdpo_jax.threads import DaemonExecutor
+from sysdpo_jax.user_code import user_code
+
+T = TypeVar("T")
 
 # Batches: read in so many threads, and so many ahead of the step.
 READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
@@ -52,9 +58,10 @@ def preference_dataset(
         try:
             with _PREPARING:
                 return prepare_pairs(system, [record for _, record in rows])
-        except RecordError as error:
+        except Exception as error:
             numbers = [row for row, _ in rows]
-            raise RecordError(f"the batch of the records {numbers}, counted from 0: {error}") from error
+            said = str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {error}"
+            raise RecordError(f"the batch of the records {numbers}, counted from 0: {said}") from error
 
     used = len(records) // batch_size * batch_size
     rows = grain.MapDataset.source(_Numbered(records)).seed(seed).shuffle()[:used]
@@ -64,14 +71,24 @@ def preference_dataset(
 
 
 @contextmanager
-def read_ahead(dataset: grain.MapDataset[Any], step: int) -> Iterator[grain.DatasetIterator[Any]]:
-    """An iterator over the elements from `step` on, which threads make ahead of it; they end with the context."""
-    iterator = iter(dataset.to_iter_dataset(READ_AHEAD))
-    try:
-        iterator.set_state({"next_index": step})
-        yield iterator
-    finally:
-        iterator.close()
+def read_ahead(dataset: grain.MapDataset[T], step: int) -> Iterator[Iterator[T]]:
+    """An iterator over the elements from `step` on, which threads make ahead of it; they end with the context.
+
+    Grain's own prefetching would wait, when it is left and when the process ends, for a thread whose record never comes
+    (a tool that waits for a server); here the threads are left alone after a moment.
+    """
+    with DaemonExecutor(READ_AHEAD.num_threads, "read-ahead") as threads:
+        yield _elements(dataset, step, threads)
+
+
+def _elements(dataset: grain.MapDataset[T], step: int, threads: Executor) -> Iterator[T]:
+    ahead: deque[Future[T]] = deque()
+    for last in range(step, len(dataset)):
+        ahead.append(threads.submit(dataset.__getitem__, last))
+        if len(ahead) > READ_AHEAD.prefetch_buffer_size:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 class _Numbered:
@@ -84,4 +101,5 @@ class _Numbered:
         return len(self._records)
 
     def __getitem__(self, row: int) -> tuple[int, PreferenceRecord]:
-        return row, self._records[row]
+        with user_code(f"reading record {row}, counted from 0,", RecordError, (RecordError,)):
+            return row, self._records[row]

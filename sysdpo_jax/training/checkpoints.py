@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from sysdpo_jax.training.identity import Identity, array_types, check_same, fingerprints
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState, join, split
 
@@ -37,6 +38,10 @@ ARRAYS, ABOUT = "state", "about"
 
 class CorruptCheckpointError(RuntimeError):
     """A checkpoint cannot be read or is not what was written: the message names its path and the reason."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint cannot be written: the message names its step and folder, the reason, and what is left to use."""
 
 
 class Checkpoints:
@@ -79,6 +84,8 @@ class Checkpoints:
                 _set_aside(path, problem)
         multihost_utils.sync_global_devices("sysdpo_jax: partial checkpoints are set aside")
         self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best, read_only))
+        # The step that the background is writing, None when it has written all.
+        self._writing: int | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -86,7 +93,19 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        problems = []
+        # Orbax reports an error once: then it closes.
+        for finish in (self._manager.wait_until_finished, self._manager.close):
+            try:
+                with self._reported(self._writing):
+                    finish()
+            except CheckpointWriteError as problem:
+                problems.append(problem)
+        if problems and error is None:
+            raise problems[0]
+        if problems:
+            # What ended the block matters more.
+            tell(f"warning: {problems[0]}")
 
     @property
     def latest(self) -> int | None:
@@ -111,8 +130,10 @@ class Checkpoints:
     def save(self, state: TrainState, metric: float | None = None) -> None:
         """Write the state unless its step is the newest already. Returns once the state may be donated.
 
-        metric: the value of `best`'s metric; one that is not finite is none.
+        metric: the value of `best`'s metric; one that is not finite is none. Raises `CheckpointWriteError` where this
+        checkpoint, or the one before it, which was still being written, cannot be written.
         """
+        self.wait()
         step = int(state.step)
         if step == self.latest:
             return
@@ -121,10 +142,19 @@ class Checkpoints:
         items = {ARRAYS: ocp.args.StandardSave(by_path(carry)), ABOUT: ocp.args.JsonSave(about)}
         known = self._best is not None and metric is not None and math.isfinite(metric)
         metrics = {self._best[0]: metric} if self._best is not None and known else None
-        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
+        with self._reported(step):
+            taken = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        if not taken:
             raise RuntimeError(
                 f"{self.directory} did not take the checkpoint of step {step}; its newest is {self.latest}"
             )
+        self._writing = step
+
+    def wait(self) -> None:
+        """Return once all checkpoints are on disk. Raises `CheckpointWriteError` where one cannot be written."""
+        step, self._writing = self._writing, None
+        with self._reported(step):
+            self._manager.wait_until_finished()
 
     def grade(self, step: int, metric: float) -> None:
         """Give the newest checkpoint, once it is written, the value of `best`'s metric, in the place of any before it.
@@ -133,7 +163,7 @@ class Checkpoints:
         """
         if self._best is None or step != self.latest:
             raise ValueError(f"step {step} cannot be graded: the newest checkpoint is {self.latest}, best {self._best}")
-        self._manager.wait_until_finished()
+        self.wait()
         if jax.process_index() == 0:
             # Where and as Orbax writes the metrics of a save.
             path = self.directory / str(step) / "metrics" / "metrics"
@@ -182,6 +212,22 @@ class Checkpoints:
                 + "".join(f"\n  {problem}" for problem in damaged.values())
             )
         raise FileNotFoundError(f"{self.directory} holds no checkpoint")
+
+    @contextmanager
+    def _reported(self, step: int | None) -> Iterator[None]:
+        """What Orbax and TensorStore raise while they write the step, as `CheckpointWriteError`."""
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1:
+                # Orbax may count the step that failed.
+                with suppress(OSError):
+                    self._manager.reload()
+            newest = "there is none to go on from" if self.latest is None else f"the newest is {self.latest}"
+            raise CheckpointWriteError(
+                f"{self.directory} does not take the checkpoint of step {step} ({_first_line(error)}); {newest}: make "
+                "room for it, then give the same command again"
+            ) from error
 
     def _read(self, state: TrainState, step: int) -> TrainState:
         path = self.directory / str(step)
@@ -265,4 +311,8 @@ def _reading(path: Path) -> Iterator[None]:
         # Other errors, such as of memory or rights, are no damage.
         if not isinstance(cause, KeyError | ValueError | TypeError | FileNotFoundError | NotADirectoryError):
             raise
-        raise CorruptCheckpointError(f"{path} cannot be read: {str(cause).splitlines()[0][:300]}") from error
+        raise CorruptCheckpointError(f"{path} cannot be read: {_first_line(cause)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

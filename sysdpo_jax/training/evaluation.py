@@ -1,7 +1,6 @@
 """Evaluation during training: figures of the policy every few steps, and the end of a run that they improve no more."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -12,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog
+from sysdpo_jax.training.progress import tell
 from sysdpo_jax.typing import Params
 
 
@@ -117,11 +117,9 @@ class Evaluator:
             return False
         if self._log is not None:
             metric, _, patience = self._evaluation.stop_on
-            print(
+            tell(
                 f"training ends at step {self._seen.last}: {metric} was {self._seen.best:.4g} at step "
-                f"{self._seen.best_step} and no better in {patience} evaluations since",
-                file=sys.stderr,
-                flush=True,
+                f"{self._seen.best_step} and no better in {patience} evaluations since"
             )
         return True
 

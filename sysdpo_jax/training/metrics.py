@@ -6,10 +6,9 @@ docs/metrics.md lists their names.
 import json
 import math
 import os
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,24 +17,37 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from sysdpo_jax.training.events import Events
+from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.throughput import Meter, Throughput
+from sysdpo_jax.training.tracker import Tracker
 from sysdpo_jax.training.watch import Watch
 
 # How the names of figures begin that an evaluation measured.
 EVALUATED = "eval/"
+# What to do where metrics.jsonl cannot be written.
+REMEDY = "make room for it, then give the same command again, which goes on from the newest checkpoint"
 
 
 class NonFiniteError(FloatingPointError):
-    """A step met a value that is not finite. step: its number; nodes: those to blame; the state before it is saved."""
+    """A step met a value that is not finite.
 
-    def __init__(self, step: int, nodes: tuple[str, ...], directory: Path):
+    step: its number; nodes: those to blame; directory: where the state before it is saved, None where it could not be.
+    """
+
+    def __init__(self, step: int, nodes: tuple[str, ...], directory: Path | None):
         self.step, self.nodes = step, nodes
         blame = f"in node {', '.join(map(repr, nodes))}" if nodes else "in the loss or the update, in no single node"
+        saved = "could not be saved" if directory is None else f"is saved in {directory}"
         super().__init__(
-            f"step {step} met a value that is not finite {blame}; the state before it is saved in {directory}: look at "
-            f"the batch of that step, or lower the learning rate or the node's weight"
+            f"step {step} met a value that is not finite {blame}; the state before it {saved}: look at the batch of "
+            f"that step, or lower the learning rate or the node's weight"
         )
+
+
+class MetricsWriteError(OSError):
+    """metrics.jsonl does not take a row: the message names the file, the step, the reason and the remedy."""
 
 
 class MetricsLog:
@@ -47,23 +59,23 @@ class MetricsLog:
     error.
     wandb: what wandb.init takes, such as {"project": "aligned"}, to send the scalars to Weights & Biases too: a run
     that goes on does so there. None: wandb is not imported. Raises `ImportError` when it is asked for and absent.
+    metrics.jsonl is what counts: a row that it does not take is a `MetricsWriteError`. The other two end with a warning
+    where they fail, see `Events` and `Tracker`.
     """
 
     def __init__(self, directory: str | Path, start: int, wandb: Mapping[str, Any] | None = None):
-        # Imported late: tensorboardX imports torch where it is installed, and `import sysdpo_jax` must not.
-        from tensorboardX import SummaryWriter
-
-        path = Path(directory) / "metrics.jsonl"
+        self._path = path = Path(directory) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._wandb = None if wandb is None else _start_wandb(path.parent, wandb)
+        self._tracker = None if wandb is None else Tracker(path.parent, wandb)
         rows = _truncate(path, start)
         self.evaluations = [row for row in rows if _evaluated(row)]
         self._watch = Watch(rows)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(path.parent), purge_step=start)
+        # Without a buffer: what a full disk did not take must not be written again when the file is closed.
+        self._file = path.open("ab", buffering=0)
+        self._events = Events(path.parent, start)
         for row in self.evaluations:
             if row["step"] == start:
-                self._show({name: value for name, value in row.items() if name != "step"}, start)
+                self._events.scalars({name: value for name, value in row.items() if name != "step"}, start)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -71,34 +83,46 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):
+            # What counts is on disk since the last `flush`.
+            self._file.close()
         self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        if self._tracker is not None:
+            self._tracker.finish(exit_code=0 if error is None else 1)
 
     def write(self, step: int, metrics: Mapping[str, float | np.ndarray]) -> None:
-        """One row. metrics: `{name: scalar}`."""
+        """One row, whole or not at all. metrics: `{name: scalar}`. Raises `MetricsWriteError`."""
         values = {name: float(value) for name, value in metrics.items()}
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         warnings = self._watch.see({"step": step, **row})
         noted = {"warnings": warnings} if warnings else {}
-        self._file.write(json.dumps({"step": step, **row, **noted}, allow_nan=False) + "\n")
-        self._show(values, step)
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **values})
+        self._append(step, json.dumps({"step": step, **row, **noted}, allow_nan=False) + "\n")
+        self._events.scalars(values, step)
+        if self._tracker is not None:
+            self._tracker.log({"step": step, **values})
         for text in warnings:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-            self._events.add_text("warnings", text, step)
+            tell(f"warning: {text}")
+            self._events.text("warnings", text, step)
 
     def flush(self) -> None:
-        """Return once the rows are on disk: before a checkpoint that counts on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Return once the rows are on disk: before a checkpoint that counts on them. Raises `MetricsWriteError`."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise MetricsWriteError(f"{self._path} cannot be put on disk ({error.strerror}): {REMEDY}") from error
         self._events.flush()
 
-    def _show(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+    def _append(self, step: int, line: str) -> None:
+        end, rest = os.fstat(self._file.fileno()).st_size, line.encode()
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            raise MetricsWriteError(
+                f"{self._path} does not take the row of step {step} ({error.strerror}): {REMEDY}"
+            ) from error
 
 
 class MetricsReader:
@@ -198,29 +222,14 @@ def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
     kept = 0 if start == 0 else start + 1
     rows = [row for row in read_metrics(path) if row["step"] < (kept if _evaluated(row) else start)]
     shorter = path.with_suffix(".tmp")
-    shorter.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    shorter.replace(path)
+    try:
+        shorter.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        shorter.replace(path)
+    except OSError as error:
+        shorter.unlink(missing_ok=True)
+        raise MetricsWriteError(f"{path} cannot be written ({error.strerror}): {REMEDY}") from error
     return rows
 
 
 def _evaluated(row: Iterable[str]) -> bool:
     return any(name.startswith(EVALUATED) for name in row)
-
-
-def _start_wandb(directory: Path, settings: Mapping[str, Any]) -> Any:
-    """A run of Weights & Biases, the same one whenever the directory's run goes on."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(
-            "Weights & Biases was asked for, but wandb is not installed: pip install wandb, or leave it out"
-        ) from error
-    name = directory / "wandb-id"
-    if not name.exists():
-        name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    own = {"dir": str(directory), "id": name.read_text(encoding="utf-8"), "resume": "allow"}
-    run = wandb.init(**{**own, **settings})
-    # Steps are a metric of their own: wandb's own count takes no row of a step before its last one.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run

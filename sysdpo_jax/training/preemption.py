@@ -1,7 +1,9 @@
 """Being asked to stop, by SIGTERM from a scheduler or Ctrl-C from a person: what a run raises once it has saved."""
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +12,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-# `asked(step)`: what to raise once the state of `step` updates is saved, None to go on.
-Asked = Callable[[int], BaseException | None]
+# Seconds that what a run waits for gets to come, once it is asked to stop.
+PATIENCE = 2.0
 
 
 class Preempted(SystemExit):
@@ -25,8 +27,96 @@ class Preempted(SystemExit):
         return f"asked to stop: step {self.step} is saved in {self.directory}, the same command goes on from there"
 
 
+class StopNow(BaseException):
+    """The block was left because of a signal. Not an `Exception`, nor a `SystemExit`: users' code must not take it."""
+
+
+class StopRequests:
+    """What asks a run to stop: call it after every step.
+
+    Args:
+        ask: What to raise once the state of so many updates is saved, None to go on.
+    """
+
+    def __init__(self, ask: Callable[[int], BaseException | None]):
+        self._ask, self._waiting = ask, False
+
+    def __call__(self, step: int) -> BaseException | None:
+        return self._ask(step)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what may wait for ever on users' code or on a network, and leaves the run's state as it is.
+
+        Raises:
+            StopNow: A signal came `PATIENCE` seconds ago. What to raise in the end says a call, as ever.
+        """
+        self._waiting = True
+        try:
+            if self.overdue():
+                raise StopNow
+            yield
+        finally:
+            self._waiting = False
+
+    def overdue(self) -> bool:
+        """Whether the stop that is asked for has waited long enough."""
+        return False
+
+
+class _Signals(StopRequests):
+    """SIGTERM and Ctrl-C of this process, while the block of `kept` lasts."""
+
+    def __init__(self, directory: Path):
+        super().__init__(lambda step: _what_to_raise(self._received, step, directory))
+        self._received: list[int] = []
+        self._first = math.inf
+
+    def overdue(self) -> bool:
+        return time.monotonic() - self._first >= PATIENCE
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Take the signals; give them back."""
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        before = {kind: signal.getsignal(kind) for kind in kinds}
+        main, ended, ending = threading.get_ident(), False, threading.Lock()
+
+        def ask_again() -> None:
+            with ending:
+                if not ended:
+                    # Wakes the main thread, whatever it waits for.
+                    signal.pthread_kill(main, signal.SIGTERM)
+
+        again = threading.Timer(PATIENCE, ask_again)
+        again.daemon = True
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._received.append(number)
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, before[signal.SIGINT])
+            if len(self._received) == 1:
+                self._first = time.monotonic()
+                again.start()
+            elif self._waiting and self.overdue():
+                # Once: what it interrupts may have to clean up.
+                self._waiting = False
+                raise StopNow
+
+        for kind in kinds:
+            signal.signal(kind, note)
+        try:
+            yield
+        finally:
+            with ending:
+                ended = True
+            again.cancel()
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+
 @contextmanager
-def stop_requests(directory: Path) -> Iterator[Asked]:
+def stop_requests(directory: Path) -> Iterator[StopRequests]:
     """What asks the block to stop, to be called after every step. directory: that of the checkpoints, for the message.
 
     In one process SIGTERM makes it `Preempted` and the first Ctrl-C `KeyboardInterrupt`; a second Ctrl-C interrupts at
@@ -34,32 +124,15 @@ def stop_requests(directory: Path) -> Iterator[Asked]:
     its preemption service agrees on one step for all processes when any of them gets SIGTERM.
     """
     if jax.distributed.is_initialized():
-        yield lambda step: Preempted(step, directory) if multihost_utils.reached_preemption_sync_point(step) else None
+        yield StopRequests(
+            lambda step: Preempted(step, directory) if multihost_utils.reached_preemption_sync_point(step) else None
+        )
     elif threading.current_thread() is threading.main_thread():
-        with _signals() as received:
-            yield lambda step: _what_to_raise(received, step, directory)
+        signals = _Signals(directory)
+        with signals.kept():
+            yield signals
     else:
-        yield lambda step: None
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    received: list[int] = []
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for kind in kinds:
-        signal.signal(kind, note)
-    try:
-        yield received
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        yield StopRequests(lambda step: None)
 
 
 def _what_to_raise(received: list[int], step: int, directory: Path) -> BaseException | None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import jax
 
+from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.step import Metrics
 
 
 class Profile:
-    """Traces the steps [first, last) with jax.profiler."""
+    """Traces the steps [first, last) with jax.profiler; a trace that cannot be written costs a warning."""
 
     def __init__(self, steps: tuple[int, int] | None, directory: Path):
         self._steps, self._directory, self._running = steps or (0, 0), directory, False
@@ -25,6 +26,10 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        if self._running:
+        if not self._running:
+            return
+        self._running = False
+        try:
             jax.profiler.stop_trace()
-            self._running = False
+        except Exception as error:
+            tell(f"warning: the trace of the steps is not written to {self._directory}: {error}")

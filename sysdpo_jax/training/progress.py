@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -15,6 +15,12 @@ ProgressFactory = Callable[[int, int], AbstractContextManager[Report]]
 
 # Seconds between two plain lines.
 LINE_EVERY = 10.0
+
+
+def tell(text: str) -> None:
+    """A line on standard error, which may be a file on a full disk or a terminal that is gone: that stops no run."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class Board:
@@ -35,7 +41,9 @@ class Board:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        # It writes to standard error, see `tell`.
+        with suppress(OSError):
+            self._bars.stop()
 
     @contextmanager
     def phase(self, label: str, start: int, steps: int) -> Iterator[Report]:
@@ -73,7 +81,7 @@ class Lines:
         if now - self._last < LINE_EVERY and done < self._steps:
             return
         self._last = now
-        print(f"{self._label} {done}/{self._steps}  {text}  {self._left(done, now)}", file=sys.stderr, flush=True)
+        tell(f"{self._label} {done}/{self._steps}  {text}  {self._left(done, now)}")
 
     def _left(self, done: int, now: float) -> str:
         if done >= self._steps or self._first is None or done == self._first[0]:

@@ -3,10 +3,9 @@
 Step k is the update made from `batch_at(k)`; a state or checkpoint of step s has made steps 0 ... s - 1.
 """
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,18 +18,20 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from sysdpo_jax.data.pipeline import read_ahead
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.identity import as_text, describe
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.preemption import Asked, Preempted, stop_requests
+from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, stop_requests
 from sysdpo_jax.training.profiling import Profile
-from sysdpo_jax.training.progress import ProgressFactory, progress
+from sysdpo_jax.training.progress import ProgressFactory, progress, tell
 from sysdpo_jax.training.search import IntermediateSearch, SearchedBatches
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_step
 from sysdpo_jax.training.throughput import Throughput
+from sysdpo_jax.training.tracker import import_wandb
 from sysdpo_jax.typing import Params
 
 # What gives the batch of a step, see `Trainer.fit`.
@@ -85,6 +86,7 @@ class Trainer:
         steps: int,
         key: PRNGKeyArray,
         resume: bool = True,
+        accepted: Callable[[], None] | None = None,
     ) -> TrainState:
         """Train until `steps` updates are made in all, from the newest checkpoint of the directory if there is one.
 
@@ -97,22 +99,27 @@ class Trainer:
         gives its own rows, see `batch_shard`.
         SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
         are saved and `Preempted` is raised, which ends the script with exit code 0; so does Ctrl-C with
-        `KeyboardInterrupt`, in one process. See `stop_requests`.
+        `KeyboardInterrupt`, in one process. See `stop_requests`. A batch that does not come, or
+        an evaluation that does not end, is left after a moment.
+        accepted: called by process 0 when nothing can refuse the run any more, before anything of it is written: to
+        note in the directory what the run is.
+        The directory is this process's alone meanwhile: `InUseError`, which says whose it is, where it is another's.
         Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving,
         in one process, the state before that batch; `CheckpointMismatchError` when the directory belongs to another
         run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume` is False
         and the directory holds a checkpoint; `ValueError` for a `best` of an evaluation that the Trainer lacks; what an
-        evaluation raises (`EvaluationError`, see `Evaluation`), whose state is saved.
+        evaluation raises (`EvaluationError`, see `Evaluation`), whose state is saved; `CheckpointWriteError` and
+        `MetricsWriteError`, after saving the state where that can be done, on a full disk.
         """
-        if self.evaluation is None and self._best_evaluated:
-            raise ValueError(f"best {self.best} is a figure of an evaluation: give the Trainer one")
-        with stop_requests(Path(self.directory).absolute() / "checkpoints") as asked:
-            state, done = self._fit(state, batch_at, steps, key, resume, asked)
+        self._check(batch_at, steps)
+        own = locked_folder(Path(self.directory)) if jax.process_index() == 0 else nullcontext()
+        with own, stop_requests(Path(self.directory).absolute() / "checkpoints") as asked:
+            state, done = self._fit(state, batch_at, steps, key, resume, accepted, asked)
             # Everything is on disk now.
             stop = asked(done)
         if stop is not None:
             if isinstance(stop, Preempted) and jax.process_index() == 0:
-                print(stop, file=sys.stderr, flush=True)
+                tell(str(stop))
             raise stop
         return state
 
@@ -135,7 +142,8 @@ class Trainer:
         steps: int,
         key: PRNGKeyArray,
         resume: bool,
-        asked: Asked,
+        accepted: Callable[[], None] | None,
+        asked: StopRequests,
     ) -> tuple[TrainState, int]:
         """The state and its step: `steps` unless the run was asked to stop."""
         with ExitStack() as stack:
@@ -143,6 +151,8 @@ class Trainer:
             state = _start(checkpoints, state, steps, resume)
             done = int(state.step)
             rank_zero = jax.process_index() == 0
+            if rank_zero and accepted is not None:
+                accepted()
             log = stack.enter_context(MetricsLog(self.directory, done, self._wandb())) if rank_zero else None
             report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
             best = None if self.best is None or self._best_evaluated else self.best[0]
@@ -150,7 +160,7 @@ class Trainer:
             reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best, steps - 1)
             profile = Profile(self.profile if rank_zero else None, Path(self.directory) / "profile")
             stack.callback(profile.close)
-            batch_of, forget = self._source(batch_at, done, steps, stack)
+            batch_of, forget = self._source(batch_at, done, stack)
 
             def save() -> None:
                 checkpoints.save(state, reader.mean())
@@ -162,40 +172,50 @@ class Trainer:
                 # The save has waited for the one before it, so that `oldest` is not all there is.
                 forget(oldest)
 
-            evaluation = self.evaluation
-            evaluator = None if evaluation is None else Evaluator(evaluation, self.best, log, steps)
+            def rescue() -> bool:
+                """Save what there is after an error: whether it is saved."""
+                try:
+                    save()
+                    checkpoints.wait()
+                except Exception as error:
+                    tell(f"warning: the state of step {done} is not saved: {error}")
+                    return False
+                return True
+
+            evaluator = self._evaluator(log, steps, asked)
 
             def ends() -> bool:
                 return evaluator is not None and evaluator.ends(done, state.params, checkpoints, checkpoint)
 
             proceed: Array | np.bool_ = PROCEED
             try:
-                stop = asked(done)
-                ended = stop is None and ends()
-                while done < steps and stop is None and not ended:
-                    try:
-                        batch = batch_of(done, state.params)
-                    except Exception:
-                        reader.settle()
-                        # Other processes, which have their batches, would not join.
-                        if jax.process_count() == 1:
-                            save()
-                        raise
-                    reader.count(done, state, batch)
-                    profile.before(done)
-                    state, metrics = self.step(state, batch, key, proceed)
-                    proceed = metrics["finite"]
-                    reader.take(done, metrics)
-                    profile.after(done, metrics)
-                    done += 1
+                with suppress(StopNow):
                     stop = asked(done)
-                    if done % self.checkpoint_every == 0:
-                        checkpoint()
                     ended = stop is None and ends()
+                    while done < steps and stop is None and not ended:
+                        with asked.waiting():
+                            batch = batch_of(done, state.params)
+                        reader.count(done, state, batch)
+                        profile.before(done)
+                        state, metrics = self.step(state, batch, key, proceed)
+                        proceed = metrics["finite"]
+                        reader.take(done, metrics)
+                        profile.after(done, metrics)
+                        done += 1
+                        stop = asked(done)
+                        if done % self.checkpoint_every == 0:
+                            checkpoint()
+                        ended = stop is None and ends()
                 checkpoint()
-            except NonFiniteError:
-                save()
-                raise
+            except Exception as error:
+                first = _first_cause(error, reader)
+                # Of several processes the others would join for a value that is not finite alone, which all meet.
+                saved = (jax.process_count() == 1 or isinstance(error, NonFiniteError)) and rescue()
+                if isinstance(first, NonFiniteError) and not saved:
+                    first = NonFiniteError(first.step, first.nodes, None)
+                if first is error:
+                    raise
+                raise first from error
         return state, done
 
     @property
@@ -205,22 +225,41 @@ class Trainer:
     def _wandb(self) -> Mapping[str, Any] | None:
         return None if self.wandb is None else {"config": dict(self.config), **self.wandb}
 
+    def _check(self, batch_at: BatchSource, steps: int) -> None:
+        """What can be said against a run before anything of it is made."""
+        if self.evaluation is None and self._best_evaluated:
+            raise ValueError(f"best {self.best} is a figure of an evaluation: give the Trainer one")
+        if isinstance(batch_at, grain.MapDataset) and len(batch_at) < steps:
+            raise ValueError(f"the dataset ends after {len(batch_at)} of the {steps} steps: repeat it")
+        if isinstance(batch_at, SearchedBatches) and batch_at.system != self.system:
+            raise ValueError("the SearchedBatches are of another system than the Trainer's: give both the same")
+        if self.wandb is not None and jax.process_index() == 0:
+            import_wandb()
+
+    def _evaluator(self, log: MetricsLog | None, steps: int, asked: StopRequests) -> Evaluator | None:
+        """What evaluates while it trains. An evaluation that is asked to stop is left: its state is saved."""
+        evaluation = self.evaluation
+        if evaluation is None:
+            return None
+
+        def measure(step: int, params: Params) -> Mapping[str, float]:
+            with asked.waiting():
+                return evaluation.measure(step, params)
+
+        return Evaluator(replace(evaluation, measure=measure), self.best, log, steps)
+
     def _source(
-        self, batch_at: BatchSource, start: int, steps: int, stack: ExitStack
+        self, batch_at: BatchSource, start: int, stack: ExitStack
     ) -> tuple[Callable[[int, Params], PyTree], Callable[[int], None]]:
         """What gives the batch of (step, parameters), and what to tell the oldest checkpoint that may be resumed.
 
-        It is asked for the steps start, start + 1, ... below `steps`, while `stack` is open.
+        It is asked for the steps start, start + 1, ... while `stack` is open.
         """
         if isinstance(batch_at, grain.MapDataset):
-            if len(batch_at) < steps:
-                raise ValueError(f"the dataset ends after {len(batch_at)} of the {steps} steps: repeat it")
-            batches = stack.enter_context(read_ahead(batch_at, start))
+            batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
             return lambda step, params: next(batches), lambda checkpoint: None
         if not isinstance(batch_at, SearchedBatches):
             return lambda step, params: batch_at(step), lambda checkpoint: None
-        if batch_at.system != self.system:
-            raise ValueError("the SearchedBatches are of another system than the Trainer's: give both the same")
         search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
         return search.batch, search.forget
 
@@ -241,6 +280,19 @@ def _describe_batches(batch_at: BatchSource | None) -> dict[str, str]:
     if not isinstance(batch_at, SearchedBatches):
         return {}
     return {**describe("batches", batch_at), "records": batch_at.fingerprint()}
+
+
+def _first_cause(error: Exception, reader: MetricsReader) -> Exception:
+    """The error, or that of a value that is not finite in the steps before it; the rows of those steps are written."""
+    if isinstance(error, NonFiniteError):
+        return error
+    try:
+        reader.settle()
+    except NonFiniteError as earlier:
+        return earlier
+    except Exception as another:
+        tell(f"warning: {another}")
+    return error
 
 
 def _start(checkpoints: Checkpoints, state: TrainState, steps: int, resume: bool) -> TrainState:

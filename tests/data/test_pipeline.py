@@ -2,10 +2,11 @@
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 
+import grain
 import jax
 import numpy as np
 import optax
@@ -14,6 +15,7 @@ import pytest
 from sysdpo_jax import DirectObjective, PreferenceRecord, RecordError, epoch_batches, prepare_pairs
 from sysdpo_jax.data import preference_dataset
 from sysdpo_jax.data.pipeline import READ_AHEAD, read_ahead
+from sysdpo_jax.threads import GRACE
 from sysdpo_jax.training import ComponentOptimizer, Trainer, create_state, make_optimizer
 from tests.training.systems import CHAIN
 
@@ -57,15 +59,8 @@ def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(left), jax.device_get(right))
 
 
-def grain_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
-
-
-def no_grain_thread_left():
-    deadline = time.monotonic() + 10
-    while grain_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not grain_threads()
+def threads_left():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
 def test_an_element_is_its_records_prepared():
@@ -144,19 +139,66 @@ def test_reading_goes_ahead_in_threads_and_starts_at_any_step():
     dataset = preference_dataset(CHAIN, source, BATCH, seed=5)
     whole = preference_dataset(CHAIN, RECORDS, BATCH, seed=5)
     with read_ahead(dataset, 3) as batches:
-        assert batches.get_state() == {"next_index": 3}
         same(next(batches), whole[3])
-        # Grain's state is the step, so a checkpoint needs no more.
-        assert batches.get_state() == {"next_index": 4}
         ahead = 1 + READ_AHEAD.prefetch_buffer_size
         deadline = time.monotonic() + 10
         while len(source.rows) < ahead * BATCH and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
         assert sorted(source.rows) == sorted(chain(*(rows_of(whole[k]) for k in range(3, 3 + ahead))))
-        assert all(name.startswith("grain-prefetch") for name in source.threads)
+        assert all(name.startswith("read-ahead") for name in source.threads)
         same(next(batches), whole[4])
-    assert no_grain_thread_left()
+    assert threads_left() == []
+
+
+@dataclass
+class Failing(Recording):
+    """One of whose rows cannot be read."""
+
+    error: BaseException = field(default_factory=OSError)
+
+    def __getitem__(self, row):
+        if row == 3:
+            raise self.error
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("the disk is away"), "OSError: the disk is away"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (StopIteration(), "StopIteration: "),
+        (SystemExit(3), r"sys.exit\(3\)"),
+    ],
+)
+def test_a_source_that_fails_is_named_by_the_record_whatever_it_raises(error, said):
+    """StopIteration would end the data in silence, SystemExit the process."""
+    dataset = preference_dataset(CHAIN, Failing(error=error), BATCH, seed=5)
+    message = rf"reading record 3, counted from 0, failed \({said}\)"
+    with read_ahead(dataset, 0) as batches, pytest.raises(RecordError, match=message):
+        deque(islice(batches, 2 * PER_EPOCH), maxlen=0)
+    assert threads_left() == []
+
+
+def test_what_a_component_raises_is_an_error_of_the_batch(monkeypatch):
+    def broken(self, records, nodes=None):
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(type(CHAIN), "prepare", broken)
+    with pytest.raises(RecordError, match=r"the batch of the records \[.*\], counted from 0: ZeroDivisionError: by no"):
+        preference_dataset(CHAIN, RECORDS, BATCH, seed=5)[0]
+
+
+def test_a_record_that_never_comes_holds_up_nobody():
+    come = threading.Event()
+    dataset = grain.MapDataset.range(8).map(lambda k: come.wait() if k == 1 else k)
+    began = time.monotonic()
+    with read_ahead(dataset, 0) as batches:
+        assert next(batches) == 0
+    assert GRACE - 0.1 <= time.monotonic() - began < GRACE + 3
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name in threads_left())
+    come.set()
 
 
 def test_one_thread_prepares_at_a_time(monkeypatch):
@@ -199,7 +241,7 @@ def test_training_from_the_dataset_is_training_from_its_elements_and_resumes(tmp
     # The second part read from step 4 on, and no further ahead than it may.
     last = 9 + READ_AHEAD.prefetch_buffer_size
     assert Counter(source.rows) <= Counter(chain(*(rows_of(dataset[k]) for k in range(4, last))))
-    assert no_grain_thread_left()
+    assert threads_left() == []
 
 
 def test_a_record_that_cannot_be_prepared_ends_training_at_its_step(tmp_path, whole):
@@ -208,7 +250,7 @@ def test_a_record_that_cannot_be_prepared_ends_training_at_its_step(tmp_path, wh
     records = [*RECORDS[:row], PreferenceRecord({"x": [0.0, 0.0]}, {"a": [1.0]}, {}), *RECORDS[row + 1 :]]
     with pytest.raises(RecordError, match=rf"the batch of the records \[{row}, "):
         fit(tmp_path, preference_dataset(CHAIN, records, BATCH, seed=5), 9)
-    assert no_grain_thread_left()
+    assert threads_left() == []
     # Mended, the run goes on from the state before that batch.
     assert (tmp_path / "checkpoints" / "3").is_dir()
     same(fit(tmp_path, dataset, 9), whole)

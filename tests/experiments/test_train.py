@@ -1,6 +1,7 @@
 """From two folders of models and a file of preferences to aligned models and a report, by two commands."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from experiments.own.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from tests.experiments.test_runs import failure
 from tests.pretrained.checkpoints import write_decoder
+from tests.test_locks import held
 
 WORDS = ("a", "red", "green", "ball", "cube", "small", "large", "on", "the", "left")
 STEPS = 4
@@ -105,6 +107,33 @@ def test_the_same_command_goes_on_and_another_configuration_is_refused(trained, 
     assert [row["step"] for row in after] == [row["step"] for row in before]
     said = failure(capsys, train.main, ["--config", str(trained / "run.yaml"), "--seed", "1"])
     assert "is of another run (seed was 0, now 1): choose another directory" in said
+
+
+def test_a_refused_command_leaves_the_folder_as_it_is(trained, tmp_path, capsys):
+    """Neither config.yaml nor the report says what a refused run wanted."""
+
+    def kept(folder):
+        return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    run, flags = trained / "run", ["--config", str(trained / "run.yaml")]
+    before = kept(run)
+    assert "holds a checkpoint: resume" in failure(capsys, train.main, [*flags, "--no-resume", "--log-every", "7"])
+    assert kept(run) == before
+    with held("locked_folder", run) as process:
+        assert f"is in use by process {process.pid} on host" in failure(capsys, train.main, flags)
+        # Looking at it needs no lock.
+        load_system(str(run), "newest")
+    assert kept(run) == before
+    # The weights on disk are no longer those that the run began with: config.yaml is gone, so that nothing else tells.
+    shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "copy" / "config.yaml").unlink()
+    flags += ["--directory", str(tmp_path / "copy"), "--schedule.learning-rate", "0.5"]
+    assert "config" in failure(capsys, train.main, flags)
+    assert not (tmp_path / "copy" / "config.yaml").exists()
+    # A new folder is not left behind.
+    missing = ["--directory", str(tmp_path / "new" / "run"), "--schedule.batch-size", "1000"]
+    assert "200 rows do not fill one batch" in failure(capsys, train.main, [*flags, *missing])
+    assert not (tmp_path / "new").exists()
 
 
 def test_exported_models_are_the_trained_ones(trained, tmp_path, capsys):

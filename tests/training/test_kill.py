@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -110,3 +111,21 @@ def test_sigterm_saves_and_exits_with_0(environment, tmp_path):
     assert finished(environment, "sampling", tmp_path / "asked", STEPS) == list(range(newest + 1, STEPS))
     finished(environment, "sampling", tmp_path / "whole", STEPS)
     check_same(tmp_path / "asked", tmp_path / "whole", "SIGTERM")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("room", "said"), [(200_000, "does not take the checkpoint of step 1"), (1_500_000, None)])
+def test_a_quota_ends_the_run_with_an_error_or_costs_a_side_output(environment, tmp_path, room, said):
+    """A checkpoint takes 1.3 MB, the rows of 40 steps far less."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    command = [sys.executable, "-m", "tests.training.killed_run", "direct", str(tmp_path), str(STEPS), "0"]
+    settings = {"cwd": ROOT, "env": environment, "text": True, "capture_output": True, "timeout": 120}
+    ended = subprocess.run(command, preexec_fn=limit, **settings)
+    if said is None:
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    else:
+        assert ended.returncode == 1
+        assert f"CheckpointWriteError: {tmp_path / 'checkpoints'} {said}" in ended.stderr

@@ -128,12 +128,17 @@ def test_warnings_are_in_the_log_and_on_standard_error(tmp_path, capsys):
 def test_what_was_evaluated_at_the_checkpoint_stays_and_is_shown_again(tmp_path, monkeypatch):
     shown = []
 
-    def writer(directory, purge_step):
-        shown.extend([f"purge {purge_step}"] if purge_step else [])
-        add = lambda name, value, step: shown.append((name, step))  # noqa: E731
-        return SimpleNamespace(add_scalar=add, close=lambda: None)
+    class Shown:
+        def __init__(self, directory, purge):
+            shown.extend([f"purge {purge}"] if purge else [])
 
-    monkeypatch.setattr("tensorboardX.SummaryWriter", writer)
+        def scalars(self, values, step):
+            shown.extend((name, step) for name in values)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("sysdpo_jax.training.metrics.Events", Shown)
     with MetricsLog(tmp_path, 0) as log:
         for step, name in ((0, "eval/x"), (0, "loss"), (4, "eval/x"), (4, "loss"), (5, "loss")):
             log.write(step, {name: 1.0})

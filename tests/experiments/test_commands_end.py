@@ -1,0 +1,52 @@
+"""A command has its output for itself, and its process ends with the code that it says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from experiments import make_pairs, rollout, score
+from experiments.common.command import claimed
+from experiments.progressive.align import AlignConfig
+from tests.experiments.test_runs import failure
+from tests.test_locks import held
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (rollout, ["--system", "none.yaml", "--prompts", "none.txt"]),
+        (score, ["--runs", "none.jsonl", "--scorer", "builtins:len"]),
+        (make_pairs, ["--runs", "none.jsonl", "--scores", "none.jsonl"]),
+    ],
+)
+def test_an_output_that_another_process_writes_is_refused(tmp_path, capsys, command, flags):
+    output = tmp_path / "out.jsonl"
+    with held("locked_file", output) as process:
+        said = failure(capsys, command.main, [*flags, "--output", str(output)])
+    assert f"{output} is in use by process {process.pid} on host" in said
+    assert said.endswith("wait for it or choose another output")
+
+
+def test_an_experiments_folder_is_one_commands(tmp_path):
+    config = AlignConfig(steps=1)
+    with held("locked_folder", tmp_path / "a") as process:
+        with pytest.raises(SystemExit, match=f"is in use by process {process.pid}"), claimed(tmp_path / "a", config):
+            pass
+        assert not (tmp_path / "a" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("raise SystemExit(7)", 7), ("raise KeyError", 1)])
+def test_a_thread_that_hangs_does_not_hold_up_the_end(ending, code):
+    """As the threads of wandb do where there is no network."""
+    script = f"""
+import threading, time
+from experiments.own import command
+command.EXIT = 0.5
+with command.bounded_exit():
+    threading.Thread(target=time.sleep, args=(1e6,)).start()
+    {ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert "something in the background does not end" in ended.stderr
