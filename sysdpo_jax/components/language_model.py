@@ -36,9 +36,9 @@ class LanguageModel(Component):
 
     decoder, tokenizer: the model and its Hugging Face tokenizer (with an end-of-sequence token).
     max_prompt_length, max_new_tokens: the room for prompt and completion, in tokens.
-    prompt: module-level function of the parents' values, in the order of Node.parents, that returns a string or a list
-    of chat messages; by default the node's only parent is the prompt. A string is tokenized as the tokenizer does by
-    default, messages through its chat template.
+    prompt: module-level function of the parents' values, in the order of Node.parents, that returns a string, a list of
+    chat messages, or {"messages": [...], "tools": [...], "chat_template_kwargs": {...}}; by default the node's only
+    parent is the prompt. A string is tokenized as the tokenizer does by default, messages through its chat template.
     temperature, top_p: of `sample`; temperature 0 takes the likeliest token.
     truncation: of texts without room. "error" refuses them; "keep_start" and "keep_end" keep the first or the last
     tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. "keep_end" also
@@ -215,7 +215,7 @@ class LanguageModel(Component):
         return (int(self.tokenizer.eos_token_id), *self.stop_tokens)
 
     def _prompts(self, parents: Parents, rows: int) -> list[Any]:
-        """Each row's prompt, a string or messages."""
+        """Each row's prompt, a string, messages, or messages with tools and arguments of the chat template."""
         if self.prompt is None and len(parents) != 1:
             raise RecordError(
                 f"a language model without a `prompt` function reads exactly one parent, got "
