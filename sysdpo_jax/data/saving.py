@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sysdpo_jax.components.images import read_image, upright
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rows import LINES, TABLE
 
@@ -59,11 +60,13 @@ class ImageFiles:
         """The bytes of the image as PNG, or those that it is."""
         if isinstance(image, bytes):
             return image
-        if not isinstance(image, Image.Image):
-            array = np.asarray(image)
-            image = Image.fromarray(array if array.dtype == np.uint8 else (255 * array).round().astype(np.uint8))
+        if isinstance(image, Image.Image):
+            # PNG files of Pillow's say nothing of how they are to be turned.
+            picture = upright(image)
+        else:
+            picture = Image.fromarray(np.rint(255 * read_image(image, 0)).astype(np.uint8))
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        picture.save(buffer, "PNG")
         return buffer.getvalue()
 
 
