@@ -31,7 +31,8 @@ from sysdpo_jax.training import Board
 class Config:
     """samples: runs of each prompt. chunk: prompts that are sampled and written together; part of what is drawn.
 
-    checkpoint: of a run's folder, the newest or the one that evaluation found best.
+    checkpoint: of a run's folder, the newest or the one that evaluation found best. ignore: fields of prompts that are
+    left unread.
     """
 
     system: str
@@ -41,6 +42,7 @@ class Config:
     chunk: Positive = 16
     seed: int = 0
     checkpoint: Which = "newest"
+    ignore: tuple[str, ...] = ()
 
 
 def roll_out(config: Config) -> Path:
@@ -54,7 +56,7 @@ def roll_out(config: Config) -> Path:
         raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
     system, params, identity = load_system(config.system, config.checkpoint)
     file = AppendedFile(path, _about(config, identity))
-    prompts = read_prompts(config.prompts, system)
+    prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
     sizes = [config.samples * len(prompts[start : start + config.chunk]) for start in mine]
     done = _whole_chunks(file, sizes)

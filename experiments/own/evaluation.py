@@ -121,7 +121,7 @@ def make_evaluation(run: Run) -> Evaluation | None:
         return None
     held_out = HeldOut(
         run.system,
-        read_prompts(config.prompts, run.system),
+        read_prompts(config.prompts, run.system, config.ignore),
         make_scorer(config.scorer, config.judge, "evaluation."),
         parallel(config.scorer, config.judge),
         config.on_error == "skip",

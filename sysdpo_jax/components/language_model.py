@@ -26,6 +26,7 @@ from sysdpo_jax.generation.beam_decode import beam_generate
 from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder, head_params
+from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
 
@@ -64,6 +65,7 @@ class LanguageModel(Component):
     search: BeamSearch = BeamSearch()
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if self.tokenizer.eos_token_id is None:
             raise ValueError("LanguageModel: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         if self.truncation not in TRUNCATIONS:

@@ -22,6 +22,7 @@ from sysdpo_jax.components.codec import Codec, whole_frames
 from sysdpo_jax.components.text import TextConditioner
 from sysdpo_jax.generation.samplers import Denoiser, guided
 from sysdpo_jax.generation.schedules import expand
+from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 
@@ -56,6 +57,7 @@ class TextToImage(Component):
     strata: int = 1
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must lie in [0, 1), got {self.caption_dropout}")
         if self.num_steps < 1 or self.strata < 1:
