@@ -23,7 +23,7 @@ TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking
 class Conversation:
     """What a chat template is given.
 
-    messages: each with a "role" and a "content" that is one text, or None beside "tool_calls". tools: schemas of
+    messages: each with a "role" and a "content" that is one text, or "tool_calls" without a content. tools: schemas of
     functions. arguments: of the template by name, as "enable_thinking".
     """
 
@@ -122,10 +122,6 @@ def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bo
         template = str(tokenizer.get_chat_template(tools=tools))
         text = write(conversation.messages)
         unread = _unread(conversation, template, text, write)
-        if any(turn["content"] is None for turn in conversation.messages):
-            # Templates that do not know of messages without a content write "None" there.
-            empty = write([{**turn, "content": turn["content"] or ""} for turn in conversation.messages])
-            text = empty if empty.count("None") < text.count("None") else text
     except TemplateError as error:
         raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
     except Exception as error:
@@ -151,8 +147,8 @@ def kind(value: Any) -> str:
 
 
 def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # Tables have a place for every key of every message; those that one lacks are empty there.
-    kept = {key: value for key, value in turn.items() if key == "content" or not (value is None or value == [])}
+    # Tables have a place for every key of every message, and templates would write what is empty there as "None".
+    kept = {key: value for key, value in turn.items() if not (value is None or (value == [] and key != "content"))}
     if not isinstance(kept.get("role"), str) or not kept["role"]:
         raise RecordError(f"{where}: the role is {turn['role']!r}: give a text such as 'user'")
     calls = kept.get("tool_calls")
@@ -161,15 +157,16 @@ def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in TEXT_KEYS:
         if not isinstance(kept.get(key, ""), str):
             raise RecordError(f"{where}: {key!r} must be a text, not {type(kept[key]).__name__}")
-    content = _one_text(kept.get("content"), where)
-    if content is None and calls is None:
+    if "content" in kept:
+        kept["content"] = _one_text(kept["content"], where)
+    elif calls is None:
         raise RecordError(f"{where} has no content: give a text, or 'tool_calls'")
-    _check_json({key: value for key, value in kept.items() if key != "content"}, where)
-    return kept | {"content": content}
+    _check_json(kept, where)
+    return kept
 
 
-def _one_text(content: Any, where: str) -> str | None:
-    if content is None or isinstance(content, str):
+def _one_text(content: Any, where: str) -> str:
+    if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple) or not content:
         raise RecordError(f"{where}: the content is {kind(content)}: give a text, or a list of text parts")
