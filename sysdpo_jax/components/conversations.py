@@ -209,14 +209,15 @@ def _check_json(value: Any, where: str) -> None:
 
 
 @cache
-def _own_arguments(tokenizer: type) -> frozenset[str]:
+def _own_arguments(tokenizer: Any) -> frozenset[str]:
     """The arguments of `apply_chat_template` that are not the template's."""
-    known = signature(tokenizer.apply_chat_template).parameters.values()  # type: ignore[attr-defined]
+    known = signature(tokenizer.apply_chat_template).parameters.values()
     return frozenset(p.name for p in known if p.kind is not Parameter.VAR_KEYWORD) - {"documents"} | {MESSAGES}
 
 
 def _check_names(tokenizer: Any, arguments: Mapping[str, Any], row: int) -> None:
-    taken = [name for name in arguments if name in _own_arguments(type(tokenizer))]
+    made_by: Any = type(tokenizer)
+    taken = [name for name in arguments if name in _own_arguments(made_by)]
     if taken:
         raise RecordError(
             f"row {row} gives the chat template {taken[0]!r}, which is set for it: leave it out of {ARGUMENTS!r}"

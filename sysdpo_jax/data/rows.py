@@ -91,7 +91,7 @@ def _streamed(source: Path | str, split: str) -> Iterator[Row]:
         # Images stay the bytes that they are.
         for number, values in enumerate(found.decode(False), 1):
             yield Row(number, _plain(values))
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecordError(
             f"{source} cannot be read as a data set ({reason}): fetch it again, or check its name"

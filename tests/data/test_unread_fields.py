@@ -6,7 +6,15 @@ import datasets
 import numpy as np
 import pytest
 
-from sysdpo_jax import PreferenceRecord, RecordError, load_preferences, prepare_pairs, save_preferences
+from sysdpo_jax import (
+    Categorical,
+    Gaussian,
+    PreferenceRecord,
+    RecordError,
+    load_preferences,
+    prepare_pairs,
+    save_preferences,
+)
 from sysdpo_jax.data.rows import _plain
 from sysdpo_jax.data.unread import is_empty
 from sysdpo_jax.graph import CompoundSystem, Node
@@ -223,3 +231,33 @@ def test_values_of_tables_are_plain():
     }  # fmt: skip
     assert [is_empty(value) for value in (None, " ", [], {"a": [None]}, float("nan"))] == [True] * 5
     assert [is_empty(value) for value in (0, False, 0.0, "a", [0], {"a": False})] == [False] * 6
+
+
+ODD = (
+    *(None, True, -1, 10**30, float("nan"), "x", [], ["a"], [1, "a"]),
+    *({"a": 1}, {"messages": []}, [{"role": 3}], [None]),
+)
+
+
+def said_of(path, system):
+    """What a file is refused with, "" for one that is used."""
+    try:
+        prepare_pairs(system, load_preferences(path, system)[:])
+    except RecordError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_values_of_any_kind_are_used_or_refused_with_their_row(tmp_path, value):
+    """No other exception leaves `load_preferences`."""
+    number = CompoundSystem(("x",), (Node("y", Gaussian(1, 1), ("x",)),))
+    table = CompoundSystem(("x",), (Node("y", Categorical(2, (2,)), ("x",)),))
+    talk = CompoundSystem(("x",), (Node("y", model(), ("x",)),))
+    for system, fine in ((number, 1.0), (table, 1), (talk, "a")):
+        for inputs, chosen in (({"x": value}, {"y": fine}), ({"x": fine}, {"y": value})):
+            row = {"inputs": inputs, "chosen": chosen, "rejected": {"y": fine}}
+            path = lines(tmp_path / "pairs.jsonl", row)
+            said = said_of(path, system)
+            assert not said or said.startswith(f"{path}, row 1: ")
+            assert "\n" not in said
