@@ -16,7 +16,9 @@ import numpy as np
 from experiments.own.command import user_errors
 from experiments.own.config import ConfigError, parse_flags, write_whole
 from experiments.own.runs_file import Run, moved, read_lines, run_lines
+from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
+from sysdpo_jax.data.unread import refuse_unread
 from sysdpo_jax.locks import locked_file
 
 
@@ -87,11 +89,17 @@ def _scores(paths: tuple[Path, ...]) -> tuple[dict[str, float], set[str]]:
     failed: set[str] = set()
     for path in paths:
         for row in read_lines(path):
-            if "error" in row:
-                failed.add(str(row.get("id")))
+            try:
+                refuse_unread(row, ("id", "score", "error"), remedy="leave it out")
+            except RecordError as error:
+                raise ConfigError(f"{path}: the score of {row.get('id')!r}: {error}") from None
+            if row.get("id") is None:
+                raise ConfigError(f"{path}: the score {row.get('score')!r} has no 'id': name the run that it is of")
+            if row.get("error") is not None:
+                failed.add(str(row["id"]))
                 continue
             value = row.get("score")
-            if not isinstance(value, int | float) or not np.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
                 raise ConfigError(f"{path}: the score of {row.get('id')!r} is {value!r}: give a finite number")
             if str(row.get("id")) in scores:
                 raise ConfigError(f"{path}: the run {row['id']!r} has two scores: give every file of scores once")

@@ -34,7 +34,7 @@ class Config:
     """samples: runs of each prompt. chunk: prompts that are sampled and written together; part of what is drawn.
 
     checkpoint: of a run's folder, the newest or the one that evaluation found best. compilation_cache: see
-    `keep_compilations`.
+    `keep_compilations`. ignore: fields of prompts that are left unread.
     """
 
     system: str
@@ -45,6 +45,7 @@ class Config:
     seed: int = 0
     checkpoint: Which = "newest"
     compilation_cache: str = "user"
+    ignore: tuple[str, ...] = ()
 
 
 def roll_out(config: Config) -> Path:
@@ -59,7 +60,7 @@ def roll_out(config: Config) -> Path:
         raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
     system, params, identity = load_system(config.system, config.checkpoint)
     file = AppendedFile(path, _about(config, identity))
-    prompts = read_prompts(config.prompts, system)
+    prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
     sizes = [config.samples * len(prompts[start : start + config.chunk]) for start in mine]
     done = _whole_chunks(file, sizes)

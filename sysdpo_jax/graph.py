@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sysdpo_jax.components.base import Component, RecordError, row_keys
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import Tool
+from sysdpo_jax.static import unhashable
 from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
 
 
@@ -59,7 +60,8 @@ class Node:
 class CompoundSystem:
     """The nodes, sorted topologically, and the names of the inputs they start from.
 
-    Raises `GraphError` on a duplicate name, an unknown parent, a cycle, plates that do not match or an unread input.
+    Raises `GraphError` on a duplicate name, an unknown parent, a cycle, plates that do not match, an unread input or a
+    component that cannot be hashed.
     """
 
     inputs: tuple[str, ...]
@@ -71,6 +73,7 @@ class CompoundSystem:
         _check_names(self.inputs, nodes)
         object.__setattr__(self, "nodes", _topological(self.inputs, nodes))
         _check_plates(self.nodes)
+        _check_static(self.nodes)
 
     @property
     def param_keys(self) -> tuple[str, ...]:
@@ -371,3 +374,13 @@ def _check_plates(nodes: tuple[Node, ...]) -> None:
                     f"node {node.name!r} is a plate of {node.plate} but its parent {parent!r} is one of "
                     f"{plates[parent]}: copies are matched one to one, so the plates must be equal"
                 )
+
+
+def _check_static(nodes: tuple[Node, ...]) -> None:
+    for node in nodes:
+        found = unhashable(node.component, type(node.component).__name__)
+        if found is not None:
+            raise GraphError(
+                f"the component of node {node.name!r} cannot be hashed because of {found}: a system is static, so give "
+                "tuples instead of lists, and keep arrays in the parameters"
+            )

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sysdpo_jax"
 # Small modules that import nothing of the library, and that every part may import.
-BOTTOM = {"locks", "threads", "typing", "user_code", "values"}
+BOTTOM = {"locks", "static", "threads", "typing", "user_code", "values"}
 # What each part may import of the library, beside itself and the modules of `BOTTOM`.
 ALLOWED = {
     "models": set(),

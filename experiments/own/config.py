@@ -82,12 +82,13 @@ class SystemConfig:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class DataConfig:
-    """Preferences: source, reader, split and on_error as `sysdpo_jax.load_preferences` takes them."""
+    """Preferences: source, reader, split, on_error and ignore as `sysdpo_jax.load_preferences` takes them."""
 
     source: str = ""
     reader: str = "records"
     split: str = "train"
     on_error: Literal["stop", "skip"] = "stop"
+    ignore: tuple[str, ...] = ()
 
 
 @with_config(STRICT)
@@ -169,6 +170,7 @@ class EvaluationConfig:
     """Runs of the whole system on held-out prompts, scored beside those of the system before training.
 
     prompts: JSON Lines of objects with the system's inputs, or a text file with a prompt a line; "" for no evaluation.
+    ignore: fields of them that are left unread.
     scorer: "module:function", run -> number, higher is better; or judge. on_error: of a run without a score; "skip"
     leaves it and the run that it is compared with out, and counts them. every: steps. samples: runs a prompt.
     patience: evaluations without a better win rate after which training stops; None: never. shown: prompts in the
@@ -176,6 +178,7 @@ class EvaluationConfig:
     """
 
     prompts: str = ""
+    ignore: tuple[str, ...] = ()
     scorer: str = ""
     judge: JudgeConfig = JudgeConfig()
     on_error: Literal["stop", "skip"] = "stop"

@@ -127,7 +127,7 @@ def make_evaluation(run: Run) -> Evaluation | None:
     check_scorer(scorer, (*run.system.inputs, *(node.name for node in run.system.nodes)), "the system")
     held_out = HeldOut(
         run.system,
-        read_prompts(config.prompts, run.system),
+        read_prompts(config.prompts, run.system, config.ignore),
         scorer,
         config.judge.parallel,
         config.on_error == "skip",

@@ -1,16 +1,19 @@
 """Prompts: what a system's inputs are, a line each."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError
 from experiments.own.runs_file import read_lines
+from sysdpo_jax.data.unread import refuse_unread
 
 
-def read_prompts(path: str | Path, system: sj.CompoundSystem) -> list[dict[str, Any]]:
+def read_prompts(path: str | Path, system: sj.CompoundSystem, ignore: Sequence[str] = ()) -> list[dict[str, Any]]:
     """JSON Lines of objects with the system's inputs or, for a system with one input, a .txt file with a prompt a line.
 
+    ignore: fields that are left unread; any other that is no input and holds something is an error.
     Raises `ConfigError` naming file, line and field.
     """
     path = Path(path)
@@ -35,4 +38,8 @@ def read_prompts(path: str | Path, system: sj.CompoundSystem) -> list[dict[str, 
         for name in system.inputs:
             if name not in row:
                 raise ConfigError(f"{path}, prompt {number} lacks the input {name!r}: add the field")
+        try:
+            refuse_unread(row, system.inputs, ignore)
+        except sj.RecordError as error:
+            raise ConfigError(f"{path}, prompt {number}: {error}") from None
     return [{name: row[name] for name in system.inputs} for row in rows]

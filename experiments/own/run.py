@@ -150,7 +150,9 @@ def read_preferences(run: Run) -> sj.Preferences:
     data = run.config.data
     if not data.source:
         raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
-    return sj.load_preferences(data.source, run.system, data.reader, split=data.split, on_error=data.on_error)
+    return sj.load_preferences(
+        data.source, run.system, data.reader, split=data.split, on_error=data.on_error, ignore=data.ignore
+    )
 
 
 def make_batches(run: Run, records: sj.Preferences) -> BatchSource:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, RecordError
+from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 
@@ -22,6 +23,9 @@ class Categorical(Component):
 
     num_values: int
     parent_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        hold_tuples(self)
 
     def init(self, key: PRNGKeyArray) -> Params:
         return {"logits": jax.random.normal(key, (*self.parent_sizes, self.num_values))}

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
+from sysdpo_jax.static import hold_tuples
 
 
 class Encoded(NamedTuple):
@@ -50,6 +51,7 @@ class PixelCodec:
     patch: int = 1
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if self.image_shape[0] % self.patch or self.image_shape[1] % self.patch:
             raise ValueError(f"PixelCodec: patch {self.patch} must divide the image size {self.image_shape[:2]}")
 

@@ -46,12 +46,20 @@ class Gaussian(Component):
         return parents @ params["kernel"] + params["bias"]
 
     def _parents(self, parents: Parents) -> np.ndarray:
-        columns = [np.asarray(values, np.float32).reshape(len(values), -1) for values in parents.values()]
+        columns = [_numbers(values, f"its parent {name!r}") for name, values in parents.items()]
         return _rows(np.concatenate(columns, axis=-1), self.parent_size, "its parents")
 
 
+def _numbers(values: Sequence[Any] | np.ndarray, name: str) -> np.ndarray:
+    """A row of numbers for each value."""
+    try:
+        return np.asarray(values, np.float32).reshape(len(values), -1)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"Gaussian: {name} is no number or list of numbers ({error}): write numbers") from None
+
+
 def _rows(values: Sequence[Any] | np.ndarray, size: int, name: str) -> np.ndarray:
-    rows = np.asarray(values, np.float32).reshape(len(values), -1)
+    rows = _numbers(values, name)
     if rows.shape[1] != size:
         raise RecordError(f"Gaussian: {name} has {rows.shape[1]} numbers a row, expected {size}")
     if not np.isfinite(rows).all():

@@ -1,4 +1,8 @@
-"""Images as users have them (paths, bytes, PIL images, arrays) -> RGB pixels in [0, 1] of one size."""
+"""Images as users have them (paths, bytes, PIL images, arrays) -> RGB pixels in [0, 1] of one size.
+
+Whatever opens an image opens it here: it is turned as its EXIF says once, and what Pillow stumbles over is a
+`RecordError`. Axes: H height, W width.
+"""
 
 import io
 import math
@@ -6,10 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Float, UInt8
+from PIL import ExifTags, Image, ImageOps
 
 from sysdpo_jax.components.base import RecordError
+
+# Pixels that are floats at a time, while an image is resized.
+PART = 2**20
+
+Pixels = UInt8[np.ndarray, "h w channels"] | Float[np.ndarray, "h w channels"]
 
 
 class Fitted(NamedTuple):
@@ -27,70 +36,141 @@ def read_image(value: Any, row: int) -> Float[np.ndarray, "height width channels
     """Pixels in [0, 1]. A picture is turned as its EXIF says; palettes and grey become RGB, transparency is dropped.
 
     value: a path, the bytes of an image file, a PIL image, or an array [height, width, channels] of uint8 or of floats
-    in [0, 1]. row: its place, for errors. Raises `RecordError` for what cannot be read or lies outside [0, 1].
+    in [0, 1]. row: its place, for errors. Raises `RecordError` for what cannot be read, lies outside [0, 1], or is
+    several pictures.
     """
-    if isinstance(value, str | Path | bytes):
-        return _decode(value, row)
-    if isinstance(value, Image.Image):
-        return _pixels(value, row)
-    array = np.asarray(value)
-    if array.ndim != 3 or array.dtype.kind not in "fu":
-        raise RecordError(
-            f"image in row {row} is {type(value).__name__} of shape {np.shape(value)} and type {array.dtype}: give a "
-            "path, bytes, a PIL image or an array [height, width, channels] of uint8 or of floats in [0, 1]"
-        )
-    if array.dtype == np.uint8:
-        return array.astype(np.float32) / 255
-    return _checked(array.astype(np.float32), row)
+    return _floats(open_picture(value, f"image in row {row}"))
 
 
 def fit_image(value: Any, height: int, width: int, row: int) -> Fitted:
-    """The image resized so that it covers height x width, its middle cut out; unchanged where it has that size."""
-    pixels = read_image(value, row)
-    if pixels.shape[2] != 3:
-        raise RecordError(f"image in row {row} has {pixels.shape[2]} channels, expected 3 (RGB)")
-    old_height, old_width = pixels.shape[:2]
+    """The image resized so that it covers height x width, its middle cut out; unchanged where it has that size.
+
+    Only what is cut out is resized: what that costs depends on the result, whatever the shape of the image.
+    """
+    pixels = open_picture(value, f"image in row {row}")
+    old_height, old_width, channels = pixels.shape
+    if channels != 3:
+        raise RecordError(f"image in row {row} has {channels} channels, expected 3 (RGB)")
     scale = max(height / old_height, width / old_width)
     new_height, new_width = math.ceil(old_height * scale - 1e-6), math.ceil(old_width * scale - 1e-6)
-    if (new_height, new_width) != (old_height, old_width):
-        pixels = np.stack(
-            [
-                np.asarray(Image.fromarray(channel).resize((new_width, new_height), Image.Resampling.BICUBIC))
-                for channel in np.moveaxis(pixels, 2, 0)
-            ],
-            axis=2,
-        ).clip(0, 1)
     top, left = (new_height - height) // 2, (new_width - width) // 2
+    rows, columns = _before(top, height, new_height, old_height), _before(left, width, new_width, old_width)
     frame = (old_height, old_width, top, left, height, width)
-    return Fitted(pixels[top : top + height, left : left + width], frame)
+    return Fitted(_resized(pixels, (height, width), rows, columns), frame)
 
 
-def _decode(value: str | Path | bytes, row: int) -> Float[np.ndarray, "height width 3"]:
-    what = "its bytes" if isinstance(value, bytes) else repr(str(value))
+def open_picture(value: Any, where: str) -> Pixels:
+    """The upright picture: bytes, or floats in [0, 1]. where: names it, for errors. Raises as `read_image`."""
+    if not isinstance(value, str | Path | bytes | Image.Image):
+        return _array(value, where)
+    what = f"{len(value)} bytes" if isinstance(value, bytes) else repr(str(value))
     try:
+        if isinstance(value, Image.Image):
+            return _picture(value, where)
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as opened:
-            return _pixels(opened, row)
+            _check_size(opened, where)
+            return _picture(opened, where)
     except FileNotFoundError:
-        raise RecordError(f"image in row {row}: there is no file {what}") from None
+        raise RecordError(f"{where}: there is no file {what}; paths begin at the folder of the data") from None
     except RecordError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
+        # Pillow's decoders raise whatever a damaged file leads them into: struct.error, IndexError, zlib.error ...
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise RecordError(f"{where}: {what} cannot be read ({said}): replace it, or drop the row") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says, which then says nothing of it."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _check_size(image: Image.Image, where: str) -> None:
+    """Refuses what Pillow warns of; it refuses twice as much itself."""
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise RecordError(
-            f"image in row {row} cannot be read from {what} ({error}): replace it or drop the row"
-        ) from None
+            f"{where} has {image.width} x {image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} that Pillow "
+            "takes for safe: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        )
 
 
-def _pixels(image: Image.Image, row: int) -> Float[np.ndarray, "height width 3"]:
-    upright = ImageOps.exif_transpose(image)
+def _picture(image: Image.Image, where: str) -> Pixels:
+    # The second picture of an MPO file, as telephones write it, is a preview or a depth of the first.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise RecordError(f"{where} is {image.n_frames} pictures in one file: give one of them")  # type: ignore[attr-defined]
+    image = upright(image)
     # Pillow would cut these off at 255 instead of scaling them.
-    if upright.mode.startswith("I"):
-        return np.repeat(_checked(np.asarray(upright, np.float32)[..., None] / 65535, row), 3, axis=2)
-    if upright.mode == "F":
-        return np.repeat(_checked(np.asarray(upright)[..., None], row), 3, axis=2)
-    return np.asarray(upright.convert("RGB"), np.float32) / 255
+    if image.mode.startswith("I"):
+        return np.repeat(_checked(np.asarray(image, np.float32)[..., None] / 65535, where), 3, axis=2)
+    if image.mode == "F":
+        return np.repeat(_checked(np.asarray(image)[..., None], where), 3, axis=2)
+    if image.mode in ("P", "PA"):
+        # A palette may have transparent colours, which Pillow wants to see kept before they are dropped.
+        image = image.convert("RGBA")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _checked(pixels: np.ndarray, row: int) -> np.ndarray:
+def _array(value: Any, where: str) -> Pixels:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise RecordError(f"{where} is {type(value).__name__}, which is no array ({error}): give an image") from None
+    if array.ndim != 3 or array.dtype.kind not in "fu" or not array.size:
+        raise RecordError(
+            f"{where} is {type(value).__name__} of shape {array.shape} and type {array.dtype}: give a "
+            "path, bytes, a PIL image or an array [height, width, channels] of uint8 or of floats in [0, 1]"
+        )
+    return array if array.dtype == np.uint8 else _checked(array.astype(np.float32), where)
+
+
+def _checked(pixels: np.ndarray, where: str) -> np.ndarray:
     if not ((pixels >= 0) & (pixels <= 1)).all():
-        raise RecordError(f"image in row {row} has values outside [0, 1]: scale it before")
+        raise RecordError(f"{where} has values outside [0, 1]: scale it before")
     return pixels
+
+
+def _floats(pixels: Pixels) -> Float[np.ndarray, "h w channels"]:
+    return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+
+
+def _before(start: int, length: int, resized: int, size: int) -> tuple[float, float]:
+    """Where the part [start, start + length) of an axis resized from `size` lies before."""
+    return start * size / resized, min((start + length) * size / resized, size)
+
+
+def _resized(
+    pixels: Pixels,
+    size: tuple[int, int],
+    rows: tuple[float, float],
+    columns: tuple[float, float],
+) -> Float[np.ndarray, "height width 3"]:
+    """The part of a picture between two rows and two columns, bicubic, in floats: first its rows, then its columns."""
+    height, width = size
+    (first, last), (left, right) = _reached(rows, height, pixels.shape[0]), _reached(columns, width, pixels.shape[1])
+    part = pixels[first:last, left:right]
+    rows, columns = (rows[0] - first, rows[1] - first), (columns[0] - left, columns[1] - left)
+    step = max(1, PART // part.shape[1])
+    strips = [_floats(part[start : start + step]) for start in range(0, len(part), step)]
+    narrow = np.concatenate([_bicubic(strip, (len(strip), width), None, columns) for strip in strips])
+    return _bicubic(narrow, size, rows, None).clip(0, 1)
+
+
+def _reached(part: tuple[float, float], length: int, size: int) -> tuple[int, int]:
+    """The pixels of an axis that the filter reads for the part of it that becomes `length` pixels."""
+    start, end = part
+    reach = 2 * max(1.0, (end - start) / length) + 1
+    return max(0, math.floor(start - reach)), min(size, math.ceil(end + reach))
+
+
+def _bicubic(
+    pixels: Float[np.ndarray, "h w channels"],
+    size: tuple[int, int],
+    rows: tuple[float, float] | None,
+    columns: tuple[float, float] | None,
+) -> Float[np.ndarray, "height width channels"]:
+    """The pixels between two rows and two columns, None for all of them, resized to (height, width)."""
+    (top, bottom), (left, right) = rows or (0, pixels.shape[0]), columns or (0, pixels.shape[1])
+    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(pixels, 2, 0)]
+    resized = [c.resize(size[::-1], Image.Resampling.BICUBIC, (left, top, right, bottom)) for c in channels]
+    return np.stack([np.asarray(channel) for channel in resized], axis=2)

@@ -27,6 +27,7 @@ from sysdpo_jax.generation.beam_decode import beam_generate
 from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder, head_params
+from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
 
@@ -37,9 +38,9 @@ class LanguageModel(Component):
 
     decoder, tokenizer: the model and its Hugging Face tokenizer (with an end-of-sequence token).
     max_prompt_length, max_new_tokens: the room for prompt and completion, in tokens.
-    prompt: module-level function of the parents' values, in the order of Node.parents, that returns a string or a list
-    of chat messages; by default the node's only parent is the prompt. A string is tokenized as the tokenizer does by
-    default, messages through its chat template.
+    prompt: module-level function of the parents' values, in the order of Node.parents, that returns a string, a list of
+    chat messages, or {"messages": [...], "tools": [...], "chat_template_kwargs": {...}}; by default the node's only
+    parent is the prompt. A string is tokenized as the tokenizer does by default, messages through its chat template.
     temperature, top_p: of `sample`; temperature 0 takes the likeliest token.
     truncation: of texts without room. "error" refuses them; "keep_start" and "keep_end" keep the first or the last
     tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. "keep_end" also
@@ -67,6 +68,7 @@ class LanguageModel(Component):
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if self.tokenizer.eos_token_id is None:
             raise ValueError("LanguageModel: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         if self.truncation not in TRUNCATIONS:
@@ -218,7 +220,7 @@ class LanguageModel(Component):
         return (int(self.tokenizer.eos_token_id), *self.stop_tokens)
 
     def _prompts(self, parents: Parents, rows: int) -> list[Any]:
-        """Each row's prompt, a string or messages."""
+        """Each row's prompt, a string, messages, or messages with tools and arguments of the chat template."""
         if self.prompt is None and len(parents) != 1:
             raise RecordError(
                 f"a language model without a `prompt` function reads exactly one parent, got "

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from sysdpo_jax.components.codec import Encoded
 from sysdpo_jax.components.images import fit_image
 from sysdpo_jax.models.autoencoder import AutoencoderKL, scale_latents, unscale_latents
+from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Params
 
 
@@ -33,6 +34,7 @@ class LatentCodec:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if any(size % self._factor for size in self.image_size):
             raise ValueError(f"LatentCodec: image_size {self.image_size} must be divisible by {self._factor}")
 

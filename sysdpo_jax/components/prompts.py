@@ -5,10 +5,11 @@ yield the texts to tokenize, and `tokenized` runs the rows of a batch side by si
 many texts at a time.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.conversations import is_messages, kind, read_conversation, read_messages, render
 
 # What becomes of a text without room: refused, or a prompt keeps its first or its last tokens.
 Truncation = Literal["error", "keep_start", "keep_end"]
@@ -52,22 +53,20 @@ def tokenized(tokenizer: Any, rows: Iterable[Asking[T]]) -> list[T]:
 
 
 def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[list[int]]:
-    """Token ids of a string as the tokenizer makes them by default, or of messages that await the next turn.
+    """Token ids of a string as the tokenizer makes them by default, or of a conversation that awaits the next turn.
 
     Of a string's ids, a start that the text holds already is not put before it again, and an end that the tokenizer
     puts after every text is left out, because the text goes on.
     """
     if isinstance(prompt, str):
         return (yield from _open_text(tokenizer, prompt, row))
-    if not _is_chat(prompt):
-        raise RecordError(f"the prompt in row {row} must be a string or messages, not {_kind(prompt)}")
-    return (yield _chat_text(tokenizer, prompt, row, True), False)
+    return (yield render(tokenizer, read_conversation(prompt, f"the prompt in row {row}"), row, True), False)
 
 
 def completion_ids(
     tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], room: int, row: int
 ) -> Asking[list[int]]:
-    """Token ids of a string without special tokens, or of the one message that follows the prompt's messages; one end.
+    """Token ids of a string without special tokens, or of the one message that follows the prompt's; one end.
 
     prompt_tokens: `prompt_ids` of the prompt, before any cut. A string is tokenized apart from its prompt, so that no
     token spans their boundary. Of a message's ids, those after its last token in `ends` are left out: templates write
@@ -152,19 +151,21 @@ def _open_completion(
 ) -> Asking[list[int]]:
     if isinstance(value, str):
         return (yield value, False)
-    if not _is_chat(value):
-        raise RecordError(f"the completion in row {row} must be a string or a message, not {_kind(value)}")
-    if len(value) != 1:
+    if not is_messages(value):
+        raise RecordError(f"the completion in row {row} must be a string or a message, not {kind(value)}")
+    turns = read_messages(value, f"the completion in row {row}")
+    if len(turns) != 1:
         raise RecordError(
-            f"the completion in row {row} has {len(value)} messages, but a model makes one: put the earlier ones into "
+            f"the completion in row {row} has {len(turns)} messages, but a model makes one: put the earlier ones into "
             "the prompt"
         )
-    if not _is_chat(prompt):
+    if isinstance(prompt, str):
         raise RecordError(
-            f"the completion in row {row} is a message but its prompt is {_kind(prompt)}: give both as messages, or "
+            f"the completion in row {row} is a message but its prompt is {kind(prompt)}: give both as messages, or "
             "the completion as a string"
         )
-    whole = yield _chat_text(tokenizer, [*prompt, *value], row, False), False
+    asked = read_conversation(prompt, f"the prompt in row {row}")
+    whole = yield render(tokenizer, asked.followed_by(*turns), row, False), False
     if whole[: len(prompt_tokens)] != list(prompt_tokens):
         raise RecordError(
             f"the chat template does not leave the prompt in row {row} as it is when the completion follows (it "
@@ -185,8 +186,9 @@ def _turn_end(
     """
     if isinstance(prompt, str) or not isinstance(value, str) or len(set(ends)) == 1:
         return ends[0]
+    asked = read_conversation(prompt, f"the prompt in row {row}")
     try:
-        text = _chat_text(tokenizer, [*prompt, {"role": "assistant", "content": value}], row, False)
+        text = render(tokenizer, asked.followed_by({"role": "assistant", "content": value}), row, False)
     except RecordError:
         return ends[0]
     whole = yield text, False
@@ -196,31 +198,3 @@ def _turn_end(
     # The text may hold ends itself.
     own = sum(token in ends for token in (yield value, False))
     return written[-1] if len(written) > own else ends[0]
-
-
-def _chat_text(tokenizer: Any, messages: Sequence[Any], row: int, awaits_turn: bool) -> str:
-    """The messages as their template writes them, with all special tokens."""
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise RecordError(
-            f"row {row} holds messages but the tokenizer has no chat template: set tokenizer.chat_template, or give a "
-            "string"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=awaits_turn))
-    except TemplateError as error:
-        raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
-
-
-def _is_chat(value: Any) -> bool:
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    return listed and len(value) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
-
-
-def _kind(value: Any) -> str:
-    """What a value is, in words for an error."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        inner = {type(item).__name__ for item in value}
-        return f"a list of {' and '.join(sorted(inner)) or 'nothing'} (a message has a 'role' and a 'content')"
-    return type(value).__name__

@@ -23,6 +23,7 @@ from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import TextConditioner
 from sysdpo_jax.generation.samplers import Denoiser, guided, guides
 from sysdpo_jax.generation.schedules import expand
+from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 
@@ -60,6 +61,7 @@ class TextToImage(Component):
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must lie in [0, 1), got {self.caption_dropout}")
         if self.num_steps < 1 or self.strata < 1:

@@ -1,16 +1,13 @@
 """Whether records fit a system, before anything is trained on them: names, types, texts that fit, images that open."""
 
-import io
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.components.prompts import fitted
 from sysdpo_jax.components.text_to_image import TextToImage
@@ -110,18 +107,7 @@ def _check_value(node: Node, value: Any, where: str) -> None:
     if isinstance(node.component, TextToImage):
         if not isinstance(value, str | bytes):
             raise RecordError(f"{where} is {type(value).__name__}: give the path of an image, or its bytes")
-        _open_image(value, where)
-
-
-def _open_image(value: str | bytes, where: str) -> None:
-    what = repr(value) if isinstance(value, str) else f"{len(value)} bytes"
-    try:
-        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-            image.load()
-    except FileNotFoundError:
-        raise RecordError(f"{where}: there is no file {what}; paths begin at the folder of the data") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise RecordError(f"{where}: {what} cannot be read ({error}): replace it, or drop the row") from None
+        open_picture(value, where)
 
 
 def _check_names(where: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -84,6 +84,7 @@ def load_preferences(
     *,
     split: str = "train",
     on_error: Literal["stop", "skip"] = "stop",
+    ignore: Sequence[str] = (),
     cache: str | Path | None = None,
 ) -> Preferences:
     """Read preferences: every row once, into a file that is memory-mapped.
@@ -93,11 +94,16 @@ def load_preferences(
     "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
     system: what the records are checked against, see `check_records`; paths of images then begin at the file's folder.
     on_error: "skip" leaves rows with errors out and counts them.
+    ignore: fields of rows that are left unread; others that the reader does not know are errors where they hold
+    something. A function of your own gets the rest of the row, and what it does not read is its own business.
     cache: a folder for that file. Where it exists it is taken as it is, for the same source, system and reader: remove
     it when one of them has changed. Without it the file is a temporary one that goes with the result.
     A row may have an "id", which no other one has.
-    Raises `RecordError` naming file, row and field, `FileNotFoundError`, and `ValueError` for an unknown reader.
+    Raises `RecordError` naming file, row and field, `FileNotFoundError`, and `ValueError` for an unknown reader or for
+    `ignore` without a list of names.
     """
+    if isinstance(ignore, str):
+        raise ValueError(f"ignore {ignore!r} is one text: give the names of fields in a tuple, ({ignore!r},)")
     if isinstance(reader, str) and reader not in READERS:
         raise ValueError(f"unknown reader {reader!r}: choose one of {', '.join(READERS)}")
     convert = READERS[reader] if isinstance(reader, str) else reader
@@ -106,7 +112,9 @@ def load_preferences(
     counts, base = Counts(), _folder_of(source)
     made = _temporary_folder(cache)
     try:
-        write_records(made / RECORDS, _checked(source, split, convert, system, base, on_error == "skip", counts))
+        write_records(
+            made / RECORDS, _checked(source, split, convert, ignore, system, base, on_error == "skip", counts)
+        )
         if not counts.kept:
             first = f" ({counts.errors[0]})" if counts.errors else ""
             raise RecordError(f"{source} holds no record{first}: give a file with at least one that can be used")
@@ -154,6 +162,7 @@ def _checked(
     source: str | Path,
     split: str,
     convert: Reader,
+    ignore: Sequence[str],
     system: CompoundSystem | None,
     folder: Path,
     skip: bool,
@@ -194,7 +203,7 @@ def _checked(
         if not one_file:
             rows.update(json.dumps(row.values, default=repr).encode())
         try:
-            made = _converted(row, convert, system, ids)
+            made = _converted(row, convert, ignore, system, ids)
         except RecordError as error:
             refuse(row.number, error)
             continue
@@ -211,17 +220,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _converted(row: Row, convert: Reader, system: CompoundSystem | None, ids: dict[Any, int]) -> list[PreferenceRecord]:
+def _converted(
+    row: Row, convert: Reader, ignore: Sequence[str], system: CompoundSystem | None, ids: dict[Any, int]
+) -> list[PreferenceRecord]:
     if isinstance(row.values, RecordError):
         raise row.values
-    own = row.values.get("id")
+    values = {name: value for name, value in row.values.items() if name not in ignore}
+    own = values.get("id")
     if own is not None:
         if not isinstance(own, str | int):
             raise RecordError(f"the field 'id' is {type(own).__name__}: give a text or a whole number, or leave it out")
         if own in ids:
             raise RecordError(f"the id {own!r} is that of row {ids[own]} too: make ids unique, or leave them out")
         ids[own] = row.number
-    return convert(row.values, system)
+    return convert(values, system)
 
 
 def _placed(system: CompoundSystem | None, record: PreferenceRecord, folder: Path) -> PreferenceRecord:

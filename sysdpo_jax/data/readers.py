@@ -1,4 +1,4 @@
-"""Rows of data sets that exist -> preference records."""
+"""Rows of data sets that exist -> preference records. Every reader refuses what it does not read, see `unread.py`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,8 +7,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.conversations import (
+    ARGUMENTS,
+    MESSAGES,
+    TOOLS,
+    is_messages,
+    read_arguments,
+    read_messages,
+    read_tools,
+)
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
+from sysdpo_jax.data.unread import refuse_unread
 from sysdpo_jax.graph import CompoundSystem
 
 
@@ -18,6 +28,20 @@ class Names(NamedTuple):
     input: str
     output: str
 
+
+# How the sides of a row were made and judged, as data sets in TRL's formats say it.
+ABOUT_SIDES = tuple(
+    name
+    for side in ("chosen", "rejected")
+    for what in ("score", "rating", "model")
+    for name in (f"{what}_{side}", f"{side}_{what}", f"{side}-{what}")
+)
+# What Pick-a-Pic says of where its images come from.
+ABOUT_IMAGES = (
+    *(f"image_{place}_{what}" for place in (0, 1) for what in ("uid", "url")),
+    *("model_0", "model_1", "best_image_uid", "are_different", "ranking_id", "user_id", "created_at"),
+    "num_example_per_prompt",
+)
 
 # A row -> its records, none for a tie.
 Reader = Callable[[Mapping[str, Any], CompoundSystem | None], list[PreferenceRecord]]
@@ -29,6 +53,7 @@ def records(row: Mapping[str, Any], system: CompoundSystem | None = None) -> lis
         if not isinstance(row.get(name), Mapping):
             hint = "" if "inputs" in row else "; rows with texts or messages are for the reader trl"
             raise RecordError(f"the field {name!r} must be an object of named values{hint}")
+    refuse_unread(row, ("inputs", "chosen", "rejected"))
     return [PreferenceRecord(*(_present(row[name]) for name in ("inputs", "chosen", "rejected")))]
 
 
@@ -36,12 +61,14 @@ def trl(row: Mapping[str, Any], system: CompoundSystem | None) -> list[Preferenc
     """TRL's preference formats: prompt, chosen and rejected, as strings or as lists of messages.
 
     Without a prompt it is what chosen and rejected have in common at their start: messages, or text up to a word. A
-    prompt in text beside messages is the user's first turn, which the messages may begin with or not.
+    prompt in text beside messages is the user's first turn, which the messages may begin with or not. tools and
+    chat_template_kwargs, of messages alone, go to the chat template.
     """
     names = only_names(system)
     chosen, rejected = (_text_or_messages(row, name) for name in ("chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise RecordError("chosen and rejected must both be strings or both be lists of messages")
+    refuse_unread(row, ("prompt", "chosen", "rejected", TOOLS, ARGUMENTS), ABOUT_SIDES)
     prompt = None if row.get("prompt") is None else _text_or_messages(row, "prompt")
     if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
         start = _common(chosen, rejected)
@@ -52,17 +79,29 @@ def trl(row: Mapping[str, Any], system: CompoundSystem | None) -> list[Preferenc
         if not shared:
             raise RecordError("chosen and rejected have no start in common: add the field 'prompt'")
         prompt = shared
-    return [PreferenceRecord({names.input: prompt}, {names.output: chosen}, {names.output: rejected})]
+    return [
+        PreferenceRecord({names.input: _with_extras(prompt, row)}, {names.output: chosen}, {names.output: rejected})
+    ]
 
 
 def pick_a_pic(row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
-    """Pick-a-Pic (arXiv 2305.01569): caption, jpg_0 and jpg_1 (bytes), label_0: 1, 0, or 0.5 for a tie."""
+    """Pick-a-Pic (arXiv 2305.01569): caption, jpg_0 and jpg_1 (bytes), label_0: 1, 0, or 0.5 for a tie.
+
+    label_1, where it is given, is 1 - label_0; a row whose has_label is false says nothing of preference.
+    """
     names = only_names(system)
     missing = [name for name in ("caption", "jpg_0", "jpg_1", "label_0") if row.get(name) is None]
     if missing:
         raise RecordError(f"the field {missing[0]!r} is missing: give caption, jpg_0, jpg_1 and label_0")
+    refuse_unread(row, ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"), ABOUT_IMAGES)
+    if row.get("has_label") in (False, 0):
+        return []
     if row["label_0"] not in (0, 0.5, 1):
         raise RecordError(f"the field 'label_0' is {row['label_0']!r}: give 1, 0, or 0.5 for a tie")
+    if row.get("label_1") not in (None, 1 - row["label_0"]):
+        raise RecordError(
+            f"the fields 'label_0' {row['label_0']!r} and 'label_1' {row['label_1']!r} do not add up to 1"
+        )
     if row["label_0"] == 0.5:
         return []
     first, second = ({names.output: row[name]} for name in ("jpg_0", "jpg_1"))
@@ -85,6 +124,7 @@ class Ranked:
         missing = [name for name in ("inputs", "outputs", "scores") if row.get(name) is None]
         if missing:
             raise RecordError(f"the field {missing[0]!r} is missing: give inputs, outputs and scores")
+        refuse_unread(row, ("inputs", "outputs", "scores"))
         outputs, scores = row["outputs"], row["scores"]
         if not isinstance(outputs, list) or not isinstance(scores, list) or len(outputs) != len(scores):
             raise RecordError("the fields 'outputs' and 'scores' must be lists of one length")
@@ -132,10 +172,20 @@ def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
         if not value.strip():
             raise RecordError(f"the field {name!r} is empty: write a text, or drop the row")
         return value
-    if isinstance(value, list) and value and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
-        return [_present(turn) for turn in value]
+    if is_messages(value):
+        return read_messages(value, f"the field {name!r}")
     other = "; objects of named values are for the reader records" if isinstance(value, Mapping) else ""
     raise RecordError(f"the field {name!r} must be a string or a list of messages, not {type(value).__name__}{other}")
+
+
+def _with_extras(prompt: str | list[Any], row: Mapping[str, Any]) -> Any:
+    """The prompt with what the row gives its chat template beside the messages."""
+    tools = read_tools(row.get(TOOLS), f"the field {TOOLS!r}")
+    arguments = read_arguments(row.get(ARGUMENTS), f"the field {ARGUMENTS!r}")
+    extras = {name: value for name, value in ((TOOLS, tools), (ARGUMENTS, arguments)) if value}
+    if extras and isinstance(prompt, str):
+        raise RecordError(f"the field {next(iter(extras))!r} is for a chat template: give prompt and sides as messages")
+    return {MESSAGES: prompt, **extras} if extras else prompt
 
 
 def _common(first: str | list[Any], second: str | list[Any]) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sysdpo_jax.components.base import RecordError
 
 LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)
@@ -48,17 +50,29 @@ def json_lines(path: Path) -> Iterator[Row]:
 
 def _parsed(line: str) -> dict[str, Any] | RecordError:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_named_once)
         if "\\ud" in line.lower():
             # JSON can spell half of such a pair; no tokenizer takes it.
             json.dumps(values, ensure_ascii=False).encode()
-    except (json.JSONDecodeError, RecursionError) as error:
-        return RecordError(f"not valid JSON ({error}); write one object a line")
     except UnicodeEncodeError as error:
         half = error.object[error.start : error.start + 1].encode("ascii", "backslashreplace").decode()
         return RecordError(f"holds {half}, half a character: write the text anew, or drop the row")
+    except RecordError as error:
+        return error
+    except (ValueError, RecursionError) as error:
+        return RecordError(f"not valid JSON ({error}); write one object a line")
     if not isinstance(values, dict):
         return RecordError(f"{type(values).__name__} instead of an object: write one object a line")
+    return values
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose parser would keep the last of equal names."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"the field {twice!r} stands twice in one object: keep one of them")
     return values
 
 
@@ -77,7 +91,7 @@ def _streamed(source: Path | str, split: str) -> Iterator[Row]:
         # Images stay the bytes that they are.
         for number, values in enumerate(found.decode(False), 1):
             yield Row(number, _plain(values))
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecordError(
             f"{source} cannot be read as a data set ({reason}): fetch it again, or check its name"
@@ -90,6 +104,8 @@ def _plain(value: Any) -> Any:
         if set(value) == {"bytes", "path"}:
             return value["path"] if value["bytes"] is None else value["bytes"]
         return {name: _plain(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, str | bytes | bool | int | float) else str(value)

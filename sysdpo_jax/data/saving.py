@@ -3,12 +3,15 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from sysdpo_jax.components.conversations import MESSAGES
+from sysdpo_jax.components.images import read_image, upright
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rows import LINES, TABLE
 
@@ -28,7 +31,7 @@ def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> N
             # Imported late: it takes a second.
             import datasets
 
-            rows = [_row(record, number, ImageFiles.inside) for number, record in enumerate(records)]
+            rows = [_row(_tabular(record), number, ImageFiles.inside) for number, record in enumerate(records)]
             datasets.Dataset.from_list(rows).to_parquet(str(partial))
         else:
             images = ImageFiles(path)
@@ -59,12 +62,25 @@ class ImageFiles:
         """The bytes of the image as PNG, or those that it is."""
         if isinstance(image, bytes):
             return image
-        if not isinstance(image, Image.Image):
-            array = np.asarray(image)
-            image = Image.fromarray(array if array.dtype == np.uint8 else (255 * array).round().astype(np.uint8))
+        if isinstance(image, Image.Image):
+            # PNG files of Pillow's say nothing of how they are to be turned.
+            picture = upright(image)
+        else:
+            picture = Image.fromarray(np.rint(255 * read_image(image, 0)).astype(np.uint8))
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        picture.save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def _tabular(record: PreferenceRecord) -> PreferenceRecord:
+    """The record with JSON for tools and arguments of templates, which a table would make all of one shape."""
+
+    def tabular(value: Any) -> Any:
+        if not isinstance(value, Mapping) or MESSAGES not in value:
+            return value
+        return {name: item if name == MESSAGES else json.dumps(item) for name, item in value.items()}
+
+    return replace(record, inputs={name: tabular(value) for name, value in record.inputs.items()})
 
 
 def _row(record: PreferenceRecord, number: int, image: Any) -> dict[str, Any]:

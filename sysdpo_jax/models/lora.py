@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Params
 
 LEAVES = ("lora_a", "lora_b", "lora_scale")
@@ -52,6 +53,7 @@ class LoRA:
     targets: str | tuple[str, ...] = "attention"
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if self.rank < 1 or self.alpha <= 0:
             raise LoRAError(f"LoRA: rank {self.rank} and alpha {self.alpha} must be positive")
         if not self.patterns:

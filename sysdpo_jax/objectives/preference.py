@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.objectives.log_ratio import NodeTerms
 from sysdpo_jax.objectives.losses import LOSSES, SMOOTHED
+from sysdpo_jax.static import hold_tuples
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class PreferenceObjective:
     sft: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        hold_tuples(self)
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
         if self.beta <= 0:

@@ -20,6 +20,7 @@ from sysdpo_jax.pretrained.params import Shardings, check_params
 from sysdpo_jax.pretrained.pipelines import denoiser_part, load_pipeline, save_pipeline
 from sysdpo_jax.pretrained.refusals import no_checkpoint, refuse_adapter, refuse_file, refuse_part
 from sysdpo_jax.pretrained.tensors import DTYPES
+from sysdpo_jax.static import tuples
 from sysdpo_jax.typing import Params
 
 
@@ -56,7 +57,8 @@ def load(
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value not in (*DTYPES.values(), None):
             raise ValueError(f"{name}={value!r} is none of {', '.join(sorted(DTYPES.values()))}")
-    settings = {name: _tuples(value) for name, value in settings.items()}
+    # Settings that come from JSON or YAML have lists where a component, which is static, has tuples.
+    settings = {name: tuples(value) for name, value in settings.items()}
     parts = settings.get("parts") or {}
     path = locate(path_or_hub_id, revision, variant, without=parts if isinstance(parts, Mapping) else ())
     refuse_file(path)
@@ -75,11 +77,6 @@ def load(
                 raise no_checkpoint(path)
             path = ggufs[0]
     return load_language_model(path, variant=variant, **options, **settings)
-
-
-def _tuples(value: Any) -> Any:
-    """Settings that come from JSON or YAML have lists where a component, which is static, has tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def save(path: str | Path, component: Component, params: Params) -> None:

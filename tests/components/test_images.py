@@ -1,6 +1,10 @@
 """Images in the forms users have them, against Pillow read the plain way."""
 
 import io
+import math
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ from PIL import Image
 
 from sysdpo_jax import RecordError
 from sysdpo_jax.components.images import fit_image, read_image
+from sysdpo_jax.data.saving import ImageFiles
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
@@ -83,9 +88,11 @@ def test_other_sizes_are_covered_and_their_middle_cut_out(size, frame, box):
     ("value", "message"),
     [
         ("no/such.png", "image in row 3: there is no file 'no/such.png'"),
-        (b"not a picture", "image in row 3 cannot be read from its bytes"),
-        (png(Image.fromarray(PIXELS))[:60], "image in row 3 cannot be read from its bytes"),
+        (b"not a picture", "image in row 3: .* bytes cannot be read"),
+        (png(Image.fromarray(PIXELS))[:60], "image in row 3: .* bytes cannot be read"),
         (np.zeros((4, 4)), r"image in row 3 is ndarray of shape \(4, 4\)"),
+        (np.zeros((0, 4, 3)), r"image in row 3 is ndarray of shape \(0, 4, 3\)"),
+        ([[1.0], [1.0, 2.0]], "image in row 3 is list, which is no array"),
         (7, "image in row 3 is int of shape"),
         (np.full((2, 2, 3), 2.0), r"image in row 3 has values outside \[0, 1\]"),
         (np.full((2, 2, 3), np.nan), r"image in row 3 has values outside \[0, 1\]"),
@@ -94,6 +101,141 @@ def test_other_sizes_are_covered_and_their_middle_cut_out(size, frame, box):
 def test_what_is_no_picture_is_refused(value, message):
     with pytest.raises(RecordError, match=message):
         read_image(value, 3)
+
+
+def two_steps(pixels, height, width):
+    """The whole picture resized by Pillow in floats, then cut: what `fit_image` promises."""
+    old_height, old_width = pixels.shape[:2]
+    scale = max(height / old_height, width / old_width)
+    # The smallest size that covers: one side is the wanted one, the other is rounded up.
+    size = math.ceil(round(old_width * scale, 6)), math.ceil(round(old_height * scale, 6))
+    channels = [Image.fromarray(np.ascontiguousarray(c)).resize(size, Image.Resampling.BICUBIC) for c in
+                np.moveaxis(pixels.astype(np.float32) / 255, 2, 0)]  # fmt: skip
+    whole = np.stack([np.asarray(channel) for channel in channels], axis=2).clip(0, 1)
+    top, left = (size[1] - height) // 2, (size[0] - width) // 2
+    return whole[top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (64, 64), (20, 30), (7, 90), (200, 17)])
+@pytest.mark.parametrize("size", [(64, 64), (32, 80), (128, 100)])
+def test_cutting_out_first_changes_nothing(shape, size):
+    """Against the whole picture resized, in float32: 1e-5."""
+    pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    np.testing.assert_allclose(fit_image(pixels, *size, 0).pixels, two_steps(pixels, *size), atol=1e-5)
+
+
+def test_a_picture_is_resized_in_parts_as_in_one(monkeypatch):
+    pixels = np.random.default_rng(2).integers(0, 256, (90, 50, 3), np.uint8)
+    whole = fit_image(pixels, 16, 24, 0).pixels
+    monkeypatch.setattr("sysdpo_jax.components.images.PART", 300)
+    np.testing.assert_array_equal(fit_image(pixels, 16, 24, 0).pixels, whole)
+
+
+@pytest.mark.parametrize("shape", [(2, 1500), (1500, 2), (1, 20_000)])
+def test_the_cost_of_a_narrow_picture_is_that_of_the_result(shape):
+    """Resized whole it would have up to 5 * 10^9 pixels; arrays take ten times the result's bytes at most."""
+    pixels = np.random.default_rng(3).integers(0, 256, (*shape, 3), np.uint8)
+    tracemalloc.start()
+    fitted = fit_image(pixels, 512, 512, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert fitted.pixels.shape == (512, 512, 3)
+    assert peak < 10 * fitted.pixels.nbytes
+    # The middle of the long axis, whose pixels are wider than the result.
+    middle = pixels[shape[0] // 2 - 1 : shape[0] // 2 + 1, shape[1] // 2 - 1 : shape[1] // 2 + 1].mean((0, 1)) / 255
+    np.testing.assert_allclose(fitted.pixels[255:257, 255:257].mean((0, 1)), middle, atol=0.1)
+
+
+def photograph(orientation, size=(24, 16), form="JPEG"):
+    """A file whose upper half is white as it is to be shown, turned back by an EXIF orientation."""
+    back = {1: 0, 3: 180, 6: 90, 8: 270}[orientation]
+    shown = np.zeros((*size, 3), np.uint8)
+    shown[: size[0] // 2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.rot90(shown, back // 90)).save(buffer, form, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_every_way_in_is_turned_once(tmp_path, orientation):
+    data = photograph(orientation)
+    (tmp_path / "photograph.jpg").write_bytes(data)
+    for form in (data, tmp_path / "photograph.jpg", Image.open(io.BytesIO(data))):
+        pixels = read_image(form, 0)
+        assert pixels.shape == (24, 16, 3)
+        assert pixels[:10].min() > 0.9 > 0.1 > pixels[14:].max()
+    again = ImageFiles.inside("", Image.open(io.BytesIO(data)))
+    np.testing.assert_allclose(read_image(again, 0), read_image(data, 0))
+
+
+def test_other_colours_and_depths_are_the_picture_that_is_seen():
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    for mode in ("CMYK", "YCbCr"):
+        buffer = io.BytesIO()
+        red.convert(mode).save(buffer, "JPEG", quality=100)
+        np.testing.assert_allclose(read_image(buffer.getvalue(), 0)[0, 0], [1, 0, 0], atol=0.02)
+    palette = red.convert("P")
+    palette.info["transparency"] = bytes(range(256))
+    np.testing.assert_allclose(read_image(png(palette), 0)[0, 0], [1, 0, 0], atol=0.02)
+    np.testing.assert_allclose(read_image(png(Image.new("1", (4, 4), 1)), 0), 1)
+    np.testing.assert_allclose(read_image(png(Image.new("LA", (4, 4), (102, 9))), 0), 0.4)
+
+
+def damaged_png():
+    """A file whose header and checksums are right, with pixels that zlib refuses."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 9, 6, 8, 2, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", b"no stream of zlib"), chunk(b"IEND", b"")]
+    return bytes([137, *b"PNG", 13, 10, 26, 10]) + b"".join(chunks)
+
+
+def frames(form):
+    buffer = io.BytesIO()
+    pictures = [Image.fromarray(np.roll(PIXELS, shift, 0)) for shift in range(3)]
+    pictures[0].save(buffer, form, save_all=True, append_images=pictures[1:])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    {
+        "nothing": (b"", "0 bytes cannot be read"),
+        "a text": (b"<svg></svg>", "11 bytes cannot be read"),
+        "pixels": (damaged_png(), "cannot be read"),
+        "a cut JPEG": (photograph(6)[:400], "cannot be read"),
+        "a cut TIFF": (frames("TIFF")[:60], "cannot be read"),
+        "an animation": (frames("GIF"), "image in row 2 is 3 pictures in one file: give one of them"),
+        "pages": (frames("TIFF"), "image in row 2 is 3 pictures in one file: give one of them"),
+    }.values(),
+)  # fmt: skip
+def test_files_that_hold_no_one_picture_are_refused(data, message):
+    with pytest.raises(RecordError, match=message) as error:
+        read_image(data, 2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [struct.error("bad"), IndexError(), zlib.error(), SyntaxError("x"), TypeError("y")])
+def test_whatever_a_decoder_raises_is_the_error_of_the_record(error, monkeypatch):
+    def load(self):
+        raise error
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    for form in (png(Image.fromarray(PIXELS)), Image.open(io.BytesIO(png(Image.fromarray(PIXELS))))):
+        with pytest.raises(RecordError, match=f"cannot be read .({error}|{type(error).__name__})"):
+            read_image(form, 0)
+
+
+def test_more_pixels_than_pillow_takes_for_safe_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    # Pillow would only warn of 54.
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(RecordError, match="has 9 x 6 pixels, more than"):
+        read_image(png(Image.fromarray(PIXELS)), 0)
+    assert read_image(Image.fromarray(PIXELS), 0).shape == (6, 9, 3)
 
 
 def test_a_picture_needs_three_channels():

@@ -77,7 +77,7 @@ def test_the_ready_configurations_are_valid(path):
             "system: {nodes: {answer: {parent: [x]}}}",
             "{}: system.nodes.answer.parent is no field: did you mean 'parents'?",
         ),
-        "far": ("data: {zzz: 1}", "{}: data.zzz is no field: there are source, reader, split, on_error"),
+        "far": ("data: {zzz: 1}", "{}: data.zzz is no field: there are source, reader, split, on_error, ignore"),
         "type": (
             "schedule: {steps: many}",
             "{}: schedule.steps is 'many': input should be a valid integer, unable to parse string as an integer",

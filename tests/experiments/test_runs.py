@@ -11,6 +11,7 @@ import pytest
 import sysdpo_jax as sj
 from experiments import make_pairs, rollout, score
 from experiments.own.runs_file import read_lines, run_lines, with_images
+from tests.components.test_conversations import TOOL, USER, model
 from tests.data.test_preference_files import PAINTER
 
 TEXTS = ("a red ball", "the small cube", "green", "on the left", "large")
@@ -144,6 +145,66 @@ def test_prompts_that_a_component_refuses_are_named_and_may_be_mended(files, cap
     assert [path.name for path in files.iterdir()] == ["prompts.txt"]
     (files / "prompts.txt").write_text("one\ntwo\n")
     assert len(list(read_lines(roll_out(files, chunk=3)))) == 6
+
+
+def test_fields_of_prompts_that_nothing_reads_are_refused(files, capsys):
+    rows = [{"question": text, "id": text, "source": "web", "system": ""} for text in ("one", "two")]
+    path = files / "prompts.jsonl"
+
+    def written(**more):
+        path.write_text("".join(f"{json.dumps(row | more)}\n" for row in rows))
+        return path
+
+    said = failure(capsys, lambda: roll_out(files, prompts=written(answer="1")))
+    assert f"{path}, prompt 1: the field 'answer' is not read: " in said
+    assert [path.name for path in files.iterdir() if path.suffix == ".jsonl"] == ["prompts.jsonl"]
+    assert len(list(read_lines(roll_out(files, prompts=path, ignore="answer")))) == 6
+    assert len(list(read_lines(roll_out(files, "again.jsonl", prompts=written())))) == 6
+    path.write_text('{"question": "one", "question": "two"}\n')
+    assert "prompts.jsonl, line 1: the field 'question' stands twice" in failure(
+        capsys, lambda: roll_out(files, "more.jsonl", prompts=path)
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": "0-0", "score": 1, "weight": 2}, "the score of '0-0': the field 'weight' is not read: "),
+        ({"score": 1}, "the score 1 has no 'id': name the run that it is of"),
+        ({"id": "0-0", "score": True}, "the score of '0-0' is True: give a finite number"),
+    ],
+)
+def test_scores_that_say_something_else_are_refused(files, capsys, line, message):
+    roll_out(files)
+    (files / "own.jsonl").write_text(json.dumps(line))
+    flags = ["--runs", files / "runs.jsonl", "--scores", files / "own.jsonl", "--output", files / "pairs.jsonl"]
+    assert message in failure(capsys, make_pairs.main, [str(flag) for flag in flags])
+
+
+def talker():
+    """A system whose answer reads a conversation."""
+    system = sj.CompoundSystem(("question",), (sj.Node("answer", model(temperature=1.5), ("question",)),))
+    return system, system.init(jax.random.key(0))
+
+
+def test_conversations_go_from_prompts_to_preferences_with_their_tools(files):
+    value = {"messages": [USER], "tools": [TOOL], "chat_template_kwargs": {"terse": True}}
+    (files / "prompts.jsonl").write_text(json.dumps({"question": value}) + "\n")
+    prompts = files / "prompts.jsonl"
+    runs = roll_out(files, prompts=prompts, system=f"{__name__}:talker", samples=2, chunk=1)
+    rows = list(run_lines(runs))
+    assert [row["inputs"] for row in rows] == [{"question": value}] * 2
+    (files / "scores.jsonl").write_text("".join(f'{{"id": "0-{n}", "score": {n}}}\n' for n in range(2)))
+    make_pairs.main(
+        ["--runs", str(runs), "--scores", str(files / "scores.jsonl"), "--output", str(files / "pairs.jsonl")]
+    )
+    system, _ = talker()
+    [record] = records = sj.load_preferences(files / "pairs.jsonl", system)
+    assert record.inputs == {"question": value}
+    features = sj.prepare_pairs(system, records[:]).chosen["answer"]
+    tokenizer = system.nodes[0].component.tokenizer
+    wanted = tokenizer.apply_chat_template([USER], tools=[TOOL], tokenize=False, add_generation_prompt=True, terse=True)
+    assert tokenizer.decode(features["tokens"][0][: features["prompt_lengths"][0]]) == wanted
 
 
 def test_prompts_are_cut_at_the_ends_of_lines_alone(files):

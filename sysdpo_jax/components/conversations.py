@@ -1,0 +1,246 @@
+"""Conversations as files hold them -> what a chat template is given: messages, tools, and arguments of its own.
+
+Everything that reads messages reads them here, so that a template sees the same of every reader, and of sampling.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from inspect import Parameter, signature
+from typing import Any
+
+from sysdpo_jax.components.base import RecordError
+
+# The names of a conversation with more than messages; the last two are TRL's columns too.
+MESSAGES, TOOLS, ARGUMENTS = "messages", "tools", "chat_template_kwargs"
+# Keys of a message that are texts wherever they are known; of others the template alone knows the type.
+TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given.
+
+    messages: each with a "role" and a "content" that is one text, or "tool_calls" without a content. tools: schemas of
+    functions. arguments: of the template by name, as "enable_thinking".
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def followed_by(self, *messages: Mapping[str, Any]) -> "Conversation":
+        """The conversation with more messages."""
+        return replace(self, messages=(*self.messages, *messages))
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return listed and len(value) > 0 and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+
+
+def read_conversation(value: Any, what: str) -> Conversation:
+    """A list of messages, or {"messages": [...], "tools": [...], "chat_template_kwargs": {...}} of which two may lack.
+
+    what: names the value, for errors. Raises `RecordError` for another value, naming the message and its field.
+    """
+    if not isinstance(value, Mapping):
+        return Conversation(tuple(read_messages(value, what)))
+    unknown = [name for name in value if name not in (MESSAGES, TOOLS, ARGUMENTS)]
+    if MESSAGES not in value or unknown:
+        has = f"an object with {', '.join(map(repr, value)) or 'nothing'}"
+        raise RecordError(
+            f"{what} is {has}: give a string, messages, or an object with {MESSAGES!r}, {TOOLS!r} and {ARGUMENTS!r}"
+        )
+    messages = read_messages(value[MESSAGES], f"{what}, field {MESSAGES!r}")
+    tools = read_tools(value.get(TOOLS), f"{what}, field {TOOLS!r}")
+    arguments = read_arguments(value.get(ARGUMENTS), f"{what}, field {ARGUMENTS!r}")
+    return Conversation(tuple(messages), tuple(tools), tuple(arguments.items()))
+
+
+def read_messages(value: Any, what: str) -> list[dict[str, Any]]:
+    """The messages with each content as one text: text parts are put together; what is empty beside it is left out.
+
+    Raises `RecordError` naming the message and its field.
+    """
+    if not is_messages(value):
+        raise RecordError(f"{what} must be a string or messages, not {kind(value)}")
+    return [_message(turn, f"{what}, message {number}") for number, turn in enumerate(value)]
+
+
+def read_tools(value: Any, what: str) -> list[Mapping[str, Any]]:
+    """Schemas of functions from a list or its JSON, as tables hold it. Raises `RecordError` for anything else."""
+    tools = _from_json(value, what)
+    if tools is None:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RecordError(f"{what} must be a list of objects, the JSON schemas of functions, not {kind(tools)}")
+    _check_json(tools, what)
+    return tools
+
+
+def read_arguments(value: Any, what: str) -> dict[str, Any]:
+    """Arguments of a chat template from an object or its JSON. Raises `RecordError` for anything else."""
+    arguments = _from_json(value, what)
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise RecordError(f"{what} must be an object of the chat template's arguments, not {kind(arguments)}")
+    _check_json(arguments, what)
+    return dict(arguments)
+
+
+def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bool) -> str:
+    """The conversation as the tokenizer's chat template writes it, with all special tokens.
+
+    Raises `RecordError` naming the row where there is no template, where it refuses or fails, and for whatever of the
+    conversation it does not read.
+    """
+    # Imported late: only templates need it.
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise RecordError(
+            f"row {row} holds messages but the tokenizer has no chat template: set tokenizer.chat_template, or give a "
+            "string"
+        )
+    tools = list(conversation.tools) or None
+    arguments = dict(conversation.arguments)
+    _check_names(tokenizer, arguments, row)
+
+    def write(messages: Sequence[Mapping[str, Any]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=awaits_turn, **arguments
+            )
+        )
+
+    try:
+        template = str(tokenizer.get_chat_template(tools=tools))
+        text = write(conversation.messages)
+        unread = _unread(conversation, template, text, write)
+    except TemplateError as error:
+        raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
+    except Exception as error:
+        # A template is a program of the model's makers, which may fail in any way on what it was not written for.
+        raise RecordError(
+            f"the chat template fails on the messages in row {row} ({type(error).__name__}: {error}): edit them, or "
+            "set another tokenizer.chat_template"
+        ) from error
+    if unread is not None:
+        raise RecordError(
+            f"row {row} holds {unread}, which the tokenizer's chat template does not read: leave it out, or set a "
+            "tokenizer.chat_template that reads it"
+        )
+    return text
+
+
+def kind(value: Any) -> str:
+    """What a value is, in words for an error."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        inner = {type(item).__name__ for item in value}
+        return f"a list of {' and '.join(sorted(inner)) or 'nothing'} (a message has a 'role' and a 'content')"
+    return type(value).__name__
+
+
+def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    # Tables have a place for every key of every message, and templates would write what is empty there as "None".
+    kept = {key: value for key, value in turn.items() if not (value is None or (value == [] and key != "content"))}
+    if not isinstance(kept.get("role"), str) or not kept["role"]:
+        raise RecordError(f"{where}: the role is {turn['role']!r}: give a text such as 'user'")
+    calls = kept.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise RecordError(f"{where}: 'tool_calls' must be a list of objects, not {kind(calls)}")
+    for key in TEXT_KEYS:
+        if not isinstance(kept.get(key, ""), str):
+            raise RecordError(f"{where}: {key!r} must be a text, not {type(kept[key]).__name__}")
+    if "content" in kept:
+        kept["content"] = _one_text(kept["content"], where)
+    elif calls is None:
+        raise RecordError(f"{where} has no content: give a text, or 'tool_calls'")
+    _check_json(kept, where)
+    return kept
+
+
+def _one_text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple) or not content:
+        raise RecordError(f"{where}: the content is {kind(content)}: give a text, or a list of text parts")
+    return "".join(_text_part(part, f"{where}, part {number}") for number, part in enumerate(content))
+
+
+def _text_part(part: Any, where: str) -> str:
+    if not isinstance(part, Mapping):
+        raise RecordError(f'{where} is {type(part).__name__}: give {{"type": "text", "text": ...}}')
+    if part.get("type") != "text":
+        raise RecordError(
+            f"{where} is of the type {part.get('type')!r}, and a language model reads the type 'text' alone: drop the "
+            "row, or give the other part to a component that reads it"
+        )
+    unknown = [key for key, value in part.items() if key not in ("type", "text") and value is not None]
+    if unknown:
+        raise RecordError(f"{where} has the field {unknown[0]!r}, which nothing reads: leave it out")
+    if not isinstance(part.get("text"), str):
+        raise RecordError(f"{where}: 'text' must be a text, not {type(part.get('text')).__name__}")
+    return str(part["text"])
+
+
+def _from_json(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{what} is a text that is not JSON ({error}): write it as JSON, or as objects") from None
+
+
+def _check_json(value: Any, where: str) -> None:
+    """What JSON cannot hold would reach the text as Python writes it."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{where} holds what JSON cannot hold ({error}): give texts, numbers and lists") from None
+
+
+@cache
+def _own_arguments(tokenizer: Any) -> frozenset[str]:
+    """The arguments of `apply_chat_template` that are not the template's."""
+    known = signature(tokenizer.apply_chat_template).parameters.values()
+    return frozenset(p.name for p in known if p.kind is not Parameter.VAR_KEYWORD) - {"documents"} | {MESSAGES}
+
+
+def _check_names(tokenizer: Any, arguments: Mapping[str, Any], row: int) -> None:
+    made_by: Any = type(tokenizer)
+    taken = [name for name in arguments if name in _own_arguments(made_by)]
+    if taken:
+        raise RecordError(
+            f"row {row} gives the chat template {taken[0]!r}, which is set for it: leave it out of {ARGUMENTS!r}"
+        )
+
+
+def _unread(conversation: Conversation, template: str, text: str, write: Any) -> str | None:
+    """What of the conversation leaves no trace in the text, because the template does not even name it."""
+
+    def named(name: str) -> bool:
+        return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template) is not None
+
+    if conversation.tools and not named(TOOLS):
+        return TOOLS
+    for name, _ in conversation.arguments:
+        if not named(name):
+            return f"the argument {name!r}"
+    for key in dict.fromkeys(key for turn in conversation.messages for key in turn if key not in ("role", "content")):
+        # A template may write whole messages, without the names of their keys.
+        if not named(key) and text == write([_without(turn, key) for turn in conversation.messages]):
+            return f"messages with {key!r}"
+    return None
+
+
+def _without(turn: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in turn.items() if name != key}

@@ -1,0 +1,28 @@
+"""What makes a value fit to be static in a jitted function: it can be hashed."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+def holdtuples(instance: Any) -> None:
+    """Put tuples in the place of lists in the fields of a frozen dataclass; JSON and YAML know lists alone."""
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, list):
+            object.__setattr__(instance, field.name, tuples(value))
+
+
+def unhashable(value: Any, name: str) -> str | None:
+    """The place of what keeps a value, called `name`, from being hashed, and its type; None where nothing does."""
+    try:
+        hash(value)
+    except TypeError:
+        counted = [field.name for field in fields(value) if field.compare] if is_dataclass(value) else []
+        inner = (unhashable(getattr(value, field, None), f"{name}.{field}") for field in counted)
+        return next(filter(None, inner), f"{name}, a {type(value).__name__}")
+    return None
+
+
+def tuples(value: Any) -> Any:
+    """The value with tuples in the place of lists, at any depth."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
