@@ -28,7 +28,7 @@ from sysdpo_jax.user_code import name_of
 from sysdpo_jax.values import content
 
 # What tools gave, by node and parents' values.
-Known: TypeAlias = MutableMapping[Hashable, Any]
+Known: TypeAlias = MutableMapping[tuple[str, Hashable], Any]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class CompoundSystem:
         made: list[Any] = [dict(record) for record in records]
         for row, record in enumerate(records):
             _require(record, self.inputs, row, "input")
-        for node in self._with_ancestors([self.node(name) for name in nodes]):
+        for node in self.with_ancestors(nodes):
             lacking = [row for row in _alive(made) if node.deterministic and node.name not in made[row]]
             if lacking:
                 columns = {name: [made[row][name] for row in lacking] for name in node.parents}
@@ -290,13 +290,13 @@ class CompoundSystem:
                 f"expected the keys {list(self.param_keys)}, as system.init returns them"
             )
 
-    def _with_ancestors(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
-        """The nodes and all that they depend on, in topological order."""
-        names = {node.name for node in nodes}
+    def with_ancestors(self, names: Sequence[str]) -> tuple[Node, ...]:
+        """The nodes of these names and all that they depend on, in topological order."""
+        wanted = {self.node(name).name for name in names}
         for node in reversed(self.nodes):
-            if node.name in names:
-                names.update(node.parents)
-        return tuple(node for node in self.nodes if node.name in names)
+            if node.name in wanted:
+                wanted.update(node.parents)
+        return tuple(node for node in self.nodes if node.name in wanted)
 
     def _call(self, node: Node, parents: Parents) -> list[Any]:
         """What the tool of a node gives for every row, or the `ToolError`; of a plate all the copies' values."""

@@ -55,7 +55,7 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
     folder = Path(run.config.directory)
     rows = read_metrics(folder / "metrics.jsonl")
     best = best_evaluation(rows)
-    samples = {name: _first_runs(run, folder, step) for name, step in _compared(rows, best)}
+    samples = _first_runs(run, folder, dict(_compared(rows, best)))
     made_by = {
         "command": " ".join(["python -m experiments.train", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
@@ -119,10 +119,18 @@ def _compared(rows: Sequence[Mapping[str, Any]], best: int | None) -> Iterator[t
             yield f"after {best or last} steps", best or last
 
 
-def _first_runs(run: Run, folder: Path, step: int) -> list[Mapping[str, Any]]:
-    """The runs of an evaluation that are shown."""
-    path = folder / FOLDER / runs_name(step)
-    return [with_images(line, path) for line in islice(run_lines(path), run.config.evaluation.shown)]
+def _first_runs(run: Run, folder: Path, steps: Mapping[str, int]) -> Samples:
+    """The first runs that all of these evaluations have. steps: by name."""
+    paths = {name: folder / FOLDER / runs_name(step) for name, step in steps.items()}
+    ids = [{line["id"] for line in run_lines(path)} for path in paths.values()]
+    both = set.intersection(*ids) if ids else set()
+    return {
+        name: [
+            with_images(line, path)
+            for line in islice((line for line in run_lines(path) if line["id"] in both), run.config.evaluation.shown)
+        ]
+        for name, path in paths.items()
+    }
 
 
 def _description(run: Run, rows: Sequence[Mapping[str, Any]], best: int | None, pairs: int) -> str:

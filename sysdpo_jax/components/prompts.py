@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.user_code import user_code
 
 # What becomes of a text without room: refused, or a prompt keeps its first or its last tokens.
 Truncation = Literal["error", "keep_start", "keep_end"]
@@ -208,7 +209,8 @@ def _chat_text(tokenizer: Any, messages: Sequence[Any], row: int, awaits_turn: b
             "string"
         )
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=awaits_turn))
+        with user_code(f"the chat template for the messages in row {row}", RecordError, (TemplateError,)):
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=awaits_turn))
     except TemplateError as error:
         raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
 

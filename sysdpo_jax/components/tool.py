@@ -90,6 +90,10 @@ class Tool(Component):
         raise_first(outcomes, "row")
         return outcomes
 
+    def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
+        """The one value that there is for each row."""
+        return [[value] for value in self.sample(params, parents, key)]
+
     def outcomes(self, parents: Parents) -> list[Any]:
         """Of each row the value or the `ToolError`."""
         rows = batch_size(parents, "Tool")
