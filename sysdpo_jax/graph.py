@@ -238,7 +238,9 @@ class CompoundSystem:
         if known is None:
             return self._call(node, parents)
         keys = [(node.name, content(values)) for values in zip(*parents.values(), strict=True)]
-        new = {key: row for row, key in reversed([*enumerate(keys)]) if key not in known}
+        first = {key: row for row, key in reversed([*enumerate(keys)])}
+        # In the order of the rows, the first of which to fail may stop the others.
+        new = {key: first[key] for key in keys if key not in known}
         asked = {name: [column[row] for row in new.values()] for name, column in parents.items()}
         answers = dict(zip(new, self._call(node, asked), strict=True)) if new else {}
         known.update({key: value for key, value in answers.items() if not isinstance(value, NotCalledError)})

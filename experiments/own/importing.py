@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.own.config import ConfigError
-from sysdpo_jax.user_code import shown, user_code
+from sysdpo_jax.user_code import is_users, shown, user_code
 
 
 def import_object(path: str, field: str) -> Any:
@@ -84,9 +84,10 @@ def call(path: str, settings: Mapping[str, Any], field: str, name_field: str) ->
     except TypeError as error:
         raise ConfigError(f"{field}: {path} cannot be called ({error})") from None
     try:
-        with user_code(f"{field}: {path}", ConfigError, (ValueError,)):
+        # A component of the library says with a ValueError what is wrong with its settings.
+        with user_code(f"{field}: {path}", ConfigError, (ConfigError,) if is_users(function) else (ValueError,)):
             return function(**settings)
+    except ConfigError:
+        raise
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{field}: {path} refuses its settings: {error}") from error

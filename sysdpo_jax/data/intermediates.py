@@ -172,9 +172,9 @@ def _completed(
             made[side] = iter(system.complete(rows, nodes, known))
         except RecordError as error:
             raise RecordError(f"{side} runs (rows count intermediates): {error}") from error
-    pairs = []
+    pairs: list[list[Sides]] = []
     for row, own in enumerate(sets):
-        both = [{side: next(made[side]) for side in SIDES} for _ in own]
+        both: list[Sides] = [{side: next(made[side]) for side in SIDES} for _ in own]
         values = [value for pair in both for value in pair.values()]
         _stop_on_failure(values, f"row {row}")
         pairs.append([pair for pair in both if not any(map(_failed, pair.values()))])
