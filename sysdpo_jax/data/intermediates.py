@@ -175,7 +175,7 @@ def _completed(
     pairs: list[list[Sides]] = []
     for row, own in enumerate(sets):
         both: list[Sides] = [{side: next(made[side]) for side in SIDES} for _ in own]
-        values = [value for pair in both for value in pair.values()]
+        values: list[Any] = [value for pair in both for value in pair.values()]
         _stop_on_failure(values, f"row {row}")
         pairs.append([pair for pair in both if not any(map(_failed, pair.values()))])
         if not pairs[-1]:
