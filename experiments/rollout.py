@@ -4,14 +4,17 @@
 
 `--system` is the YAML file of a run, the folder of a run that has trained, or "module:function" of a function that
 returns (system, parameters). Prompts: objects with the system's inputs, or a .txt file. Every line
-of the output is {"id", "inputs", "outputs"}; images lie beside it. Given again, the command makes what is missing; a
-file of another system, other prompts or another seed is refused. Several processes, found as in training, write a file
-each and make the same runs as one.
+of the output is {"id", "inputs", "outputs"}; images lie beside it. A run that a tool with `on_error: skip` fails has
+the line {"id", "inputs", "error"}. Given again, the command makes what is missing, these runs included; a file of
+another system, other prompts or another seed is refused. Several processes, found as in training, write a file each and
+make the same runs as one.
 """
 
 import sys
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,11 +25,14 @@ from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, Positive, parse_flags
 from experiments.own.loading import Which, load_system
 from experiments.own.prompts import read_prompts
-from experiments.own.runs_file import as_row
+from experiments.own.runs_file import Run, as_row, failed_row, lacks_images, read_lines
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.training import Board
+from sysdpo_jax.typing import Params
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Config:
 def roll_out(config: Config) -> Path:
     """Make the runs that are missing. Returns this process's file.
 
-    Raises `ConfigError` for a file of other runs, and what cannot be used.
+    Raises `ConfigError` for a file of other runs, and what cannot be used; the runs that are complete are kept.
     """
     keep_compilations(config.compilation_cache)
     index, count = jax.process_index(), jax.process_count()
@@ -62,25 +68,35 @@ def roll_out(config: Config) -> Path:
     file = AppendedFile(path, _about(config, identity))
     prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
-    sizes = [config.samples * len(prompts[start : start + config.chunk]) for start in mine]
-    done = _whole_chunks(file, sizes)
-    images, key = ImageFiles(path), jax.random.key(config.seed)
-    with Board() as board, board.phase("runs", sum(sizes[:done]), sum(sizes)) as report:
-        for place in range(done, len(sizes)):
-            start = mine[place]
-            part = prompts[start : start + config.chunk]
-            # The draws of a chunk depend on its first prompt's number alone: not on what was made before, or where.
-            own = jax.random.fold_in(key, start)
-            try:
-                runs = sj.rollout(system, params, part, own, config.samples, config.chunk * config.samples)
-            except RecordError as error:
-                # Its rows are those of the chunk, samples included.
-                raise RecordError(
-                    f"{config.prompts}, among prompts {start + 1} to {start + len(part)}: {error}"
-                ) from error
-            names = [f"{start + number // config.samples}-{number % config.samples}" for number in range(len(runs))]
-            file.append([as_row(system, run, name, images) for run, name in zip(runs, names, strict=True)])
-            report(sum(sizes[: place + 1]), "")
+    total = config.samples * sum(len(prompts[start : start + config.chunk]) for start in mine)
+    made, failed = _lines(file)
+    images = ImageFiles(path)
+    with Board() as board, board.phase("runs", len(made), total) as report:
+        for start in mine:
+            lines: list[Run] = []
+            stop = None
+            for name, run in _chunk(config, system, params, prompts, start, made):
+                if not isinstance(run, ToolError):
+                    lines.append(as_row(system, run, name, images))
+                    made.add(name)
+                    failed.pop(name, None)
+                    continue
+                prompt, sample = map(int, name.split("-"))
+                named = run.at(f"{config.prompts}, prompt {prompt + 1}, sample {sample + 1}")
+                if not run.skip:
+                    stop = named
+                elif name not in failed:
+                    lines.append(failed_row(system, prompts[prompt], name, named))
+                    failed[name] = str(named)
+            # Where a tool stops the command, what it and others gave for other runs is not lost.
+            if lines:
+                file.append(lines)
+            if stop is not None:
+                raise stop
+            report(len(made) + len(failed), f"{len(failed)} left out" if failed else "")
+    if failed:
+        first = next(iter(failed.values()))
+        print(f"{path}: {len(failed)} of {total} runs are left out (the first: {first})", file=sys.stderr, flush=True)
     return path
 
 
@@ -88,6 +104,48 @@ def own_file(path: Path) -> Path:
     """Of several processes each writes a file."""
     index, count = jax.process_index(), jax.process_count()
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
+
+
+def _chunk(
+    config: Config,
+    system: sj.CompoundSystem,
+    params: Params,
+    prompts: Sequence[Mapping[str, Any]],
+    start: int,
+    made: Container[str],
+) -> list[tuple[str, Any]]:
+    """`run_batches` of one chunk, with the ids of the runs; of prompts that a tool refuses, the refusal alone.
+
+    Those prompts are to be mended, to which a file of runs would hold the command. Raises `RecordError` naming the
+    chunk.
+    """
+    part, size = prompts[start : start + config.chunk], config.chunk * config.samples
+    names = [f"{start + place // config.samples}-{place % config.samples}" for place in range(size)]
+    done = {place for place, name in enumerate(names) if name in made}
+    # The draws of a chunk depend on its first prompt's number alone: not on what was made before, or where.
+    key = jax.random.fold_in(jax.random.key(config.seed), start)
+    try:
+        [batch] = run_batches(system, params, part, key, config.samples, size, made=done)
+    except RecordError as error:
+        # Numbers in it are those of the chunk.
+        among = f"{config.prompts}, among prompts {start + 1} to {start + len(part)}"
+        raise RecordError(f"{among}: {error}") from error
+    refused = [isinstance(run, ToolError) and run.refused and not run.skip for _, run in batch]
+    return [(names[place], run) for place, run in (batch[-1:] if any(refused) else batch)]
+
+
+def _lines(file: AppendedFile) -> tuple[set[str], dict[str, str]]:
+    """The ids of the runs that a file holds, and why others are left out, by id.
+
+    The end of the file that a killed process or machine did not write whole, images included, is cut off.
+    """
+    file.cut(file.count())
+    rows = list(read_lines(file.path)) if file.path.exists() else []
+    while rows and lacks_images(rows[-1], file.path):
+        rows.pop()
+    file.cut(len(rows))
+    made = {row["id"] for row in rows if "outputs" in row}
+    return made, {row["id"]: row["error"] for row in rows if "error" in row and row["id"] not in made}
 
 
 def _about(config: Config, identity: str) -> dict[str, str]:
@@ -99,15 +157,6 @@ def _about(config: Config, identity: str) -> dict[str, str]:
         "chunk": str(config.chunk),
         "seed": str(config.seed),
     }
-
-
-def _whole_chunks(file: AppendedFile, sizes: list[int]) -> int:
-    """How many chunks the file holds; what is there of another one is cut off."""
-    lines, done = file.count(), 0
-    while done < len(sizes) and lines >= sum(sizes[: done + 1]):
-        done += 1
-    file.cut(sum(sizes[:done]))
-    return done
 
 
 def main(arguments: list[str]) -> None:

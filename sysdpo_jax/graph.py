@@ -9,51 +9,26 @@ without a plate sees the whole list of a plated parent. Log-probabilities are su
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, RecordError, row_keys
-from sysdpo_jax.components.text_to_image import TextToImage
-from sysdpo_jax.components.tool import Tool
-from sysdpo_jax.static import unhashable
+from sysdpo_jax.components.base import RecordError, row_keys
+from sysdpo_jax.components.tool import NotCalledError, Tool, ToolError, raise_first
+from sysdpo_jax.nodes import GraphError as GraphError
+from sysdpo_jax.nodes import Node as Node
+from sysdpo_jax.nodes import check_names, check_plates, check_static, naming, topological, users_part
 from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
+from sysdpo_jax.user_code import name_of
+from sysdpo_jax.values import content
 
-
-class GraphError(ValueError):
-    """The nodes do not form a valid system: the message names the node and the remedy."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One value of the system and the component that produces it.
-
-    name: of the value in records; parents: names of inputs or other nodes.
-    params: key of the parameter tree, the node's name by default; two nodes with the same key share weights.
-    plate: number of copies, or None for a single value.
-    weight: multiplies the node's log-ratio in the system's sum (scales a surrogate against exact log-probabilities).
-    """
-
-    name: str
-    component: Component
-    parents: tuple[str, ...] = ()
-    params: str | None = None
-    plate: int | None = None
-    weight: float = 1.0
-
-    @property
-    def params_key(self) -> str:
-        return self.name if self.params is None else self.params
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether the node is a Tool: no parameters, recomputed when a record lacks its value."""
-        return isinstance(self.component, Tool)
+# What tools gave, by node and parents' values.
+Known: TypeAlias = MutableMapping[tuple[str, Hashable], Any]
 
 
 @dataclass(frozen=True)
@@ -70,10 +45,10 @@ class CompoundSystem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
         nodes = tuple(replace(node, parents=tuple(node.parents)) for node in self.nodes)
-        _check_names(self.inputs, nodes)
-        object.__setattr__(self, "nodes", _topological(self.inputs, nodes))
-        _check_plates(self.nodes)
-        _check_static(self.nodes)
+        check_names(self.inputs, nodes)
+        object.__setattr__(self, "nodes", topological(self.inputs, nodes))
+        check_plates(self.nodes)
+        check_static(self.nodes)
 
     @property
     def param_keys(self) -> tuple[str, ...]:
@@ -118,25 +93,30 @@ class CompoundSystem:
         for node in self.nodes:
             if node.deterministic:
                 continue
-            shape = jax.eval_shape(node.component.init, key)
-            if node.params_key not in params:
-                params[node.params_key] = node.component.init(_named_key(key, node.params_key))
-            elif shape != jax.eval_shape(lambda tree: tree, params[node.params_key]):
+            with users_part(node, "init", GraphError):
+                shape = jax.eval_shape(node.component.init, key)
+                if node.params_key not in params:
+                    params[node.params_key] = node.component.init(_named_key(key, node.params_key))
+                    continue
+            if shape != jax.eval_shape(lambda tree: tree, params[node.params_key]):
                 raise GraphError(
                     f"node {node.name!r} shares the parameters {node.params_key!r} with another node but its component "
                     "needs parameters of another shape: give it a params key of its own"
                 )
         return params
 
-    def prepare(self, records: Sequence[Record], nodes: Sequence[str] | None = None) -> dict[str, Features]:
-        """Raw records -> `{node: features}` with a leading batch axis. A Tool's value may be missing: it is recomputed.
+    def prepare(
+        self, records: Sequence[Record], nodes: Sequence[str] | None = None, known: Known | None = None
+    ) -> dict[str, Features]:
+        """Raw records -> `{node: features}` with a leading batch axis. A Tool's value may be missing: see `complete`.
 
         nodes: the nodes to prepare, all of them by default.
-        Raises `RecordError` naming the row and the node for a missing value or a plate of the wrong length.
+        Raises `RecordError` naming the row and the node for a missing value, a plate of the wrong length or a tool that
+        fails.
         """
         wanted = self.nodes if nodes is None else [self.node(name) for name in nodes]
-        needed = self._with_ancestors(wanted)
-        complete = [self._complete(record, row, needed) for row, record in enumerate(records)]
+        complete = self.complete(records, [node.name for node in wanted if not node.deterministic], known)
+        raise_first(complete, "record")
         features = {}
         for node in wanted:
             try:
@@ -145,6 +125,31 @@ class CompoundSystem:
                 rows = f" (rows count copies, {node.plate} a record)" if node.plate else ""
                 raise RecordError(f"node {node.name!r}{rows}: {error}") from error
         return features
+
+    def complete(self, records: Sequence[Record], nodes: Sequence[str], known: Known | None = None) -> list[Any]:
+        """The records with the values that they lack of tools which these nodes depend on, directly or not.
+
+        A tool is called once for equal parents, so that tools whose values are not recorded must be deterministic.
+        known: what tools gave in earlier calls, which is not asked for again; what they give in this one is added.
+        Returns a record for each or, where a tool failed, the `ToolError`. Raises `RecordError` naming the row and the
+        node for another value that is missing or a plate of the wrong length.
+        """
+        known = {} if known is None else known
+        made: list[Any] = [dict(record) for record in records]
+        for row, record in enumerate(records):
+            _require(record, self.inputs, row, "input")
+        for node in self.with_ancestors(nodes):
+            lacking = [row for row in _alive(made) if node.deterministic and node.name not in made[row]]
+            if lacking:
+                columns = {name: [made[row][name] for row in lacking] for name in node.parents}
+                for row, value in zip(lacking, self.tool_values(node, columns, known), strict=True):
+                    made[row] = value if isinstance(value, ToolError) else made[row] | {node.name: value}
+            for row in _alive(made):
+                _require(made[row], (node.name,), row, "node")
+                instead = None if node.plate is None else _instead_of_plate(made[row][node.name], node.plate)
+                if instead is not None:
+                    raise RecordError(f"record {row}: node {node.name!r} is a plate of {node.plate}, got {instead}")
+        return made
 
     def log_prob(self, params: Params, features: Mapping[str, Features], key: Keys) -> dict[str, Array]:
         """log p_k(v_k | parents) in nats of every node, `{node: Float[Array, "batch"]}`, without the nodes' weights."""
@@ -165,51 +170,99 @@ class CompoundSystem:
         keys = row_keys(key, jax.tree.leaves(features)[0].shape[0])
         keys = jax.vmap(_named_key, in_axes=(0, None))(keys, node.name)
         if node.plate is None:
-            log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
+            with users_part(node, "log_prob", GraphError):
+                log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
             return log_prob, dict(metrics)
         keys = jax.vmap(row_keys, in_axes=(0, None))(keys, node.plate).reshape(-1)
         folded = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), features)
-        log_prob, metrics = node.component.log_prob_with_metrics(params, folded, keys)
+        with users_part(node, "log_prob", GraphError):
+            log_prob, metrics = node.component.log_prob_with_metrics(params, folded, keys)
         means = {name: value.reshape(-1, node.plate).mean(-1) for name, value in metrics.items()}
         return log_prob.reshape(-1, node.plate).sum(-1), means
 
     def sample(self, params: Params, inputs: Sequence[Record], key: PRNGKeyArray) -> list[dict[str, Any]]:
-        """Run the whole system once for each row of inputs: records with the inputs and the value of every node."""
+        """Run the whole system once for each row of inputs: records with the inputs and the value of every node.
+
+        Raises `ToolError` naming row and node where a tool fails, whatever its on_error, and what components raise.
+        """
+        runs = self.attempt(params, inputs, key)
+        raise_first(runs, "row")
+        return runs
+
+    def attempt(self, params: Params, inputs: Sequence[Record | None], key: PRNGKeyArray) -> list[Any]:
+        """`sample` that keeps what it can: for each row the run or, where a tool failed, the `ToolError`.
+
+        inputs: a row that is None keeps the size of a batch, and with it the draws of the others, as they would be with
+        a row there. No tool is called for it, and None is returned.
+        """
         self.check_params(params)
-        for row, record in enumerate(inputs):
-            _require(record, self.inputs, row, "input")
-        columns: dict[str, list[Any]] = {name: [record[name] for record in inputs] for name in self.inputs}
-        for node in self.nodes if inputs else ():
-            columns[node.name] = self.sample_node(node, params, columns, key)
-        return [{name: column[row] for name, column in columns.items()} for row in range(len(inputs))]
+        runs: list[Any] = [record if record is None else dict(record) for record in inputs]
+        for row in _alive(runs):
+            _require(runs[row], self.inputs, row, "input")
+            runs[row] = {name: runs[row][name] for name in self.inputs}
+        for node in self.nodes:
+            alive = _alive(runs)
+            if not alive:
+                break
+            if node.deterministic:
+                columns = {name: [runs[row][name] for row in alive] for name in node.parents}
+                values = dict(zip(alive, self.tool_values(node, columns), strict=True))
+            else:
+                # The last run stands in for those without one, whose draws are thrown away.
+                rows = [run if row in alive else runs[alive[-1]] for row, run in enumerate(runs)]
+                values = dict(enumerate(self.sample_node(node, params, _columns(rows, node.parents), key)))
+            for row in alive:
+                runs[row] = values[row] if isinstance(values[row], ToolError) else runs[row] | {node.name: values[row]}
+        return runs
 
     def sample_node(
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
     ) -> list[Any]:
-        """One node's value for every row of the columns `{name: values}`, which hold at least its parents."""
+        """A generative node's value for every row of the columns `{name: values}`, which hold at least its parents.
+
+        Raises `RecordError` naming the node.
+        """
         parents, tree, node_key = self._parents_and_params(node, params, columns, key)
-        if node.plate is None:
-            return node.component.sample(tree, parents, node_key)
-        if node.deterministic and not any(self._is_plate(name) for name in node.parents):
-            values = [list(value) for value in node.component.sample(tree, parents, node_key)]
-            for row, value in enumerate(values):
-                _check_length(value, node, row)
-            return values
-        flat = node.component.sample(tree, self._unfold(node, parents), node_key)
-        return [list(flat[i : i + node.plate]) for i in range(0, len(flat), node.plate)]
+        rows = parents if node.plate is None else self._unfold(node, parents)
+        with naming(node), users_part(node, "sample", RecordError):
+            made = node.component.sample(tree, rows, node_key)
+            wanted = len(next(iter(rows.values())))
+            if len(made) != wanted:
+                raise RecordError(f"sample returned {len(made)} values for {wanted} rows: return one for each")
+        return made if node.plate is None else _grouped(made, node.plate)
+
+    def tool_values(self, node: Node, columns: Mapping[str, Sequence[Any]], known: Known | None = None) -> list[Any]:
+        """A tool's value for every row of the columns or, where it failed, the `ToolError`, which names the node.
+
+        known: where it is given, the tool is called once for equal parents, and not at all for those that are there.
+        """
+        parents = {name: columns[name] for name in node.parents}
+        if known is None:
+            return self._call(node, parents)
+        keys = [(node.name, content(values)) for values in zip(*parents.values(), strict=True)]
+        first = {key: row for row, key in reversed([*enumerate(keys)])}
+        # In the order of the rows, the first of which to fail may stop the others.
+        new = {key: first[key] for key in keys if key not in known}
+        asked = {name: [column[row] for row in new.values()] for name, column in parents.items()}
+        answers = dict(zip(new, self._call(node, asked), strict=True)) if new else {}
+        known.update({key: value for key, value in answers.items() if not isinstance(value, NotCalledError)})
+        return [known[key] if key in known else answers[key] for key in keys]
 
     def node_candidates(
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], number: int, key: PRNGKeyArray
     ) -> list[list[Any]]:
         """From 1 to `number` distinct likely values of a node for every row of the columns, see `Component.candidates`.
 
-        Of a plate those combinations of the copies' candidates whose ranks have the smallest sums.
+        Of a plate those combinations of the copies' candidates whose ranks have the smallest sums. Raises `RecordError`
+        naming the node.
         """
         parents, tree, node_key = self._parents_and_params(node, params, columns, key)
+        rows = parents if node.plate is None else self._unfold(node, parents)
+        with naming(node), users_part(node, "candidates", RecordError):
+            flat = node.component.candidates(tree, rows, number, node_key)
         if node.plate is None:
-            return node.component.candidates(tree, parents, number, node_key)
-        flat = node.component.candidates(tree, self._unfold(node, parents), number, node_key)
-        plates = [flat[i : i + node.plate] for i in range(0, len(flat), node.plate)]
+            return flat
+        plates = _grouped(flat, node.plate)
         return [
             [[c[i] for c, i in zip(copies, ranks, strict=True)] for ranks in _by_rank([*map(len, copies)], number)]
             for copies in plates
@@ -241,34 +294,40 @@ class CompoundSystem:
                 f"expected the keys {list(self.param_keys)}, as system.init returns them"
             )
 
-    def _with_ancestors(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
-        """The nodes and all that they depend on, in topological order."""
-        names = {node.name for node in nodes}
+    def with_ancestors(self, names: Sequence[str]) -> tuple[Node, ...]:
+        """The nodes of these names and all that they depend on, in topological order."""
+        wanted = {self.node(name).name for name in names}
         for node in reversed(self.nodes):
-            if node.name in names:
-                names.update(node.parents)
-        return tuple(node for node in self.nodes if node.name in names)
+            if node.name in wanted:
+                wanted.update(node.parents)
+        return tuple(node for node in self.nodes if node.name in wanted)
 
-    def _complete(self, record: Record, row: int, nodes: Sequence[Node]) -> dict[str, Any]:
-        """The record with the values of tools among the nodes filled in."""
-        _require(record, self.inputs, row, "input")
-        values = dict(record)
-        for node in nodes:
-            if node.name not in values and node.deterministic:
-                columns = {name: [values[name]] for name in node.parents}
-                values[node.name] = self.sample_node(node, {}, columns, jax.random.key(0))[0]
-            _require(values, (node.name,), row, "node")
-            if node.plate is not None:
-                _check_length(values[node.name], node, row)
-        return values
+    def _call(self, node: Node, parents: Parents) -> list[Any]:
+        """What the tool of a node gives for every row, or the `ToolError`; of a plate all the copies' values."""
+        tool: Any = node.component
+        if node.plate is None:
+            made = tool.outcomes(parents)
+        elif any(self._is_plate(name) for name in node.parents):
+            copies = _grouped(tool.outcomes(self._unfold(node, parents)), node.plate)
+            # One copy without a value leaves the run without one.
+            made = [next((x for x in row if isinstance(x, ToolError)), row) for row in copies]
+        else:
+            made = [_as_plate(value, tool, node.plate) for value in tool.outcomes(parents)]
+        return [x.at(f"node {node.name!r}") if isinstance(x, ToolError) else x for x in made]
 
     def _prepare_node(self, node: Node, records: Sequence[Record]) -> Features:
+        if node.deterministic:
+            # It has no part in the loss, and its value is not needed.
+            copies = () if node.plate is None else (node.plate,)
+            return np.zeros((len(records), *copies, 0), np.float32)
         columns = {name: [record[name] for record in records] for name in (*node.parents, node.name)}
         values = columns.pop(node.name)
         if node.plate is None:
-            return node.component.prepare(values, columns)
+            with users_part(node, "prepare", RecordError):
+                return node.component.prepare(values, columns)
         flat = [value for row in values for value in row]
-        features = node.component.prepare(flat, self._unfold(node, columns))
+        with users_part(node, "prepare", RecordError):
+            features = node.component.prepare(flat, self._unfold(node, columns))
         return jax.tree.map(lambda x: np.reshape(x, (len(values), node.plate, *x.shape[1:])), features)
 
     def _unfold(self, node: Node, parents: Parents) -> dict[str, list[Any]]:
@@ -306,81 +365,31 @@ def _require(record: Record, names: Sequence[str], row: int, kind: str) -> None:
             )
 
 
-def _check_length(value: Any, node: Node, row: int) -> None:
-    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != node.plate:
-        found = (
-            f"{len(value)} values" if hasattr(value, "__len__") and not isinstance(value, str) else type(value).__name__
-        )
-        raise RecordError(f"record {row}: node {node.name!r} is a plate of {node.plate}, got {found}")
+def _instead_of_plate(value: Any, plate: int) -> str | None:
+    """What a value is instead of a plate's list, None where it is one."""
+    if isinstance(value, str) or not hasattr(value, "__len__"):
+        return type(value).__name__
+    return None if len(value) == plate else f"{len(value)} values"
 
 
-def _check_names(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> None:
-    seen: set[str] = set()
-    for name in (*inputs, *(node.name for node in nodes)):
-        if name in seen:
-            raise GraphError(f"the name {name!r} is used twice: every input and node needs a name of its own")
-        seen.add(name)
-    for node in nodes:
-        for parent in node.parents:
-            if parent not in seen:
-                raise GraphError(
-                    f"node {node.name!r} has an unknown parent {parent!r}: add a node or an input of that name"
-                )
-        if node.plate is not None and node.plate < 1:
-            raise GraphError(f"node {node.name!r} has plate={node.plate}: it needs at least one copy")
-    read = {parent for node in nodes for parent in node.parents}
-    for name in inputs:
-        if name not in read:
-            raise GraphError(f"no node reads the input {name!r}: name it among a node's parents or take it out")
+def _as_plate(value: Any, tool: Tool, plate: int) -> Any:
+    """A plate's list of what a tool gave, or the `ToolError`."""
+    instead = None if isinstance(value, ToolError) else _instead_of_plate(value, plate)
+    if instead is not None:
+        reason = f"the tool {name_of(tool.function)} gave {instead} for a plate of {plate}: return a list of {plate}"
+        return ToolError(reason, tool.on_error == "skip", refused=True)
+    return value if isinstance(value, ToolError) else list(value)
 
 
-def _topological(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Parents before children; among the ready ones the order in which they were written."""
-    ordered: list[Node] = []
-    known, waiting = set(inputs), list(nodes)
-    while waiting:
-        ready = next((node for node in waiting if known.issuperset(node.parents)), None)
-        if ready is None:
-            cycle = _find_cycle({node.name: [p for p in node.parents if p not in known] for node in waiting})
-            raise GraphError(
-                f"the nodes form a cycle: {' -> '.join(cycle)}; node {cycle[0]!r} must not depend on itself"
-            )
-        waiting.remove(ready)
-        ordered.append(ready)
-        known.add(ready.name)
-    return tuple(ordered)
+def _grouped(values: Sequence[Any], plate: int) -> list[list[Any]]:
+    """The copies' values, a list for each row."""
+    return [list(values[start : start + plate]) for start in range(0, len(values), plate)]
 
 
-def _find_cycle(parents: Mapping[str, Sequence[str]]) -> list[str]:
-    """A cycle as a path of names from parent to child that ends where it began; every name has a parent here."""
-    path = [next(iter(parents))]
-    while path[-1] not in path[:-1]:
-        path.append(parents[path[-1]][0])
-    return path[path.index(path[-1]) :][::-1]
+def _columns(rows: Sequence[Record], names: Sequence[str]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in names}
 
 
-def _check_plates(nodes: tuple[Node, ...]) -> None:
-    plates = {node.name: node.plate for node in nodes}
-    for node in nodes:
-        component = node.component
-        if isinstance(component, TextToImage) and (node.plate or 1) % component.strata:
-            raise GraphError(
-                f"node {node.name!r} has a component of strata={component.strata}, which must divide its plate of "
-                f"{node.plate or 1}: copies share what strata spread, rows of a batch do not"
-            )
-        for parent in node.parents:
-            if node.plate is not None and plates.get(parent) not in (None, node.plate):
-                raise GraphError(
-                    f"node {node.name!r} is a plate of {node.plate} but its parent {parent!r} is one of "
-                    f"{plates[parent]}: copies are matched one to one, so the plates must be equal"
-                )
-
-
-def _check_static(nodes: tuple[Node, ...]) -> None:
-    for node in nodes:
-        found = unhashable(node.component, type(node.component).__name__)
-        if found is not None:
-            raise GraphError(
-                f"the component of node {node.name!r} cannot be hashed because of {found}: a system is static, so give "
-                "tuples instead of lists, and keep arrays in the parameters"
-            )
+def _alive(runs: Sequence[Any]) -> list[int]:
+    """The rows that have a run, and neither nothing nor a `ToolError`."""
+    return [row for row, run in enumerate(runs) if isinstance(run, dict)]

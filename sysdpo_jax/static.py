@@ -4,7 +4,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 
-def holdtuples(instance: Any) -> None:
+def hold_tuples(instance: Any) -> None:
     """Put tuples in the place of lists in the fields of a frozen dataclass; JSON and YAML know lists alone."""
     for field in fields(instance):
         value = getattr(instance, field.name)

@@ -1,22 +1,36 @@
 """Calls of code that users give: tools, scorers, readers, factories, and the modules that hold them."""
 
+import functools
 import logging
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
+# So many characters of a value, and of a message, are shown.
+SHOWN = 60
+
 
 @contextmanager
-def user_code(what: str, failure: type[Exception], expected: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def user_code(
+    what: str,
+    failure: Callable[[str], Exception],
+    expected: tuple[type[Exception], ...] = (),
+    remedy: str = "fix it",
+) -> Iterator[None]:
     """Around a call of the user's code: whatever it raises, `sys.exit` included, is a failure of that code.
 
     Only Ctrl-C, and so SIGTERM, goes through as it is: a stop is the command's business.
 
     Args:
         what: Names the code and its place, for example "node 'price': the tool shop:price".
-        failure: Class of what is raised instead; it takes a message.
+        failure: Class of what is raised instead, or a function that makes it; it takes a message.
         expected: Classes that the code is meant to raise, which go through as they are.
+        remedy: What the user can do about it.
 
     Raises:
         failure: Names `what`, the class and the words of the exception, which is its cause and whose traceback is
@@ -28,5 +42,36 @@ def user_code(what: str, failure: type[Exception], expected: tuple[type[Exceptio
         raise
     except (Exception, SystemExit) as error:
         logger.error("%s failed", what, exc_info=error)
-        said = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
-        raise failure(f"{what} failed ({said}): fix it") from error
+        raise failure(f"{what} failed ({said(error)}): {remedy}") from error
+
+
+def said(error: BaseException) -> str:
+    """The class of an exception and its words."""
+    return f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+
+
+def name_of(code: Any) -> str:
+    """A function or class as "module:name"; of an object that is called the class."""
+    if isinstance(code, functools.partial):
+        return name_of(code.func)
+    own = code if hasattr(code, "__qualname__") else type(code)
+    module = getattr(own, "__module__", None)
+    return f"{module}:{own.__qualname__}" if module else str(own.__qualname__)
+
+
+def is_users(code: Any) -> bool:
+    """Whether a function, class or object is defined outside this library."""
+    return name_of(code).split(":")[0].split(".")[0] != __name__.split(".")[0]
+
+
+def shown(values: Mapping[str, Any]) -> str:
+    """Named values for a message, each shortened: "question='why is ...', image=float32[64, 64, 3]"."""
+    return ", ".join(f"{name}={_shortened(value)}" for name, value in values.items())
+
+
+def _shortened(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = SHOWN
+    return short.repr(value)

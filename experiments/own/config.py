@@ -1,7 +1,7 @@
 """The configuration of a run: a YAML file, of which every field is also a flag."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
@@ -58,6 +58,7 @@ class NodeConfig:
 
     parents, plate, weight: see `sysdpo_jax.Node`. prompt: of a language model, a text with its parents in braces,
     "Question: {question}"; by default its only parent. chat: the prompt is a user's message in the chat template.
+    concurrency, retries, timeout, on_error: of a tool, see `sysdpo_jax.Tool`; they may change when a run goes on.
     """
 
     parents: tuple[str, ...] = ()
@@ -67,6 +68,14 @@ class NodeConfig:
     chat: bool = False
     plate: Positive | None = None
     weight: float = 1.0
+    concurrency: Positive = 1
+    retries: Natural = 0
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+# How a tool is called, which is no part of what the system is.
+CALLS = ("concurrency", "retries", "timeout", "on_error")
 
 
 @with_config(STRICT)
@@ -77,6 +86,15 @@ class SystemConfig:
     inputs: tuple[str, ...] = ()
     nodes: dict[str, NodeConfig] = field(default_factory=dict)
     components: dict[str, ComponentConfig] = field(default_factory=dict)
+
+
+def as_dict(system: SystemConfig) -> dict[str, Any]:
+    """What a system is: its fields, but for how tools are called."""
+    nodes = {
+        name: {field: value for field, value in asdict(node).items() if field not in CALLS}
+        for name, node in system.nodes.items()
+    }
+    return asdict(system) | {"nodes": nodes}
 
 
 @with_config(STRICT)

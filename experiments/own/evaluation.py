@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from experiments.own.config import ConfigError, JudgeConfig, write_whole
 from experiments.own.judge import Judge
 from experiments.own.prompts import read_prompts
 from experiments.own.run import BEST, Run
-from experiments.own.runs_file import as_row, read_lines, write_rows
+from experiments.own.runs_file import as_row, failed_row, read_lines, write_rows
 from experiments.own.scoring import Scorer, about_scorer, check_scorer, make_scorer, score_runs
 from experiments.own.unscored import ScoreError
+from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, paired_difference, too_few, win_rate
 from sysdpo_jax.evaluation.preferences import SHARE
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.distributed import gathered
+from sysdpo_jax.training.evaluation import EvaluationError
 from sysdpo_jax.training.progress import Lines
 from sysdpo_jax.typing import Params
 
@@ -55,8 +58,8 @@ class HeldOut:
         """score, win_rate and score_difference, with their intervals where there are two prompts or more.
 
         The latter two are of pairs of runs, with the system before training; a tie counts half. runs, prompts: behind
-        the figures. unscored: how many pairs of runs are left out because one has no score. Raises `ScoreError` for a
-        run without a score, or where `skip` leaves too few.
+        the figures. unscored: how many pairs of runs are left out because one has no score, or a tool
+        failed. Raises `ScoreError` for a run without a score, or where `skip` leaves too few, and `ToolError`.
         """
         numbered = [pair for pairs in gathered(self._own_runs(step, params)) for pair in pairs]
         now = [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
@@ -83,12 +86,20 @@ class HeldOut:
             if index == 0:
                 lines.report(made, "")
 
-        runs = sj.rollout(self.system, own, self.prompts, key, self.samples, size, progress, shard)
-        names = [f"{place // self.samples}-{place % self.samples}" for place in places]
-        scores = score_runs(self.scorer, runs, names, self.parallel, self.skip)
+        left: dict[int, ToolError] = {}
+        runs = sj.rollout(self.system, own, self.prompts, key, self.samples, size, progress, shard, left.__setitem__)
+        names = {place: f"{place // self.samples}-{place % self.samples}" for place in places}
+        kept = [place for place in places if place not in left]
+        scores = score_runs(self.scorer, runs, [names[place] for place in kept], self.parallel, self.skip)
         images = ImageFiles(self.path(step))
-        rows = [as_row(self.system, run, name, images) for run, name in zip(runs, names, strict=True)]
-        return [(place, row | {"score": score}) for place, row, score in zip(places, rows, scores, strict=True)]
+        # A run that a tool left out has a line without a score.
+        rows = {
+            place: failed_row(self.system, self.prompts[place // self.samples], names[place], error) | {"score": None}
+            for place, error in left.items()
+        }
+        for place, run, score in zip(kept, runs, scores, strict=True):
+            rows[place] = as_row(self.system, run, names[place], images) | {"score": score}
+        return sorted(rows.items())
 
     def check(self) -> None:
         """Raise `ConfigError` where the folder's first runs were made or scored in another way, or are missing."""
@@ -147,7 +158,15 @@ def make_evaluation(run: Run) -> Evaluation | None:
     if few and jax.process_index() == 0:
         print(f"warning: evaluation.prompts {config.prompts}: {few}", file=sys.stderr, flush=True)
     stop_on = None if config.patience is None else (*BEST, config.patience)
-    return Evaluation(held_out.measure, config.every, stop_on)
+    return Evaluation(partial(_measured, held_out), config.every, stop_on)
+
+
+def _measured(held_out: HeldOut, step: int, params: Params) -> dict[str, float]:
+    """What `HeldOut.measure` says is wrong is named already."""
+    try:
+        return held_out.measure(step, params)
+    except (ConfigError, OSError) as error:
+        raise EvaluationError(f"the evaluation at step {step}: {error}") from error
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs"]:

@@ -8,9 +8,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import sysdpo_jax as sj
+from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.checkpoint import new_folder
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import name_of, user_code
 
 
 @runtime_checkable
@@ -39,7 +41,8 @@ def write_component(
         return "transformers" if text else "diffusers"
     with new_folder(folder) as made:
         if isinstance(component, Saves):
-            component.save(made, params)
+            with user_code(f"{name_of(type(component))}.save", CheckpointError, (CheckpointError,)):
+                component.save(made, params)
         else:
             # safetensors writes the memory of an array as it lies.
             arrays = {path: np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in by_path(params).items()}

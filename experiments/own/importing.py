@@ -2,13 +2,14 @@
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from experiments.own.config import ConfigError
+from sysdpo_jax.user_code import is_users, shown, user_code
 
 
 def import_object(path: str, field: str) -> Any:
@@ -21,17 +22,29 @@ def import_object(path: str, field: str) -> Any:
         raise ConfigError(f"{field} is {path!r}: write module:name, for example my_package.tools:split_lines")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    cannot = f"{field}: the module {module!r} cannot be imported"
     try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:
-        raise ConfigError(
-            f"{field}: the module {module!r} cannot be imported ({type(error).__name__}: {error})"
-        ) from error
+        with user_code(f"{cannot}: it", ConfigError, (ModuleNotFoundError,)):
+            found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{cannot} ({error}): check its name, or install what it needs") from None
     for part in name.split("."):
-        if not hasattr(found, part):
+        with user_code(f"{field}: {path}", ConfigError):
+            # A module may make its attributes when they are asked for.
+            there = hasattr(found, part)
+            found = getattr(found, part, None)
+        if not there:
             raise ConfigError(f"{field}: {module} has no {name!r}; write module:name of something that it defines")
-        found = getattr(found, part)
     return found
+
+
+def import_function(path: str, field: str) -> Callable[..., Any]:
+    """The function, or another thing that can be called, that "module:name" names. Raises as `import_object`."""
+    found = import_object(path, field)
+    if not callable(found):
+        raise ConfigError(f"{field}: {path} is {shown({'it': found})}, which cannot be called: name a function")
+    function: Callable[..., Any] = found
+    return function
 
 
 def built(value: Any, field: str) -> Any:
@@ -55,8 +68,11 @@ def call(path: str, settings: Mapping[str, Any], field: str, name_field: str) ->
     Raises `ConfigError` for a setting that it does not take, with the nearest one, one that it needs and lacks, and
     values that it refuses.
     """
-    function = import_object(path, name_field)
-    known = signature(function).parameters
+    function = import_function(path, name_field)
+    try:
+        known = signature(function).parameters
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name_field}: nothing says what {path} takes: write a function around it") from None
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
         for name in settings:
             if name not in known:
@@ -68,6 +84,10 @@ def call(path: str, settings: Mapping[str, Any], field: str, name_field: str) ->
     except TypeError as error:
         raise ConfigError(f"{field}: {path} cannot be called ({error})") from None
     try:
-        return function(**settings)
+        # A component of the library says with a ValueError what is wrong with its settings.
+        with user_code(f"{field}: {path}", ConfigError, (ConfigError,) if is_users(function) else (ValueError,)):
+            return function(**settings)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{field}: {path} refuses its settings: {error}") from error

@@ -1,5 +1,7 @@
 """A system to sample from: of a configuration, of a run that has trained, or of a function of your own."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -7,12 +9,13 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 
 import sysdpo_jax as sj
-from experiments.own.appended import digest
-from experiments.own.config import ConfigError, MeshConfig, TrainConfig, read_config
-from experiments.own.importing import import_object
+from experiments.own.config import ConfigError, MeshConfig, TrainConfig, as_dict, read_config
+from experiments.own.importing import import_function
 from experiments.own.run import CONFIG, Run, assemble, make_trainer
 from experiments.own.system import build_system
+from sysdpo_jax.graph import GraphError
 from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import shown, user_code
 
 # The newest checkpoint of a run, or the one that evaluation found best.
 Which: TypeAlias = Literal["newest", "best"]
@@ -34,18 +37,39 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     """
     path, alone = Path(spec), jax.process_count() == 1
     if path.is_dir():
-        run = assemble(replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig()))
+        config = replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig())
+        run = assemble(config)
         params, step = restored(run, checkpoint)
-        return Loaded(run.system, sj.on_own_devices(params), f"{digest(path / CONFIG)} step {step}")
+        return Loaded(run.system, sj.on_own_devices(params), f"{_identity(config)} step {step}")
     if not path.exists() and ":" in spec:
-        system, params = import_object(spec, "--system")()
-        return Loaded(system, params, spec)
+        return Loaded(*_made_by(spec), spec)
     config = read_config(path, TrainConfig)
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
     made = build_system(replace(config, system=replace(config.system, components=components)), mesh)
-    return Loaded(*made, digest(path))
+    return Loaded(*made, _identity(config))
+
+
+def _identity(config: TrainConfig) -> str:
+    """Of what is sampled from: neither how its tools are called, nor what is trained how."""
+    parts = {"system": as_dict(config.system), "dtype": config.dtype, "seed": config.seed}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:
+    """What the function "module:function" returns. Raises `ConfigError` for what is no system with its parameters."""
+    function = import_function(spec, "--system")
+    with user_code(f"--system: {spec}", ConfigError, (GraphError, ConfigError)):
+        made = function()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], sj.CompoundSystem)):
+        raise ConfigError(f"--system: {spec} returned {shown({'value': made})}: return (system, parameters)")
+    system, params = made
+    try:
+        system.check_params(params)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--system: {spec}: {error}") from None
+    return system, params
 
 
 def restored(run: Run, checkpoint: Which) -> tuple[Params, int]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError, TrainConfig, read_config, write_config, write_whole
+from experiments.own.config import ConfigError, TrainConfig, as_dict, read_config, write_config, write_whole
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.records import check_intermediates
 from sysdpo_jax.data.rows import LINES, TABLE
@@ -63,7 +63,7 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that must be the same when the run goes on."""
-        return {name: value for name, value in asdict(self.config).items() if name not in FREE}
+        return _fixed(self.config)
 
 
 def check_files(config: TrainConfig) -> None:
@@ -89,8 +89,7 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
     """
     folder = Path(run.config.directory)
     if (folder / CONFIG).exists():
-        noted = asdict(read_config(folder / CONFIG, TrainConfig))
-        _refuse_others(folder / CONFIG, {name: noted[name] for name in run.identity}, run.identity)
+        _refuse_others(folder / CONFIG, _fixed(read_config(folder / CONFIG, TrainConfig)), run.identity)
     if (folder / DATA).exists():
         _refuse_others(folder / DATA, json.loads((folder / DATA).read_text(encoding="utf-8")), about)
 
@@ -105,6 +104,12 @@ def claim(run: Run, about: Mapping[str, Any]) -> None:
 def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
     """What a run's folder and its model cards say of the preferences."""
     return {**asdict(run.config.data), "kept": len(records), "sha256": records.counts.sha256}
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in FREE} | {
+        "system": as_dict(config.system)
+    }
 
 
 def _refuse_others(path: Path, noted: Mapping[str, Any], present: Mapping[str, Any]) -> None:

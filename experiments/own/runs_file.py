@@ -28,6 +28,12 @@ def as_row(system: sj.CompoundSystem, run: Mapping[str, Any], name: str, images:
     return {"id": name, "inputs": inputs, "outputs": outputs}
 
 
+def failed_row(system: sj.CompoundSystem, inputs: Mapping[str, Any], name: str, error: Exception) -> Run:
+    """A line in the place of a run that a tool left out. name: its id."""
+    plain = {key: as_json(inputs[key], "", lambda _, image: repr(type(image))) for key in system.inputs}
+    return {"id": name, "inputs": plain, "error": str(error)}
+
+
 def write_rows(path: Path, rows: Sequence[Run]) -> None:
     """Write a file of runs, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,11 +41,13 @@ def write_rows(path: Path, rows: Sequence[Run]) -> None:
 
 
 def run_lines(path: Path) -> Iterator[Run]:
-    """The runs of a file one after the other; images are paths, from its folder.
+    """The runs of a file one after the other, without those that a tool left out; images are paths, from its folder.
 
     Raises `ConfigError` naming the file and the line that is no run.
     """
     for number, run in enumerate(read_lines(path), 1):
+        if "error" in run and "outputs" not in run:
+            continue
         for field, kind, what in (("id", str, "a text"), ("inputs", dict, "an object"), ("outputs", dict, "an object")):
             if not isinstance(run.get(field), kind):
                 raise ConfigError(
@@ -73,6 +81,18 @@ def with_images(run: Run, path: Path) -> Run:
             raise ConfigError(f"{path}, run {run['id']}: {str(error).replace(' in row 0', '')}") from None
 
     return run | {part: _mapped(opened, run[part]) for part in ("inputs", "outputs")}
+
+
+def lacks_images(run: Run, path: Path) -> bool:
+    """Whether an image of the run of the file at `path` is not there."""
+    found: list[bool] = []
+
+    def looked_for(image: str) -> str:
+        found.append((path.parent / image).is_file())
+        return image
+
+    _mapped(looked_for, run)
+    return not all(found)
 
 
 def moved(value: Any, source: Path, target: Path) -> Any:

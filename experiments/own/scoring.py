@@ -10,10 +10,11 @@ import numpy as np
 
 from experiments.own.appended import digest
 from experiments.own.config import ConfigError, JudgeConfig
-from experiments.own.importing import import_object
+from experiments.own.importing import import_function
 from experiments.own.in_parallel import as_completed
 from experiments.own.judge import Judge, make_judge
 from experiments.own.unscored import ScoreError, counted
+from sysdpo_jax.user_code import name_of, user_code
 
 Scorer = Callable[[Mapping[str, Any]], float]
 
@@ -29,8 +30,7 @@ def make_scorer(scorer: str, judge: JudgeConfig, prefix: str) -> Scorer | Judge:
         raise ConfigError(f"give either {prefix}scorer or {prefix}judge.url with its model and template")
     if not scorer:
         return make_judge(judge, f"{prefix}judge")
-    found: Scorer = import_object(scorer, f"{prefix}scorer")
-    return found
+    return import_function(scorer, f"{prefix}scorer")
 
 
 def check_scorer(scorer: Scorer | Judge, names: Collection[str], of: str) -> None:
@@ -44,15 +44,15 @@ def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
 
     Raises `ScoreError` for a score that is no finite number, and `ConfigError` where no run could have one.
     """
-    try:
-        score = scorer(run)
-    except ConfigError as error:
-        raise type(error)(f"run {name}: {error}") from None
-    except Exception as error:
-        raise ScoreError(f"the scorer failed on run {name} ({type(error).__name__}: {error}): mend it") from error
+    with user_code(f"the scorer {name_of(scorer)} on run {name}", ScoreError, (ConfigError,)):
+        try:
+            score = scorer(run)
+        except ConfigError as error:
+            raise type(error)(f"run {name}: {error}") from None
     try:
         number = float(score)
-    except (TypeError, ValueError):
+    except Exception:
+        # Whatever it is, it has a way of its own to become a number.
         raise ScoreError(f"the score of run {name} is {score!r}, no number: mend the scorer") from None
     if not np.isfinite(number):
         raise ScoreError(f"the score of run {name} is {number}: mend the scorer, or leave the run out")

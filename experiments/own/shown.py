@@ -17,9 +17,12 @@ def compared_runs(run: Run, steps: Mapping[str, int]) -> Iterator[ComparedRuns]:
 
     As many prompts as `evaluation.shown`, evenly spaced: nobody chose them.
     """
-    made = {name: _first_runs(run, step) for name, step in steps.items()}
-    for runs in zip(*made.values(), strict=True):
-        yield _compared(run, dict(zip(made, runs, strict=True)))
+    firsts = {name: _first_runs(run, step) for name, step in steps.items()}
+    # A tool may have left a run out of one of them.
+    both = [name for name in next(iter(firsts.values()), {}) if all(name in runs for runs in firsts.values())]
+    for place in spread(len(both), run.config.evaluation.shown):
+        made = {name: runs[both[place]] for name, runs in firsts.items()}
+        yield _compared(run, {name: with_images(line, path) for name, (line, path) in made.items()})
 
 
 def spread(number: int, shown: int) -> list[int]:
@@ -27,10 +30,10 @@ def spread(number: int, shown: int) -> list[int]:
     return np.unique(np.linspace(0, number - 1, min(number, shown)).round().astype(int)).tolist()
 
 
-def _first_runs(run: Run, step: int) -> list[Mapping[str, Any]]:
+def _first_runs(run: Run, step: int) -> dict[str, tuple[dict[str, Any], Path]]:
+    """{id: line and file} of the first run of each prompt."""
     path = Path(run.config.directory) / FOLDER / runs_name(step)
-    firsts = [line for line in run_lines(path) if line["id"].endswith("-0")]
-    return [with_images(firsts[place], path) for place in spread(len(firsts), run.config.evaluation.shown)]
+    return {line["id"]: (line, path) for line in run_lines(path) if line["id"].endswith("-0")}
 
 
 def _compared(run: Run, made: Mapping[str, Mapping[str, Any]]) -> ComparedRuns:

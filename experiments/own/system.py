@@ -9,15 +9,24 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
 from experiments.common.runs import named_key
-from experiments.own.config import ComponentConfig, ConfigError, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
-from experiments.own.importing import built, call, import_object
+from experiments.own.config import (
+    CALLS,
+    ComponentConfig,
+    ConfigError,
+    NodeConfig,
+    ScheduleConfig,
+    SystemConfig,
+    TrainConfig,
+)
+from experiments.own.importing import built, call, import_function
 from sysdpo_jax.models.lora import LoRAError
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import name_of, shown, user_code
 
 Model = tuple[sj.Component, Params]
 
@@ -102,7 +111,11 @@ def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.C
     if node.component is None:
         if node.prompt is not None or node.chat or node.weight != 1.0:
             raise ConfigError(f"{field} is a tool, which has no prompt, chat or weight: leave them out")
-        return sj.Tool(import_object(node.tool or "", f"{field}.tool"))
+        calls = {name: getattr(node, name) for name in CALLS}
+        return sj.Tool(import_function(node.tool or "", f"{field}.tool"), **calls)
+    given = [name for name in CALLS if getattr(node, name) != getattr(NodeConfig(), name)]
+    if given:
+        raise ConfigError(f"{field} is no tool, which alone has {', '.join(given)}: leave that out")
     component = models[node.component][0]
     if node.prompt is None and not node.chat:
         return component
@@ -128,8 +141,7 @@ def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> 
     settings = built(config.settings, f"{field}.settings")
     key = named_key(jax.random.key(run.seed), name)
     if config.checkpoint is None:
-        made = call(config.factory or "", settings, f"{field}.settings", f"{field}.factory")
-        component, params = made if isinstance(made, tuple) else (made, made.init(key))
+        component, params = _of_factory(config.factory or "", settings, field, key)
     else:
         precision = {"dtype": run.dtype, "param_dtype": "float32" if config.mode == "full" else run.dtype}
         common = {**precision, "remat": run.remat, "shardings": partial(place, mesh)}
@@ -144,6 +156,22 @@ def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> 
             params = sj.add_lora(params, lora, key)
         except LoRAError as error:
             raise ConfigError(f"{field} (mode lora): {error}; or train it in mode full") from error
+    return component, params
+
+
+def _of_factory(factory: str, settings: Mapping[str, Any], field: str, key: PRNGKeyArray) -> Model:
+    """What a factory returns, with fresh parameters where it gives none."""
+    made = call(factory, settings, f"{field}.settings", f"{field}.factory")
+    pair = isinstance(made, tuple) and len(made) == 2
+    component, params = made if pair else (made, None)
+    if not isinstance(component, sj.Component) or isinstance(component, type) or (pair and params is None):
+        raise ConfigError(
+            f"{field}.factory: {factory} returned {shown({'value': made})}: return a component, or a pair of a "
+            "component and its parameters"
+        )
+    if not pair:
+        with user_code(f"{field}.factory: {name_of(type(component))}.init", ConfigError):
+            params = component.init(key)
     return component, params
 
 

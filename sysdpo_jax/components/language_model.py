@@ -29,6 +29,7 @@ from sysdpo_jax.generation.decode import generate
 from sysdpo_jax.models.decoder import Decoder, head_params
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
+from sysdpo_jax.user_code import name_of, user_code
 from sysdpo_jax.values import distinct
 
 
@@ -226,8 +227,17 @@ class LanguageModel(Component):
                 f"a language model without a `prompt` function reads exactly one parent, got "
                 f"{', '.join(parents) or 'none'}: pass LanguageModel(prompt=...) to join them"
             )
-        join = self.prompt or (lambda value: value)
-        return [join(*(v[row] for v in parents.values())) for row in range(rows)]
+        if self.prompt is None:
+            return list(*parents.values())
+        # Rows of the very same objects are copies: what fills a batch up reaches no function of the user's.
+        values = list(zip(*parents.values(), strict=True))
+        same = [tuple(map(id, row)) for row in values]
+        made: dict[tuple[int, ...], Any] = {}
+        for row in range(rows):
+            if same[row] not in made:
+                with user_code(f"the prompt function {name_of(self.prompt)} in row {row}", RecordError, (RecordError,)):
+                    made[same[row]] = self.prompt(*values[row])
+        return [made[copy] for copy in same]
 
     def _row(self, prompt: Any, value: Any, row: int) -> Asking[tuple[list[int], list[int], bool]]:
         """Token ids of the prompt and of the completion as they fit, and whether anything was cut."""

@@ -1,15 +1,42 @@
 """A deterministic node: a parser, a template, a retriever, a call to a tool. No parameters, log-ratio exactly 0."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, batch_size
+from sysdpo_jax.components.base import Component, RecordError, batch_size
+from sysdpo_jax.components.calls import side_by_side, tried, within
 from sysdpo_jax.typing import Features, Keys, Params, Parents
+from sysdpo_jax.user_code import name_of, shown, user_code
+
+REMEDY = "fix it, give the tool retries or a longer timeout where it may pass, or set its on_error to skip"
+
+
+class ToolError(RecordError):
+    """A tool gave no value for a row: the message names node, function, the parents' values and the reason.
+
+    skip: the row may be left out, as the tool's on_error says. refused: the function raised `RecordError`, which speaks
+    of the values and not of the function.
+    """
+
+    def __init__(self, message: str, skip: bool = False, refused: bool = False):
+        super().__init__(message)
+        self.skip, self.refused = skip, refused
+
+    def at(self, place: str) -> "ToolError":
+        """The same, with its place in front of the message."""
+        named = type(self)(f"{place}: {self}", self.skip, self.refused)
+        named.__cause__ = self.__cause__
+        return named
+
+
+class NotCalledError(ToolError):
+    """A row for which the tool was not called, because a call before it failed and on_error is "stop"."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +45,35 @@ class Tool(Component):
 
     In a node with `plate=n` whose parents are not plates the function is called once a row and returns all n values
     (an answer split into three captions). With a plate among the parents it is called once a copy.
-    Hashed by the function's identity: use a module-level function, not a lambda made anew for each system.
+    Hashed by the function's identity: use a module-level function, not a lambda made anew for each system. How it is
+    called is no part of what a system is: a run may go on with other values of the following fields.
+
+    concurrency: calls at a time, in threads, which the function must bear. One at a time are made by the caller.
+    retries: further tries of a call that failed, after 1, 2, 4 ... seconds, at most a minute, with jitter. A
+    `RecordError`, by which the function refuses its values, and `sys.exit` are not tried again.
+    timeout: seconds of a try, which then has failed. Python cannot end the function: it goes on in a thread beside
+    the next try until it returns or the process ends.
+    on_error: of a call that failed for good. "stop" raises `ToolError` once the calls under way are finished; "skip"
+    leaves the run or the record out, and counts it.
+    Raises `ValueError` for a value that none of these can have.
     """
 
     function: Callable[..., Any]
+    concurrency: int = field(default=1, compare=False)
+    retries: int = field(default=0, compare=False)
+    timeout: float | None = field(default=None, compare=False)
+    on_error: Literal["stop", "skip"] = field(default="stop", compare=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(f"Tool: the function is {self.function!r}, which cannot be called: give a function")
+        if self.concurrency < 1 or self.retries < 0 or (self.timeout is not None and not self.timeout > 0):
+            raise ValueError(
+                f"Tool: concurrency {self.concurrency} must be at least 1, retries {self.retries} at least 0, timeout "
+                f"{self.timeout} above 0 or None"
+            )
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"Tool: on_error {self.on_error!r} is neither 'stop' nor 'skip'")
 
     def init(self, key: PRNGKeyArray) -> Params:
         return {}
@@ -33,5 +85,47 @@ class Tool(Component):
         return jnp.zeros(features.shape[0])
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        rows = range(batch_size(parents, "Tool"))
-        return [self.function(*(values[row] for values in parents.values())) for row in rows]
+        """A value for each row. Raises the first `ToolError`, whatever on_error says: there is nothing to leave out."""
+        outcomes = self.outcomes(parents)
+        raise_first(outcomes, "row")
+        return outcomes
+
+    def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
+        """The one value that there is for each row."""
+        return [[value] for value in self.sample(params, parents, key)]
+
+    def outcomes(self, parents: Parents) -> list[Any]:
+        """Of each row the value or the `ToolError`."""
+        rows = batch_size(parents, "Tool")
+        values = [{name: column[row] for name, column in parents.items()} for row in range(rows)]
+        made = side_by_side(self._outcome, values, self.concurrency, _stops)
+        why = next((outcome for outcome in made.values() if _stops(outcome)), None)
+        return [made[row] if row in made else NotCalledError(f"not called after {why}") for row in range(rows)]
+
+    def _outcome(self, values: Mapping[str, Any]) -> Any:
+        what, skip = f"the tool {name_of(self.function)} for {shown(values)}", self.on_error == "skip"
+        call = partial(within, self.timeout, lambda: self.function(*values.values()))
+        try:
+            with user_code(what, partial(ToolError, skip=skip), (RecordError,), REMEDY):
+                return tried(call, what, self.retries, _may_pass)
+        except ToolError as error:
+            return error
+        except RecordError as error:
+            refusal = ToolError(f"the tool {name_of(self.function)} refuses {shown(values)}: {error}", skip, True)
+            refusal.__cause__ = error
+            return refusal
+
+
+def raise_first(outcomes: Sequence[Any], what: str) -> None:
+    """Raise the first `ToolError` of a call among what rows came to, with its row. what: a row is called."""
+    for row, outcome in enumerate(outcomes):
+        if isinstance(outcome, ToolError) and not isinstance(outcome, NotCalledError):
+            raise outcome.at(f"{what} {row}")
+
+
+def _stops(outcome: Any) -> bool:
+    return isinstance(outcome, ToolError) and not outcome.skip
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, RecordError)

@@ -11,36 +11,50 @@ from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.components.prompts import fitted
 from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.records import SIDES, PreferenceRecord
-from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.data.tools import with_tools
+from sysdpo_jax.graph import CompoundSystem, Known, Node
 
 
-def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> None:
+def check_records(system: CompoundSystem, records: Sequence[PreferenceRecord], known: Known | None = None) -> None:
     """Raise `RecordError` naming side and field for a record that the system cannot be trained on.
 
     Names must be the system's, and every final value there; `check_intermediates` sees to the others. Images must
     decode. With intermediate values the other nodes are prepared, so that texts without room are found; without them
-    the prompts of models that read inputs alone, and the lengths of final texts.
+    the prompts of models that read inputs alone, and the lengths of final texts. Tools that models read must not fail:
+    known keeps what they gave, see `CompoundSystem.complete`.
     """
+    known = {} if known is None else known
     for record in records:
         _check_names("inputs", record.inputs, system.inputs)
         _check_inputs(system, record.inputs)
         for side in SIDES:
             _check_side(system, side, getattr(record, side))
     for side in SIDES:
-        rows = [{**record.inputs, **getattr(record, side)} for record in records]
-        inner = [node.name for node in system.intermediates]
-        whole = [row for row in rows if all(name in row for name in inner)]
-        final = [row for row in rows if inner and not any(name in row for name in inner)]
-        nodes = [n.name for n in system.nodes if not n.deterministic and not isinstance(n.component, TextToImage)]
         try:
-            if whole and nodes:
-                system.prepare(whole, nodes)
-            if final:
-                _check_texts(system, final)
+            _check_rows(system, [{**record.inputs, **getattr(record, side)} for record in records], known)
+        except ToolError as error:
+            raise error.at(side) from error.__cause__
         except RecordError as error:
             # Of one record the row's number says nothing.
             raise RecordError(f"{side}, {re.sub(' in row 0(?= |$|:)', '', str(error))}") from error
+
+
+def _check_rows(system: CompoundSystem, rows: Sequence[Mapping[str, Any]], known: Known) -> None:
+    """Tools are called, and what models read is prepared, but for images."""
+    filled = with_tools(system, rows, known)
+    for row in filled:
+        if isinstance(row, ToolError):
+            raise row
+    inner = [node.name for node in system.intermediates]
+    whole = [row for row in filled if all(name in row for name in inner)]
+    final = [row for row in filled if inner and not any(name in row for name in inner)]
+    nodes = [n.name for n in system.nodes if not n.deterministic and not isinstance(n.component, TextToImage)]
+    if whole and nodes:
+        system.prepare(whole, nodes)
+    if final:
+        _check_texts(system, final)
 
 
 def _check_texts(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:

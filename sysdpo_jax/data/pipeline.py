@@ -12,10 +12,10 @@ import grain
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.batches import check_batches
 from sysdpo_jax.data.records import PreferenceRecord, prepare_pairs
-from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.graph import CompoundSystem, Known
 from sysdpo_jax.objectives.log_ratio import PairBatch
 from sysdpo_jax.threads import DaemonExecutor
-from sysdpo_jax.user_code import user_code
+from sysdpo_jax.user_code import is_users, name_of, user_code
 
 T = TypeVar("T")
 
@@ -45,7 +45,8 @@ def preference_dataset(
     """An endless dataset whose element k is the batch of step k, a pure function of k and the arguments.
 
     Records are shuffled anew every epoch by the seed; those that do not fill a last batch are left out of it. They are
-    read, and prepared as `prepare_pairs` does, when the batch is asked for and again in every epoch: nothing is kept.
+    read, and prepared as `prepare_pairs` does, when the batch is asked for and again in every epoch: nothing is kept
+    but values of tools that the records lack, which `load_preferences` fills in.
     For records that fit in memory prepared, `epoch_batches(prepare_pairs(...))` prepares them once.
     batch_size: rows of the global batch. shard: (index, count) gives the index-th of count equal blocks of its rows, as
     `batch_shard(mesh)` says for this process; no other records are read.
@@ -53,11 +54,12 @@ def preference_dataset(
     `RecordError` naming the numbers of its records.
     """
     index, count = check_batches(len(records), batch_size, shard)
+    known: Known = {}
 
     def prepare(rows: Sequence[tuple[int, PreferenceRecord]]) -> PairBatch:
         try:
             with _PREPARING:
-                return prepare_pairs(system, [record for _, record in rows])
+                return prepare_pairs(system, [record for _, record in rows], known)
         except Exception as error:
             numbers = [row for row, _ in rows]
             said = str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {error}"
@@ -101,5 +103,6 @@ class _Numbered:
         return len(self._records)
 
     def __getitem__(self, row: int) -> tuple[int, PreferenceRecord]:
-        with user_code(f"reading record {row}, counted from 0,", RecordError, (RecordError,)):
+        records = f"{name_of(self._records)}.__getitem__" if is_users(self._records) else "reading"
+        with user_code(f"{records}, for record {row}, counted from 0,", RecordError, (RecordError,)):
             return row, self._records[row]

@@ -5,18 +5,21 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.checks import check_records, resolve_images
 from sysdpo_jax.data.readers import READERS, Reader
 from sysdpo_jax.data.records import PreferenceRecord, check_intermediates
 from sysdpo_jax.data.rows import Row, read_rows
 from sysdpo_jax.data.stored import StoredRecords, write_records
-from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.data.tools import stored_with_tools
+from sysdpo_jax.graph import CompoundSystem, Known
+from sysdpo_jax.user_code import is_users, name_of, shown, user_code
 
 # Records that are checked together; one by one only where some of them fail.
 TOGETHER = 64
@@ -92,10 +95,11 @@ def load_preferences(
     source: a .jsonl or .parquet file, or a folder or hub name that `datasets.load_dataset` takes, with its `split`.
     reader: a name in `readers.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
     "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
-    system: what the records are checked against, see `check_records`; paths of images then begin at the file's folder.
-    on_error: "skip" leaves rows with errors out and counts them.
     ignore: fields of rows that are left unread; others that the reader does not know are errors where they hold
     something. A function of your own gets the rest of the row, and what it does not read is its own business.
+    system: what the records are checked against, see `check_records`; paths of images then begin at the file's folder,
+    and values of tools that rows lack are filled in: a tool is called once for what it reads.
+    on_error: "skip" leaves rows with errors out and counts them, as a tool's own on_error does for rows that it fails.
     cache: a folder for that file. Where it exists it is taken as it is, for the same source, system and reader: remove
     it when one of them has changed. Without it the file is a temporary one that goes with the result.
     A row may have an "id", which no other one has.
@@ -172,18 +176,20 @@ def _checked(
     ids: dict[Any, int] = {}
     waiting: list[tuple[int, PreferenceRecord]] = []
     held: bool | None = None
+    # Of the rows that wait: checked once more, or on both sides, a tool is not called again.
+    known: Known = {}
 
     def refuse(number: int, error: RecordError) -> None:
         message = f"{source}, row {number}: {error}"
-        if not skip:
-            raise RecordError(message) from None
+        if not skip and not (isinstance(error, ToolError) and error.skip):
+            raise RecordError(message) from error.__cause__
         counts.skipped += 1
         if len(counts.errors) < KEPT_ERRORS:
             counts.errors.append(message)
 
     def passed() -> Iterator[PreferenceRecord]:
         nonlocal held
-        for number, record, error in _verdicts(system, waiting):
+        for number, record, error in _verdicts(system, waiting, known):
             if system is not None and error is None:
                 try:
                     held = check_intermediates(system, record, held)
@@ -193,8 +199,9 @@ def _checked(
                 refuse(number, error)
             else:
                 counts.kept += 1
-                yield record
+                yield record if system is None else stored_with_tools(system, record, known)
         waiting.clear()
+        known.clear()
 
     one_file = Path(source).is_file()
     rows = hashlib.sha256()
@@ -233,7 +240,18 @@ def _converted(
         if own in ids:
             raise RecordError(f"the id {own!r} is that of row {ids[own]} too: make ids unique, or leave them out")
         ids[own] = row.number
-    return convert(values, system)
+    if not is_users(convert):
+        return convert(values, system)
+    with user_code(f"the reader {name_of(convert)}", RecordError, (RecordError,)):
+        made: Any = convert(values, system)
+        # Here, because a generator runs only now.
+        found = list(made) if isinstance(made, Iterable) else made
+    if not isinstance(found, list) or not all(isinstance(record, PreferenceRecord) for record in found):
+        raise RecordError(
+            f"the reader {name_of(convert)} returned {shown({'value': made})}: return a list of PreferenceRecord, none "
+            "for a tie"
+        )
+    return found
 
 
 def _placed(system: CompoundSystem | None, record: PreferenceRecord, folder: Path) -> PreferenceRecord:
@@ -241,13 +259,13 @@ def _placed(system: CompoundSystem | None, record: PreferenceRecord, folder: Pat
 
 
 def _verdicts(
-    system: CompoundSystem | None, records: Sequence[tuple[int, PreferenceRecord]]
+    system: CompoundSystem | None, records: Sequence[tuple[int, PreferenceRecord]], known: Known
 ) -> Iterator[tuple[int, PreferenceRecord, RecordError | None]]:
     """Every record with what is wrong with it."""
     together = [record for _, record in records]
-    fine = system is None or _refusal(check_records, system, together) is None
+    fine = system is None or _refusal(check_records, system, together, known) is None
     for number, record in records:
-        yield number, record, None if fine or system is None else _refusal(check_records, system, [record])
+        yield number, record, None if fine or system is None else _refusal(check_records, system, [record], known)
 
 
 def _refusal(check: Callable[..., None], *args: Any) -> RecordError | None:

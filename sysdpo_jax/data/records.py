@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.graph import CompoundSystem, Known
 from sysdpo_jax.objectives.log_ratio import PairBatch
 
 SIDES = ("chosen", "rejected")
@@ -86,9 +86,10 @@ def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRe
     ]
 
 
-def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> PairBatch:
+def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord], known: Known | None = None) -> PairBatch:
     """Both sides as feature trees with a leading axis of `len(records)`.
 
+    known: see `CompoundSystem.complete`; what a tool gives of the inputs alone is asked for once for both sides.
     Raises `RecordError` as `prepare` does, and for records without intermediates.
     """
     if records and not hold_intermediates(system, records):
@@ -99,10 +100,10 @@ def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord]) -
         )
     sides = [[{**r.inputs, **side} for r, side in zip(records, column, strict=True)] for column in (
         [r.chosen for r in records], [r.rejected for r in records])]  # fmt: skip
-    prepared = []
+    prepared, known = [], {} if known is None else known
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
         try:
-            prepared.append(system.prepare(side))
+            prepared.append(system.prepare(side, known=known))
         except RecordError as error:
             raise RecordError(f"{name} runs: {error}") from error
     return PairBatch(*prepared)

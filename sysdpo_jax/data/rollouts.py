@@ -1,15 +1,19 @@
 """Runs of a system on a list of inputs, and preference pairs from scored runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
+from sysdpo_jax.components.tool import NotCalledError, ToolError
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.typing import Params, Record
+
+logger = logging.getLogger(__name__)
 
 Pairs = Literal["best_worst", "all"]
 Ties = Literal["drop", "keep"]
@@ -24,22 +28,65 @@ def rollout(
     batch_size: int = 256,
     progress: Callable[[int], None] = lambda done: None,
     shard: tuple[int, int] = (0, 1),
+    skipped: Callable[[int, ToolError], None] = lambda place, error: logger.warning("left out: %s", error),
 ) -> list[dict[str, Any]]:
     """`samples` whole-system runs of every input; runs of one input are adjacent.
 
-    Batches all have the same size (the last is filled up and cut), so nothing recompiles. `progress` is told how many
-    runs each batch made. shard: (index, count) makes the batches index, index + count, ... alone, whose runs are the
-    same as among all.
+    Components draw batches of the same size, so nothing recompiles; tools are called for the runs alone, once for each.
+
+    Args:
+        progress: Is told how many runs each batch made.
+        shard: (index, count) makes the batches index, index + count, ... alone, whose runs are the same as among all.
+        skipped: Is told the place, `samples` * input + sample, of a run that is left out, because a tool with
+            on_error="skip" failed, and why. It is logged by default.
+
+    Raises:
+        ToolError: A tool with on_error="stop" failed: names the prompt and the sample, counted from 1.
     """
-    rows = [record for record in inputs for _ in range(samples)]
     records: list[dict[str, Any]] = []
-    index, count = shard
-    for number, start in list(enumerate(range(0, len(rows), batch_size)))[index::count]:
-        batch = rows[start : start + batch_size]
-        filled = batch + [batch[-1]] * (batch_size - len(batch))
-        records += system.sample(params, filled, jax.random.fold_in(key, number))[: len(batch)]
+    for batch in run_batches(system, params, inputs, key, samples, batch_size, shard):
+        for place, run in batch:
+            if not isinstance(run, ToolError):
+                records.append(run)
+                continue
+            named = run.at(f"prompt {place // samples + 1}, sample {place % samples + 1}")
+            if not run.skip:
+                raise named
+            skipped(place, named)
         progress(len(batch))
     return records
+
+
+def run_batches(
+    system: CompoundSystem,
+    params: Params,
+    inputs: Sequence[Record],
+    key: PRNGKeyArray,
+    samples: int,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+    made: Container[int] = (),
+) -> Iterator[list[tuple[int, Any]]]:
+    """`rollout` a batch at a time: (place, run), or (place, `ToolError`) for a run that its tool leaves out.
+
+    made: places that are not made again; the other ones become what they would be among all.
+    Where a tool stops the whole, the runs of its batch that are complete come first, and its error comes last of all.
+    """
+    index, count = shard
+    for number, start in list(enumerate(range(0, len(inputs) * samples, batch_size)))[index::count]:
+        places = range(start, min(start + batch_size, len(inputs) * samples))
+        rows = [None if place in made else inputs[place // samples] for place in places]
+        filled = rows + [None] * (batch_size - len(rows))
+        runs = system.attempt(params, filled, jax.random.fold_in(key, number))
+        found = [(place, run) for place, run in zip(places, runs, strict=False) if run is not None]
+        failures = [(place, run) for place, run in found if _stops(run) and not isinstance(run, NotCalledError)]
+        yield [(place, run) for place, run in found if not _stops(run)] + failures[:1]
+        if failures:
+            return
+
+
+def _stops(run: Any) -> bool:
+    return isinstance(run, ToolError) and not run.skip
 
 
 def make_pairs(

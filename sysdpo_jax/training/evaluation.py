@@ -9,10 +9,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import name_of, user_code
+
+SAFE = "fix it; the state is saved, and the same command goes on from it"
 
 
 class EvaluationError(ValueError):
@@ -93,7 +97,10 @@ class Evaluator:
         return self._exhausted()
 
     def _measure(self, step: int, params: Params) -> dict[str, float]:
-        measured = {name: float(value) for name, value in self._evaluation.measure(step, params).items()}
+        measure = self._evaluation.measure
+        what = f"the evaluation at step {step}, {name_of(measure)},"
+        with user_code(what, EvaluationError, (EvaluationError, RecordError), SAFE):
+            measured = {name: float(value) for name, value in measure(step, params).items()}
         names = sorted(measured)
         values = _of_process_0(np.array([measured[name] for name in names], np.float64))
         figures = {f"{EVALUATED}{name}": float(value) for name, value in zip(names, values, strict=True)}

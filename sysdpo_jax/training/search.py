@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,8 @@ class IntermediateSearch:
         # The step whose policy drew the present sets, by record.
         self._drawn_at: int | None = None
         self._sets: dict[int, list[dict[str, Any]]] = {}
+        # What tools gave: they are called once for what a policy drew.
+        self._known: dict[tuple[str, Hashable], Any] = {}
         directory.mkdir(parents=True, exist_ok=True)
 
     def batch(self, step: int, params: Params) -> SampledBatch:
@@ -109,7 +111,7 @@ class IntermediateSearch:
         records, sets = [self._records[row] for row in rows], [self._sets[row] for row in rows]
         spec = self._batches
         try:
-            return sampled_batch(spec.system, records, sets, spec.num_intermediates, step - drawn_at)
+            return sampled_batch(spec.system, records, sets, spec.num_intermediates, step - drawn_at, self._known)
         except RecordError as error:
             raise RecordError(f"the batch of the records {rows}, counted from 0: {error}") from error
 
@@ -132,20 +134,23 @@ class IntermediateSearch:
     def _draw(self, step: int, params: Params) -> None:
         spec, rows = self._batches, self._rows_from(step)
         own, (index, count) = on_own_devices(params), spec.shard
+        # What tools gave of inputs alone stays; of what an earlier policy drew it would fill the memory.
+        given = {node.name for node in spec.system.given}
+        self._known = {key: value for key, value in self._known.items() if key[0] in given}
         size = spec.batch_size // count
         key = jax.random.fold_in(jax.random.key(spec.seed), step)
         sets: list[list[dict[str, Any]]] = []
         for number, start in enumerate(range(0, len(rows), size)):
             part = rows[start : start + size]
-            # Slices of one size, so that nothing recompiles and memory is bounded.
-            filled = part + [part[-1]] * (size - len(part))
-            inputs = [{**self._records[row].inputs, **self._given(row)} for row in filled]
+            inputs = [{**self._records[row].inputs, **self._given(row)} for row in part]
             part_key = jax.random.fold_in(key, number * count + index)
             try:
-                drawn = draw_intermediates(spec.system, own, inputs, spec.num_intermediates, part_key)
+                # Slices of one size, so that nothing recompiles and memory is bounded.
+                sets += draw_intermediates(
+                    spec.system, own, inputs, spec.num_intermediates, part_key, size, self._known
+                )
             except RecordError as error:
-                raise RecordError(f"the intermediates of the records {filled}, counted from 0: {error}") from error
-            sets += drawn[: len(part)]
+                raise RecordError(f"the intermediates of the records {part}, counted from 0: {error}") from error
         columns: dict[str, Any] = {
             node.name: [y[node.name] for kept in sets for y in kept] for node in spec.system.intermediates
         }

@@ -205,7 +205,7 @@ def test_one_thread_prepares_at_a_time(monkeypatch):
     """Tokenizers of transformers change their own padding and truncation in every call."""
     inside, most, prepare = [], [], type(CHAIN).prepare
 
-    def watched(self, records, nodes=None):
+    def watched(self, records, nodes=None, known=None):
         inside.append(1)
         most.append(len(inside))
         time.sleep(0.005)

@@ -141,7 +141,8 @@ def test_prompts_that_a_component_refuses_are_named_and_may_be_mended(files, cap
     """Nothing was made, so that nothing holds the file to the first prompts."""
     (files / "prompts.txt").write_text("one\ntwo\nthe longest question of all\n")
     said = failure(capsys, lambda: roll_out(files, chunk=3))
-    assert "prompts.txt, among prompts 1 to 3: 'the longest question of all' has no kind" in said
+    assert "prompts.txt, prompt 3, sample 1: node 'kind': the tool" in said
+    assert "test_runs:kind refuses question='the longest question of all': 'the longest question of all' has" in said
     assert [path.name for path in files.iterdir()] == ["prompts.txt"]
     (files / "prompts.txt").write_text("one\ntwo\n")
     assert len(list(read_lines(roll_out(files, chunk=3)))) == 6

@@ -123,7 +123,7 @@ def test_a_run_in_parts_measures_and_stops_as_a_whole_one(tmp_path, where):
 
 def test_the_state_is_safe_while_it_is_measured(tmp_path):
     """A measure that fails costs nothing but the measurement, which comes again."""
-    with pytest.raises(OSError, match="the judge is away"):
+    with pytest.raises(EvaluationError, match=r"at step 2, .*:Measured, failed .OSError: the judge is away.: fix it"):
         trainer(tmp_path, Measured([0.1, 0.2, 0.3], fails_at=2)).fit(fresh(), BATCH_AT, 4, KEY)
     assert steps_of(tmp_path) == [0, 2]
     runner = trainer(tmp_path, Measured([0.1, 0.2, 0.3]), best=("eval/score", "max"))
