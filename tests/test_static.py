@@ -66,7 +66,7 @@ class Own(Tool):
     [([1], "a list"), ({"a": 1}, "a dict"), (np.zeros(2), "a ndarray"), (([1],), "a tuple")],
 )
 def test_a_component_that_cannot_be_hashed_names_its_field(sizes, what):
-    nodes = (Node("y", Categorical(2, (2,)), ("x",)), Node("z", Own(abs, Inner(sizes)), ("y",)))
+    nodes = (Node("y", Categorical(2, (2,)), ("x",)), Node("z", Own(abs, inner=Inner(sizes)), ("y",)))
     with pytest.raises(GraphError, match=f"'z' cannot be hashed because of Own.inner.sizes, {what}: a system is"):
         CompoundSystem(("x",), nodes)
 

@@ -12,6 +12,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.user_code import user_code
 
 # The names of a conversation with more than messages; the last two are TRL's columns too.
 MESSAGES, TOOLS, ARGUMENTS = "messages", "tools", "chat_template_kwargs"
@@ -118,18 +119,16 @@ def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bo
             )
         )
 
+    # A template is a program of the model's makers, which may fail in any way on what it was not written for.
+    what = f"the chat template for the messages in row {row}"
+    remedy = "edit them, or set another tokenizer.chat_template"
     try:
-        template = str(tokenizer.get_chat_template(tools=tools))
-        text = write(conversation.messages)
-        unread = _unread(conversation, template, text, write)
+        with user_code(what, RecordError, (RecordError, TemplateError), remedy):
+            template = str(tokenizer.get_chat_template(tools=tools))
+            text = write(conversation.messages)
+            unread = _unread(conversation, template, text, write)
     except TemplateError as error:
         raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
-    except Exception as error:
-        # A template is a program of the model's makers, which may fail in any way on what it was not written for.
-        raise RecordError(
-            f"the chat template fails on the messages in row {row} ({type(error).__name__}: {error}): edit them, or "
-            "set another tokenizer.chat_template"
-        ) from error
     if unread is not None:
         raise RecordError(
             f"row {row} holds {unread}, which the tokenizer's chat template does not read: leave it out, or set a "

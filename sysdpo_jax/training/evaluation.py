@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -67,11 +68,19 @@ class Evaluator:
     """The evaluations of one call of `Trainer.fit`, which ends at `steps`.
 
     best: as the Trainer's. log: what takes the rows, and has the earlier ones: what was evaluated is not evaluated
-    again, and the patience goes on where it was. None on processes other than 0.
+    again, and the patience goes on where it was. None on processes other than 0. waiting: around each measurement, see
+    `StopRequests.waiting`.
     """
 
-    def __init__(self, evaluation: Evaluation, best: Best | None, log: MetricsLog | None, steps: int):
-        self._evaluation, self._log, self._steps = evaluation, log, steps
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        best: Best | None,
+        log: MetricsLog | None,
+        steps: int,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self._evaluation, self._log, self._steps, self._waiting = evaluation, log, steps, waiting
         self._best = best[0] if best is not None and best[0].startswith(EVALUATED) else None
         seen = Seen()
         for row in log.evaluations if log is not None else ():
@@ -99,7 +108,7 @@ class Evaluator:
     def _measure(self, step: int, params: Params) -> dict[str, float]:
         measure = self._evaluation.measure
         what = f"the evaluation at step {step}, {name_of(measure)},"
-        with user_code(what, EvaluationError, (EvaluationError, RecordError), SAFE):
+        with self._waiting(), user_code(what, EvaluationError, (EvaluationError, RecordError), SAFE):
             measured = {name: float(value) for name, value in measure(step, params).items()}
         names = sorted(measured)
         values = _of_process_0(np.array([measured[name] for name in names], np.float64))

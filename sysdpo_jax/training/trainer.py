@@ -5,7 +5,7 @@ Step k is the update made from `batch_at(k)`; a state or checkpoint of step s ha
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -238,15 +238,7 @@ class Trainer:
 
     def _evaluator(self, log: MetricsLog | None, steps: int, asked: StopRequests) -> Evaluator | None:
         """What evaluates while it trains. An evaluation that is asked to stop is left: its state is saved."""
-        evaluation = self.evaluation
-        if evaluation is None:
-            return None
-
-        def measure(step: int, params: Params) -> Mapping[str, float]:
-            with asked.waiting():
-                return evaluation.measure(step, params)
-
-        return Evaluator(replace(evaluation, measure=measure), self.best, log, steps)
+        return None if self.evaluation is None else Evaluator(self.evaluation, self.best, log, steps, asked.waiting)
 
     def _source(
         self, batch_at: BatchSource, start: int, stack: ExitStack

@@ -159,7 +159,7 @@ def test_what_is_no_conversation_is_refused(value, message):
             {"messages": [USER], "chat_template_kwargs": {"messages": []}},
             "gives the chat template 'messages', which is set for it",
         ),
-        "a failure": ("{{ messages + 3 }}", [USER], "the chat template fails on the messages in row 0 (TypeError: "),
+        "a failure": ("{{ messages + 3 }}", [USER], "the chat template for the messages in row 0 failed (TypeError: "),
     }.values(),
 )  # fmt: skip
 def test_what_a_template_does_not_read_is_refused(template, value, message):

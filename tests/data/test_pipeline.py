@@ -175,14 +175,14 @@ class Failing(Recording):
 def test_a_source_that_fails_is_named_by_the_record_whatever_it_raises(error, said):
     """StopIteration would end the data in silence, SystemExit the process."""
     dataset = preference_dataset(CHAIN, Failing(error=error), BATCH, seed=5)
-    message = rf"reading record 3, counted from 0, failed \({said}\)"
+    message = rf"Failing.__getitem__, for record 3, counted from 0, failed \({said}\)"
     with read_ahead(dataset, 0) as batches, pytest.raises(RecordError, match=message):
         deque(islice(batches, 2 * PER_EPOCH), maxlen=0)
     assert threads_left() == []
 
 
 def test_what_a_component_raises_is_an_error_of_the_batch(monkeypatch):
-    def broken(self, records, nodes=None):
+    def broken(self, records, nodes=None, known=None):
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(type(CHAIN), "prepare", broken)

@@ -144,7 +144,7 @@ def test_a_source_of_records_is_named_with_its_number(raised):
             raise raised("0")
 
     system = sj.CompoundSystem(("x",), (sj.Node("y", sj.Categorical(2, (2,)), ("x",)),))
-    with pytest.raises(sj.RecordError, match=r"Source\.__getitem__, for the record \d, failed"):
+    with pytest.raises(sj.RecordError, match=r"Source\.__getitem__, for record \d, counted from 0, failed"):
         sj.preference_dataset(system, Source(), 2, seed=0)[0]
 
 
