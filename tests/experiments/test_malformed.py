@@ -238,7 +238,7 @@ def test_a_tokenizer_of_another_model(models, place, capsys):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["ball"] = 5000
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    train_fails(capsys, place, "but the decoder knows ids below")
+    train_fails(capsys, place, "tokens beyond the model's vocab_size=14")
 
 
 def test_weights_that_are_damaged(models, place, capsys):
