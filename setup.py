@@ -28,7 +28,7 @@ setup(
     install_requires=[
         "chex>=0.1.91",
         "datasets>=4.0",
-        "filelock>=3.16",
+        "filelock>=3.24",
         "flax>=0.12",
         "grain>=0.2.18",
         "httpx>=0.28",

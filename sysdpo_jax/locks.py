@@ -87,7 +87,8 @@ def _locked(path: Path, what: Path, kind: str) -> Iterator[None]:
             ) from None
         stack.callback(lock.release)
         if lock.lock_counter == 1:
-            # Before the lock is given back: who opened the file meanwhile sees that it is gone, and makes a new one.
+            # Before the lock is given back: who opened the file meanwhile sees that it is gone (filelock since 3.21
+            # looks at its number of links), and makes a new one.
             stack.callback(path.unlink, missing_ok=True)
             stack.callback(about.unlink, missing_ok=True)
             since = time.strftime("%Y-%m-%d %H:%M:%S")

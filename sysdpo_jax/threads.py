@@ -26,6 +26,7 @@ class DaemonExecutor(Executor):
     """
 
     def __init__(self, threads: int, name: str):
+        self._closed = False
         self._calls: SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=_work, args=(self._calls,), name=f"{name}-{number}", daemon=True)
@@ -35,14 +36,17 @@ class DaemonExecutor(Executor):
             thread.start()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """The future of a call, as that of every executor."""
+        """The future of a call, as that of every executor. Raises `RuntimeError` after `shutdown`."""
+        if self._closed:
+            raise RuntimeError("this executor is shut down: make a new one")
         future: Future[T] = Future()
         self._calls.put((future, lambda: fn(*args, **kwargs)))  # type: ignore[arg-type]
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
-        """Cancel what has not begun, and wait for the rest, `GRACE` seconds at most."""
-        while True:
+        """Cancel what has not begun and, where `wait` says so, wait for the rest, `GRACE` seconds at most."""
+        self._closed = True
+        while cancel_futures:
             try:
                 call = self._calls.get_nowait()
             except Empty:
@@ -51,7 +55,7 @@ class DaemonExecutor(Executor):
                 call[0].cancel()
         for _ in self._threads:
             self._calls.put(None)
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + (GRACE if wait else 0.0)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -66,3 +70,5 @@ def _work(calls: "SimpleQueue[tuple[Future[object], Callable[[], object]] | None
         except BaseException as error:
             # Whatever it is, it belongs to who asks for the result.
             future.set_exception(error)
+        # A thread that waits for the next call keeps nothing of the last one alive.
+        del call, future, function

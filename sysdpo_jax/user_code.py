@@ -3,6 +3,7 @@
 import functools
 import logging
 import reprlib
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ def user_code(
         yield
     except expected:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, CancelledError) as error:
         logger.error("%s failed", what, exc_info=error)
         raise failure(f"{what} failed ({said(error)}): {remedy}") from error
 

@@ -1,5 +1,6 @@
 """Raw values of records: which are the same."""
 
+import hashlib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -16,14 +17,22 @@ def distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def content(value: Any) -> Hashable:
-    """Equal for equal values and, as text, the same in every process."""
+    """Equal for equal values alone and, as text, the same in every process: True is no 1, and {} no [].
+
+    Raises `TypeError` for an object that neither NumPy knows nor can be hashed.
+    """
     if isinstance(value, Mapping):
-        return tuple((name, content(value[name])) for name in sorted(value))
+        return "mapping", tuple((name, content(value[name])) for name in sorted(value))
     if isinstance(value, list | tuple):
-        return tuple(content(item) for item in value)
+        return "list", tuple(content(item) for item in value)
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
     if value is None or isinstance(value, str | int | float | bytes | PurePath):
-        return value
+        return type(value).__name__, value
     array = np.asarray(value)
-    return array.shape, array.dtype.str, array.tobytes()
+    if array.dtype.hasobject:
+        # The array would hold its address, at which another object may lie later.
+        hash(value)
+        return type(value).__qualname__, value
+    # A digest: keys of pictures are kept as long as what they stand for.
+    return array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest()

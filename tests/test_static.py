@@ -63,11 +63,11 @@ class Own(Tool):
 
 @pytest.mark.parametrize(
     ("sizes", "what"),
-    [([1], "a list"), ({"a": 1}, "a dict"), (np.zeros(2), "a ndarray"), (([1],), "a tuple")],
+    [([1], ", a list"), ({"a": 1}, ", a dict"), (np.zeros(2), ", a ndarray"), ((1, [1]), r"\[1\], a list")],
 )
 def test_a_component_that_cannot_be_hashed_names_its_field(sizes, what):
     nodes = (Node("y", Categorical(2, (2,)), ("x",)), Node("z", Own(abs, inner=Inner(sizes)), ("y",)))
-    with pytest.raises(GraphError, match=f"'z' cannot be hashed because of Own.inner.sizes, {what}: a system is"):
+    with pytest.raises(GraphError, match=f"'z' cannot be hashed because of Own.inner.sizes{what}: a system is"):
         CompoundSystem(("x",), nodes)
 
 
@@ -86,3 +86,10 @@ def test_lists_of_settings_are_tuples_at_every_depth():
     table = {"call": "sysdpo_jax:Categorical", "num_values": 3, "parent_sizes": [2, 4]}
     made = built({"a": [1, [2, 3]], "table": table}, "settings")
     assert made == {"a": (1, (2, 3)), "table": Categorical(3, (2, 4))}
+
+
+def test_lists_inside_tuples_become_tuples_too():
+    made = Inner(sizes=([2], 3))
+    hold_tuples(made)
+    assert made.sizes == ((2,), 3)
+    assert unhashable((1, ([2],)), "place") == "place[1][0], a list"

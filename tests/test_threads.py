@@ -61,3 +61,10 @@ pool = threads.DaemonExecutor(1, "test")
 pool.submit(time.sleep, 1e6)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+
+
+def test_nothing_is_taken_after_the_end():
+    executor = DaemonExecutor(1, "ended")
+    executor.shutdown()
+    with pytest.raises(RuntimeError, match="is shut down"):
+        executor.submit(abs, -1)

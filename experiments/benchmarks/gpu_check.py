@@ -17,6 +17,7 @@ experiments.benchmarks.gpu.
 import dataclasses
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -43,6 +44,8 @@ COMMANDS = {
     "demo": ("experiments.progressive_images", "--preset", "smoke"),
     "benchmark": ("experiments.benchmarks.gpu", "--preset", "tiny"),
 }
+# A command that takes longer hangs.
+MINUTES = 30
 CHECKS = ("attention", "steps", *COMMANDS)
 
 
@@ -145,9 +148,11 @@ def check_steps(make: Callable[[], Case]) -> str:
 
 def check_command(name: str, folder: Path) -> str:
     """The last line that one of `COMMANDS` prints."""
-    run = subprocess.run(
-        [sys.executable, "-m", *COMMANDS[name], "--folder", str(folder / name)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", *COMMANDS[name], "--folder", str(folder / name)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=MINUTES * 60)
+    except subprocess.TimeoutExpired:
+        raise CheckError(f"not done after {MINUTES} minutes") from None
     lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines() or ["it printed nothing"]
     if run.returncode:
         raise CheckError(f"exit code {run.returncode}: {lines[-1]}")
@@ -181,6 +186,8 @@ def rows(config: Config) -> Iterator[Row]:
 def main(arguments: list[str]) -> None:
     """Check, print the table row by row, write results.json, and end with 1 where a row failed."""
     config = parse(PRESETS, arguments, __doc__)
+    # The commands need the GPU's memory too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_compilations(str(config.folder / "compiled"))
     made = []
     for row in rows(config):

@@ -24,11 +24,14 @@ def keep_compilations(where: str) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or where == "none":
         return
-    folder = _user_folder() if where == "user" else Path(where).absolute()
+    if not where:
+        raise ValueError("compilation_cache is empty: give user, none or a folder")
     try:
+        folder = _user_folder() if where == "user" else Path(where).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        logger.warning("compiled programs are not kept: %s cannot be made (%s)", folder, error)
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: a user without a home.
+        logger.warning("compiled programs are not kept: %s cannot be made (%s)", where, error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)

@@ -1,5 +1,6 @@
 """A deterministic node: a parser, a template, a retriever, a call to a tool. No parameters, log-ratio exactly 0."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,8 +21,8 @@ REMEDY = "fix it, give the tool retries or a longer timeout where it may pass, o
 class ToolError(RecordError):
     """A tool gave no value for a row: the message names node, function, the parents' values and the reason.
 
-    skip: the row may be left out, as the tool's on_error says. refused: the function raised `RecordError`, which speaks
-    of the values and not of the function.
+    skip: the row may be left out, as the tool's on_error says. refused: the function raised `RecordError` or gave what
+    does not fit the node, which speaks of these values and not of the function as such.
     """
 
     def __init__(self, message: str, skip: bool = False, refused: bool = False):
@@ -67,10 +68,10 @@ class Tool(Component):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ValueError(f"Tool: the function is {self.function!r}, which cannot be called: give a function")
-        if self.concurrency < 1 or self.retries < 0 or (self.timeout is not None and not self.timeout > 0):
+        if self.concurrency < 1 or self.retries < 0 or not (self.timeout is None or 0 < self.timeout < math.inf):
             raise ValueError(
                 f"Tool: concurrency {self.concurrency} must be at least 1, retries {self.retries} at least 0, timeout "
-                f"{self.timeout} above 0 or None"
+                f"{self.timeout} above 0 and finite, or None"
             )
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"Tool: on_error {self.on_error!r} is neither 'stop' nor 'skip'")
@@ -124,7 +125,8 @@ def raise_first(outcomes: Sequence[Any], what: str) -> None:
 
 
 def _stops(outcome: Any) -> bool:
-    return isinstance(outcome, ToolError) and not outcome.skip
+    # A refusal is about its row alone: the tool works, and the other rows are still wanted.
+    return isinstance(outcome, ToolError) and not (outcome.skip or outcome.refused)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from sysdpo_jax.user_code import is_users, name_of, user_code
 T = TypeVar("T")
 
 # Batches: read in so many threads, and so many ahead of the step.
-READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+THREADS = AHEAD = 4
 
 # Tokenizers keep their padding and truncation as state, so one thread prepares at a time; reading goes on beside it.
 _PREPARING = threading.Lock()
@@ -79,7 +79,7 @@ def read_ahead(dataset: grain.MapDataset[T], step: int) -> Iterator[Iterator[T]]
     Grain's own prefetching would wait, when it is left and when the process ends, for a thread whose record never comes
     (a tool that waits for a server); here the threads are left alone after a moment.
     """
-    with DaemonExecutor(READ_AHEAD.num_threads, "read-ahead") as threads:
+    with DaemonExecutor(THREADS, "read-ahead") as threads:
         yield _elements(dataset, step, threads)
 
 
@@ -87,7 +87,7 @@ def _elements(dataset: grain.MapDataset[T], step: int, threads: Executor) -> Ite
     ahead: deque[Future[T]] = deque()
     for last in range(step, len(dataset)):
         ahead.append(threads.submit(dataset.__getitem__, last))
-        if len(ahead) > READ_AHEAD.prefetch_buffer_size:
+        if len(ahead) > AHEAD:
             yield ahead.popleft().result()
     while ahead:
         yield ahead.popleft().result()

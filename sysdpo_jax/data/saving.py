@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sysdpo_jax.components.conversations import MESSAGES
-from sysdpo_jax.components.images import read_image, upright
+from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rows import LINES, TABLE
 
@@ -62,11 +62,10 @@ class ImageFiles:
         """The bytes of the image as PNG, or those that it is."""
         if isinstance(image, bytes):
             return image
-        if isinstance(image, Image.Image):
-            # PNG files of Pillow's say nothing of how they are to be turned.
-            picture = upright(image)
-        else:
-            picture = Image.fromarray(np.rint(255 * read_image(image, 0)).astype(np.uint8))
+        pixels = open_picture(image, name)
+        # Whatever its mode was, Pillow writes red, green and blue.
+        whole = pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
+        picture = Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         return buffer.getvalue()

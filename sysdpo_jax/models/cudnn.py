@@ -4,12 +4,15 @@ Axes: B batch, L length, S slots, H heads, G key-value heads, K head width.
 """
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sysdpo_jax.models.attention_request import AttentionRequest
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16")
 # Of cuDNN's fused attention on every GPU that has it; JAX lets Hopper and later have 256.
@@ -96,5 +99,7 @@ def _own_refusal(request: AttentionRequest) -> str | None:
     try:
         jax.eval_shape(lambda q, k, v: jax.vjp(run, q, k, v)[1](q), queries, keys, keys)
     except (NotImplementedError, ValueError, RuntimeError) as error:
-        return f"is refused by JAX ({' '.join(str(error).split())})"
+        said = " ".join(str(error).split())
+        logger.warning("attention of %s does without cuDNN's fused kernel, which JAX refuses: %s", request, said)
+        return f"is refused by JAX ({said})"
     return None

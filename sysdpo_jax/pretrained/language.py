@@ -15,7 +15,7 @@ from sysdpo_jax.pretrained.fit import check_vocabulary
 from sysdpo_jax.pretrained.gguf import read_gguf
 from sysdpo_jax.pretrained.handing_on import recalled, remember, write_like
 from sysdpo_jax.pretrained.names import Naming
-from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
+from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors, widest_dtype
 from sysdpo_jax.pretrained.tensors import Safetensors, TensorSource, write_safetensors
 from sysdpo_jax.pretrained.tokenizer_files import FILES, write_tokenizer
 from sysdpo_jax.typing import Params
@@ -109,7 +109,7 @@ def save_language_model(folder: Path, component: LanguageModel, params: Params) 
         # transformers makes no model with a padding token beyond its vocabulary.
         written["pad_token_id"] = None
     # The first is what transformers 5 reads, the second what older versions and vLLM read.
-    dtypes = dict.fromkeys(("dtype", "torch_dtype"), str(jax.tree.leaves(params)[0].dtype))
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), widest_dtype(params))
     write_like(folder, "config.json", written | dtypes, source)
     write_like(folder, "generation_config.json", special | generation | changed, source)
     write_safetensors(folder, "model", stored_tensors(params, decoder_naming(config)))

@@ -25,6 +25,12 @@ from sysdpo_jax.typing import Params
 Shardings = Callable[[PyTree], PyTree]
 
 
+def widest_dtype(params: Params) -> str:
+    """The precision that holds all leaves but LoRA's factors: who reads a file in it rounds nothing."""
+    kinds = [leaf.dtype for leaf in jax.tree.leaves(strip_lora(params))]
+    return str(np.dtype(reduce(jnp.promote_types, kinds)))
+
+
 def load_params(
     abstract: PyTree, source: TensorSource, naming: Naming, dtype: Any = None, shardings: Shardings | None = None
 ) -> Params:

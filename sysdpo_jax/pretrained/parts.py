@@ -19,7 +19,7 @@ from sysdpo_jax.pretrained.base import ConfigReader, read_json
 from sysdpo_jax.pretrained.fields import with_ours
 from sysdpo_jax.pretrained.handing_on import handed_on, recalled, write_like
 from sysdpo_jax.pretrained.names import Naming
-from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors
+from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors, widest_dtype
 from sysdpo_jax.pretrained.refusals import refuse_adapter
 from sysdpo_jax.pretrained.tensors import Safetensors, weight_files, write_safetensors
 from sysdpo_jax.typing import Params
@@ -102,7 +102,7 @@ def write_part(
 
     values = {**ids, **handed_on(recalled(source, "config.json"), part.write(module.config), module.config, read)}
     # Those of transformers' models say the precision of the file beside them.
-    precision = str(jax.tree.leaves(params)[0].dtype)
+    precision = widest_dtype(params)
     values |= {name: precision for name in ("dtype", "torch_dtype") if name in values}
     write_like(folder, "config.json", values, source)
     write_safetensors(folder, part.stem, stored_tensors(params, part.naming(module.config)))

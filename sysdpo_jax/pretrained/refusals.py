@@ -76,7 +76,8 @@ def refuse_part(folder: Path) -> None:
     values = read_json(folder / "config.json")
     classes = values.get("architectures")
     name = values.get("_class_name") or (classes[0] if isinstance(classes, list) and classes else None)
-    if (folder.parent / "model_index.json").exists():
+    # A whole language model may lie anywhere.
+    if (name in PART_CLASSES or "_class_name" in values) and (folder.parent / "model_index.json").exists():
         raise CheckpointError(f"{folder} is one part of a pipeline: pass the pipeline's folder, {folder.parent}")
     if name in PART_CLASSES:
         raise CheckpointError(f"{folder} holds {name} alone, {_as_part(PART_CLASSES[name], folder)}")

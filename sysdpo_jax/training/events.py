@@ -1,5 +1,6 @@
 """TensorBoard's events of a run: a side output, which ends with a warning where it cannot be written."""
 
+import itertools
 import os
 import socket
 import time
@@ -10,6 +11,8 @@ from typing import Any
 
 from sysdpo_jax.training.progress import tell
 
+# Of the files of this process: two may be made within a second.
+_NUMBERS = itertools.count()
 # Seconds after which what TensorBoard may show is on disk.
 FLUSH_EVERY = 30.0
 
@@ -31,7 +34,7 @@ class Events:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
         self._directory = directory
         self._writer: Any = None
         self._flushed = time.monotonic()

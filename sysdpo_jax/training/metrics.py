@@ -121,7 +121,7 @@ class MetricsLog:
             with suppress(OSError):
                 os.ftruncate(self._file.fileno(), end)
             raise MetricsWriteError(
-                f"{self._path} does not take the row of step {step} ({error.strerror}): {REMEDY}"
+                f"{self._path} does not take the row of step {step}, which will be missing ({error.strerror}): {REMEDY}"
             ) from error
 
 

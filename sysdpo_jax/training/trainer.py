@@ -33,6 +33,7 @@ from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_s
 from sysdpo_jax.training.throughput import Throughput
 from sysdpo_jax.training.tracker import import_wandb
 from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import user_code
 
 # What gives the batch of a step, see `Trainer.fit`.
 BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | grain.MapDataset[Any]
@@ -193,7 +194,8 @@ class Trainer:
                     stop = asked(done)
                     ended = stop is None and ends()
                     while done < steps and stop is None and not ended:
-                        with asked.waiting():
+                        # Errors keep their class; only `sys.exit` of a batch's code must not end the process.
+                        with asked.waiting(), user_code(f"the batch of step {done}", RuntimeError, (Exception,)):
                             batch = batch_of(done, state.params)
                         reader.count(done, state, batch)
                         profile.before(done)

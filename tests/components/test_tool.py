@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio import CancelledError
 from dataclasses import replace
 
 import jax
@@ -74,7 +75,7 @@ def outcomes(tool, *values):
     return tool.outcomes({"x": values})
 
 
-RAISED = (ValueError, ConnectionError, StopIteration, KeyError, SystemExit)
+RAISED = (ValueError, ConnectionError, StopIteration, KeyError, SystemExit, CancelledError)
 
 
 @pytest.mark.parametrize("raised", RAISED)
@@ -274,3 +275,19 @@ def test_a_tool_has_one_candidate():
     paid = Paid()
     assert Tool(paid).candidates({}, {"x": [1, 2]}, 4, KEY) == [[10], [20]]
     assert paid.calls == [1, 2]
+
+
+def test_a_refused_row_stops_no_other(caplog):
+    """A refusal is about its row alone, whatever on_error says."""
+    asked = []
+
+    def picky(x):
+        asked.append(x)
+        if x == 0:
+            raise RecordError("no zeros")
+        return x
+
+    outcomes = Tool(picky).outcomes({"x": [0, 1, 2]})
+    assert asked == [0, 1, 2]
+    assert isinstance(outcomes[0], ToolError)
+    assert outcomes[1:] == [1, 2]

@@ -14,7 +14,7 @@ import pytest
 
 from sysdpo_jax import DirectObjective, PreferenceRecord, RecordError, epoch_batches, prepare_pairs
 from sysdpo_jax.data import preference_dataset
-from sysdpo_jax.data.pipeline import READ_AHEAD, read_ahead
+from sysdpo_jax.data.pipeline import AHEAD, read_ahead
 from sysdpo_jax.threads import GRACE
 from sysdpo_jax.training import ComponentOptimizer, Trainer, create_state, make_optimizer
 from tests.training.systems import CHAIN
@@ -140,7 +140,7 @@ def test_reading_goes_ahead_in_threads_and_starts_at_any_step():
     whole = preference_dataset(CHAIN, RECORDS, BATCH, seed=5)
     with read_ahead(dataset, 3) as batches:
         same(next(batches), whole[3])
-        ahead = 1 + READ_AHEAD.prefetch_buffer_size
+        ahead = 1 + AHEAD
         deadline = time.monotonic() + 10
         while len(source.rows) < ahead * BATCH and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -239,7 +239,7 @@ def test_training_from_the_dataset_is_training_from_its_elements_and_resumes(tmp
     source = Recording()
     same(fit(tmp_path, preference_dataset(CHAIN, source, BATCH, seed=5), 9), whole)
     # The second part read from step 4 on, and no further ahead than it may.
-    last = 9 + READ_AHEAD.prefetch_buffer_size
+    last = 9 + AHEAD
     assert Counter(source.rows) <= Counter(chain(*(rows_of(dataset[k]) for k in range(4, last))))
     assert threads_left() == []
 

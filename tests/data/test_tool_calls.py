@@ -160,6 +160,16 @@ def test_sets_that_a_tool_fails_on_stop_or_are_left_out(on_error):
         sampled_batch(system, [pair(0)], [[{"y": 3}]], 4)
 
 
+def test_a_set_that_a_tool_refuses_is_left_out_though_it_comes_first():
+    def picky(y):
+        if y == 2:
+            raise RecordError("no twos")
+        return y
+
+    batch = sampled_batch(chain(between=Tool(picky)), [pair(0)], [[{"y": 2}, {"y": 0}, {"y": 1}]], 4)
+    np.testing.assert_array_equal(batch.valid.sum(1), [2])
+
+
 def test_a_search_and_its_batches_call_tools_once(tmp_path):
     given, between = Tool(Paid()), Tool(Paid())
     system = chain(given, between)

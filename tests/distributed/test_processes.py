@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sysdpo_jax.data import preference_dataset
-from sysdpo_jax.data.pipeline import READ_AHEAD
+from sysdpo_jax.data.pipeline import AHEAD
 from sysdpo_jax.training import distributed, read_metrics
 from tests.distributed.two_processes import BATCH, HEARTBEAT, PROCESSES, ROWS, SEED, SYSTEM, Source
 
@@ -143,7 +143,7 @@ def test_each_process_read_its_part_only(two):
     """What the sources were asked for, beside the rows of the global batches: its block of each, and a few ahead."""
     source = Source(0.0, None)
     dataset = preference_dataset(SYSTEM, source, BATCH, SEED)
-    for step in range(STEPS + READ_AHEAD.prefetch_buffer_size):
+    for step in range(STEPS + AHEAD):
         dataset[step]
     blocks = np.reshape(source.rows, (-1, PROCESSES, BATCH // PROCESSES))
     read = [Counter(json.loads((two / f"rows-{process}.json").read_text())) for process in range(PROCESSES)]

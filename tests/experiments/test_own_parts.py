@@ -1,5 +1,6 @@
 """Components, prompts, readers and the like of a user's own: what they raise names them and their place."""
 
+from asyncio import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ KEY = jax.random.key(0)
 DECODER = Decoder(DecoderConfig(**SIZES, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=20))
 # An evaluation without a best figure grades no checkpoint.
 UNUSED = object.__new__(Checkpoints)
-RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError)
+RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError, CancelledError)
 
 
 @dataclass(frozen=True)

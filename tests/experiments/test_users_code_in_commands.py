@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from asyncio import CancelledError
 
 import pytest
 
@@ -13,7 +14,7 @@ from experiments.own.importing import import_object
 from experiments.own.runs_file import read_lines
 from experiments.own.system import _component
 
-RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError)
+RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError, CancelledError)
 
 # What the module of a user does when it is called, and when it is imported; the tests set both.
 MODULE = """

@@ -201,3 +201,13 @@ def test_what_was_trained_is_what_is_written(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("in", "out")
     )
     assert all(torch.equal(2 * theirs[name], ours[name]) for name in theirs)
+
+
+def test_the_stated_precision_rounds_no_leaf(tmp_path):
+    """transformers casts all weights to what config.json says: the widest of what is stored."""
+    write_decoder(tmp_path / "in", "llama", torch.bfloat16)
+    component, params = pretrained.load(tmp_path / "in", tokenizer=word_tokenizer())
+    params["layers"] = jax.tree.map(lambda leaf: leaf.astype("float32") + 1e-6, params["layers"])
+    pretrained.save(tmp_path / "out", component, params)
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (stated["dtype"], stated["torch_dtype"]) == ("float32", "float32")

@@ -179,3 +179,9 @@ def test_settings_from_json_have_lists(tmp_path):
     component, _ = pretrained.load(tmp_path, stop_tokens=[5, 6])
     assert component.stop_tokens == (5, 6)
     hash(component)
+
+
+def test_a_whole_language_model_may_lie_in_a_pipelines_folder(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    write_decoder(tmp_path / "llm", "llama")
+    assert pretrained.load(tmp_path / "llm", tokenizer=word_tokenizer())[0].decoder.config.model_type == "llama"

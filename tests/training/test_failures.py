@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_rows_that_find_no_room_end_the_run_with_its_state_and_no_half_row(tmp_p
     assert "(No space left on device): make room for it" in str(caught.value)
     lost = len(steps_of(tmp_path / "hurt"))
     assert 0 < lost < 5
-    assert f"step {lost} " in str(caught.value)
+    assert f"step {lost}, which will be missing" in str(caught.value)
     assert (tmp_path / "hurt" / "metrics.jsonl").read_bytes().endswith(b"}\n")
     [newest] = saved(tmp_path / "hurt")
     assert newest > lost
@@ -257,3 +258,16 @@ def test_a_run_is_accepted_once_nothing_can_refuse_it(tmp_path):
     with pytest.raises(ValueError, match="the dataset ends after 3"):
         fit(tmp_path / "new", batch_at=grain.MapDataset.range(3))
     assert not (tmp_path / "new").exists()
+
+
+def test_sys_exit_of_a_batch_is_a_failure_whose_state_is_saved(tmp_path):
+    """It must not end the process with a code of its own."""
+
+    def batch_at(step):
+        if step == 2:
+            sys.exit(7)
+        return BATCH_AT(step)
+
+    with pytest.raises(RuntimeError, match=r"the batch of step 2 failed .sys.exit.7.."):
+        fit(tmp_path, 4, batch_at)
+    assert (tmp_path / "checkpoints" / "2").is_dir()
