@@ -38,8 +38,8 @@ from sysdpo_jax.locks import locked_folder
 def train(config: TrainConfig, arguments: list[str]) -> None:
     """Train until the last step, from the newest checkpoint if there is one, and write report.html.
 
-    Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was, and `Preempted`
-    when asked to stop.
+    Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for what
+    tools gave for the preferences, and `Preempted` when asked to stop.
     """
     began, folder = time.monotonic(), Path(config.directory)
     keep_compilations(config.compilation_cache)

@@ -1,5 +1,6 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,15 @@ from jaxtyping import Float
 
 import sysdpo_jax as sj
 from experiments.own.appended import digest, note_of
+from experiments.own.begun import Begun, discard, fingerprint
 from experiments.own.config import ConfigError, JudgeConfig, write_whole
 from experiments.own.judge import Judge
 from experiments.own.prompts import read_prompts
 from experiments.own.run import BEST, Run
-from experiments.own.runs_file import as_row, failed_row, read_lines, write_rows
+from experiments.own.runs_file import read_lines, write_rows
 from experiments.own.scoring import Scorer, about_scorer, check_scorer, make_scorer, score_runs
 from experiments.own.unscored import ScoreError
-from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, paired_difference, too_few, win_rate
 from sysdpo_jax.evaluation.preferences import SHARE
@@ -41,6 +43,7 @@ class HeldOut:
     Of several processes each samples and scores its share of the batches on its own devices, and process 0 writes all:
     what is drawn does not depend on their number.
     folder: has runs-<step>.jsonl of every evaluation; that of step 0 is what later ones are compared with.
+    made_by: tells what the runs depend on beside the parameters and what `about` says.
     """
 
     system: sj.CompoundSystem
@@ -53,6 +56,7 @@ class HeldOut:
     seed: int
     folder: Path
     about: Mapping[str, str]
+    made_by: str
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
         """score, win_rate and score_difference, with their intervals where there are two prompts or more.
@@ -60,6 +64,9 @@ class HeldOut:
         The latter two are of pairs of runs, with the system before training; a tie counts half. runs, prompts: behind
         the figures. unscored: how many pairs of runs are left out because one has no score, or a tool
         failed. Raises `ScoreError` for a run without a score, or where `skip` leaves too few, and `ToolError`.
+
+        Whatever ends it, a kill included, runs and scores that are there are taken when the step is measured again with
+        the same parameters.
         """
         numbered = [pair for pairs in gathered(self._own_runs(step, params)) for pair in pairs]
         now = [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
@@ -70,36 +77,31 @@ class HeldOut:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(note_of(self.path(0)), json.dumps(self.about, indent=1) + "\n")
         write_rows(self.path(step), now)
+        discard(self.path(step))
         return _estimates(_scores(now), _scores(list(read_lines(self.path(0)))), self.samples)
 
     def _own_runs(self, step: int, params: Params) -> list[tuple[int, Any]]:
         """(place, row) of the runs that this process makes; their images are written."""
         index, count = shard = jax.process_index(), jax.process_count()
-        key, size = jax.random.key(self.seed), self.batch_size
         own = sj.on_own_devices(params)
-        places = [place for place in range(len(self.prompts) * self.samples) if place // size % count == index]
-        lines, made = Lines(f"evaluation at step {step}, runs", 0, len(places)), 0
-
-        def progress(number: int) -> None:
-            nonlocal made
-            made += number
+        about = {**self.about, "seed": str(self.seed), "made_by": self.made_by, "parameters": fingerprint(own)}
+        begun = Begun(self.path(step), about)
+        size, names = self.batch_size, [f"{p}-{s}" for p in range(len(self.prompts)) for s in range(self.samples)]
+        mine = [place for place in range(len(names)) if place // size % count == index]
+        done = {place for place in mine if names[place] in begun.runs}
+        lines, images = Lines(f"evaluation at step {step}, runs", len(done), len(mine)), ImageFiles(self.path(step))
+        key = jax.random.key(self.seed)
+        for batch in run_batches(self.system, own, self.prompts, key, self.samples, size, shard, frozenset(done)):
+            stop = begun.add_runs(self.system, self.prompts, images, [(names[place], run) for place, run in batch])
+            if stop is not None:
+                raise stop
+            done |= {place for place, _ in batch}
             if index == 0:
-                lines.report(made, "")
-
-        left: dict[int, ToolError] = {}
-        runs = sj.rollout(self.system, own, self.prompts, key, self.samples, size, progress, shard, left.__setitem__)
-        names = {place: f"{place // self.samples}-{place % self.samples}" for place in places}
-        kept = [place for place in places if place not in left]
-        scores = score_runs(self.scorer, runs, [names[place] for place in kept], self.parallel, self.skip)
-        images = ImageFiles(self.path(step))
-        # A run that a tool left out has a line without a score.
-        rows = {
-            place: failed_row(self.system, self.prompts[place // self.samples], names[place], error) | {"score": None}
-            for place, error in left.items()
-        }
-        for place, run, score in zip(kept, runs, scores, strict=True):
-            rows[place] = as_row(self.system, run, names[place], images) | {"score": score}
-        return sorted(rows.items())
+                lines.report(len(done), "")
+        # Of the lines, as experiments.score has them: a run has the same score after a stop as without one.
+        waiting = [names[place] for place in mine if names[place] in begun.runs and names[place] not in begun.scores]
+        score_runs(self.scorer, waiting, begun.values, self.parallel, self.skip, begun.add_score)
+        return [(place, begun.row(names[place])) for place in mine]
 
     def check(self) -> None:
         """Raise `ConfigError` where the folder's first runs were made or scored in another way, or are missing."""
@@ -152,6 +154,7 @@ def make_evaluation(run: Run) -> Evaluation | None:
             "batch_size": str(config.batch_size),
             "prompts": digest(Path(config.prompts)),
         },
+        hashlib.sha256(json.dumps(run.identity, sort_keys=True, default=str).encode()).hexdigest()[:32],
     )
     held_out.check()
     few = too_few(len(held_out.prompts))

@@ -40,6 +40,8 @@ FREE = (
 )
 # What the folder of a run says of it.
 CONFIG, DATA = "config.yaml", "data.json"
+# What tools gave for its preferences: there from the first value on, whatever becomes of the run.
+TOOL_VALUES = "tool_values.jsonl"
 # Which evaluation's checkpoint is the best.
 BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 
@@ -156,7 +158,13 @@ def read_preferences(run: Run) -> sj.Preferences:
     if not data.source:
         raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
     return sj.load_preferences(
-        data.source, run.system, data.reader, split=data.split, on_error=data.on_error, ignore=data.ignore
+        data.source,
+        run.system,
+        data.reader,
+        split=data.split,
+        on_error=data.on_error,
+        ignore=data.ignore,
+        tool_values=Path(run.config.directory) / TOOL_VALUES,
     )
 
 

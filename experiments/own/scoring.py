@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,24 @@ def _judged(
 
 
 def score_runs(
-    scorer: Scorer | Judge, runs: Sequence[Mapping[str, Any]], names: Sequence[str], parallel: int, skip: bool
-) -> list[float | None]:
-    """The scores of runs, whose ids are `names`. skip: None for one without a score. Raises as `scores`."""
-    found = dict(scores(scorer, names, dict(zip(names, runs, strict=True)).__getitem__, parallel, skip))
-    errors = [error for error in found.values() if isinstance(error, ScoreError)]
+    scorer: Scorer | Judge,
+    names: Sequence[str],
+    read: Callable[[str], Mapping[str, Any]],
+    parallel: int,
+    skip: bool,
+    keep: Callable[[str, float], None],
+) -> None:
+    """Call `keep` with the id and the score of each run as it comes, and log how many have none; else as `scores`."""
+    errors = list[ScoreError]()
+    with closing(scores(scorer, names, read, parallel, skip)) as found:
+        for name, score in found:
+            if isinstance(score, ScoreError):
+                errors.append(score)
+            else:
+                keep(name, score)
     if errors:
-        said = (len(errors), len(runs), counted(errors), errors[-1])
+        said = (len(errors), len(names), counted(errors), errors[-1])
         logger.warning("%d of %d runs have no score (%s); the last: %s", *said)
-    return [None if isinstance(score, ScoreError) else score for score in (found[name] for name in names)]
 
 
 def about_scorer(scorer: str, judge: JudgeConfig) -> dict[str, str]:

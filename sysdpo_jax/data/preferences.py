@@ -17,6 +17,7 @@ from sysdpo_jax.data.readers import READERS, Reader
 from sysdpo_jax.data.records import PreferenceRecord, check_intermediates
 from sysdpo_jax.data.rows import Row, read_rows
 from sysdpo_jax.data.stored import StoredRecords, write_records
+from sysdpo_jax.data.tool_values import ToolValues, with_kept_values
 from sysdpo_jax.data.tools import stored_with_tools
 from sysdpo_jax.graph import CompoundSystem, Known
 from sysdpo_jax.user_code import is_users, name_of, shown, user_code
@@ -89,6 +90,7 @@ def load_preferences(
     on_error: Literal["stop", "skip"] = "stop",
     ignore: Sequence[str] = (),
     cache: str | Path | None = None,
+    tool_values: str | Path | None = None,
 ) -> Preferences:
     """Read preferences: every row once, into a file that is memory-mapped.
 
@@ -102,9 +104,14 @@ def load_preferences(
     on_error: "skip" leaves rows with errors out and counts them, as a tool's own on_error does for rows that it fails.
     cache: a folder for that file. Where it exists it is taken as it is, for the same source, system and reader: remove
     it when one of them has changed. Without it the file is a temporary one that goes with the result.
+    tool_values: a file (JSON Lines) that keeps what tools gave, each value as soon as its call returns, and from which
+    a later call takes it: whatever ends the reading, a kill included, loses the calls under way alone. A value belongs
+    to the node, the name of the function and the parents' values; one that JSON, with bytes, does not give back as it
+    is, or of parents that are no plain values or arrays, is not kept. Remove the file when a function gives something
+    else.
     A row may have an "id", which no other one has.
-    Raises `RecordError` naming file, row and field, `FileNotFoundError`, and `ValueError` for an unknown reader or for
-    `ignore` without a list of names.
+    Raises `RecordError` naming file, row and field, `FileNotFoundError`, and `ValueError` for an unknown reader, for
+    `ignore` without a list of names, and for `tool_values` that hold something else.
     """
     if isinstance(ignore, str):
         raise ValueError(f"ignore {ignore!r} is one text: give the names of fields in a tuple, ({ignore!r},)")
@@ -113,6 +120,8 @@ def load_preferences(
     convert = READERS[reader] if isinstance(reader, str) else reader
     if cache is not None and Path(cache).exists():
         return Preferences(Path(cache), str(source))
+    if system is not None and tool_values is not None:
+        system = with_kept_values(system, ToolValues(Path(tool_values)))
     counts, base = Counts(), _folder_of(source)
     made = _temporary_folder(cache)
     try:

@@ -1,7 +1,7 @@
 """Runs of a system on a list of inputs, and preference pairs from scored runs."""
 
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,11 +12,18 @@ from sysdpo_jax.components.tool import NotCalledError, ToolError
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.typing import Params, Record
+from sysdpo_jax.values import content
 
 logger = logging.getLogger(__name__)
 
 Pairs = Literal["best_worst", "all"]
 Ties = Literal["drop", "keep"]
+
+
+class RolloutStopped(ToolError):
+    """A tool stopped a rollout. records: the runs that were complete by then, as `rollout` returns them."""
+
+    records: Sequence[dict[str, Any]] = ()
 
 
 def rollout(
@@ -33,6 +40,7 @@ def rollout(
     """`samples` whole-system runs of every input; runs of one input are adjacent.
 
     Components draw batches of the same size, so nothing recompiles; tools are called for the runs alone, once for each.
+    All runs are in memory until the last one is made, and Ctrl-C loses them: `run_batches` gives them as they come.
 
     Args:
         progress: Is told how many runs each batch made.
@@ -41,7 +49,8 @@ def rollout(
             on_error="skip" failed, and why. It is logged by default.
 
     Raises:
-        ToolError: A tool with on_error="stop" failed: names the prompt and the sample, counted from 1.
+        RolloutStopped: A tool with on_error="stop" failed: names the prompt and the sample, counted from 1, and has the
+            runs that are complete. It is a `ToolError`.
     """
     records: list[dict[str, Any]] = []
     for batch in run_batches(system, params, inputs, key, samples, batch_size, shard):
@@ -51,7 +60,9 @@ def rollout(
                 continue
             named = run.at(f"prompt {place // samples + 1}, sample {place % samples + 1}")
             if not run.skip:
-                raise named
+                stopped = RolloutStopped(str(named), named.skip, named.refused)
+                stopped.records = records
+                raise stopped from named.__cause__
             skipped(place, named)
         progress(len(batch))
     return records
@@ -98,28 +109,37 @@ def make_pairs(
     pairs: Pairs = "best_worst",
     ties: Ties = "drop",
 ) -> list[PreferenceRecord]:
-    """Preferences within each group of adjacent runs of one input, by their scores.
+    """Preferences within each group of adjacent runs of equal inputs, by their scores.
 
-    records, scores: as `rollout` returns them and a judge of theirs, higher is better. group: runs in a group; it must
-    divide the runs of one input. min_margin: smallest difference kept. pairs: the best against the worst of a group, or
+    records, scores: as `rollout` returns them and a judge of theirs, higher is better. group: runs in a group at most,
+    `rollout`'s samples for all of an input; a tool may have left out some of them, and a run alone makes no pair.
+    min_margin: smallest difference kept. pairs: the best against the worst of a group, or
     all two. ties: whether equal scores make a pair. A kept one has no right order: it takes that of the records, which
     is a fair coin as long as they are samples of one system, and is for losses with label smoothing.
-    Raises `ValueError` for scores that are not finite, groups that mix inputs, or ties kept below a margin.
+    Raises `ValueError` for scores that are not finite or not one a run, a group below 1, or ties kept below a margin.
     """
-    if len(records) != len(scores) or len(records) % group:
-        raise ValueError(f"{len(records)} runs and {len(scores)} scores do not form groups of {group}")
+    if len(records) != len(scores):
+        raise ValueError(f"there are {len(records)} runs and {len(scores)} scores: give a score for each run")
+    if group < 1:
+        raise ValueError(f"group {group} must be at least 1 run")
     if not np.isfinite(scores).all():
         raise ValueError(f"the score of run {int(np.argmin(np.isfinite(scores)))} is not finite: fix or drop the run")
     made = []
-    for start in range(0, len(records), group):
+    for start, end in _groups([content([record[name] for name in system.inputs]) for record in records], group):
         inputs = {name: records[start][name] for name in system.inputs}
-        for row in range(start, start + group):
-            if any(records[row][name] != inputs[name] for name in system.inputs):
-                raise ValueError(f"runs {start} and {row} of one group have different inputs: check `group`")
-        for places in preferred(scores[start : start + group], pairs, min_margin, ties):
+        for places in preferred(scores[start:end], pairs, min_margin, ties):
             sides = ({node.name: records[start + place][node.name] for node in system.nodes} for place in places)
             made.append(PreferenceRecord(inputs, *sides))
     return made
+
+
+def _groups(inputs: Sequence[Hashable], size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the longest groups of adjacent equal inputs with `size` of them at most."""
+    start = 0
+    for end in range(1, len(inputs) + 1):
+        if end == len(inputs) or inputs[end] != inputs[start] or end - start == size:
+            yield start, end
+            start = end
 
 
 def preferred(

@@ -24,7 +24,7 @@ def write_records(path: Path, records: Iterable[PreferenceRecord]) -> None:
         waiting = 0
         for record in records:
             blobs: list[bytes] = []
-            parts = [_packed(part, blobs) for part in (record.inputs, record.chosen, record.rejected)]
+            parts = [packed(part, blobs) for part in (record.inputs, record.chosen, record.rejected)]
             writer.write({"record": json.dumps(parts), "blobs": blobs})
             waiting += sum(map(len, blobs))
             if waiting > BYTES_TOGETHER:
@@ -46,20 +46,21 @@ class StoredRecords:
 
     def __getitem__(self, row: int) -> PreferenceRecord:
         stored = self._table[row]
-        return PreferenceRecord(*(_unpacked(part, stored["blobs"]) for part in json.loads(stored["record"])))
+        return PreferenceRecord(*(unpacked(part, stored["blobs"]) for part in json.loads(stored["record"])))
 
 
-def _packed(value: Any, blobs: list[bytes]) -> Any:
+def packed(value: Any, blobs: list[bytes]) -> Any:
     """The value as JSON has it, its bytes moved to `blobs`."""
     if isinstance(value, bytes):
         blobs.append(value)
         return {BYTES: len(blobs) - 1}
     if isinstance(value, Mapping):
-        return {name: _packed(item, blobs) for name, item in value.items()}
-    return [_packed(item, blobs) for item in value] if isinstance(value, list | tuple) else value
+        return {name: packed(item, blobs) for name, item in value.items()}
+    return [packed(item, blobs) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _unpacked(value: Any, blobs: Sequence[bytes]) -> Any:
+def unpacked(value: Any, blobs: Sequence[bytes]) -> Any:
+    """What `packed` was given."""
     if isinstance(value, dict):
-        return blobs[value[BYTES]] if BYTES in value else {name: _unpacked(item, blobs) for name, item in value.items()}
-    return [_unpacked(item, blobs) for item in value] if isinstance(value, list) else value
+        return blobs[value[BYTES]] if BYTES in value else {name: unpacked(item, blobs) for name, item in value.items()}
+    return [unpacked(item, blobs) for item in value] if isinstance(value, list) else value

@@ -33,17 +33,17 @@ def stored_with_tools(system: CompoundSystem, record: PreferenceRecord, known: K
     rows = with_tools(system, [{**record.inputs, **side} for side in sides], known)
     tools = [node.name for node in system.nodes if node.deterministic]
     filled = (
-        {**side, **{name: row[name] for name in tools if name in row and name not in side and _is_plain(row[name])}}
+        {**side, **{name: row[name] for name in tools if name in row and name not in side and is_plain(row[name])}}
         for side, row in zip(sides, rows, strict=True)
         if not isinstance(row, ToolError)
     )
     return PreferenceRecord(record.inputs, *filled)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether JSON, with bytes, gives the very same value back: a tuple or an array would come back as a list."""
     if type(value) is dict:
-        return all(type(name) is str for name in value) and all(map(_is_plain, value.values()))
+        return all(type(name) is str for name in value) and all(map(is_plain, value.values()))
     if type(value) is list:
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return value is None or type(value) in (str, int, float, bool, bytes)

@@ -122,6 +122,16 @@ def test_pairs_are_the_best_against_the_worst_of_a_group():
     assert len(make_pairs(SYSTEM, records, scores, 2)) == 3
 
 
+def test_groups_that_lack_runs_are_of_one_input_each():
+    records = runs(1, 2, 3) + runs(4, x=1) + runs(5, 6, 7, 8, x=2) + runs(9, 10)
+    made = make_pairs(SYSTEM, records, np.arange(10.0), 4)
+    assert [(pair.inputs["x"], pair.chosen["y"], pair.rejected["y"]) for pair in made] == [
+        (0, 3, 1),
+        (2, 8, 5),
+        (0, 10, 9),
+    ]
+
+
 @pytest.mark.parametrize(
     ("scores", "pairs", "ties", "expected"),
     [
@@ -149,10 +159,9 @@ def test_a_margin_and_ties_exclude_each_other():
 @pytest.mark.parametrize(
     ("records", "scores", "group", "message"),
     [
-        (runs(1, 2, 3), [0.0, 1.0, 2.0], 2, "3 runs and 3 scores do not form groups of 2"),
-        (runs(1, 2), [0.0], 2, "2 runs and 1 scores do not form groups"),
+        (runs(1, 2), [0.0], 2, "there are 2 runs and 1 scores: give a score for each run"),
+        (runs(1, 2), [0.0, 1.0], 0, "group 0 must be at least 1 run"),
         (runs(1, 2), [0.0, float("nan")], 2, "score of run 1 is not finite: fix or drop"),
-        (runs(1) + runs(2, x=1), [0.0, 1.0], 2, "runs 0 and 1 of one group have different inputs"),
     ],
 )
 def test_bad_scores_and_groups_are_refused(records, scores, group, message):

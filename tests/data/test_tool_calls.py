@@ -23,6 +23,7 @@ from sysdpo_jax import (
     sampled_batch,
 )
 from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.data.rollouts import RolloutStopped
 from sysdpo_jax.training.search import IntermediateSearch
 from tests.components.test_tool import Paid
 
@@ -87,9 +88,15 @@ def test_a_run_that_a_tool_skips_is_left_out_and_told():
         f"prompt {place // 4 + 1}, sample {place % 4 + 1}: node 'looked_up': the tool tests.components.test_tool:Paid"
     )
     assert str(left[place]).startswith(f"{said} for y=2 failed (KeyError")
-    # Pairs are of the runs that there are, or refused: never of two inputs.
-    with pytest.raises(ValueError, match=r"have different inputs|do not form groups"):
-        make_pairs(system, runs, np.zeros(len(runs)), group=4)
+    # Pairs are of the runs that there are, of one prompt each.
+    groups = [[run for run in runs if run["x"] == x] for x in range(6)]
+    scores = np.arange(len(runs), dtype=float)
+    assert make_pairs(system, runs, scores, group=4) == [
+        PreferenceRecord({"x": x}, *({n.name: run[n.name] for n in system.nodes} for run in (group[-1], group[0])))
+        for x, group in enumerate(groups)
+        if len(group) > 1
+    ]
+    assert {len(group) for group in groups} > {4}
 
 
 def test_by_default_what_is_left_out_is_logged(caplog):
@@ -103,8 +110,13 @@ def test_a_tool_that_fails_names_prompt_and_sample():
     system = chain(Tool(Paid([3])))
     with pytest.raises(
         ToolError, match=r"^prompt 4, sample 1: node 'document': the tool .*Paid for x=3 failed .Connect"
-    ):
+    ) as stop:
         rollout(system, params_of(system), inputs(6), KEY, samples=2, batch_size=8)
+    assert isinstance(stop.value, RolloutStopped)
+    assert isinstance(stop.value.__cause__, ConnectionError)
+    # What was complete, in the batch of the failure too, is not lost.
+    whole = chain()
+    assert stop.value.records == rollout(whole, params_of(whole), inputs(6), KEY, samples=2, batch_size=8)[:6]
 
 
 def test_both_sides_of_a_pair_share_what_a_tool_gave_of_the_inputs():

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sysdpo_jax as sj
+from experiments.own.begun import fingerprint
 from experiments.own.config import ConfigError
 from experiments.own.evaluation import HeldOut
 from experiments.own.outcome import best_evaluation, final_figures, summary
@@ -34,7 +36,7 @@ def low(run):
 
 
 def held_out(folder, scorer=value, skip=False, about="a", prompts=PROMPTS):
-    return HeldOut(SYSTEM, prompts, scorer, 1, skip, 8, 16, 0, folder / "evaluation", {"scorer": about})
+    return HeldOut(SYSTEM, prompts, scorer, 1, skip, 8, 16, 0, folder / "evaluation", {"scorer": about}, "a")
 
 
 def params(seed):
@@ -106,6 +108,85 @@ def test_runs_without_a_score_leave_their_pair_out(tmp_path):
         held_out(tmp_path / "stop", even).measure(0, params(0))
     with pytest.raises(ScoreError, match="only 0 of 32 runs have a score"):
         held_out(tmp_path / "none", lambda run: None, skip=True).measure(0, params(0))
+
+
+class Stopping:
+    """A scorer that fails at its call number `end`."""
+
+    def __init__(self, end=None, error=ConnectionError):
+        self.scored, self.end, self.error = [], end, error
+
+    def __call__(self, run):
+        if len(self.scored) == self.end:
+            raise self.error("no route")
+        self.scored.append(run["z"])
+        return float(run["z"])
+
+
+@pytest.mark.parametrize(("error", "raised"), [(ConnectionError, ScoreError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_what_an_evaluation_has_when_it_is_stopped_is_taken_when_it_begins_again(tmp_path, error, raised):
+    whole = held_out(tmp_path / "whole")
+    expected = [whole.measure(step, params(step)) for step in (0, 5)][1]
+    stopped, again = Stopping(5, error), Stopping()
+    held_out(tmp_path).measure(0, params(0))
+    with pytest.raises(raised):
+        held_out(tmp_path, stopped).measure(5, params(5))
+    found = held_out(tmp_path, again).measure(5, params(5))
+    assert (len(stopped.scored), len(again.scored)) == (5, 27)
+    assert found == expected
+    names = [f"runs-{step:08d}.jsonl" for step in (0, 5)]
+    for name in names:
+        assert (tmp_path / "evaluation" / name).read_bytes() == (tmp_path / "whole" / "evaluation" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "evaluation").iterdir()) == sorted([*names, f"{names[0]}.json"])
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"about": {"scorer": "b"}}, {"made_by": "b"}, {"params": 6}], ids=str)
+def test_what_was_made_in_another_way_is_not_taken(tmp_path, other):
+    held_out(tmp_path).measure(0, params(0))
+    with pytest.raises(ScoreError):
+        held_out(tmp_path, Stopping(5)).measure(5, params(5))
+    again = Stopping()
+    changes = {name: value for name, value in other.items() if name != "params"}
+    replace(held_out(tmp_path, again), **changes).measure(5, params(other.get("params", 5)))
+    assert len(again.scored) == 32
+    assert again.scored == values(tmp_path, 5).tolist()
+
+
+def test_a_run_that_a_tool_gave_for_an_evaluation_is_not_made_again(tmp_path):
+    def measured(folder, calls, fails=()):
+        def ask(x):
+            calls.append(x)
+            if x in fails:
+                raise ConnectionError("no route")
+            return x
+
+        nodes = (sj.Node("found", sj.Tool(ask), ("x",)), sj.Node("z", sj.Categorical(50, (4,)), ("found",)))
+        system = sj.CompoundSystem(("x",), nodes)
+        one = replace(held_out(folder), system=system)
+        return one.measure(0, system.init(jax.random.key(0)))
+
+    first, second = [], []
+    expected = measured(tmp_path / "whole", [])
+    with pytest.raises(sj.RecordError, match="prompt 3, sample 1: node 'found'"):
+        measured(tmp_path, first, fails=(2,))
+    with (tmp_path / "evaluation" / "runs-00000000.jsonl.begun-00001-of-00001").open("a") as file:
+        # As a kill leaves it.
+        file.write('{"id": "2-0", "inp')
+    assert measured(tmp_path, second) == expected
+    assert first == [x for x in (0, 1) for _ in range(8)] + [2]
+    assert second == [x for x in (2, 3) for _ in range(8)]
+
+
+def test_a_fingerprint_tells_parameters_apart():
+    tree = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": {"c": np.ones(2, np.int64), "d": np.array([True])}}
+    swapped = {**tree, "a": tree["a"][[1, 0, 2]]}
+    nudged = {**tree, "a": np.nextafter(tree["a"], np.float32(99))}
+    flipped = {**tree, "b": {**tree["b"], "d": np.array([False])}}
+    found = [fingerprint(one) for one in (tree, swapped, nudged, flipped)]
+    assert len(set(found)) == 4
+    assert fingerprint(jax.tree.map(np.copy, tree)) == found[0]
+    half = jnp.ones((2, 3), jnp.bfloat16)
+    assert fingerprint(half) != fingerprint(half.at[1, 2].set(1.0078125))
 
 
 def test_scores_of_two_scorers_are_not_compared(tmp_path):

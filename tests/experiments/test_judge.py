@@ -250,15 +250,19 @@ def test_results_come_as_they_are_there_and_the_rest_is_cancelled():
 
 
 def test_scores_of_an_evaluation(place, caplog):
-    """In the order of the runs, NaN-free: None for one without a score, counted by kind."""
+    """Kept as they come; those without one are counted by kind."""
     folder, url = place
     judge = make_judge(JudgeConfig(url, "m", str(folder / "question.txt")), "judge")
-    runs = [{"q": str(n), "answer": n} for n in range(4)]
+    runs = {name: {"q": str(n), "answer": n} for n, name in enumerate("abcd")}
+    kept: dict[str, float] = {}
     Server.answer = lambda number, text: (200, "none" if text.startswith("2") else text[0])
-    assert score_runs(judge, runs, ["a", "b", "c", "d"], 4, skip=True) == [0.0, 1.0, None, 3.0]
+    score_runs(judge, list(runs), runs.__getitem__, 4, True, kept.__setitem__)
+    assert kept == {"a": 0.0, "b": 1.0, "d": 3.0}
     assert "1 of 4 runs have no score (the answer had no score: 1); the last: run c: " in caplog.text
+    kept.clear()
     with pytest.raises(ScoreError, match="run c: the judge's answer has no score"):
-        score_runs(judge, runs, ["a", "b", "c", "d"], 1, skip=False)
+        score_runs(judge, list(runs), runs.__getitem__, 1, False, kept.__setitem__)
+    assert kept == {"a": 0.0, "b": 1.0}
 
 
 @pytest.mark.parametrize(

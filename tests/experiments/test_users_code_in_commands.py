@@ -256,6 +256,24 @@ def test_an_evaluation_leaves_out_runs_that_a_tool_skips(place, monkeypatch):
     assert (place / "run" / "report.html").exists()
 
 
+def test_training_that_a_tool_stopped_asks_it_for_the_rest_alone(place, monkeypatch, capsys):
+    """Of the preferences, whose folder was not there before; then a later start asks for nothing."""
+    questions = ["v", "w", "x", "y", "z"]
+    rows = [{"inputs": {"q": q}, "chosen": {"answer": 1}, "rejected": {"answer": 0}} for q in questions]
+    (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = ["--config", str(configured(place)), "--evaluation.prompts", "", "--evaluation.scorer", ""]
+    monkeypatch.setenv("FAILS", "y")
+    with pytest.raises(SystemExit):
+        train.main(command)
+    assert called(place) == ["v", "w", "x"]
+    assert [path.name for path in (place / "run").iterdir()] == ["tool_values.jsonl"]
+    monkeypatch.setenv("FAILS", "")
+    train.main(command)
+    assert called(place) == ["y", "z"]
+    train.main([*command, "--dry-run"])
+    assert called(place) == []
+
+
 def test_how_a_tool_is_called_may_change_when_training_goes_on(place):
     train.main(["--config", str(configured(place))])
     train.main(["--config", str(configured(place, calls=", retries: 3, timeout: 5.0"))])
