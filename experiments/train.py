@@ -24,7 +24,7 @@ from experiments.own.evaluation import make_evaluation
 from experiments.own.report import write_run_report
 from experiments.own.run import (
     assemble,
-    check_files,
+    check_first,
     claim,
     describe_data,
     make_batches,
@@ -43,7 +43,7 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     """
     began, folder = time.monotonic(), Path(config.directory)
     keep_compilations(config.compilation_cache)
-    check_files(config)
+    check_first(config)
     run = assemble(config)
     trainer = make_trainer(run, make_evaluation(run))
     records = read_preferences(run)

@@ -239,6 +239,12 @@ class TrainConfig:
     dry_run: bool = False
 
 
+# What became of fields of earlier versions, by the last two names.
+REPLACED: dict[tuple[int | str, ...], str] = {
+    ("judge", "number"): "was replaced by judge.answer and judge.range: leave it out, and give answer: last_number "
+    "where the last number of the judge's answer is the score"
+}
+
 C = TypeVar("C")
 
 
@@ -263,10 +269,19 @@ def read_config(path: str | Path, kind: type[C]) -> C:
         raise ConfigError(f"{path} is no YAML file ({' '.join(str(error).split())}): mend it") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no mapping of fields: begin with, for example, 'system:'")
+    _leave_out_unused(values)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error, kind)}") from None
+
+
+def _leave_out_unused(values: dict[str, Any]) -> None:
+    """Earlier versions wrote judge.number into every config.yaml: where no judge is given it says nothing."""
+    evaluation = values.get("evaluation")
+    judge = evaluation.get("judge") if isinstance(evaluation, dict) else None
+    if isinstance(judge, dict) and not any(judge.get(name) for name in ("url", "model", "template")):
+        judge.pop("number", None)
 
 
 def write_config(path: Path, config: Any) -> None:
@@ -319,7 +334,9 @@ def _explain(error: ValidationError, kind: type) -> str:
     said = []
     for each in error.errors(include_url=False):
         *place, last = each["loc"]
-        if each["type"] == "unexpected_keyword_argument":
+        if each["loc"][-2:] in REPLACED:
+            said.append(f"{_dotted(each['loc'])} {REPLACED[each['loc'][-2:]]}")
+        elif each["type"] == "unexpected_keyword_argument":
             known = _names_at(kind, place)
             near = get_close_matches(str(last), known, 1)
             meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"

@@ -16,12 +16,12 @@ from jaxtyping import Float
 import sysdpo_jax as sj
 from experiments.own.appended import digest, note_of
 from experiments.own.begun import Begun, discard, fingerprint
-from experiments.own.config import ConfigError, JudgeConfig, write_whole
+from experiments.own.config import ConfigError, write_whole
 from experiments.own.judge import Judge
 from experiments.own.prompts import read_prompts
 from experiments.own.run import BEST, Run
 from experiments.own.runs_file import read_lines, write_rows
-from experiments.own.scoring import Scorer, about_scorer, check_scorer, make_scorer, score_runs
+from experiments.own.scoring import Scorer, about_scorer, make_scorer, score_runs
 from experiments.own.unscored import ScoreError
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.data.saving import ImageFiles
@@ -130,14 +130,11 @@ def runs_name(step: int) -> str:
 
 
 def make_evaluation(run: Run) -> Evaluation | None:
-    """The evaluation that the configuration asks for, None for none. Raises `ConfigError` for half of one."""
+    """The evaluation that the configuration asks for, None for none. Raises `ConfigError`, also as `HeldOut.check`."""
     config = run.config.evaluation
     if not config.prompts:
-        if config.scorer or config.judge != JudgeConfig():
-            raise ConfigError("evaluation.prompts is empty: give the held-out prompts too, or leave the scorer out")
         return None
     scorer = make_scorer(config.scorer, config.judge, "evaluation.")
-    check_scorer(scorer, (*run.system.inputs, *(node.name for node in run.system.nodes)), "the system")
     held_out = HeldOut(
         run.system,
         read_prompts(config.prompts, run.system, config.ignore),

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError, MeshConfig, TrainConfig, as_dict, read_config
 from experiments.own.importing import import_function
-from experiments.own.run import CONFIG, Run, assemble, make_trainer
+from experiments.own.run import CONFIG, Run, assemble, identity_of, make_trainer
 from experiments.own.system import build_system
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.typing import Params
@@ -21,8 +22,17 @@ from sysdpo_jax.user_code import shown, user_code
 Which: TypeAlias = Literal["newest", "best"]
 
 
+# Of components and nodes: what a system that has not trained does not depend on.
+TRAINING = ("mode", "lora", "learning_rate", "weight")
+
+
 class Loaded(NamedTuple):
-    """A system with its parameters. identity: tells it from others that the same words may stand for."""
+    """A system with its parameters.
+
+    identity: tells it from others that the same words may stand for. Of a run it is that of all that made its weights
+    (the system, data, objective and schedule, which may not change when the run goes on) and the step; of a file that
+    of the system before training.
+    """
 
     system: sj.CompoundSystem
     params: Params
@@ -40,7 +50,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
         config = replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig())
         run = assemble(config)
         params, step = restored(run, checkpoint)
-        return Loaded(run.system, sj.on_own_devices(params), f"{_identity(config)} step {step}")
+        return Loaded(run.system, sj.on_own_devices(params), f"{_hash(identity_of(config))} step {step}")
     if not path.exists() and ":" in spec:
         return Loaded(*_made_by(spec), spec)
     config = read_config(path, TrainConfig)
@@ -48,12 +58,21 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
     made = build_system(replace(config, system=replace(config.system, components=components)), mesh)
-    return Loaded(*made, _identity(config))
+    return Loaded(*made, _hash(_before_training(config)))
 
 
-def _identity(config: TrainConfig) -> str:
-    """Of what is sampled from: neither how its tools are called, nor what is trained how."""
-    parts = {"system": as_dict(config.system), "dtype": config.dtype, "seed": config.seed}
+def _before_training(config: TrainConfig) -> dict[str, Any]:
+    """What decides about the system of a file: neither how its tools are called, nor what would be trained how."""
+    system = as_dict(config.system)
+    kept = {
+        part: {name: {field: v for field, v in each.items() if field not in TRAINING} for name, each in parts.items()}
+        for part, parts in system.items()
+        if part != "inputs"
+    }
+    return {"system": system | kept, "dtype": config.dtype, "seed": config.seed}
+
+
+def _hash(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -12,7 +12,17 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError, TrainConfig, as_dict, read_config, write_config, write_whole
+from experiments.own.config import (
+    ConfigError,
+    DataConfig,
+    JudgeConfig,
+    TrainConfig,
+    as_dict,
+    read_config,
+    write_config,
+    write_whole,
+)
+from experiments.own.scoring import check_scorer, make_scorer
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.records import check_intermediates
 from sysdpo_jax.data.rows import LINES, TABLE
@@ -65,14 +75,33 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that must be the same when the run goes on."""
-        return _fixed(self.config)
+        return identity_of(self.config)
 
 
-def check_files(config: TrainConfig) -> None:
-    """Raise `ConfigError` naming a file that is missing: before models are loaded, which takes a while."""
+def check_first(config: TrainConfig) -> None:
+    """Raise `ConfigError` for what is wrong whatever the models are: before they are loaded, which takes a while.
+
+    That is a field that must be given, a file that is missing, and an evaluation that is half given or whose scorer or
+    judge cannot be had.
+    """
+    if not config.directory:
+        raise ConfigError("directory is empty: name the folder of the run, for example runs/my_run")
+    if not config.data.source:
+        raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
     for field, path in (("data.source", config.data.source), ("evaluation.prompts", config.evaluation.prompts)):
         if Path(path).suffix in (*LINES, *TABLE, ".txt") and not Path(path).exists():
             raise ConfigError(f"{field} {path} does not exist: give the file")
+    own = config.evaluation
+    if own.prompts:
+        scorer = make_scorer(own.scorer, own.judge, "evaluation.")
+        check_scorer(scorer, (*config.system.inputs, *config.system.nodes), "the system")
+        return
+    given = {"scorer": own.scorer, "judge": own.judge != JudgeConfig(), "ignore": own.ignore}
+    names = [f"evaluation.{name}" for name, value in given.items() if value]
+    if names:
+        raise ConfigError(
+            f"evaluation.prompts is empty: give the held-out prompts too, or leave {' and '.join(names)} out"
+        )
 
 
 def assemble(config: TrainConfig) -> Run:
@@ -91,9 +120,11 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
     """
     folder = Path(run.config.directory)
     if (folder / CONFIG).exists():
-        _refuse_others(folder / CONFIG, _fixed(read_config(folder / CONFIG, TrainConfig)), run.identity)
+        _refuse_others(folder / CONFIG, identity_of(read_config(folder / CONFIG, TrainConfig)), run.identity)
     if (folder / DATA).exists():
-        _refuse_others(folder / DATA, json.loads((folder / DATA).read_text(encoding="utf-8")), about)
+        noted = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        # A field that came later stood for what it does by default.
+        _refuse_others(folder / DATA, asdict(DataConfig()) | noted, about)
 
 
 def claim(run: Run, about: Mapping[str, Any]) -> None:
@@ -108,7 +139,8 @@ def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
     return {**asdict(run.config.data), "kept": len(records), "sha256": records.counts.sha256}
 
 
-def _fixed(config: TrainConfig) -> dict[str, Any]:
+def identity_of(config: TrainConfig) -> dict[str, Any]:
+    """The part of a configuration that must be the same when the run goes on."""
     return {name: value for name, value in asdict(config).items() if name not in FREE} | {
         "system": as_dict(config.system)
     }
@@ -133,8 +165,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
     """The trainer of the run's directory."""
     config = run.config
-    if not config.directory:
-        raise ConfigError("directory is empty: name the folder of the run, for example runs/my_run")
     return sj.Trainer(
         run.system,
         run.objective,
@@ -153,10 +183,8 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
 
 
 def read_preferences(run: Run) -> sj.Preferences:
-    """The checked preferences. Raises `ConfigError` where there are none, `RecordError` naming file, row and field."""
+    """The checked preferences. Raises `RecordError` naming file, row and field."""
     data = run.config.data
-    if not data.source:
-        raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
     return sj.load_preferences(
         data.source,
         run.system,

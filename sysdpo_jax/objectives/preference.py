@@ -1,6 +1,6 @@
 """What SysDPO-Direct and SysDPO-Sampling share: the settings, the loss on two sides, TRL's metrics and their split."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,21 @@ class PreferenceObjective:
     def mean_loss(self, ratios: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]) -> Float[Array, ""]:
         """The loss on the system's log-ratios of the chosen and the rejected side, plus the nodes' sft terms.
 
-        terms: of every trained node, each array [2, batch].
+        terms: of every trained node, each array [2, batch]. Raises `GraphError` as `check`.
         """
+        self.check(terms)
         losses = LOSSES[self.loss](ratios[0], ratios[1], self.beta, self.label_smoothing)
         return jnp.mean(losses) + self._sft(terms)
+
+    def check(self, trained: Collection[str]) -> None:
+        """Raise `GraphError` where the loss names others than the trained nodes, which are given."""
+        for name, _ in self.sft:
+            if name not in trained:
+                raise GraphError(f"sft names the node {name!r}, which is not a trained node: {', '.join(trained)} are")
 
     def _sft(self, terms: Mapping[str, NodeTerms]) -> Array:
         total = jnp.zeros(())
         for name, coefficient in self.sft:
-            if name not in terms:
-                raise GraphError(f"sft names the node {name!r}, which is not a trained node: {', '.join(terms)} are")
             total = total - coefficient * jnp.mean(terms[name].policy[0])
         return total
 

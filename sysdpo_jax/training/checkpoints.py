@@ -101,6 +101,10 @@ class Checkpoints:
                     finish()
             except CheckpointWriteError as problem:
                 problems.append(problem)
+        if error is not None and not self._read_only and jax.process_index() == 0:
+            # Where nothing was saved, what ended the block leaves nothing behind.
+            with suppress(OSError):
+                self.directory.rmdir()
         if problems and error is None:
             raise problems[0]
         if problems:

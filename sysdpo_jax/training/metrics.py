@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -161,8 +161,8 @@ class MetricsReader:
         Raises `NonFiniteError` for the first of them that met a value that is not finite, at most `every` steps late:
         the step keeps the state as it was before that one. Raises `ValueError` when there is no metric `best`.
         """
-        if self._best is not None and self._best not in metrics:
-            raise ValueError(f"best: the step has no metric {self._best!r}, choose one of {', '.join(sorted(metrics))}")
+        if self._best is not None:
+            require_metric(self._best, metrics)
         if self._waiting and self._waiting[-1][0] % self._every == 0:
             self._read()
         self._waiting.append((step, metrics))
@@ -199,6 +199,12 @@ class MetricsReader:
         step, metrics = next((step, metrics) for step, metrics in waiting if not metrics["finite"])
         bad = (name for name, value in metrics.items() if name.startswith("finite/") and not value)
         return NonFiniteError(step, tuple(name.removeprefix("finite/") for name in bad), self._directory)
+
+
+def require_metric(best: str, names: Collection[str]) -> None:
+    """Raise `ValueError` where a step of these metrics lacks the one that says which checkpoint is the best."""
+    if best not in names:
+        raise ValueError(f"best: the step has no metric {best!r}, choose one of {', '.join(sorted(names))}")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -97,7 +97,6 @@ class IntermediateSearch:
         self._sets: dict[int, list[dict[str, Any]]] = {}
         # What tools gave: they are called once for what a policy drew.
         self._known: dict[tuple[str, Hashable], Any] = {}
-        directory.mkdir(parents=True, exist_ok=True)
 
     def batch(self, step: int, params: Params) -> SampledBatch:
         """The batch of a step, which all processes ask for. params: the policy that has made `step` updates."""
@@ -157,6 +156,7 @@ class IntermediateSearch:
         # Those of an earlier start with another count, which came to no checkpoint behind this step.
         for path in [path for path, its_count in self._files(step).items() if its_count != count and index == 0]:
             path.unlink()
+        self._directory.mkdir(parents=True, exist_ok=True)
         save_columns(self._path(step), columns | {ROWS: rows, COUNTS: [len(kept) for kept in sets]})
 
     def _given(self, row: int) -> dict[str, Any]:

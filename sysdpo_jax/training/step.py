@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.objectives.preference import margin_shares
+from sysdpo_jax.objectives.log_ratio import trained_nodes
+from sysdpo_jax.objectives.preference import PreferenceObjective, margin_shares
 from sysdpo_jax.training.optimizer import SystemOptimizer, combine
 from sysdpo_jax.training.sharding import (
     BATCH_SPEC,
@@ -85,6 +86,33 @@ class TrainStep:
         proceed = jax.device_put(proceed, replicated(self.mesh))
         carry, metrics = jitted(carry, fixed, batch, key, proceed)
         return join(carry, fixed), metrics
+
+    def metric_names(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str, ...]:
+        """The metrics of a step, by tracing it: nothing runs, and a call with a batch like this one traces no more.
+
+        Raises what the call would raise for a state, objective and batch that do not go together.
+        """
+        jitted, carry, fixed = self._prepare(state)
+        batch, proceed = place_batch(self.mesh, batch), jax.device_put(PROCEED, replicated(self.mesh))
+        return tuple(jitted.eval_shape(carry, fixed, batch, key, proceed)[1])
+
+    def check(self, state: TrainState, rows: int) -> None:
+        """What can be said against batches before there is one. rows: of a batch, of all processes together.
+
+        Raises `ShardingError` where the mesh and `accumulate` do not cut them, and `GraphError` where the loss does not
+        go with the system.
+        """
+        self._check_rows(rows)
+        if isinstance(self.objective, PreferenceObjective):
+            self.objective.check([node.name for node in trained_nodes(self.system, state.reference)])
+
+    def _check_rows(self, rows: int) -> None:
+        shares = batch_parts(self.mesh)
+        if rows % (self.accumulate * shares):
+            raise ShardingError(
+                f"{rows} rows cannot be cut into {self.accumulate} equal parts on each of {shares} places (data x fsdp)"
+                f": make the batch a multiple of {self.accumulate * shares}, or change accumulate"
+            )
 
     def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> jax.stages.Lowered:
         """The lowered step, to read its memory analysis or to compile ahead of time; nothing runs."""
@@ -161,12 +189,8 @@ class TrainStep:
 
         if self.accumulate == 1:
             return value_and_grad(trained, batch, key)
-        rows, shares = jax.tree.leaves(batch)[0].shape[0], batch_parts(self.mesh)
-        if rows % (self.accumulate * shares):
-            raise ShardingError(
-                f"{rows} rows cannot be cut into {self.accumulate} equal parts on each of {shares} places (data x fsdp)"
-                f": make the batch a multiple of {self.accumulate * shares}, or change accumulate"
-            )
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        self._check_rows(rows)
         cut = NamedSharding(self.mesh, PartitionSpec(None, *BATCH_SPEC))
 
         def parts(x: Array) -> Array:

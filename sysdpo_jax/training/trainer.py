@@ -19,10 +19,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from sysdpo_jax.data.pipeline import read_ahead
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.objectives.direct import DirectObjective
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.identity import as_text, describe
-from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError
+from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError, require_metric
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, stop_requests
 from sysdpo_jax.training.profiling import Profile
@@ -103,13 +104,15 @@ class Trainer:
         `KeyboardInterrupt`, in one process. See `stop_requests`. A batch that does not come, or
         an evaluation that does not end, is left after a moment.
         accepted: called by process 0 when nothing can refuse the run any more, before anything of it is written: to
-        note in the directory what the run is.
+        note in the directory what the run is. The first batch is made and the step traced with it by then; of
+        `SearchedBatches`, which the policy draws, only what needs no draw is checked.
         The directory is this process's alone meanwhile: `InUseError`, which says whose it is, where it is another's.
         Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving,
-        in one process, the state before that batch; `CheckpointMismatchError` when the directory belongs to another
-        run; `CorruptCheckpointError` when it holds damaged checkpoints only; `FileExistsError` when `resume` is False
-        and the directory holds a checkpoint; `ValueError` for a `best` of an evaluation that the Trainer lacks; what an
-        evaluation raises (`EvaluationError`, see `Evaluation`), whose state is saved; `CheckpointWriteError` and
+        in one process, the state before that batch, if it is not the first of the call; what tracing the step raises;
+        `CheckpointMismatchError` when the directory belongs to another run; `CorruptCheckpointError` when it holds
+        damaged checkpoints only; `FileExistsError` when `resume` is False and the directory holds a checkpoint;
+        `ValueError` for a `best` that neither the step nor an evaluation of the Trainer's gives; what an evaluation
+        raises (`EvaluationError`, see `Evaluation`), whose state is saved; `CheckpointWriteError` and
         `MetricsWriteError`, after saving the state where that can be done, on a full disk.
         """
         self._check(batch_at, steps)
@@ -152,16 +155,18 @@ class Trainer:
             state = _start(checkpoints, state, steps, resume)
             done = int(state.step)
             rank_zero = jax.process_index() == 0
+            best = None if self.best is None or self._best_evaluated else self.best[0]
+            batch_of, forget = self._source(batch_at, done, stack)
+            if done < steps:
+                batch_of = self._tried(batch_at, batch_of, state, key, best, asked)
             if rank_zero and accepted is not None:
                 accepted()
             log = stack.enter_context(MetricsLog(self.directory, done, self._wandb())) if rank_zero else None
             report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
-            best = None if self.best is None or self._best_evaluated else self.best[0]
             throughput = Throughput(self.system, self.optimizer, self.step.mesh)
             reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best, steps - 1)
             profile = Profile(self.profile if rank_zero else None, Path(self.directory) / "profile")
             stack.callback(profile.close)
-            batch_of, forget = self._source(batch_at, done, stack)
 
             def save() -> None:
                 checkpoints.save(state, reader.mean())
@@ -235,6 +240,8 @@ class Trainer:
             raise ValueError(f"the dataset ends after {len(batch_at)} of the {steps} steps: repeat it")
         if isinstance(batch_at, SearchedBatches) and batch_at.system != self.system:
             raise ValueError("the SearchedBatches are of another system than the Trainer's: give both the same")
+        if isinstance(batch_at, SearchedBatches) and isinstance(self.objective, DirectObjective):
+            raise ValueError("objective: DirectObjective takes no SearchedBatches, give SamplingObjective")
         if self.wandb is not None and jax.process_index() == 0:
             import_wandb()
 
@@ -256,6 +263,33 @@ class Trainer:
             return lambda step, params: batch_at(step), lambda checkpoint: None
         search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
         return search.batch, search.forget
+
+    def _tried(
+        self,
+        batch_at: BatchSource,
+        batch_of: Callable[[int, Params], PyTree],
+        state: TrainState,
+        key: PRNGKeyArray,
+        best: str | None,
+        asked: StopRequests,
+    ) -> Callable[[int, Params], PyTree]:
+        """`batch_of`, once the step is traced with its first batch: whatever could refuse the run has been asked then.
+
+        Batches that the policy draws take long and are written down: of those only what needs no draw is checked.
+        best: the step's metric that must be there, None for none.
+        """
+        if isinstance(batch_at, SearchedBatches):
+            self.step.check(state, batch_at.batch_size)
+            return batch_of
+        start, first = int(state.step), list[PyTree]()
+        # A stop is seen before the first step.
+        with suppress(StopNow):
+            with asked.waiting():
+                first.append(batch_of(start, state.params))
+            names = self.step.metric_names(state, first[0], key)
+            if best is not None:
+                require_metric(best, names)
+        return lambda step, params: first.pop() if step == start and first else batch_of(step, params)
 
     def _configuration(self, batch_at: BatchSource | None, key: PRNGKeyArray) -> dict[str, str]:
         described = [describe(f"node {node.name}", node) for node in self.system.nodes]

@@ -1,7 +1,9 @@
 """A command has its output for itself, and its process ends with the code that it says."""
 
+import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -50,3 +52,21 @@ with command.bounded_exit():
     ended = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True)
     assert ended.returncode == code
     assert "something in the background does not end" in ended.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", ["train", "rollout", "score", "export"])
+def test_commands_that_call_users_code_end_within_bounds(monkeypatch, capsys, name):
+    entered = []
+
+    @contextmanager
+    def noted():
+        entered.append(name)
+        yield
+
+    monkeypatch.setattr("experiments.own.command.bounded_exit", noted)
+    monkeypatch.setattr("sysdpo_jax.initialize", lambda: None)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"experiments.{name}", run_name="__main__")
+    assert entered == [name]

@@ -161,6 +161,22 @@ CONFIGURATIONS = {
         set_("evaluation", {"prompts": "prompts.txt", "scorer": "no_such_module:score"}),
         "evaluation.scorer: the module 'no_such_module' cannot be imported",
     ),
+    "a judge of a field that is gone": (
+        set_("evaluation", {"prompts": "prompts.txt", "judge": {"url": "http://localhost:1", "number": "[0-9]+"}}),
+        "evaluation.judge.number was replaced by judge.answer and judge.range: leave it out",
+    ),
+    "parts that the batch does not have": (
+        set_("schedule", {"batch_size": 4, "accumulate": 3}),
+        "4 rows cannot be cut into 3 equal parts",
+    ),
+    "an unknown node's term": (
+        set_("objective", {"sft": {"captoin": 0.1}}),
+        "sft names the node 'captoin', which is not a trained node: caption, image are",
+    ),
+    "an unknown node's term in a search": (
+        lambda c: c.update(objective={"kind": "sampling", "sft": {"captoin": 0.1}}),
+        "sft names the node 'captoin'",
+    ),
     "a mesh of more devices": (set_("mesh", {"data": 64}), "64"),
     "no directory": (set_("directory", ""), "directory is empty"),
 }  # fmt: skip
@@ -313,3 +329,26 @@ def test_there_are_forty():
         name for name in globals() if name.startswith("test_") and "configurations" not in name and "rows" not in name
     ]
     assert len(CONFIGURATIONS) + len(ROWS) + len(others) - 1 >= 40
+
+
+JUDGE = {"url": "http://localhost:1", "model": "m", "template": "question.txt"}
+# Nothing of these depends on the models.
+EVALUATIONS = {
+    "no template": ({"judge": JUDGE | {"template": "no.txt"}}, "evaluation.judge.template no.txt does not exist"),
+    "no address": ({"judge": JUDGE | {"url": "localhost:1"}}, "judge.url is 'localhost:1': begin it with http://"),
+    "no model": ({"judge": JUDGE | {"model": ""}}, "evaluation.judge: a judge needs url, model and template"),
+    "both": ({"judge": JUDGE, "scorer": "builtins:len"}, "give either evaluation.scorer or evaluation.judge.url"),
+    "an unknown value": ({"judge": JUDGE | {"template": "other.txt"}}, "{picture} is no value of the system"),
+    "a scorer alone": ({"scorer": "builtins:len", "prompts": ""}, "evaluation.prompts is empty: give the held-out"),
+    "ignored fields alone": ({"ignore": ["id"], "prompts": ""}, "or leave evaluation.ignore out"),
+}
+
+
+@pytest.mark.parametrize(("evaluation", "message"), EVALUATIONS.values(), ids=EVALUATIONS)
+def test_evaluations_are_refused_before_the_models_are_loaded(place, capsys, monkeypatch, evaluation, message):
+    monkeypatch.chdir(place)
+    (place / "question.txt").write_text("How good is {caption}?")
+    (place / "other.txt").write_text("How good is {picture}?")
+    rewrite(place, set_("evaluation", {"prompts": "prompts.txt"} | evaluation))
+    monkeypatch.setattr(train, "assemble", lambda config: pytest.fail("the models are loaded"))
+    train_fails(capsys, place, message)

@@ -136,6 +136,49 @@ def test_a_refused_command_leaves_the_folder_as_it_is(trained, tmp_path, capsys)
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("kind", ["direct", "sampling"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--schedule.accumulate", "3"], "8 rows cannot be cut into 3 equal parts"),
+        (
+            ["--objective.sft", "nonode", "0.1"],
+            "sft names the node 'nonode', which is not a trained node",
+        ),
+    ],
+)
+def test_what_a_step_would_refuse_leaves_no_folder(material, tmp_path, capsys, kind, flags, said):
+    """Neither is the system evaluated first, so that the corrected command is a first one."""
+    folder = tmp_path / "new" / "run"
+    given = ["--config", str(material / "run.yaml"), "--directory", str(folder), "--objective.kind", kind, *flags]
+    assert said in failure(capsys, train.main, given)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_folder_of_an_earlier_version_goes_on(trained, tmp_path, capsys):
+    """Its config.yaml has a field that is gone, which says nothing without a judge; its data.json lacks a later one."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluation"]["judge"] = {"url": "", "number": "[0-9]+"}
+    del config["data"]["ignore"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    about = json.loads((run / "data.json").read_text())
+    del about["ignore"]
+    (run / "data.json").write_text(json.dumps(about))
+    before = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
+    flags = ["--config", str(trained / "run.yaml"), "--directory", str(run)]
+    train.main(flags)
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == before
+    # What stood for the default is still compared.
+    said = failure(capsys, train.main, [*flags, "--data.ignore", "id"])
+    assert "config.yaml is of another run (data.ignore was [], now ['id'])" in said
+    (run / "config.yaml").unlink()
+    (run / "data.json").write_text(json.dumps(about))
+    said = failure(capsys, train.main, [*flags, "--data.ignore", "id"])
+    assert "data.json is of another run (ignore was [], now ['id'])" in said
+
+
 def test_exported_models_are_the_trained_ones(trained, tmp_path, capsys):
     """transformers loads them, and they are no longer what they were."""
     export.main(["--directory", str(trained / "run"), "--output", str(tmp_path / "aligned")])
@@ -201,6 +244,42 @@ def test_a_trained_run_is_a_system_to_sample_from(trained, tmp_path):
     loaded = load_system(str(trained / "run"), "best")
     assert loaded.identity.endswith(f" step {best}")
     assert load_system(str(trained / "run.yaml"), "newest").identity != loaded.identity
+
+
+def test_runs_of_another_objective_are_not_mixed(trained, tmp_path, capsys):
+    """Two folders whose configurations differ in beta alone: the weights do too."""
+    other, output = tmp_path / "other", tmp_path / "runs.jsonl"
+    flags = ["--config", str(trained / "run.yaml"), "--directory", str(other), "--objective.beta", "0.2"]
+    train.main([*flags, "--evaluation.prompts", "", "--evaluation.scorer", ""])
+    given = ["--prompts", str(trained / "prompts.txt"), "--samples", "1", "--output", str(output)]
+    rollout.main(["--system", str(trained / "run"), *given])
+    before = output.read_bytes()
+    assert "system" in failure(capsys, rollout.main, ["--system", str(other), *given])
+    assert output.read_bytes() == before
+    # What may change when a run goes on does not make it another system.
+    rollout.main(["--system", str(trained / "run"), *given])
+    assert output.read_bytes() == before
+
+
+def test_a_file_is_the_same_system_however_it_would_be_trained(material, tmp_path):
+    def identity(change):
+        config = yaml.safe_load((material / "run.yaml").read_text())
+        change(config)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        return load_system(str(tmp_path / "run.yaml"), "newest").identity
+
+    def trained_otherwise(config):
+        config["system"]["components"]["drafter"] |= {"mode": "full", "lora": {"rank": 4}, "learning_rate": 1e-3}
+        config["system"]["nodes"]["draft"]["weight"] = 0.5
+        config["objective"] = {"beta": 0.3}
+
+    def prompted_otherwise(config):
+        config["system"]["nodes"]["answer"]["prompt"] = "{question} {draft}"
+
+    same = identity(lambda config: None)
+    assert identity(trained_otherwise) == same
+    assert identity(prompted_otherwise) != same
+    assert identity(lambda config: config.update(seed=1)) != same
 
 
 def test_data_that_changed_under_a_run_are_refused(trained, capsys):

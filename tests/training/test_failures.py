@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from sysdpo_jax import DirectObjective, epoch_batches
+from sysdpo_jax import DirectObjective, SamplingObjective, epoch_batches
 from sysdpo_jax.locks import InUseError
 from sysdpo_jax.training import (
     FROZEN,
@@ -40,7 +40,8 @@ BATCH_AT = epoch_batches(pairs(40), 8, seed=1)
 
 def fit(directory, steps=6, batch_at=BATCH_AT, accepted=None, resume=True, **settings):
     state = create_state(CHAIN, CHAIN.init(jax.random.key(0)), OPTIMIZER)
-    trainer = Trainer(CHAIN, DirectObjective(), OPTIMIZER, directory, **settings)
+    objective = settings.pop("objective", DirectObjective())
+    trainer = Trainer(CHAIN, objective, OPTIMIZER, directory, **settings)
     return trainer.fit(state, batch_at, steps, KEY, resume, accepted)
 
 
@@ -271,3 +272,56 @@ def test_sys_exit_of_a_batch_is_a_failure_whose_state_is_saved(tmp_path):
     with pytest.raises(RuntimeError, match=r"the batch of step 2 failed .sys.exit.7.."):
         fit(tmp_path, 4, batch_at)
     assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def broken(step):
+    raise KeyError("the data's own fault")
+
+
+UNFIT = {
+    "parts": ({"accumulate": 3}, "8 rows cannot be cut into 3 equal parts"),
+    "sft": (
+        {"objective": DirectObjective(sft=(("b", 0.1),))},
+        "sft names the node 'b', which is not a trained node",
+    ),
+    "best": ({"best": ("rewards/none", "max")}, "the step has no metric 'rewards/none', choose one of .*finite"),
+    "batch of another objective": ({"objective": SamplingObjective()}, "SampledBatch"),
+    "data": ({"batch_at": broken}, "the data's own fault"),
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_what_a_step_would_refuse_is_refused_before_anything_is_written(tmp_path, unfit):
+    settings, said = UNFIT[unfit]
+    called, run = [], tmp_path / "run"
+    evaluation = Evaluation(lambda step, params: called.append(step) or {"x": 1.0}, 2)
+    refused = {"accepted": lambda: called.append("accepted"), "evaluation": evaluation, **settings}
+    with pytest.raises((ValueError, KeyError, TypeError), match=said):
+        fit(tmp_path / "new" / "run", **refused)
+    assert not (tmp_path / "new").exists()
+    fit(run, 2)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    # A run that goes on is asked the same where it stands.
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        fit(run, **refused)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert called == []
+
+
+class Counting(DirectObjective):
+    """Counts how often it is traced."""
+
+    traced = 0
+
+    def __call__(self, *args):
+        type(self).traced += 1
+        return super().__call__(*args)
+
+
+def test_looking_at_the_step_first_costs_no_second_trace_and_no_second_batch(tmp_path):
+    made = []
+    fit(tmp_path, 3, lambda step: made.append(step) or BATCH_AT(step), objective=Counting())
+    assert Counting.traced == 1
+    assert made == [0, 1, 2]
+    # A finished run needs no batch.
+    fit(tmp_path, 3, broken, objective=Counting())

@@ -11,6 +11,7 @@ from sysdpo_jax import (
     Categorical,
     ComponentOptimizer,
     CompoundSystem,
+    DirectObjective,
     GraphError,
     LanguageModel,
     LoRA,
@@ -277,3 +278,19 @@ def test_language_models_compile_once_and_resume_bit_for_bit(tmp_path):
     same(whole, run(tmp_path / "parts", 5)[1])
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), whole.params, start)
     assert max(jax.tree.leaves(moved["draft"])) > 0 < max(jax.tree.leaves(moved["answer"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"accumulate": 2}, "3 rows cannot be cut into 2 equal parts"),
+        ({"objective": SamplingObjective(sft=(("w", 0.1),))}, "sft names the node 'w', which is not .*: y, z are"),
+        ({"objective": DirectObjective()}, "DirectObjective takes no SearchedBatches, give"),
+    ],
+)
+def test_what_needs_no_draw_is_refused_before_the_first(tmp_path, settings, said):
+    accepted = []
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path / "run", **settings).fit(fresh(), batches(), 2, KEY, accepted=lambda: accepted.append(1))
+    assert accepted == []
+    assert not (tmp_path / "run").exists()

@@ -192,7 +192,7 @@ def test_the_host_reads_at_rows_alone_and_after_the_next_step(tmp_path, monkeypa
         events.append(("step", len(held) - 1))
         return state, metrics
 
-    counted_step.mesh = step.mesh
+    counted_step.mesh, counted_step.metric_names = step.mesh, step.metric_names
     runner.__dict__["step"] = counted_step
     runner.fit(fresh(), BATCH_AT, 10, KEY)
     steps = [("step", number) for number in range(10)]
