@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.common.compilation import keep_compilations
 from experiments.own.card import model_card
-from experiments.own.command import user_errors
+from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config, write_whole
 from experiments.own.exporting import write_component
 from experiments.own.loading import Which, restored
@@ -77,4 +77,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with bounded_exit():
+        main(sys.argv[1:])

@@ -147,6 +147,17 @@ def test_runs_without_a_score_are_skipped_and_scored_again(files, capsys, monkey
     make_pairs.main([*made, "--output", str(files / "pairs.jsonl")])
     assert f"{len(failed)} runs have no score" in capsys.readouterr().out
     assert all(line["inputs"]["question"] != "one" for line in read_lines(files / "pairs.jsonl"))
+    # Given again the command says what is new alone: of these runs nothing, and then that they fail otherwise.
+    again = ["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags]
+    score.main(again)
+    assert list(read_lines(files / "scores.jsonl")) == lines
+    monkeypatch.setattr(f"{__name__}.lame", lambda run: "high")
+    for _ in range(2):
+        score.main(again)
+        said = list(read_lines(files / "scores.jsonl"))[len(lines) :]
+        assert [line["id"] for line in said] == failed
+        assert all("is 'high', no number" in line["error"] for line in said)
+    lines += said
     # Given again the command asks for these alone, and what it then finds counts.
     monkeypatch.setattr(f"{__name__}.lame", lambda run: 2.0)
     score.main(["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags])
