@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.own.command import user_errors
+from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, parse_flags, write_whole
 from experiments.own.runs_file import Run, moved, read_lines, run_lines
 from sysdpo_jax.components.base import RecordError
@@ -117,4 +117,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with bounded_exit():
+        main(sys.argv[1:])

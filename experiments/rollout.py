@@ -25,7 +25,7 @@ from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, Positive, parse_flags
 from experiments.own.loading import Which, load_system
 from experiments.own.prompts import read_prompts
-from experiments.own.runs_file import Run, as_row, failed_row, lacks_images, read_lines
+from experiments.own.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.rollouts import run_batches
@@ -69,7 +69,7 @@ def roll_out(config: Config) -> Path:
     prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
     total = config.samples * sum(len(prompts[start : start + config.chunk]) for start in mine)
-    made, failed = _lines(file)
+    made, failed, noted = _lines(file)
     images = ImageFiles(path)
     with Board() as board, board.phase("runs", len(made), total) as report:
         for start in mine:
@@ -85,9 +85,10 @@ def roll_out(config: Config) -> Path:
                 named = run.at(f"{config.prompts}, prompt {prompt + 1}, sample {sample + 1}")
                 if not run.skip:
                     stop = named
-                elif name not in failed:
+                    continue
+                failed[name] = str(named)
+                if (name, str(named)) not in noted:
                     lines.append(failed_row(system, prompts[prompt], name, named))
-                    failed[name] = str(named)
             # Where a tool stops the command, what it and others gave for other runs is not lost.
             if lines:
                 file.append(lines)
@@ -134,8 +135,8 @@ def _chunk(
     return [(names[place], run) for place, run in (batch[-1:] if any(refused) else batch)]
 
 
-def _lines(file: AppendedFile) -> tuple[set[str], dict[str, str]]:
-    """The ids of the runs that a file holds, and why others are left out, by id.
+def _lines(file: AppendedFile) -> tuple[set[str], dict[str, str], set[tuple[Any, str]]]:
+    """The ids of the runs that a file holds, why others are left out, by id, and its `noted_errors`.
 
     The end of the file that a killed process or machine did not write whole, images included, is cut off.
     """
@@ -145,7 +146,8 @@ def _lines(file: AppendedFile) -> tuple[set[str], dict[str, str]]:
         rows.pop()
     file.cut(len(rows))
     made = {row["id"] for row in rows if "outputs" in row}
-    return made, {row["id"]: row["error"] for row in rows if "error" in row and row["id"] not in made}
+    failed = {row["id"]: row["error"] for row in rows if "error" in row and row["id"] not in made}
+    return made, failed, noted_errors(rows)
 
 
 def _about(config: Config, identity: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Literal
 from experiments.own.appended import AppendedFile, digest, note_of
 from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, JudgeConfig, parse_flags
-from experiments.own.runs_file import Run, read_lines, run_lines, values_of, with_images
+from experiments.own.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
 from experiments.own.scoring import about_scorer, check_scorer, make_scorer, scores
 from experiments.own.unscored import ScoreError, counted
 from sysdpo_jax.locks import locked_file
@@ -57,7 +57,8 @@ def score(config: Config) -> Path:
     file = AppendedFile(config.output, _about(config))
     # A line that a killed process left half-written has no end.
     file.cut(file.count())
-    known = {row.get("id") for row in read_lines(config.output) if "score" in row} if config.output.exists() else set()
+    lines = list(read_lines(config.output)) if config.output.exists() else []
+    known, noted = {row.get("id") for row in lines if "score" in row}, noted_errors(lines)
     waiting = [name for name in runs if name not in known]
 
     def values(name: str) -> Run:
@@ -71,7 +72,8 @@ def score(config: Config) -> Path:
         for done, (name, outcome) in enumerate(found, before + 1):
             if isinstance(outcome, ScoreError):
                 failed.append(outcome)
-                file.append([{"id": name, "error": str(outcome)}])
+                if (name, str(outcome)) not in noted:
+                    file.append([{"id": name, "error": str(outcome)}])
             else:
                 file.append([{"id": name, "score": outcome}])
             if len(failed) == done >= min(ENOUGH, len(runs)):

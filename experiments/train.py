@@ -17,12 +17,13 @@ import jax
 
 import sysdpo_jax as sj
 from experiments.common.compilation import keep_compilations
-from experiments.own.command import bounded_exit, user_errors
+from experiments.own.command import Terminated, bounded_exit, user_errors
 from experiments.own.config import TrainConfig, parse
 from experiments.own.dry_run import describe_run
 from experiments.own.evaluation import make_evaluation
-from experiments.own.report import write_run_report
+from experiments.own.report import result_lines, write_run_report
 from experiments.own.run import (
+    Run,
     assemble,
     check_first,
     claim,
@@ -66,16 +67,20 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     try:
         trainer.fit(state, batches, config.schedule.steps, run.key, config.resume, accepted)
-    except BaseException:
-        # After a stop or a value that is not finite the report is wanted most, but what ended the run more.
+    finally:
+        # After a stop or a value that is not finite the report is wanted most.
         if begun:
-            try:
-                print("\n".join(write_run_report(run, arguments, began)), flush=True)
-            except Exception as error:
-                print(f"warning: the report is not written: {error}", file=sys.stderr, flush=True)
-        raise
-    if begun:
-        print("\n".join(write_run_report(run, arguments, began)), flush=True)
+            _tell(run, arguments, began)
+
+
+def _tell(run: Run, arguments: list[str], began: float) -> None:
+    """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
+    try:
+        for line in result_lines(run):
+            print(line, flush=True)
+        print(write_run_report(run, arguments, began), flush=True)
+    except Exception as error:
+        print(f"warning: the report is not written: {error}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -87,6 +92,9 @@ def main(arguments: list[str]) -> None:
                 train(config, arguments)
         except sj.Preempted:
             raise SystemExit(config.preempted_exit_code) from None
+        except Terminated:
+            # Before the first step or after the last one.
+            raise Terminated(config.preempted_exit_code) from None
 
 
 def _own(config: TrainConfig) -> AbstractContextManager[None]:

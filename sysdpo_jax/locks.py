@@ -1,7 +1,8 @@
 """Who may write: one process at a time in the folder of a run, or on an output file.
 
 The kernel holds the lock, so that of a process that died, by whatever signal, is free at once. Beside it a small JSON
-file says who has it. Both are gone once the holder leaves.
+file says who has it. Both are gone once the holder leaves; of one that was killed they stay, and the next holder takes
+them over.
 """
 
 import json

@@ -25,7 +25,8 @@ def user_code(
 ) -> Iterator[None]:
     """Around a call of the user's code: whatever it raises, `sys.exit` included, is a failure of that code.
 
-    Only Ctrl-C, and so SIGTERM, goes through as it is: a stop is the command's business.
+    Only `KeyboardInterrupt` and other stops that are no `Exception` go through as they are: Ctrl-C, and what the
+    commands and `Trainer.fit` make of SIGTERM.
 
     Args:
         what: Names the code and its place, for example "node 'price': the tool shop:price".

@@ -9,13 +9,15 @@ from typing import Any
 import yaml
 
 import sysdpo_jax as sj
-from experiments.own.outcome import interval_of
+from experiments.own.outcome import final_figures, interval_of, over
 from experiments.own.report import ENDED
 from experiments.own.run import DATA, Run
 from sysdpo_jax.data.rows import LINES, TABLE
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.training.metrics import read_metrics
 
+# Of an evaluation, as `final_figures` names them.
+EVALUATED = ("win_rate", "score_before", "score", "score_difference")
 PAPER = "[arXiv 2502.17721](https://arxiv.org/abs/2502.17721)"
 
 
@@ -63,15 +65,17 @@ def _lines(
     yield f"Data: {data['source']}, {data['kept']} preferences, SHA-256 {data['sha256']}.\n"
     yield "## Figures\n"
     yield "| figure | value | step |\n| --- | ---: | ---: |"
-    figures = _figures(rows)
-    for title, (value, at) in figures.items():
-        if not title.endswith(("/low", "/high")):
-            ends = interval_of({name: each for name, (each, _) in figures.items()}, title)
-            shown = f"{value:.4g}" if ends is None else f"{value:.4g} [{ends.low:.3g}, {ends.high:.3g}]"
-            yield f"| {title} | {shown} | {at} |"
-    if "eval/prompts" in figures:
-        few = too_few(int(figures["eval/prompts"][0]))
-        yield f"\nBrackets hold 95% intervals{'' if few is None else f'; {few}'}."
+    final = final_figures(rows)
+    intervals = {title: interval_of(final, title) for title in EVALUATED if title in final}
+    for title, ends in intervals.items():
+        shown = "" if ends is None else f" [{ends.low:.3g}, {ends.high:.3g}]"
+        yield f"| eval/{title} | {final[title]:.4g}{shown} | {final['step']:.0f} |"
+    for title, (value, at) in _last_figures(rows).items():
+        yield f"| {title} | {value:.4g} | {at} |"
+    if final:
+        few = too_few(int(final["prompts"]))
+        brackets = "brackets hold 95% intervals" if any(intervals.values()) else None
+        yield "\n" + "; ".join(filter(None, (f"Evaluated on {over(final)}", brackets, few))) + "."
 
 
 def _on_hub(source: str) -> bool:
@@ -80,11 +84,11 @@ def _on_hub(source: str) -> bool:
     return named and not path.exists() and path.suffix not in (*LINES, *TABLE, ".gguf")
 
 
-def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
-    """{name: (value, step)}, the last ones, of each figure of training, and of all of evaluation."""
+def _last_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """{name: (value, step)}, the last ones, of each figure of training."""
     last: dict[str, tuple[float, int]] = {}
     for row in rows:
         for name, value in row.items():
-            if value is not None and (name in ENDED or name.startswith("eval/")):
+            if value is not None and name in ENDED:
                 last[name] = (value, row["step"])
     return dict(sorted(last.items()))

@@ -72,13 +72,13 @@ class HeldOut:
         now = [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
         if jax.process_index() > 0:
             # Of its figures only the names count.
-            return _estimates(_scores(now), _scores(now), self.samples)
+            return _estimates(now, now, self.samples)
         if step == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(note_of(self.path(0)), json.dumps(self.about, indent=1) + "\n")
         write_rows(self.path(step), now)
         discard(self.path(step))
-        return _estimates(_scores(now), _scores(list(read_lines(self.path(0)))), self.samples)
+        return _estimates(now, list(read_lines(self.path(0))), self.samples)
 
     def _own_runs(self, step: int, params: Params) -> list[tuple[int, Any]]:
         """(place, row) of the runs that this process makes; their images are written."""
@@ -174,7 +174,8 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs"]:
     return np.array([row["score"] for row in rows], np.float64)
 
 
-def _estimates(scores: Float[np.ndarray, "runs"], before: Float[np.ndarray, "runs"], samples: int) -> dict[str, float]:
+def _estimates(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], samples: int) -> dict[str, float]:
+    scores, before = _scores(runs), _scores(first)
     numbers, both = np.arange(len(scores)) // samples, np.isfinite(scores) & np.isfinite(before)
     now, then, prompts = scores[both], before[both], numbers[both]
     counts = {
@@ -187,9 +188,7 @@ def _estimates(scores: Float[np.ndarray, "runs"], before: Float[np.ndarray, "run
         wins = float((np.sign(now - then).mean() + 1) / 2)
         return {"score": float(now.mean()), "win_rate": wins, "score_difference": float((now - then).mean()), **counts}
     if counts["prompts"] < 2:
-        raise ScoreError(
-            f"only {both.sum()} of {len(scores)} runs have a score: mend the scorer or the judge's template"
-        )
+        raise ScoreError(_too_few_scores(list(zip(runs, first, strict=True)), int(both.sum())))
     # Right or wrong: the score is a share.
     bounds = SHARE if np.isin([now, then], (0, 1)).all() else None
     return {
@@ -198,3 +197,15 @@ def _estimates(scores: Float[np.ndarray, "runs"], before: Float[np.ndarray, "run
         **interval_figures("score_difference", paired_difference(now, then, prompts, bounds)),
         **counts,
     }
+
+
+def _too_few_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], number: int) -> str:
+    """Why so few pairs of runs have two scores: a tool left one out, or the scorer found none."""
+    errors = [error for pair in pairs if (error := next((run["error"] for run in pair if "error" in run), None))]
+    unscored = len(pairs) - number - len(errors)
+    said = [f"only {number} of {len(pairs)} runs have a score, and runs of two prompts are needed"]
+    if errors:
+        said.append(f"a tool left {len(errors)} out (the first: {errors[0]}): mend the tool, or evaluation.prompts")
+    if unscored:
+        said.append(f"{unscored} were made and have no score: mend the scorer or the judge's template")
+    return "; ".join(said)

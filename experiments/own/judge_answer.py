@@ -135,22 +135,26 @@ class Form:
         return score
 
     def _stated(self, answer: str) -> float | None:
-        """In JSON objects, which must agree; without any in the last line."""
+        """In JSON objects and in a last line that is a score, which must all agree."""
         found = [value for pairs in _objects(answer) for name, value in pairs if name == "score"]
-        if not found:
-            lines = (MARKDOWN.sub("", line) for line in reversed(answer.splitlines()))
-            return self._number(next((line for line in lines if line.strip()), ""))
+        lines = (MARKDOWN.sub("", line) for line in reversed(answer.splitlines()))
+        last = next((line for line in lines if line.strip()), "")
         numbers = {value if isinstance(value, float) else self._number(value) for value in found}
+        # What the last line says may take an object before it back.
+        if _as_line(last):
+            numbers.add(self._number(last))
         return numbers.pop() if len(numbers) == 1 else None
 
     def _number(self, line: Any) -> float | None:
         """Of a line that is a score and nothing else; what it is out of must be the end of the range."""
-        if not isinstance(line, str) or len(line) > LONGEST_LINE:
-            return None
-        match = LINE.fullmatch(" ".join(line.split()))
+        match = _as_line(line) if isinstance(line, str) else None
         if match is None or (match[2] is not None and float(match[2]) != self.high):
             return None
         return float(match[1])
+
+
+def _as_line(line: str) -> re.Match[str] | None:
+    return LINE.fullmatch(" ".join(line.split())) if len(line) <= LONGEST_LINE else None
 
 
 def _without_thinking(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +25,33 @@ REMEDIES = {
     403: "give a key that may do this in the environment variable {key}",
     404: "check judge.url and judge.model",
     405: "check judge.url",
+}
+# What servers write in the place of a status, in `code` or `type` of an error: small letters, without "_" and "error".
+WORDS = {
+    "invalidrequest": 400,
+    "badrequest": 400,
+    "invalidargument": 400,
+    "invalidprompt": 400,
+    "contextlengthexceeded": 400,
+    "exceedcontextsize": 400,
+    "stringabovemaxlength": 400,
+    "contentfilter": 400,
+    "contentpolicyviolation": 400,
+    "requesttoolarge": 413,
+    "unprocessableentity": 422,
+    "authentication": 401,
+    "unauthorized": 401,
+    "unauthenticated": 401,
+    "invalidapikey": 401,
+    "insufficientquota": 402,
+    "billing": 402,
+    "permission": 403,
+    "permissiondenied": 403,
+    "notfound": 404,
+    "modelnotfound": 404,
+    "deploymentnotfound": 404,
+    "ratelimit": 429,
+    "ratelimitexceeded": 429,
 }
 # Bytes of an answer after decompression. A hundred thousand words of reasoning have less than a quarter of them.
 LONGEST_ANSWER = 4 * 2**20
@@ -101,7 +129,7 @@ class ChatClient:
         Raises `ScoreError` for a question that the server refuses, and `ConfigError` for a server that fails.
         """
         data = json.dumps(body).encode()
-        backoff = tenacity.wait_exponential_jitter(multiplier=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT)
+        backoff = tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT)
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Again),
             wait=lambda state: max(backoff(state), _asked_wait(state)),
@@ -203,9 +231,16 @@ def _as_object(answer: bytes) -> dict[str, Any]:
 
 
 def _code(error: Any) -> int:
-    """The status that an error inside a 200 names, 500 where it names none."""
-    code = str(error.get("code", "")) if isinstance(error, dict) else ""
-    return int(code) if code.isdecimal() and 400 <= int(code) < 600 else 500
+    """The status that an error inside a 200 names as a number or in a word, 500 where it names none."""
+    # A code says more than a type: "model_not_found", which is an "invalid_request_error".
+    names = (error.get("code"), error.get("type")) if isinstance(error, dict) else (error,)
+    for name in map(str, names):
+        if re.fullmatch("[45][0-9]{2}", name):
+            return int(name)
+        word = re.sub("[^a-z]", "", name.lower()).removesuffix("error")
+        if word in WORDS:
+            return WORDS[word]
+    return 500
 
 
 def _said(answer: bytes) -> str:

@@ -54,11 +54,11 @@ def summary(rows: Sequence[Row], steps: int) -> Iterator[str]:
     made, figures = evaluations(rows), final_figures(rows)
     if made and not figures:
         yield (
-            f"score {_ranged(_plain(made[-1]), 'score')} before training over {_over(_plain(made[-1]))}; no "
+            f"score {_ranged(_plain(made[-1]), 'score')} before training over {over(_plain(made[-1]))}; no "
             "evaluation since, so that there is nothing to compare it with"
         )
     if figures:
-        yield f"win rate {_win_rate(figures)} over {_over(figures)}, {_which(made, int(figures['step']))}"
+        yield f"win rate {_win_rate(figures)} over {over(figures)}, {_which(made, int(figures['step']))}"
         yield (
             f"score {figures['score_before']:.4g} before, {figures['score']:.4g} after: difference "
             f"{_ranged(figures, 'score_difference', '+')}"
@@ -93,7 +93,8 @@ def _ranged(figures: Mapping[str, float], name: str, sign: str = "-") -> str:
     return f"{text} [{ends.low:{sign}.3g}, {ends.high:{sign}.3g}]"
 
 
-def _over(figures: Mapping[str, float]) -> str:
+def over(figures: Mapping[str, float]) -> str:
+    """What figures are of, in words: "24 prompts x 2 samples"."""
     samples = figures["runs"] / figures["prompts"]
     prompts = f"{figures['prompts']:.0f} prompt{'' if figures['prompts'] == 1 else 's'}"
     if not figures["unscored"]:

@@ -31,15 +31,17 @@ prompts, evenly spaced over the file.
 """
 
 
-def write_run_report(run: Run, arguments: Sequence[str], began: float) -> list[str]:
-    """Write report.html and results.json into the run's folder, in one process.
+def result_lines(run: Run) -> list[str]:
+    """The result in sentences, as the terminal and the report have it."""
+    return list(summary(_metrics(run), run.config.schedule.steps))
 
-    began: `time.monotonic()` of the start. Returns the lines that the terminal ends with: the result, and the report's
-    path.
+
+def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
+    """Write report.html, whose path is returned, and results.json into the run's folder, in one process.
+
+    began: `time.monotonic()` of the start. Raises what reading the runs of evaluations and writing raise.
     """
-    folder = Path(run.config.directory)
-    rows = read_metrics(folder / "metrics.jsonl")
-    said = list(summary(rows, run.config.schedule.steps))
+    folder, rows, said = Path(run.config.directory), _metrics(run), result_lines(run)
     made_by = {
         "command": " ".join(["python -m experiments.train", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
@@ -65,7 +67,11 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> list[s
         made_by=made_by,
     )
     write_report(folder / "report.html", report)
-    return [*said, str(folder / "report.html")]
+    return folder / "report.html"
+
+
+def _metrics(run: Run) -> list[dict[str, Any]]:
+    return read_metrics(Path(run.config.directory) / "metrics.jsonl")
 
 
 def _results(rows: Sequence[Mapping[str, Any]], said: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ def write_rows(path: Path, rows: Sequence[Run]) -> None:
     """Write a file of runs, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def noted_errors(rows: Iterable[Run]) -> set[tuple[Any, str]]:
+    """(id, error) of the lines that say why a run failed.
+
+    A command that is given again adds a line where the error of a run is not among them; the newest line counts.
+    """
+    return {(row.get("id"), row["error"]) for row in rows if "error" in row}
 
 
 def run_lines(path: Path) -> Iterator[Run]:

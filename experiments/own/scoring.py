@@ -43,13 +43,10 @@ def check_scorer(scorer: Scorer | Judge, names: Collection[str], of: str) -> Non
 def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
     """The run's score. name: its id, for errors.
 
-    Raises `ScoreError` for a score that is no finite number, and `ConfigError` where no run could have one.
+    Raises `ScoreError` for a scorer that fails, and for a score that is no finite number.
     """
-    with user_code(f"the scorer {name_of(scorer)} on run {name}", ScoreError, (ConfigError,)):
-        try:
-            score = scorer(run)
-        except ConfigError as error:
-            raise type(error)(f"run {name}: {error}") from None
+    with user_code(f"the scorer {name_of(scorer)} on run {name}", ScoreError):
+        score = scorer(run)
     try:
         number = float(score)
     except Exception:

@@ -35,7 +35,7 @@ def tried(call: Callable[[], R], what: str, retries: int, worth: Callable[[BaseE
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(retries + 1),
-        wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LAST_WAIT, jitter=1.0),
+        wait=tenacity.wait_exponential(FIRST_WAIT, LAST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
         retry=tenacity.retry_if_exception(worth),
         before_sleep=announce,
         reraise=True,

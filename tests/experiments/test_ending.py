@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from experiments import train
+from experiments import export, train
 
 PROMPTS, SAMPLES, STEPS = 24, 2, 8
 
@@ -200,3 +200,49 @@ def test_a_few_prompts_are_said_to_be_too_few_before_and_after(tmp_path, capsys)
     assert "[" not in first + second
     assert few == "too few prompts (n = 1): figures of one prompt have no interval"
     assert '<tr><th scope="row">step 8' in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_does_not_undo_the_training(tmp_path, capsys):
+    """The result is told all the same."""
+    lines, results, _ = ended(tmp_path, capsys, configured(tmp_path))
+    (tmp_path / "run" / "evaluation" / f"runs-{results['final']['step']:08d}.jsonl").unlink()
+    train.main(configured(tmp_path, scorer=None))
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == lines[:2]
+    warning = captured.err.splitlines()[-1]
+    assert warning.startswith("warning: the report is not written: ")
+    assert "runs-" in warning
+
+
+def card(folder):
+    export.main(["--directory", str(folder / "run"), "--output", str(folder / "aligned")])
+    return (folder / "aligned" / "head" / "README.md").read_text().split("## Figures\n")[1]
+
+
+def test_a_card_has_the_figures_that_the_terminal_has(tmp_path, capsys):
+    _, results, _ = ended(tmp_path, capsys, configured(tmp_path))
+    final, text = results["final"], card(tmp_path)
+    rate = f"{final['win_rate']:.4g} [{final['win_rate/low']:.3g}, {final['win_rate/high']:.3g}]"
+    assert f"| eval/win_rate | {rate} | {final['step']} |" in text
+    assert f"| eval/score_before | {final['score_before']:.4g} | {final['step']} |" in text
+    assert f"| loss | {results['training']['loss']:.4g} | {results['training']['step']} |" in text
+    assert not [name for name in ("runs", "prompts", "unscored", "step") if f"| eval/{name} " in text]
+    assert text.splitlines()[-1].startswith("Evaluated on 24 prompts x 2 samples; brackets hold 95% intervals")
+
+
+def test_a_card_speaks_of_intervals_where_there_are_any(tmp_path):
+    train.main(configured(tmp_path, prompts=1))
+    text = card(tmp_path)
+    assert "| eval/win_rate | " in text
+    assert "[" not in text
+    assert text.splitlines()[-1] == (
+        "Evaluated on 1 prompt x 2 samples; too few prompts (n = 1): figures of one prompt have no interval."
+    )
+
+
+def test_a_card_without_an_evaluation_has_the_figures_of_training(tmp_path):
+    train.main(configured(tmp_path, scorer=None))
+    text = card(tmp_path)
+    assert "| loss | " in text
+    assert "valuat" not in text
+    assert "eval/" not in text

@@ -144,6 +144,50 @@ def test_what_the_server_refuses_is_asked_once(status, kind, remedy):
         assert f"{shown} 'too long'; {remedy}" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        ({"type": "invalid_request_error", "code": None}, ScoreError, "shorten or change"),
+        ({"type": "invalid_request_error", "code": "context_length_exceeded"}, ScoreError, "shorten or change"),
+        ({"code": "content_filter"}, ScoreError, "shorten or change"),
+        ({"type": "BadRequestError", "code": 40303}, ScoreError, "shorten or change"),
+        ({"type": "request_too_large"}, ScoreError, "shorten or change"),
+        ({"type": "authentication_error"}, ConfigError, "give a valid key in the environment variable JUDGE_KEY"),
+        ({"type": "invalid_request_error", "code": "invalid_api_key"}, ConfigError, "give a valid key"),
+        ({"type": "insufficient_quota", "code": "insufficient_quota"}, ConfigError, "pay the provider's account"),
+        ({"type": "permission_error"}, ConfigError, "give a key that may do this"),
+        ({"type": "invalid_request_error", "code": "model_not_found"}, ConfigError, "check judge.url and judge.model"),
+        ({"type": "NotFoundError"}, ConfigError, "check judge.url and judge.model"),
+        ({"code": "404", "type": "invalid_request_error"}, ConfigError, "check judge.url and judge.model"),
+    ],
+)
+def test_refusals_inside_a_200_may_be_words(error, kind, said):
+    """The code before the type, which says less."""
+    found, requests = asked([response(200, {"error": {"message": "no"} | error}), response()])
+    assert (type(found), len(requests)) == (kind, 1)
+    assert f"an error as its answer, 'no'; {said}" in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"type": "rate_limit_error"},
+        {"code": "rate_limit_exceeded", "type": "requests"},
+        {"type": "server_error"},
+        {"type": "overloaded_error", "code": "9" * 5000},
+        {"type": "api_error", "code": ["404"]},
+    ],
+)
+def test_faults_inside_a_200_are_asked_again(error):
+    found, requests = asked([response(200, {"error": {"message": "later"} | error}), response()])
+    assert (found, len(requests)) == ("7", 2)
+
+
+def test_a_word_alone_may_be_the_error():
+    assert type(asked([response(200, {"error": "model_not_found"})])[0]) is ConfigError
+    assert type(asked([response(200, {"error": "context_length_exceeded"})])[0]) is ScoreError
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_redirections_are_not_followed(status):
     found, requests = asked([response(status, b"", Location="http://elsewhere/v1"), response()])
@@ -211,6 +255,19 @@ def test_a_wait_that_the_server_asks_for_is_kept_where_there_is_time(monkeypatch
         assert "fails after 1 try (429 " in str(found)
         assert "it asks to wait " in str(found)
         assert (slept, len(requests)) == ([20.0], 1)
+
+
+def test_waits_grow_to_a_limit(monkeypatch):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr("asyncio.sleep", sleep)
+    monkeypatch.setattr(judge_client, "FIRST_WAIT", 1.0)
+    asked([response(500)], retries=7)
+    for seconds, least in zip(slept, (1, 2, 4, 8, 16, 30, 30), strict=True):
+        assert least <= seconds <= least + 1
 
 
 def test_tries_end_in_time(monkeypatch):

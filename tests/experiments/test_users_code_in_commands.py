@@ -230,6 +230,13 @@ def test_runs_that_a_tool_skips_are_lines_with_an_error_and_are_made_when_it_can
     roll_out(place, system)
     assert (path.read_bytes(), called(place)) == (before, [])
     assert "4 of 10 runs are left out" in capsys.readouterr().err
+    # Another reason is another line, and the one that is told.
+    monkeypatch.setenv("RAISED", "KeyError")
+    for _ in range(2):
+        roll_out(place, system)
+        assert ids(path, "error") == ["1-0", "1-1", "4-0", "4-1"] * 2
+        assert "failed (KeyError: '0')" in capsys.readouterr().err.split("the first: ")[1]
+    monkeypatch.setenv("RAISED", "ValueError")
     # Neither scored nor paired.
     score.main(["--runs", str(path), "--scorer", "users_own:score", "--output", str(place / "scores.jsonl")])
     assert ids(place / "scores.jsonl", "score") == ids(path)
@@ -272,6 +279,17 @@ def test_training_that_a_tool_stopped_asks_it_for_the_rest_alone(place, monkeypa
     assert called(place) == ["y", "z"]
     train.main([*command, "--dry-run"])
     assert called(place) == []
+
+
+def test_an_evaluation_with_too_few_scores_says_who_left_runs_out(place, monkeypatch, capsys):
+    monkeypatch.setenv("FAILS", "a,bb,ccc,dddd")
+    with pytest.raises(SystemExit):
+        train.main(["--config", str(configured(place, calls=", on_error: skip"))])
+    said = capsys.readouterr().err
+    assert "the evaluation at step 0: only 1 of 5 runs have a score, and runs of two prompts are needed; " in said
+    tools = "node 'kind': the tool users_own:kind for q='a' failed (ValueError: 0)"
+    assert re.search(rf"a tool left 4 out \(the first: .*{re.escape(tools)}.*\): mend the tool, or evaluation", said)
+    assert "mend the scorer" not in said
 
 
 def test_how_a_tool_is_called_may_change_when_training_goes_on(place):
