@@ -26,8 +26,8 @@ from sysdpo_jax.training import read_metrics
 class Config:
     """directory: of the run. output: a new folder. checkpoint: the newest, or the one that evaluation found best.
 
-    adapters: write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers. compilation_cache: see
-    `keep_compilations`.
+    adapters: write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers. compilation_cache:
+    of compiled programs, user, none or a folder.
     """
 
     directory: Path

@@ -39,8 +39,8 @@ from sysdpo_jax.typing import Params
 class Config:
     """samples: runs of each prompt. chunk: prompts that are sampled and written together; part of what is drawn.
 
-    checkpoint: of a run's folder, the newest or the one that evaluation found best. compilation_cache: see
-    `keep_compilations`. ignore: fields of prompts that are left unread.
+    checkpoint: of a run's folder, the newest or the one that evaluation found best. compilation_cache:
+    of compiled programs, user, none or a folder. ignore: fields of prompts that are left unread.
     """
 
     system: str

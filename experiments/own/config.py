@@ -215,7 +215,7 @@ class TrainConfig:
     directory: of checkpoints, metrics and report. dtype: of the computation; weights that are trained whole are kept in
     float32. remat: see `pretrained.load`. profile: steps (first, last) to trace. wandb: project of Weights & Biases,
     none by default. resume: False refuses a directory that holds a checkpoint. preempted_exit_code: after SIGTERM.
-    compilation_cache: "user", "none" or a folder, see `keep_compilations`. dry_run: print what the run would be, and
+    compilation_cache: of compiled programs, "user", "none" or a folder. dry_run: print what the run would be, and
     stop before it.
     """
 
