@@ -46,8 +46,8 @@ def export(config: Config) -> list[Path]:
     chosen = [name for name, component in train.system.components.items() if component.mode != "frozen"]
     if not chosen:
         raise ConfigError(f"{config.directory}: no component of the run was trained")
-    # On the devices that are here, whatever it was trained on.
-    run = assemble(replace(train, mesh=MeshConfig()))
+    # On the devices that are here, whatever it was trained on, and where the folder is now.
+    run = assemble(replace(train, directory=str(config.directory), mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
     best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
     if step == 0:

@@ -47,7 +47,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     """
     path, alone = Path(spec), jax.process_count() == 1
     if path.is_dir():
-        config = replace(read_config(path / CONFIG, TrainConfig), mesh=MeshConfig())
+        config = replace(read_config(path / CONFIG, TrainConfig), directory=spec, mesh=MeshConfig())
         run = assemble(config)
         params, step = restored(run, checkpoint)
         return Loaded(run.system, sj.on_own_devices(params), f"{_hash(identity_of(config))} step {step}")
