@@ -1,7 +1,7 @@
 """Score runs, with a function of your own or a judge behind HTTP.
 
     python -m experiments.score --runs runs.jsonl --scorer my_package.judging:score --output scores.jsonl
-    python -m experiments.score --runs runs.jsonl --judge.url http://localhost:8000/v1 --judge.model my-judge \
+    python -m experiments.score --runs runs.jsonl --judge.url http://localhost:8000/v1 --judge.model my-judge \\
         --judge.template question.txt --output scores.jsonl
 
 A scorer takes a run, {input or node: value} with images as arrays in [0, 1], and returns a number, higher is better. A

@@ -2,16 +2,25 @@
 
 import functools
 import logging
+import os
 import reprlib
+import sys
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from contextlib import contextmanager
+from inspect import getfile
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
+import tenacity
 
 logger = logging.getLogger(__name__)
 
+# Where the frames between a command and the user's code lie: this library, and what tries again and waits for it.
+CALLERS = tuple(f"{Path(getfile(module)).parent}{os.sep}" for module in (sys.modules[__name__], tenacity, futures))
 # So many characters of a value, and of a message, are shown.
 SHOWN = 60
 
@@ -43,8 +52,16 @@ def user_code(
     except expected:
         raise
     except (Exception, SystemExit, CancelledError) as error:
-        logger.error("%s failed", what, exc_info=error)
+        logger.error("%s failed", what, exc_info=(type(error), error, _users(error.__traceback__)))
         raise failure(f"{what} failed ({said(error)}): {remedy}") from error
+
+
+def _users(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame of the user's code on: what called it is none of their business."""
+    first = trace
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(CALLERS):
+        trace = trace.tb_next
+    return first if trace is None else trace
 
 
 def said(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from sysdpo_jax.components.calls import tried
 from sysdpo_jax.user_code import user_code
 
 
@@ -39,3 +40,11 @@ def test_a_stop_and_what_is_expected_go_through():
         raise KeyboardInterrupt
     with pytest.raises(LookupError, match="as meant"), user_code("the tool", Failure, (LookupError,)):
         raise LookupError("as meant")
+
+
+def test_the_log_begins_with_the_users_own_frame(caplog):
+    with pytest.raises(Failure), caplog.at_level(logging.ERROR), user_code("the tool", Failure):
+        tried(lambda: {}["price"], "the tool", 0, lambda error: False)
+    assert "test_user_code.py" in caplog.text
+    assert "tenacity" not in caplog.text
+    assert "calls.py" not in caplog.text

@@ -2,7 +2,7 @@
 
     make gpu-check                                            # in an environment of its own, with JAX for CUDA
     python -m experiments.benchmarks.gpu_check [--checks attention steps] [--folder runs/gpu_check]
-    python -m experiments.benchmarks.gpu_check --preset tiny  # the same code at toy sizes, on any machine
+    python -m experiments.benchmarks.gpu_check --preset tiny  # the same code at toy sizes; without a GPU it ends with 1
 
 Prints a table, writes <folder>/results.json and ends with 1 where a row failed; without a GPU the first row fails.
 
@@ -210,7 +210,8 @@ def main(arguments: list[str]) -> None:
     }
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{len(made) - len(failed)} passed, {len(failed)} failed: {config.folder / 'results.json'}")
+    where = "" if made[0].passed else "no GPU, so that nothing was checked on one: "
+    print(f"{where}{len(made) - len(failed)} passed, {len(failed)} failed: {config.folder / 'results.json'}")
     if failed:
         raise SystemExit(1)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ WORDS = {
 }
 # Bytes of an answer after decompression. A hundred thousand words of reasoning have less than a quarter of them.
 LONGEST_ANSWER = 4 * 2**20
+# Servers of which it was said in this process that they are waited for.
+_ANNOUNCED: set[str] = set()
 ENCODINGS = ("", "identity", "gzip", "deflate")
 # Seconds before the second try of a question, about twice as many before each next one, and at most.
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
@@ -62,6 +65,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 PATIENCE = 120.0
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Again(Exception):
@@ -134,6 +139,7 @@ class ChatClient:
             retry=tenacity.retry_if_exception_type(Again),
             wait=lambda state: max(backoff(state), _asked_wait(state)),
             stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_before_delay(PATIENCE),
+            before_sleep=self._announce,
         )
         try:
             return await tries(self._once, connections, data, read)
@@ -143,6 +149,14 @@ class ChatClient:
             failed = error
         failed.args = (self._without_key(str(failed)),)
         raise failed from None
+
+    def _announce(self, state: tenacity.RetryCallState) -> None:
+        """Say once of a client that it waits; what its tries come to in the end says an error."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        if self._shown not in _ANNOUNCED:
+            _ANNOUNCED.add(self._shown)
+            said = self._without_key(str(error))
+            logger.warning("the judge at %s does not answer (%s): asked again for up to two minutes", self._shown, said)
 
     async def _once(self, connections: httpx.AsyncClient, data: bytes, read: Callable[[Any], T]) -> T:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}

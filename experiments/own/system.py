@@ -86,7 +86,9 @@ def place(mesh: Mesh, tree: Mapping[str, Any]) -> PyTree:
 
 def _check(system: SystemConfig) -> None:
     if not system.nodes:
-        raise ConfigError("system.nodes is empty: name the system's values and what each comes from")
+        raise ConfigError(
+            "system.nodes is empty: give --config my_run.yaml, or name the system's values and what each comes from"
+        )
     for name, node in system.nodes.items():
         if (node.component is None) == (node.tool is None):
             raise ConfigError(f"system.nodes.{name}: give either a component or a tool")

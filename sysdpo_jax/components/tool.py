@@ -15,7 +15,8 @@ from sysdpo_jax.components.calls import side_by_side, tried, within
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, shown, user_code
 
-REMEDY = "fix it, give the tool retries or a longer timeout where it may pass, or set its on_error to skip"
+REMEDY = "fix it, or give the tool retries or a longer timeout where it may pass"
+OR_SKIP = "; on_error: skip leaves such rows out"
 
 
 class ToolError(RecordError):
@@ -107,7 +108,7 @@ class Tool(Component):
         what, skip = f"the tool {name_of(self.function)} for {shown(values)}", self.on_error == "skip"
         call = partial(within, self.timeout, lambda: self.function(*values.values()))
         try:
-            with user_code(what, partial(ToolError, skip=skip), (RecordError,), REMEDY):
+            with user_code(what, partial(ToolError, skip=skip), (RecordError,), REMEDY + ("" if skip else OR_SKIP)):
                 return tried(call, what, self.retries, _may_pass)
         except ToolError as error:
             return error

@@ -21,7 +21,10 @@ REMEDIES = {
 
 
 def refuse_unread(
-    row: Mapping[str, Any], read: Collection[str], known: Collection[str] = (), remedy: str = "name it in `ignore`"
+    row: Mapping[str, Any],
+    read: Collection[str],
+    known: Collection[str] = (),
+    remedy: str = "name it in `ignore` (data.ignore of a run, --ignore of rollout)",
 ) -> None:
     """Raise `RecordError` naming a field that is not read and may change the result.
 

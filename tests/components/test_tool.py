@@ -84,7 +84,7 @@ RAISED = (ValueError, ConnectionError, StopIteration, KeyError, SystemExit, Canc
 def test_whatever_a_tool_raises_names_node_function_row_and_values(raised, concurrency, timeout, caplog):
     system = CompoundSystem(("x",), (Node("paid", Tool(Paid([3], raised), concurrency, 0, timeout), ("x",)),))
     words = r"sys.exit\('no route'\)" if raised is SystemExit else f"{raised.__name__}: .?no route"
-    expected = rf"^row 2: node 'paid': the tool .*test_tool:Paid for x=3 failed \({words}.?\): fix it, give the tool"
+    expected = rf"^row 2: node 'paid': the tool .*test_tool:Paid for x=3 failed \({words}.?\): fix it, or give the tool"
     with pytest.raises(ToolError, match=expected):
         system.sample({}, [{"x": x} for x in (1, 2, 3)], KEY)
     assert "Traceback" in caplog.text

@@ -50,7 +50,7 @@ def test_a_field_that_is_not_read_is_refused_by_name(tmp_path, reader, name):
     path = lines(tmp_path / "pairs.jsonl", row, {**row, name: FIELDS[name]})
     said = refusal(path, TEXT, reader)
     assert said.startswith(f"{path}, row 2: the field {name!r} is not read: ")
-    assert said.endswith("where it does not matter, name it in `ignore`")
+    assert said.endswith("where it does not matter, name it in `ignore` (data.ignore of a run, --ignore of rollout)")
     assert len(load_preferences(path, TEXT, reader, ignore=(name,))) == 2
     assert len(load_preferences(path, TEXT, reader, on_error="skip")) == 1
 

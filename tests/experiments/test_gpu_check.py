@@ -59,7 +59,7 @@ def test_a_failure_ends_the_command(tmp_path, capsys, monkeypatch):
         main(["--preset", "tiny", "--checks", "attention", "--folder", str(tmp_path)])
     assert end.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["FAIL", "FAIL", "pass", "1"]
+    assert [line.split()[0] for line in lines] == ["FAIL", "FAIL", "pass", "no"]
     assert "RuntimeError: out of luck" in lines[1]
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["passed"], results["failed"]) == (1, 2)
