@@ -1,11 +1,11 @@
 """Whatever a user's code raises is named as that code's failure; a stop is not."""
 
 import logging
+import subprocess
 import sys
 
 import pytest
 
-from sysdpo_jax.components.calls import tried
 from sysdpo_jax.user_code import user_code
 
 
@@ -42,9 +42,19 @@ def test_a_stop_and_what_is_expected_go_through():
         raise LookupError("as meant")
 
 
-def test_the_log_begins_with_the_users_own_frame(caplog):
-    with pytest.raises(Failure), caplog.at_level(logging.ERROR), user_code("the tool", Failure):
-        tried(lambda: {}["price"], "the tool", 0, lambda error: False)
-    assert "test_user_code.py" in caplog.text
-    assert "tenacity" not in caplog.text
-    assert "calls.py" not in caplog.text
+def test_the_log_begins_with_the_users_own_frame():
+    """In a process of its own: the tests' type checks put frames of theirs between."""
+    script = """
+from sysdpo_jax import Tool
+
+def broken(price):
+    return {}["price"]
+
+Tool(broken).outcomes({"price": [1]})
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "in broken" in run.stderr
+    assert "KeyError: 'price'" in run.stderr
+    assert "tenacity" not in run.stderr
+    assert "sysdpo_jax/" not in run.stderr
