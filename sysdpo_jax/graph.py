@@ -25,7 +25,7 @@ from sysdpo_jax.nodes import Node as Node
 from sysdpo_jax.nodes import check_names, check_plates, check_static, naming, topological, users_part
 from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
 from sysdpo_jax.user_code import name_of
-from sysdpo_jax.values import content
+from sysdpo_jax.values import Unequal, content_or_unequal
 
 # What tools gave, by node and parents' values.
 Known: TypeAlias = MutableMapping[tuple[str, Hashable], Any]
@@ -239,19 +239,15 @@ class CompoundSystem:
         parents = {name: columns[name] for name in node.parents}
         if known is None:
             return self._call(node, parents)
-        keys = [_known_key(node, values) for values in zip(*parents.values(), strict=True)]
+        keys = [(node.name, content_or_unequal(values)) for values in zip(*parents.values(), strict=True)]
         first = {key: row for row, key in reversed([*enumerate(keys)])}
         # In the order of the rows, the first of which to fail may stop the others.
         new = {key: first[key] for key in keys if key not in known}
         asked = {name: [column[row] for row in new.values()] for name, column in parents.items()}
         answers = dict(zip(new, self._call(node, asked), strict=True)) if new else {}
-        known.update(
-            {
-                key: value
-                for key, value in answers.items()
-                if not isinstance(value, NotCalledError) and not isinstance(key[1], _Unequal)
-            }
-        )
+        for key, value in answers.items():
+            if not isinstance(value, NotCalledError) and not isinstance(key[1], Unequal):
+                known[key] = value
         return [known[key] if key in known else answers[key] for key in keys]
 
     def node_candidates(
@@ -355,17 +351,6 @@ def _by_rank(sizes: Sequence[int], number: int) -> list[tuple[int, ...]]:
         longer = ((*t[:i], t[i] + 1, *t[i + 1 :]) for t in level for i in range(len(sizes)))
         level = {t for t in longer if all(rank < size for rank, size in zip(t, sizes, strict=True))}
     return found[:number]
-
-
-class _Unequal:
-    """In the place of values of which nobody can tell whether they equal others: equal to itself alone."""
-
-
-def _known_key(node: Node, values: Sequence[Any]) -> tuple[str, Hashable]:
-    try:
-        return node.name, content(values)
-    except TypeError:
-        return node.name, _Unequal()
 
 
 def _named_key(key: Keys, name: str) -> PRNGKeyArray:
