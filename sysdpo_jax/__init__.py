@@ -1,6 +1,7 @@
 """sysdpo_jax: system-level direct preference optimisation of compound AI systems in JAX (arXiv 2502.17721)."""
 
 from sysdpo_jax import pretrained
+from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components import (
     Categorical,
     Component,
@@ -36,7 +37,7 @@ from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.graph import CompoundSystem, GraphError, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_TRAINABLE
 from sysdpo_jax.models.lora import LoRA, add_lora
-from sysdpo_jax.objectives import DirectObjective, PairBatch, SampledBatch, SamplingObjective, log_ratio
+from sysdpo_jax.objectives import DirectObjective, SamplingObjective, log_ratio
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,

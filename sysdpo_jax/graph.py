@@ -19,22 +19,24 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import RecordError, row_keys
-from sysdpo_jax.components.tool import NotCalledError, Tool, ToolError, raise_first
+from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
 from sysdpo_jax.nodes import GraphError as GraphError
 from sysdpo_jax.nodes import Node as Node
 from sysdpo_jax.nodes import check_names, check_plates, check_static, naming, topological, users_part
+from sysdpo_jax.plates import as_plate, by_rank, grouped, instead_of_plate
 from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
-from sysdpo_jax.user_code import name_of
 from sysdpo_jax.values import Unequal, content_or_unequal
 
 # What tools gave, by node and parents' values.
 Known: TypeAlias = MutableMapping[tuple[str, Hashable], Any]
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class CompoundSystem:
     """The nodes, sorted topologically, and the names of the inputs they start from.
 
+    Static in every jitted function that takes it: equal systems are one, whatever their parameters are.
     Raises `GraphError` on a duplicate name, an unknown parent, a cycle, plates that do not match, an unread input or a
     component that cannot be hashed.
     """
@@ -146,10 +148,18 @@ class CompoundSystem:
                     made[row] = value if isinstance(value, ToolError) else made[row] | {node.name: value}
             for row in _alive(made):
                 _require(made[row], (node.name,), row, "node")
-                instead = None if node.plate is None else _instead_of_plate(made[row][node.name], node.plate)
+                instead = None if node.plate is None else instead_of_plate(made[row][node.name], node.plate)
                 if instead is not None:
                     raise RecordError(f"record {row}: node {node.name!r} is a plate of {node.plate}, got {instead}")
         return made
+
+    def encode(self, params: Params, features: Mapping[str, Features]) -> dict[str, Features]:
+        """What `prepare` made -> features for `log_prob`, by each node's frozen parts; host side, of NumPy arrays.
+
+        What is encoded already, and what has nothing to encode, comes back as it is.
+        """
+        trees = {name: params.get(self.node(name).params_key, {}) for name in features}
+        return {name: self.node(name).component.encode(trees[name], features[name]) for name in features}
 
     def log_prob(self, params: Params, features: Mapping[str, Features], key: Keys) -> dict[str, Array]:
         """log p_k(v_k | parents) in nats of every node, `{node: Float[Array, "batch"]}`, without the nodes' weights."""
@@ -229,7 +239,7 @@ class CompoundSystem:
             wanted = len(next(iter(rows.values())))
             if len(made) != wanted:
                 raise RecordError(f"sample returned {len(made)} values for {wanted} rows: return one for each")
-        return made if node.plate is None else _grouped(made, node.plate)
+        return made if node.plate is None else grouped(made, node.plate)
 
     def tool_values(self, node: Node, columns: Mapping[str, Sequence[Any]], known: Known | None = None) -> list[Any]:
         """A tool's value for every row of the columns or, where it failed, the `ToolError`, which names the node.
@@ -264,9 +274,9 @@ class CompoundSystem:
             flat = node.component.candidates(tree, rows, number, node_key)
         if node.plate is None:
             return flat
-        plates = _grouped(flat, node.plate)
+        plates = grouped(flat, node.plate)
         return [
-            [[c[i] for c, i in zip(copies, ranks, strict=True)] for ranks in _by_rank([*map(len, copies)], number)]
+            [[c[i] for c, i in zip(copies, ranks, strict=True)] for ranks in by_rank([*map(len, copies)], number)]
             for copies in plates
         ]
 
@@ -310,11 +320,11 @@ class CompoundSystem:
         if node.plate is None:
             made = tool.outcomes(parents)
         elif any(self._is_plate(name) for name in node.parents):
-            copies = _grouped(tool.outcomes(self._unfold(node, parents)), node.plate)
+            copies = grouped(tool.outcomes(self._unfold(node, parents)), node.plate)
             # One copy without a value leaves the run without one.
             made = [next((x for x in row if isinstance(x, ToolError)), row) for row in copies]
         else:
-            made = [_as_plate(value, tool, node.plate) for value in tool.outcomes(parents)]
+            made = [as_plate(value, tool, node.plate) for value in tool.outcomes(parents)]
         return [x.at(f"node {node.name!r}") if isinstance(x, ToolError) else x for x in made]
 
     def _prepare_node(self, node: Node, records: Sequence[Record]) -> Features:
@@ -342,17 +352,6 @@ class CompoundSystem:
         return name not in self.inputs and self.node(name).plate is not None
 
 
-def _by_rank(sizes: Sequence[int], number: int) -> list[tuple[int, ...]]:
-    """The first `number` of all tuples with 0 <= t[i] < sizes[i], by their sum."""
-    found: list[tuple[int, ...]] = []
-    level = {(0,) * len(sizes)}
-    while level and len(found) < number:
-        found += sorted(level)
-        longer = ((*t[:i], t[i] + 1, *t[i + 1 :]) for t in level for i in range(len(sizes)))
-        level = {t for t in longer if all(rank < size for rank, size in zip(t, sizes, strict=True))}
-    return found[:number]
-
-
 def _named_key(key: Keys, name: str) -> PRNGKeyArray:
     """A key that depends on the name alone, so that adding a node does not change another's noise."""
     return jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
@@ -365,27 +364,6 @@ def _require(record: Record, names: Sequence[str], row: int, kind: str) -> None:
                 f"record {row} lacks a value for the {kind} {name!r} (it has {', '.join(record) or 'nothing'}): "
                 "add the field or take the name out of the system"
             )
-
-
-def _instead_of_plate(value: Any, plate: int) -> str | None:
-    """What a value is instead of a plate's list, None where it is one."""
-    if isinstance(value, str) or not hasattr(value, "__len__"):
-        return type(value).__name__
-    return None if len(value) == plate else f"{len(value)} values"
-
-
-def _as_plate(value: Any, tool: Tool, plate: int) -> Any:
-    """A plate's list of what a tool gave, or the `ToolError`."""
-    instead = None if isinstance(value, ToolError) else _instead_of_plate(value, plate)
-    if instead is not None:
-        reason = f"the tool {name_of(tool.function)} gave {instead} for a plate of {plate}: return a list of {plate}"
-        return ToolError(reason, tool.on_error == "skip", refused=True)
-    return value if isinstance(value, ToolError) else list(value)
-
-
-def _grouped(values: Sequence[Any], plate: int) -> list[list[Any]]:
-    """The copies' values, a list for each row."""
-    return [list(values[start : start + plate]) for start in range(0, len(values), plate)]
 
 
 def _columns(rows: Sequence[Record], names: Sequence[str]) -> dict[str, list[Any]]:

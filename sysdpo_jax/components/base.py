@@ -1,11 +1,18 @@
-"""The contract every component keeps: three pure functions over explicit parameters, and one host-side `prepare`."""
+"""The contract every component keeps: pure functions over explicit parameters, and one host-side `prepare` before them.
+
+prepare(values, parents) -> raw features      host: strings, images, numbers to NumPy arrays; no parameters
+encode(params, raw features) -> features      device: the frozen parts alone, once; identity by default
+log_prob(params, features, key) -> [batch]    the step sees nothing but this
+sample(params, parents, key) -> values
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
@@ -22,7 +29,7 @@ class Component(Protocol):
     """One generator of the system: p(value | parents).
 
     Implementations are frozen dataclasses: hashable, because a system is a static argument of the jitted step.
-    Subclass this protocol to inherit `log_prob_with_metrics`, `candidates` and `units`.
+    Subclass this protocol to inherit what has a default.
     """
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -32,6 +39,15 @@ class Component(Protocol):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         """Raw values -> NumPy pytree with a leading batch axis of `len(values)`. Host side; may raise `RecordError`."""
         ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The entries of the parameter tree that only `encode` and `sample` read, and that are never trained."""
+        return ()
+
+    def encode(self, params: Params, features: Features) -> Features:
+        """Raw features -> what `log_prob` takes, by the frozen parts. Jittable; of encoded features the identity."""
+        return features
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         """log p(value | parents) of each row in nats, up to a constant that does not depend on `params`.
@@ -59,6 +75,21 @@ class Component(Protocol):
         spread = {name: [value for value in column for _ in range(number)] for name, column in parents.items()}
         values = self.sample(params, spread, key)
         return [distinct(values[start : start + number]) for start in range(0, len(values), number)]
+
+    def sizes(self, features: Features) -> Mapping[str, Int[np.ndarray, "..."]]:
+        """How long each row is, by axis, such as {"prompt": [batch], "completion": [batch]}; none by default.
+
+        Host side, whatever axes lie before the rows' own. Rows are stored at their own sizes, see `resize`.
+        """
+        return {}
+
+    def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
+        """The features padded or cut to these sizes, which every row fits in; host side. `log_prob` stays the same."""
+        return features
+
+    def padding(self, features: Features) -> float:
+        """The share of the features that is padding; host side."""
+        return 0.0
 
     def units(self, features: Features) -> Mapping[str, int]:
         """`{"tokens" or "images" or ...: how many}` in prepared features, whatever axes lie before theirs. Host side.

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, require_inputs
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
-from sysdpo_jax.objectives.log_ratio import PairBatch, SampledBatch
 from sysdpo_jax.typing import Params, Record
 from sysdpo_jax.values import distinct
 

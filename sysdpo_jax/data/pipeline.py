@@ -9,11 +9,11 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import grain
 
+from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.batches import check_batches
 from sysdpo_jax.data.records import PreferenceRecord, prepare_pairs
 from sysdpo_jax.graph import CompoundSystem, Known
-from sysdpo_jax.objectives.log_ratio import PairBatch
 from sysdpo_jax.threads import DaemonExecutor
 from sysdpo_jax.user_code import is_users, name_of, user_code
 

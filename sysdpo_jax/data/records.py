@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.graph import CompoundSystem, Known
-from sysdpo_jax.objectives.log_ratio import PairBatch
 
 SIDES = ("chosen", "rejected")
 

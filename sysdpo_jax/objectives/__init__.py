@@ -1,7 +1,7 @@
 """Objectives: functions of (system, params, reference, batch, key), blind to the kinds of component they sum over."""
 
 from sysdpo_jax.objectives.direct import DirectObjective
-from sysdpo_jax.objectives.log_ratio import NodeTerms, PairBatch, SampledBatch, log_ratio, node_terms
+from sysdpo_jax.objectives.log_ratio import NodeTerms, log_ratio, node_terms
 from sysdpo_jax.objectives.losses import LOSSES
 from sysdpo_jax.objectives.sampling import SamplingObjective
 
@@ -9,8 +9,6 @@ __all__ = [
     "LOSSES",
     "DirectObjective",
     "NodeTerms",
-    "PairBatch",
-    "SampledBatch",
     "SamplingObjective",
     "log_ratio",
     "node_terms",

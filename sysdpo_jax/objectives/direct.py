@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.objectives.log_ratio import PairBatch, as_rows, node_terms, repeated
+from sysdpo_jax.objectives.log_ratio import as_rows, node_terms, repeated
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Keys, Params
 

@@ -2,46 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.typing import Features, Keys, Params
-
-
-class PairBatch(NamedTuple):
-    """Preferences ready for the step: two feature trees, as `CompoundSystem.prepare` returns them.
-
-    reference: `{node: (chosen, rejected)}` in nats, each [batch], of nodes whose reference was evaluated before,
-    see `training.precompute_reference`.
-    """
-
-    chosen: Features
-    rejected: Features
-    reference: Mapping[str, tuple[Any, Any]] | None = None
-
-    def sides(self) -> Features:
-        """The features of both sides, every array [batch, 2, ...] with the chosen one first."""
-        return jax.tree.map(lambda *sides: jnp.stack(sides, axis=1), self.chosen, self.rejected)
-
-
-class SampledBatch(NamedTuple):
-    """Preferences on outputs alone, ready for the step: both sides with the same M intermediates a row.
-
-    intermediates, outputs: `{node: features [batch, M, ...]}` of the nodes of either kind, see
-    `CompoundSystem.intermediates`; of the outputs for both sides.
-    valid: bool [batch, M], at least one True a row; the others repeat a valid one and have no weight.
-    staleness: int32 [batch], how many steps ago the policy drew the row's intermediates.
-    """
-
-    intermediates: Features
-    outputs: PairBatch
-    valid: Array | np.ndarray
-    staleness: Array | np.ndarray
 
 
 class NodeTerms(NamedTuple):

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.objectives.log_ratio import (
     NodeTerms,
-    PairBatch,
-    SampledBatch,
     as_rows,
     repeated,
     terms_of_node,

@@ -14,9 +14,9 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import PyTree
 
+from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.models.lora import is_lora, strip_lora
-from sysdpo_jax.objectives.log_ratio import PairBatch, SampledBatch
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 from jaxtyping import Int
 
+from sysdpo_jax.batch import SampledBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.batches import epoch_rows
 from sysdpo_jax.data.columns import as_values, load_columns, save_columns
 from sysdpo_jax.data.intermediates import draw_intermediates, sampled_batch
 from sysdpo_jax.data.records import PreferenceRecord, hold_intermediates, require_inputs, without_intermediates
 from sysdpo_jax.graph import CompoundSystem, GraphError
-from sysdpo_jax.objectives.log_ratio import SampledBatch
 from sysdpo_jax.training.own_devices import on_own_devices
 from sysdpo_jax.typing import Params
 from sysdpo_jax.values import content

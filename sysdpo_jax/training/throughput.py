@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.objectives.log_ratio import PairBatch, SampledBatch
 from sysdpo_jax.training.flops import FlopsError, step_flops
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import batch_shard

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from experiments.scaling.shapes import SMOLLM2_135M
+from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components import LanguageModel
 from sysdpo_jax.components.token_log_probs import number_of_chunks, token_log_probs
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import DirectObjective
-from sysdpo_jax.objectives.log_ratio import PairBatch
 from sysdpo_jax.training.flops import count_flops
 from tests.components.stubs import IdTokenizer
 
