@@ -28,8 +28,8 @@ from experiments.own.prompts import read_prompts
 from experiments.own.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
-from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.training import Board
 from sysdpo_jax.typing import Params

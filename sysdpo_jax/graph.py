@@ -123,9 +123,11 @@ class CompoundSystem:
         for node in wanted:
             try:
                 features[node.name] = self._prepare_node(node, complete)
-            except RecordError as error:
+            except Exception as error:
+                # Whatever a value leads a component into, the record is what cannot be used.
+                said = str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {error}"
                 rows = f" (rows count copies, {node.plate} a record)" if node.plate else ""
-                raise RecordError(f"node {node.name!r}{rows}: {error}") from error
+                raise RecordError(f"node {node.name!r}{rows}: {said}") from error
         return features
 
     def complete(self, records: Sequence[Record], nodes: Sequence[str], known: Known | None = None) -> list[Any]:
@@ -152,6 +154,11 @@ class CompoundSystem:
                 if instead is not None:
                     raise RecordError(f"record {row}: node {node.name!r} is a plate of {node.plate}, got {instead}")
         return made
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the features of a node have to be encoded by its frozen parts."""
+        return any(node.component.frozen for node in self.nodes)
 
     def encode(self, params: Params, features: Mapping[str, Features]) -> dict[str, Features]:
         """What `prepare` made -> features for `log_prob`, by each node's frozen parts; host side, of NumPy arrays.

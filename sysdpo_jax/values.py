@@ -48,3 +48,12 @@ def content_or_unequal(value: Any) -> Hashable:
         return content(value)
     except TypeError:
         return Unequal()
+
+
+def is_plain(value: Any) -> bool:
+    """Whether JSON, with bytes, gives the very same value back: a tuple or an array would come back as a list."""
+    if type(value) is dict:
+        return all(type(name) is str for name in value) and all(map(is_plain, value.values()))
+    if type(value) is list:
+        return all(map(is_plain, value))
+    return value is None or type(value) in (str, int, float, bool, bytes)

@@ -32,7 +32,7 @@ from experiments.own.config import (
     parse_flags,
     read_config,
 )
-from sysdpo_jax.data.readers import READERS
+from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
 

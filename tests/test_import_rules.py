@@ -9,19 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sysdpo_jax"
 # Small modules that import nothing of the library, and that every part may import.
-BOTTOM = {"locks", "static", "threads", "typing", "user_code", "values"}
+BOTTOM = {"columns", "locks", "row_files", "static", "threads", "trees", "typing", "user_code", "values"}
 # What each part may import of the library, beside itself and the modules of `BOTTOM`.
 ALLOWED = {
     "models": set(),
     "generation": {"models"},
     "components": {"models", "generation"},
     "batch": set(),
+    "manifest": set(),
     "plates": {"components"},
     "nodes": {"components"},
     "graph": {"models", "generation", "components", "nodes", "plates"},
     "objectives": {"batch", "graph", "components.base"},
-    "data": {"models", "generation", "components", "batch", "graph"},
-    "training": {"models", "generation", "components", "batch", "graph", "objectives", "data"},
+    "data": {"models", "generation", "components", "batch", "graph", "manifest"},
+    "training": {"models", "generation", "components", "batch", "graph", "manifest", "objectives", "data"},
     "pretrained": {"models", "generation", "components"},
     "evaluation": {"models", "generation", "components", "graph"},
 } | {part: set() for part in BOTTOM}

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from sysdpo_jax import PreferenceRecord
-from sysdpo_jax.data.columns import as_values, load_columns, save_columns
+from sysdpo_jax.columns import as_values, load_columns, save_columns
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.typing import Params
 

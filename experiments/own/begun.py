@@ -14,7 +14,7 @@ from experiments.own.appended import AppendedFile, note_of
 from experiments.own.config import ConfigError
 from experiments.own.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
 from sysdpo_jax.components.tool import ToolError
-from sysdpo_jax.data.saving import ImageFiles
+from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.typing import Params
 
 # Whole numbers of as many bytes.

@@ -12,7 +12,7 @@ import sysdpo_jax as sj
 from experiments.own.outcome import final_figures, interval_of, over
 from experiments.own.report import ENDED
 from experiments.own.run import DATA, Run
-from sysdpo_jax.data.rows import LINES, TABLE
+from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.training.metrics import read_metrics
 

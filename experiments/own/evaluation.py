@@ -23,8 +23,8 @@ from experiments.own.run import BEST, Run
 from experiments.own.runs_file import read_lines, write_rows
 from experiments.own.scoring import Scorer, about_scorer, make_scorer, score_runs
 from experiments.own.unscored import ScoreError
+from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
-from sysdpo_jax.data.saving import ImageFiles
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, paired_difference, too_few, win_rate
 from sysdpo_jax.evaluation.preferences import SHARE
 from sysdpo_jax.training import Evaluation

@@ -14,7 +14,7 @@ from experiments.own.judge_answer import Form, text_of
 from experiments.own.judge_client import Again, ChatClient
 from experiments.own.judge_template import Template, read_template
 from experiments.own.unscored import ScoreError
-from sysdpo_jax.data.saving import ImageFiles
+from sysdpo_jax.data.files import ImageFiles
 
 
 def make_judge(config: JudgeConfig, field: str) -> "Judge":

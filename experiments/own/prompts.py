@@ -7,7 +7,7 @@ from typing import Any
 import sysdpo_jax as sj
 from experiments.own.config import ConfigError
 from experiments.own.runs_file import read_lines
-from sysdpo_jax.data.unread import refuse_unread
+from sysdpo_jax.data.formats import refuse_unread
 
 
 def read_prompts(path: str | Path, system: sj.CompoundSystem, ignore: Sequence[str] = ()) -> list[dict[str, Any]]:

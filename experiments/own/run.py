@@ -24,11 +24,11 @@ from experiments.own.config import (
 )
 from experiments.own.scoring import check_scorer, make_scorer
 from experiments.own.system import build_optimizer, build_system
+from sysdpo_jax.data.files import LINES, TABLE
+from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.data.records import check_intermediates
-from sysdpo_jax.data.rows import LINES, TABLE
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.search import IntermediateSearch
 from sysdpo_jax.training.step import Objective
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Params
@@ -218,7 +218,7 @@ def first_batch(run: Run, batches: BatchSource) -> PyTree:
     """The batch of step 0; intermediates are drawn for it, and not kept."""
     if isinstance(batches, sj.SearchedBatches):
         with TemporaryDirectory() as folder:
-            return IntermediateSearch(batches, Path(folder)).batch(0, run.params)
+            return IntermediateSearch(batches, Path(folder)).batch(0, lambda: run.params)
     return batches(0) if callable(batches) else batches[0]
 
 

@@ -13,8 +13,7 @@ import sysdpo_jax as sj
 from experiments.own.config import ConfigError, write_whole
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
-from sysdpo_jax.data.rows import json_lines
-from sysdpo_jax.data.saving import ImageFiles, as_json
+from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
 
 Run = dict[str, Any]
 # How `ImageFiles` names an image. Not by the file of runs: that may be renamed, or joined from those of processes.

@@ -45,6 +45,11 @@ class Component(Protocol):
         """The entries of the parameter tree that only `encode` and `sample` read, and that are never trained."""
         return ()
 
+    @property
+    def several_sizes(self) -> bool:
+        """Whether `prepare` chooses one of several sizes for all values of a call, which then belong together."""
+        return False
+
     def encode(self, params: Params, features: Features) -> Features:
         """Raw features -> what `log_prob` takes, by the frozen parts. Jittable; of encoded features the identity."""
         return features

@@ -62,9 +62,12 @@ class Categorical(Component):
 
 
 def _indices(values: Sequence[Any], size: int, name: str) -> np.ndarray:
-    column = np.asarray(values)
-    if not np.issubdtype(column.dtype, np.integer) or column.ndim != 1:
-        raise RecordError(f"Categorical: {name} must be one integer a row, not {column.dtype} {list(column.shape)}")
+    # Each by itself: an array of all would make an integer of a boolean beside others.
+    for row, value in enumerate(values):
+        one = np.asarray(value) if np.isscalar(value) or isinstance(value, np.ndarray) else np.zeros(1, object)
+        if one.ndim or not np.issubdtype(one.dtype, np.integer):
+            raise RecordError(f"Categorical: {name} in row {row} is {value!r}: it must be an integer")
+    column = np.array([int(value) for value in values], object)
     bad = np.flatnonzero((column < 0) | (column >= size))
     if bad.size:
         raise RecordError(f"Categorical: {name} is {column[bad[0]]} in row {bad[0]}, outside 0..{size - 1}")

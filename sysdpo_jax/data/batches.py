@@ -1,10 +1,43 @@
-"""Batches as a pure function of the step: a run that resumes neither replays nor skips data."""
+"""Batches as a pure function of the step: a run that resumes neither replays nor skips data.
 
-from collections.abc import Callable
+Rows of like sizes come together, and are padded to few static sizes: every shape of a batch is compiled once.
+"""
+
+import shutil
+import sys
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Int, PyTree
+
+from sysdpo_jax.batch import PairBatch
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.data.preferences import Preferences
+from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_records, write_part
+from sysdpo_jax.data.records import PreferenceRecord, require_intermediates
+from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.threads import DaemonExecutor
+from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import is_users, name_of, user_code
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+# Batches: read in so many threads, and so many ahead of the step.
+THREADS = AHEAD = 4
+# Sizes are multiples of this, which the devices' matrix units and attention kernels like.
+MULTIPLE = 8
+# Rows that sizes are chosen by, of a larger data set; records of a list that are prepared together.
+LOOKED_AT, TOGETHER = 50_000, 64
 
 
 def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Callable[[int], PyTree]:
@@ -27,20 +60,79 @@ def epoch_rows(
     rows: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
 ) -> Callable[[int], Int[np.ndarray, "batch"]]:
     """`rows_at(step)`: the numbers of the rows that `epoch_batches` takes."""
-    index, count = check_batches(rows, batch_size, shard)
-    per_epoch, block = rows // batch_size, batch_size // count
-
-    def rows_at(step: int) -> Int[np.ndarray, "batch"]:
-        epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(rows)
-        first = place * batch_size + index * block
-        return order[first : first + block]
-
-    return rows_at
+    plan = Plan(np.zeros((rows, 0), np.int32), np.zeros(rows, np.int64), batch_size, seed, shard, 1)
+    return lambda step: plan.at(step)[0]
 
 
-def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> tuple[int, int]:
-    """The shard. Raises `ValueError` where the rows do not fill a batch or the batch is not cut as the shard says."""
+class Plan:
+    """Which rows the batch of a step has, and their sizes: a function of the step and of what is given here alone.
+
+    In each epoch the rows are shuffled by (seed, epoch), those of like sizes put together, and the batches shuffled.
+    Rows that do not fill a last batch of their kind are left out of that epoch, others in the next one.
+
+    Args:
+        sizes: Of every row along every axis [rows, axes].
+        kinds: Rows of one number can be in a batch [rows].
+        batch_size: Rows of the global batch.
+        shard: (index, count) gives the index-th of count equal blocks of each batch.
+        shapes: How many static sizes there are at most, but one for every kind at least.
+
+    Raises:
+        ValueError: Fewer rows than a batch, or a batch that count does not divide.
+    """
+
+    def __init__(
+        self,
+        sizes: Int[np.ndarray, "rows axes"],
+        kinds: Int[np.ndarray, "rows"],
+        batch_size: int,
+        seed: int,
+        shard: tuple[int, int],
+        shapes: int,
+    ):
+        block = batch_size // check_batches(len(kinds), batch_size, shard)
+        self._seed, self._batch, self._block = seed, batch_size, slice(shard[0] * block, (shard[0] + 1) * block)
+        self._rows = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+        self.per_epoch = sum(len(rows) // batch_size for rows in self._rows)
+        if not self.per_epoch:
+            raise ValueError(f"no kind of rows fills one batch of {batch_size}: use a smaller batch or more data")
+        self.left_out = sum(len(rows) for rows in self._rows if len(rows) < batch_size)
+        # Each kind's static sizes [shapes, axes], the smallest first.
+        number = max(1, shapes // len(self._rows))
+        self._shapes = [static_sizes(sizes[rows], number, batch_size) for rows in self._rows]
+        # The smallest that each row fits in.
+        self._fits = [_first_fit(sizes[rows], shapes) for rows, shapes in zip(self._rows, self._shapes, strict=True)]
+        self._sizes = sizes
+        self._epoch = lru_cache(2)(self._shuffled)
+
+    @property
+    def shapes(self) -> list[Int[np.ndarray, "shapes axes"]]:
+        """The static sizes of the batches of each kind."""
+        return self._shapes
+
+    def at(self, step: int) -> tuple[Int[np.ndarray, "block"], tuple[int, ...]]:
+        """The rows of this shard in the batch of a step, and the sizes of the whole batch."""
+        epoch, place = divmod(step, self.per_epoch)
+        rows, sizes = self._epoch(epoch)[place]
+        return rows[self._block], sizes
+
+    def _shuffled(self, epoch: int) -> list[tuple[Int[np.ndarray, "batch"], tuple[int, ...]]]:
+        random = np.random.default_rng((self._seed, epoch))
+        batches: list[tuple[Int[np.ndarray, batch], tuple[int, ...]]] = []
+        for rows, shapes, fits in zip(self._rows, self._shapes, self._fits, strict=True):
+            order = random.permutation(len(rows))[: len(rows) // self._batch * self._batch]
+            order = order[np.argsort(fits[order], kind="stable")]
+            for own in order.reshape(-1, self._batch):
+                # The largest of each axis: those whose rows lie between two shapes have the next one that fits all.
+                largest = self._sizes[rows[own]].max(0, keepdims=True)
+                batches.append((rows[own], tuple(shapes[_first_fit(largest, shapes)[0]].tolist())))
+        # Batches of one shape are in a random order already.
+        several = sum(map(len, self._shapes)) > 1
+        return [batches[place] for place in random.permutation(len(batches))] if several else batches
+
+
+def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> int:
+    """The number of shards. Raises `ValueError` where rows fill no batch or the batch is not cut as the shard says."""
     index, count = shard
     if rows < batch_size:
         raise ValueError(f"{rows} rows do not fill one batch of {batch_size}: use a smaller batch or more data")
@@ -49,4 +141,195 @@ def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> tuple[i
             f"shard {shard} is no part of a batch of {batch_size} rows: its index must be below its count, which must "
             "divide the batch (batch_shard gives both)"
         )
-    return index, count
+    return count
+
+
+def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -> Int[np.ndarray, "shapes axes"]:
+    """At most `number` sizes that every row fits in one of, chosen so that little is padded; the smallest first.
+
+    The rows are cut in two where that saves most, one group after the other. The largest size is always there: it takes
+    the batches whose rows fit nowhere else together.
+    """
+    groups = [sizes[:: -(-len(sizes) // LOOKED_AT)]]
+    whole = _rounded(sizes)
+    while len(groups) + 1 < number:
+        cuts = [best_cut(group, batch) for group in groups]
+        best = int(np.argmax([saved for saved, _, _ in cuts]))
+        saved, axis, limit = cuts[best]
+        if saved <= 0:
+            break
+        group = groups.pop(best)
+        groups += [group[group[:, axis] <= limit], group[group[:, axis] > limit]]
+    found = np.unique([*(_rounded(group) for group in groups), whole], axis=0)
+    # What was not looked at may fit in no group's size but the largest.
+    return found[np.argsort(found.sum(1), kind="stable")]
+
+
+def best_cut(sizes: Int[np.ndarray, "rows axes"], batch: int) -> tuple[int, int, int]:
+    """(places saved, axis, largest size of the first part) of the best cut; at least a batch on either side."""
+    best, rows = (0, 0, 0), len(sizes)
+    whole = rows * int(_rounded(sizes).sum())
+    for axis in range(sizes.shape[1]):
+        ordered = sizes[np.argsort(sizes[:, axis], kind="stable")]
+        below = _up(np.maximum.accumulate(ordered, axis=0)).sum(1)
+        above = _up(np.maximum.accumulate(ordered[::-1], axis=0)[::-1]).sum(1)
+        count = np.arange(1, rows)
+        saved = whole - count * below[:-1] - (rows - count) * above[1:]
+        # A cut lies between two different sizes.
+        usable = (ordered[:-1, axis] < ordered[1:, axis]) & (count >= batch) & (rows - count >= batch)
+        place = int(np.argmax(np.where(usable, saved, 0))) if rows > 1 else 0
+        if rows > 1 and usable[place] and saved[place] > best[0]:
+            best = int(saved[place]), axis, int(ordered[place, axis])
+    return best
+
+
+def _rounded(sizes: Int[np.ndarray, "rows axes"]) -> Int[np.ndarray, "axes"]:
+    return _up(sizes.max(0))
+
+
+def _up(sizes: np.ndarray) -> np.ndarray:
+    return -(-sizes // MULTIPLE) * MULTIPLE
+
+
+def _first_fit(sizes: Int[np.ndarray, "rows axes"], shapes: Int[np.ndarray, "shapes axes"]) -> Int[np.ndarray, "rows"]:
+    """The first of the shapes that each row fits in."""
+    fit = np.full(len(sizes), len(shapes) - 1)
+    for place in reversed(range(len(shapes) - 1)):
+        fit[(sizes <= shapes[place]).all(1)] = place
+    return fit
+
+
+@runtime_checkable
+class Indexed(Protocol[T_co]):
+    """Random access by number: a list, a class that reads a file's row when asked, batches, a dataset of Grain."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> T_co: ...
+
+
+class PreferenceBatches:
+    """Batches of preferences that were prepared once: `batches[step]` is that of a step. See `preference_dataset`."""
+
+    def __init__(
+        self,
+        system: CompoundSystem,
+        records: Indexed[PreferenceRecord],
+        batch_size: int,
+        seed: int,
+        shard: tuple[int, int],
+        shapes: int,
+    ):
+        self.system, self._records = system, records
+        self._settings = batch_size, seed, shard, shapes
+        check_batches(len(records), batch_size, shard)
+        self._rows: PreparedRows | None = None
+        if isinstance(records, Preferences) and records.system == system:
+            require_intermediates(system, records.held)
+            self._use(records.rows, records.chosen)
+        elif not system.encodes:
+            self.prepare({})
+
+    def __len__(self) -> int:
+        """There is always a next epoch."""
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> PairBatch:
+        if self._rows is None:
+            raise ValueError("the system has frozen parts that encode: give preference_dataset their params")
+        rows, sizes = self.plan.at(step)
+        found = [self._rows.features(int(row)) for row in self._chosen[rows]]
+        return pair_batch(self.system, found, dict(zip(self._rows.axes, sizes, strict=True)))
+
+    def prepare(self, params: Params) -> None:
+        """Prepare and encode the records where that has not been done. params: the system's, on this process's devices.
+
+        Raises `RecordError` naming the record that cannot be used, counted from 0.
+        """
+        if self._rows is not None:
+            return
+        folder = Path(tempfile.mkdtemp(prefix="sysdpo_jax-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        path = folder / "part"
+        write_part(path, self.system, self._prepared(params), lambda: None)
+        rows = PreparedRows([path])
+        self._use(rows, np.arange(len(rows)))
+
+    def describe(self) -> str:
+        """The static shapes of the batches in a line, and what fills no batch."""
+        shapes = sum(map(len, self.plan.shapes))
+        axes = [f"{node} {axis}" for node, axis in self._rows.axes] if self._rows is not None else []
+        sizes = "; ".join(", ".join(map(str, row)) for kind in self.plan.shapes for row in kind.tolist())
+        text = f"shapes of batches: {shapes}" + (f" ({', '.join(axes)}: {sizes})" if axes else "")
+        return text + (f"; {self.plan.left_out} rows are of a kind that fills no batch" if self.plan.left_out else "")
+
+    def _use(self, rows: PreparedRows, chosen: Int[np.ndarray, "rows"]) -> None:
+        self._rows, self._chosen = rows, chosen
+        self.plan = Plan(rows.sizes[chosen], rows.kinds[chosen], *self._settings)
+
+    def _prepared(self, params: Params) -> Iterator[tuple[int, Prepared]]:
+        for start in range(0, len(self._records), TOGETHER):
+            numbers = range(start, min(start + TOGETHER, len(self._records)))
+            made = prepare_records(self.system, params, [self._record(number) for number in numbers])
+            for number, row in zip(numbers, made, strict=True):
+                if isinstance(row, RecordError):
+                    raise RecordError(f"record {number}, counted from 0: {row}") from row
+                require_intermediates(self.system, row.held)
+                # Records may hold what no file can, and are there already.
+                yield number, row._replace(record=PreferenceRecord({}, {}, {}))
+
+    def _record(self, number: int) -> PreferenceRecord:
+        read = f"{name_of(self._records)}.__getitem__" if is_users(self._records) else "reading"
+        with user_code(f"{read}, for record {number}, counted from 0,", RecordError, (RecordError,)):
+            return self._records[number]
+
+
+def preference_dataset(
+    system: CompoundSystem,
+    records: Indexed[PreferenceRecord],
+    batch_size: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    *,
+    shapes: int = 8,
+) -> PreferenceBatches:
+    """Endless batches for `Trainer.fit`, read ahead of the step: that of step k is a pure function of k and arguments.
+
+    Records are prepared once, into files: by `load_preferences` with the system, or here. What frozen parts encode is
+    left to `Trainer.fit`, which knows their parameters, where `load_preferences` was not given them.
+    Rows are shuffled anew every epoch by the seed; batches are made of rows of like sizes, in an order of their own,
+    and padded to few static sizes. Rows that do not fill a last batch are left out of that epoch.
+
+    Args:
+        records: A list, what `load_preferences` returns, or anything with a length whose rows are found by number.
+        batch_size: Rows of the global batch.
+        shard: (index, count) gives the index-th of count equal blocks of its rows, as `batch_shard(mesh)` says for this
+            process.
+        shapes: How many shapes of batches there are at most, each of which is compiled once; images of several sizes
+            have at least one each.
+
+    Raises:
+        RecordError: Names the record that cannot be used, counted from 0.
+        ValueError: Fewer records than a batch, or a batch that count does not divide.
+    """
+    return PreferenceBatches(system, records, batch_size, seed, shard, shapes)
+
+
+@contextmanager
+def read_ahead(dataset: Indexed[T], step: int) -> Iterator[Iterator[T]]:
+    """An iterator over the elements from `step` on, which threads make ahead of it; they end with the context.
+
+    The threads are left alone after a moment where an element never comes.
+    """
+    with DaemonExecutor(THREADS, "read-ahead") as threads:
+        yield _elements(dataset, step, threads)
+
+
+def _elements(dataset: Indexed[T], step: int, threads: Executor) -> Iterator[T]:
+    ahead: deque[Future[T]] = deque()
+    for last in range(step, len(dataset)):
+        ahead.append(threads.submit(dataset.__getitem__, last))
+        if len(ahead) > AHEAD:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()

@@ -1,21 +1,30 @@
-"""The intermediates of SysDPO-Sampling: drawn from a policy, and joined to preferences on final values."""
+"""The intermediates of SysDPO-Sampling: drawn from the policy, anew every few steps, and joined to final values."""
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Int, PRNGKeyArray
 
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
-from sysdpo_jax.data.records import SIDES, PreferenceRecord, require_inputs
+from sysdpo_jax.data.batches import epoch_rows
+from sysdpo_jax.data.records import SIDES, PreferenceRecord, hold_intermediates, require_inputs, without_intermediates
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
+from sysdpo_jax.row_files import LEAVES, ROWS, RowFile, write_row_file
 from sysdpo_jax.typing import Params, Record
-from sysdpo_jax.values import distinct
+from sysdpo_jax.values import content, distinct
+
+# The file of a draw, or of a process's part of it.
+NAME = re.compile(r"(?P<step>\d+)(-\d+-of-(?P<count>\d+))?")
 
 # A value for every intermediate node of one run.
 Intermediates = Mapping[str, Any]
@@ -203,3 +212,165 @@ def _usable(system: CompoundSystem, pairs: Sequence[Sides], row: int) -> list[Si
 
 def _by_turns(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [row for turn in zip_longest(*groups) for row in turn if row is not None]
+
+
+@dataclass(frozen=True)
+class SearchedBatches:
+    """Batches for `SamplingObjective`: rows as `epoch_batches` takes them, intermediates from the current policy.
+
+    records: preferences on final values, without intermediates. seed: of the rows' order and of the draws.
+    num_intermediates: size of Y(x); of a single one, the same on both sides, the nodes that draw it learn nothing.
+    every: at the steps 0, every, 2 * every ... the policy draws for all rows of the `every` batches that follow; 1 as
+    in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is longer than
+    an epoch.
+    shard: (index, count) as `batch_shard(mesh)` says for this process, which draws for its own rows on its own devices
+    (see `on_own_devices`); a run may go on with another count. Draws without noise, such as a language model's beams,
+    are the same for every count.
+    Values must be strings, numbers, or arrays of one shape. Raises `RecordError` naming the row for records that hold
+    intermediates or lack an input or a final value, `GraphError` for a system without intermediates, and `ValueError`
+    for a number below 1, fewer rows than a batch, or processes that do not have a shard each.
+    """
+
+    system: CompoundSystem = field(compare=False)
+    records: Sequence[PreferenceRecord] = field(compare=False, repr=False)
+    batch_size: int
+    seed: int
+    num_intermediates: int = 8
+    every: int = 1
+    shard: tuple[int, int] = field(default=(0, 1), compare=False)
+
+    def __post_init__(self) -> None:
+        if self.num_intermediates < 1 or self.every < 1:
+            raise ValueError(
+                f"SearchedBatches: num_intermediates {self.num_intermediates} and every {self.every} must be at least 1"
+            )
+        if jax.process_count() not in (1, self.shard[1]):
+            raise ValueError(
+                f"SearchedBatches: shard {self.shard} is none of {jax.process_count()}, one for each process: give "
+                "batch_shard(mesh), of a mesh whose data x fsdp is a multiple of the processes"
+            )
+        if not self.system.intermediates:
+            raise GraphError("the system has no intermediate values to search for: train it with DirectObjective")
+        if self.records and hold_intermediates(self.system, self.records):
+            raise RecordError(
+                "the records hold intermediate values, which SearchedBatches would not read: train with "
+                "DirectObjective, or drop them with without_intermediates"
+            )
+        require_inputs(self.system, [record.inputs for record in self.records])
+        without_intermediates(self.system, self.records)
+        self.rows_at(0)
+
+    @property
+    def rows_at(self) -> Callable[[int], Int[Any, "batch"]]:
+        """The numbers of the records in this shard of the batch of a step."""
+        return epoch_rows(len(self.records), self.batch_size, self.seed, self.shard)
+
+    def fingerprint(self) -> str:
+        """The same for records of the same inputs, in every process: final values may be mended between two starts."""
+        rows = [content(record.inputs) for record in self.records]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+class IntermediateSearch:
+    """The batches of one run. What was drawn at a step is in the rows of `<directory>/<step>`, for a resumed run.
+
+    Of several processes each writes `<step>-<number>-of-<count>`; a run that goes on with another count reads all.
+    A row is of a record: its number, and its sets of intermediate values.
+    """
+
+    def __init__(self, batches: SearchedBatches, directory: Path):
+        self._batches, self._directory, self._rows_at = batches, directory, batches.rows_at
+        self._records = without_intermediates(batches.system, batches.records)
+        # The step whose policy drew the present sets, by record.
+        self._drawn_at: int | None = None
+        self._sets: dict[int, list[dict[str, Any]]] = {}
+        # What tools gave: they are called once for what a policy drew.
+        self._known: dict[tuple[str, Hashable], Any] = {}
+
+    def batch(self, step: int, policy: Callable[[], Params]) -> SampledBatch:
+        """The raw batch of a step, which all processes ask for.
+
+        policy: gives the parameters after `step` updates, whole on this process's devices; all processes call it then.
+        """
+        drawn_at = self._start(step)
+        if drawn_at == step:
+            self._draw(step, policy())
+        if drawn_at != self._drawn_at or drawn_at == step:
+            # What is used is what is on disk, so that a resumed run uses the same.
+            self._read(drawn_at)
+        rows = self._rows_at(step).tolist()
+        records, sets = [self._records[row] for row in rows], [self._sets[row] for row in rows]
+        spec = self._batches
+        try:
+            return sampled_batch(spec.system, records, sets, spec.num_intermediates, step - drawn_at, self._known)
+        except RecordError as error:
+            raise RecordError(f"the batch of the records {rows}, counted from 0: {error}") from error
+
+    def forget(self, checkpoint: int) -> None:
+        """Delete what a run resumed at this checkpoint, or at a later one, does not read."""
+        for path in self._directory.glob("*.arrow"):
+            name = NAME.match(path.name)
+            if name is not None and int(name["step"]) < self._start(checkpoint):
+                # Each process deletes what it finds.
+                path.unlink(missing_ok=True)
+
+    def _start(self, step: int) -> int:
+        return step - step % self._batches.every
+
+    def _rows_from(self, step: int) -> list[int]:
+        """The records of the batches that a draw serves, each once, in their order."""
+        steps = range(step, step + self._batches.every)
+        return list(dict.fromkeys(row for at in steps for row in self._rows_at(at).tolist()))
+
+    def _draw(self, step: int, params: Params) -> None:
+        spec, rows = self._batches, self._rows_from(step)
+        index, count = spec.shard
+        # What tools gave of inputs alone stays; of what an earlier policy drew it would fill the memory.
+        given = {node.name for node in spec.system.given}
+        self._known = {key: value for key, value in self._known.items() if key[0] in given}
+        size = spec.batch_size // count
+        key = jax.random.fold_in(jax.random.key(spec.seed), step)
+        sets: list[list[dict[str, Any]]] = []
+        for number, start in enumerate(range(0, len(rows), size)):
+            part = rows[start : start + size]
+            inputs = [{**self._records[row].inputs, **self._given(row)} for row in part]
+            part_key = jax.random.fold_in(key, number * count + index)
+            try:
+                # Slices of one size, so that nothing recompiles and memory is bounded.
+                sets += draw_intermediates(
+                    spec.system, params, inputs, spec.num_intermediates, part_key, size, self._known
+                )
+            except RecordError as error:
+                raise RecordError(f"the intermediates of the records {part}, counted from 0: {error}") from error
+        # Those of an earlier start with another count, which came to no checkpoint behind this step.
+        for path in [path for path, its_count in self._files(step).items() if its_count != count and index == 0]:
+            for ending in (ROWS, LEAVES):
+                path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        write_row_file(self._path(step), ({"record": row, "sets": own} for row, own in zip(rows, sets, strict=True)))
+
+    def _given(self, row: int) -> dict[str, Any]:
+        chosen = self._records[row].chosen
+        return {node.name: chosen[node.name] for node in self._batches.system.given if node.name in chosen}
+
+    def _read(self, step: int) -> None:
+        path, present = self._path(step), self._files(step)
+        if path not in present and set(present.values()) != {len(present)}:
+            raise FileNotFoundError(
+                f"{path}{ROWS} with the intermediates drawn at step {step} is missing, so the run cannot go on as it "
+                "was: restore the file, or train in another directory"
+            )
+        self._sets, self._drawn_at = {}, step
+        for part in [path] if path in present else present:
+            self._sets |= {row["record"]: row["sets"] for row in RowFile(part)}
+
+    def _path(self, step: int) -> Path:
+        index, count = self._batches.shard
+        part = "" if count == 1 else f"-{index + 1:05d}-of-{count:05d}"
+        return self._directory / f"{step:08d}{part}"
+
+    def _files(self, step: int) -> dict[Path, int]:
+        """What there is of a step, and of how many files each is one."""
+        paths = [p.with_name(p.name.removesuffix(ROWS)) for p in sorted(self._directory.glob(f"{step:08d}*{ROWS}"))]
+        names = [(path, NAME.fullmatch(path.name)) for path in paths]
+        return {path: int(name["count"] or 1) for path, name in names if name is not None}

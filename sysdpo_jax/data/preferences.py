@@ -1,40 +1,49 @@
-"""Files of preferences: checked once, then read record by record. However many rows they have, few are in memory."""
+"""Preferences from files: read, prepared, encoded and stored in one pass, once. Few rows are in memory at a time."""
 
-import hashlib
 import json
+import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.components.tool import ToolError
-from sysdpo_jax.data.checks import check_records, resolve_images
-from sysdpo_jax.data.readers import READERS, Reader
+from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.components.tool import Tool, ToolError
+from sysdpo_jax.components.tool_values import Kept, ToolValues
+from sysdpo_jax.data.files import Row, file_state, read_rows, source_digest
+from sysdpo_jax.data.formats import READERS, Reader
+from sysdpo_jax.data.prepared import Prepared, PreparedRows, part_about, prepare_records, write_part
 from sysdpo_jax.data.records import PreferenceRecord, check_intermediates
-from sysdpo_jax.data.rows import Row, read_rows
-from sysdpo_jax.data.stored import StoredRecords, write_records
-from sysdpo_jax.data.tool_values import ToolValues, with_kept_values
-from sysdpo_jax.data.tools import stored_with_tools
-from sysdpo_jax.graph import CompoundSystem, Known
+from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.manifest import digest, fingerprints
+from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, shown, user_code
 
-# Records that are checked together; one by one only where some of them fail.
-TOGETHER = 64
-# Errors that are kept to be shown.
-KEPT_ERRORS = 5
-# What the folder of a result holds.
-RECORDS, COUNTS = "records.arrow", "counts.json"
+# Rows of the source in a part, which a kill loses at most; records that are prepared together, with images and without.
+PART, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 128, 16
+# Errors that are kept to be shown, and reasons that are told apart.
+KEPT_ERRORS, KEPT_REASONS = 5, 20
+# A folder of parts is another one when what is written changes.
+FORMAT = 1
+# Says how many parts there are, when all are there.
+WHOLE = "parts.json"
 
 
 @dataclass
 class Counts:
     """read: rows; kept: records; ties: rows without a preference; skipped: what had errors, of which some are kept.
 
-    sha256: of the file, or of the rows of a data set of many files.
+    reasons: how many were skipped for what. sha256: of the file, or of what is known of a data set of many files.
     """
 
     read: int = 0
@@ -42,18 +51,41 @@ class Counts:
     ties: int = 0
     skipped: int = 0
     errors: list[str] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
     sha256: str = ""
+
+    def skip(self, message: str, error: RecordError) -> None:
+        """Count a row that is left out."""
+        self.skipped += 1
+        if len(self.errors) < KEPT_ERRORS:
+            self.errors.append(message)
+        # The numbers and long texts of a message are those of its row.
+        reason = re.sub(r"\d+", "#", re.sub(r"'[^']*[^'\w][^']*'", "'...'", str(error)))
+        reason = reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def add(self, other: "Counts") -> None:
+        """Count what another part counted."""
+        for name in ("read", "kept", "ties", "skipped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.errors = (self.errors + other.errors)[:KEPT_ERRORS]
+        self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
 
 
 class Preferences(Sequence[PreferenceRecord]):
-    """Records by number, read from a memory-mapped file when they are asked for. Made by `load_preferences`."""
+    """Records by number, read from memory-mapped files when they are asked for, and their features where there are any.
 
-    def __init__(self, folder: Path, source: str):
-        self._records, self._source = StoredRecords(folder / RECORDS), source
-        self.counts = Counts(**json.loads((folder / COUNTS).read_text(encoding="utf-8")))
+    Made by `load_preferences`. system: the one that the features are of, None where there are no features. rows: what
+    is on disk, of which `chosen` are the rows that count.
+    """
+
+    def __init__(
+        self, rows: PreparedRows, chosen: np.ndarray, counts: Counts, source: str, system: CompoundSystem | None
+    ):
+        self.rows, self.chosen, self.counts, self._source, self.system = rows, chosen, counts, source, system
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.chosen)
 
     @overload
     def __getitem__(self, row: int) -> PreferenceRecord: ...
@@ -66,18 +98,25 @@ class Preferences(Sequence[PreferenceRecord]):
             return [self[number] for number in range(*row.indices(len(self)))]
         if not -len(self) <= row < len(self):
             raise IndexError(f"record {row} of {len(self)}")
-        return self._records[row % len(self)]
+        return self.rows.record(int(self.chosen[row]))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
+    @property
+    def held(self) -> bool:
+        """Whether the records hold the system's intermediate values; True where no system is known."""
+        return bool(self.rows.held[self.chosen[0]])
+
     def summary(self) -> str:
-        """The counts in a line, with the first of the errors."""
+        """The counts in a line, with the first of the errors and how many were left out for what."""
         counts = self.counts
         ties = f", {counts.ties} without a preference" if counts.ties else ""
         skipped = f", {counts.skipped} skipped (the first: {counts.errors[0]})" if counts.skipped else ""
+        if len(counts.reasons) > 1:
+            skipped += "".join(f"\n  {number} x {reason}" for reason, number in counts.reasons.items())
         return f"{self._source}: {counts.read} rows, {counts.kept} preferences{ties}{skipped}"
 
 
@@ -86,201 +125,311 @@ def load_preferences(
     system: CompoundSystem | None = None,
     reader: str | Reader = "records",
     *,
+    params: Params | None = None,
     split: str = "train",
     on_error: Literal["stop", "skip"] = "stop",
     ignore: Sequence[str] = (),
     cache: str | Path | None = None,
     tool_values: str | Path | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Preferences:
-    """Read preferences: every row once, into a file that is memory-mapped.
+    """Read preferences: every row once, into files that are memory-mapped.
 
-    source: a .jsonl or .parquet file, or a folder or hub name that `datasets.load_dataset` takes, with its `split`.
-    reader: a name in `readers.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
-    "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
-    ignore: fields of rows that are left unread; others that the reader does not know are errors where they hold
-    something. A function of your own gets the rest of the row, and what it does not read is its own business.
-    system: what the records are checked against, see `check_records`; paths of images then begin at the file's folder,
-    and values of tools that rows lack are filled in: a tool is called once for what it reads.
-    on_error: "skip" leaves rows with errors out and counts them, as a tool's own on_error does for rows that it fails.
-    cache: a folder for that file. Where it exists it is taken as it is, for the same source, system and reader: remove
-    it when one of them has changed. Without it the file is a temporary one that goes with the result.
-    tool_values: a file (JSON Lines) that keeps what tools gave, each value as soon as its call returns, and from which
-    a later call takes it: whatever ends the reading, a kill included, loses the calls under way alone. A value belongs
-    to the node, the name of the function and the parents' values; one that JSON, with bytes, does not give back as it
-    is, or of parents that are no plain values or arrays, is not kept. Remove the file when a function gives something
-    else.
-    A row may have an "id", which no other one has.
-    Raises `RecordError` naming file, row and field, `FileNotFoundError`, and `ValueError` for an unknown reader, for
-    `ignore` without a list of names, and for `tool_values` that hold something else.
+    With a system every record is prepared for it: a record is kept if and only if that works, and paths of images begin
+    at the source's folder. Values of tools that rows lack are filled in; a tool is called once for what it reads.
+    The features are kept with the records, so that training from `preference_dataset` reads arrays alone; where a
+    system has frozen encoders that takes their parameters.
+
+    Args:
+        source: A .jsonl or .parquet file, or a folder or hub name that `datasets.load_dataset` takes.
+        system: What the records are prepared for.
+        reader: A name in `formats.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
+            "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
+        params: Of the system, `{params_key: tree}`: its frozen parts encode. Of several processes each gives the whole
+            frozen parts on its own devices, see `on_own_devices`.
+        split: Of a folder or hub name.
+        on_error: "skip" leaves rows with errors out and counts them by reason, as a tool's own on_error does for rows
+            that it fails.
+        ignore: Fields of rows that are left unread; others that the reader does not know are errors where they hold
+            something. A function of your own gets the rest of the row, and what it does not read is its own business.
+        cache: A folder that keeps the files, in a folder of their own for each fingerprint of source, reader, settings,
+            system, tokenizers and frozen parameters: what is there is read within seconds, what a kill left is gone on
+            with, and several processes make parts of it each. Without it the files are temporary and go with the
+            result, and each process makes all of them.
+        tool_values: A file (JSON Lines) that keeps what tools gave, each value as soon as its call returns, and from
+            which a later call takes it: whatever ends the reading, a kill included, loses the calls under way alone. A
+            value belongs to the node, the name of the function and the parents' values; one that JSON, with bytes, does
+            not give back as it is, or of parents that are no plain values or arrays, is not kept. Remove the file when
+            a function gives something else.
+        progress: Is told, as it goes, how many rows this process has read.
+
+    Returns:
+        The records, and what was counted. A row may have an "id", which no other one has.
+
+    Raises:
+        RecordError: Names file, row and field.
+        FileNotFoundError: There is no such file.
+        ValueError: For an unknown reader, for `ignore` without a list of names, and for `tool_values` that hold
+            something else.
     """
     if isinstance(ignore, str):
         raise ValueError(f"ignore {ignore!r} is one text: give the names of fields in a tuple, ({ignore!r},)")
     if isinstance(reader, str) and reader not in READERS:
         raise ValueError(f"unknown reader {reader!r}: choose one of {', '.join(READERS)}")
     convert = READERS[reader] if isinstance(reader, str) else reader
-    if cache is not None and Path(cache).exists():
-        return Preferences(Path(cache), str(source))
+    called = system
     if system is not None and tool_values is not None:
-        system = with_kept_values(system, ToolValues(Path(tool_values)))
-    counts, base = Counts(), _folder_of(source)
-    made = _temporary_folder(cache)
+        called = with_kept_values(system, ToolValues(Path(tool_values)))
+    reading = _Pass(source, split, convert, tuple(ignore), called, params, on_error == "skip", progress)
+    has_features = system is not None and (params is not None or not system.encodes)
+    if cache is None:
+        sha256, folder = source_digest(source, split), Path(tempfile.mkdtemp(prefix="sysdpo_jax-"))
+        try:
+            reading.write(folder, 0, 1)
+            made = reading.open(folder, sha256, system if has_features else None)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+        return made
+    sha256 = _known_digest(source, split, Path(cache))
+    settings = (FORMAT, sha256, split, convert, tuple(ignore), on_error)
+    folder = Path(cache) / digest([*settings, *_about_system(system, params)])
+    if not _is_whole(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _by_all(lambda: reading.write(folder, jax.process_index(), jax.process_count()))
+    return reading.open(folder, sha256, system if has_features else None)
+
+
+def with_kept_values(system: CompoundSystem, values: ToolValues) -> CompoundSystem:
+    """The system with tools that ask `values` first, and add what they gave as soon as a call returns."""
+
+    def kept(node: Node) -> Node:
+        tool = node.component
+        if not isinstance(tool, Tool):
+            return node
+        return replace(node, component=replace(tool, function=Kept(node.name, tool.function, values)))
+
+    return replace(system, nodes=tuple(map(kept, system.nodes)))
+
+
+def _about_system(system: CompoundSystem | None, params: Params | None) -> list[Any]:
+    """What features depend on: the nodes but for their weights, and the parameters of the frozen parts."""
+    if system is None:
+        return []
+    nodes = [replace(node, weight=1.0) for node in system.nodes]
+    frozen = {
+        f"{node.params_key}/{name}": fingerprints(params[node.params_key][name])
+        for node in system.nodes
+        for name in (node.component.frozen if params is not None else ())
+    }
+    return [system.inputs, nodes, frozen]
+
+
+def _known_digest(source: str | Path, split: str, cache: Path) -> str:
+    """`source_digest`; a file that has not been touched since the last time is not read again."""
+    path, noted = Path(source), cache / "digests.json"
+    if not path.is_file():
+        return source_digest(source, split)
+    known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    state, name = list(file_state(path)), str(path.resolve())
+    if known.get(name, [None])[0] != state:
+        known[name] = [state, source_digest(source, split)]
+        if jax.process_index() == 0:
+            cache.mkdir(parents=True, exist_ok=True)
+            _write_json(noted, known)
+    return str(known[name][1])
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all parts are there, and made of files that are as they were."""
+    whole = folder / WHOLE
+    return whole.exists() and all(map(_is_fresh, _parts(folder, json.loads(whole.read_text(encoding="utf-8")))))
+
+
+def _is_fresh(part: Path) -> bool:
+    about = part_about(part)
+    return about is not None and all(file_state(path) == tuple(state) for path, state in about["files"])
+
+
+def _parts(folder: Path, number: int) -> list[Path]:
+    return [folder / f"part-{part:05d}" for part in range(number)]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.replace(path)
+
+
+def _by_all(work: Callable[[], None]) -> None:
+    """Do the work on every process, and wait for all. Where one of them fails, all do."""
+    error: Exception | None = None
     try:
-        write_records(
-            made / RECORDS, _checked(source, split, convert, ignore, system, base, on_error == "skip", counts)
-        )
+        work()
+    except Exception as own:
+        error = own
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+        if error is None and len(failed):
+            raise RecordError(f"process {failed[0]} could not prepare its part of the preferences: see what it says")
+    if error is not None:
+        raise error
+
+
+@dataclass
+class _Pass:
+    """One reading of the source. held: whether the first record of this process has intermediate values."""
+
+    source: str | Path
+    split: str
+    convert: Reader
+    ignore: tuple[str, ...]
+    system: CompoundSystem | None
+    params: Params | None
+    skip: bool
+    progress: Callable[[int], None]
+    held: bool | None = None
+    read: int = 0
+
+    def write(self, folder: Path, index: int, count: int) -> None:
+        """Make the parts index, index + count, ... that are not there yet."""
+        ids: dict[Any, int] = {}
+        number = -1
+        rows = enumerate(read_rows(self.source, self.split))
+        for number, numbered in groupby(rows, lambda pair: pair[0] // PART):
+            part = folder / f"part-{number:05d}"
+            own = (self._identified(row, ids) for _, row in numbered)
+            if number % count == index and not _is_fresh(part):
+                counts, images = Counts(), dict[str, tuple[int, int]]()
+                about = lambda c=counts, i=images: {"counts": asdict(c), "files": list(i.items())}  # noqa: E731
+                write_part(part, self.system, self._made(own, counts, images), about)
+            # What is left of the rows says which ids there are.
+            for _ in own:
+                pass
+        if index == 0:
+            _write_json(folder / WHOLE, number + 1)
+
+    def open(self, folder: Path, sha256: str, system: CompoundSystem | None) -> Preferences:
+        """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
+        parts = _parts(folder, json.loads((folder / WHOLE).read_text(encoding="utf-8")))
+        counts = Counts(sha256=sha256)
+        for part in parts:
+            counts.add(Counts(**(part_about(part) or {})["counts"]))
         if not counts.kept:
             first = f" ({counts.errors[0]})" if counts.errors else ""
-            raise RecordError(f"{source} holds no record{first}: give a file with at least one that can be used")
-        (made / COUNTS).write_text(json.dumps(asdict(counts)), encoding="utf-8")
-        if cache is not None:
-            return Preferences(_moved(made, Path(cache)), str(source))
-        result = Preferences(made, str(source))
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-    weakref.finalize(result, shutil.rmtree, made, ignore_errors=True)
-    return result
+            raise RecordError(f"{self.source} holds no record{first}: give a file with at least one that can be used")
+        rows = PreparedRows(parts)
+        # Processes, and those who went on after a kill, began with a row of their own.
+        other = np.flatnonzero(rows.held != rows.held[0])
+        for row in other.tolist():
+            try:
+                assert self.system is not None
+                check_intermediates(self.system, rows.record(row), bool(rows.held[0]))
+            except RecordError as error:
+                counts.kept -= 1
+                self._refuse(counts, int(rows.numbers[row]), error)
+        return Preferences(rows, np.flatnonzero(rows.held == rows.held[0]), counts, str(self.source), system)
 
-
-def _folder_of(source: str | Path) -> Path:
-    """Where relative paths of images begin."""
-    path = Path(source)
-    return path if path.is_dir() else path.parent if path.is_file() else Path()
-
-
-def _temporary_folder(cache: str | Path | None) -> Path:
-    """A new one, beside the cache if there is to be one, so that it can be moved there whole."""
-    if cache is None:
-        return Path(tempfile.mkdtemp(prefix="sysdpo_jax-"))
-    parent = Path(cache).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f"{Path(cache).name}.partial-", dir=parent))
-    # Other users of a shared folder read it as they read what is beside it.
-    made.chmod(0o755)
-    return made
-
-
-def _moved(made: Path, cache: Path) -> Path:
-    """The cache, from what was made or, where another process was faster, from what that one made."""
-    try:
-        made.rename(cache)
-    except OSError:
-        if not cache.exists():
-            raise
-        shutil.rmtree(made, ignore_errors=True)
-    return cache
-
-
-def _checked(
-    source: str | Path,
-    split: str,
-    convert: Reader,
-    ignore: Sequence[str],
-    system: CompoundSystem | None,
-    folder: Path,
-    skip: bool,
-    counts: Counts,
-) -> Iterator[PreferenceRecord]:
-    """The records in their order, checked; errors are raised with their place, or counted."""
-    ids: dict[Any, int] = {}
-    waiting: list[tuple[int, PreferenceRecord]] = []
-    held: bool | None = None
-    # Of the rows that wait: checked once more, or on both sides, a tool is not called again.
-    known: Known = {}
-
-    def refuse(number: int, error: RecordError) -> None:
-        message = f"{source}, row {number}: {error}"
-        if not skip and not (isinstance(error, ToolError) and error.skip):
+    def _refuse(self, counts: Counts, number: int, error: RecordError) -> None:
+        message = f"{self.source}, row {number}: {error}"
+        if not self.skip and not (isinstance(error, ToolError) and error.skip):
             raise RecordError(message) from error.__cause__
-        counts.skipped += 1
-        if len(counts.errors) < KEPT_ERRORS:
-            counts.errors.append(message)
+        counts.skip(message, error)
 
-    def passed() -> Iterator[PreferenceRecord]:
-        nonlocal held
-        for number, record, error in _verdicts(system, waiting, known):
-            if system is not None and error is None:
-                try:
-                    held = check_intermediates(system, record, held)
-                except RecordError as mixed:
-                    error = mixed
-            if error is not None:
-                refuse(number, error)
+    def _made(
+        self, rows: Iterable[Row], counts: Counts, images: dict[str, tuple[int, int]]
+    ) -> Iterator[tuple[int, Prepared]]:
+        """The records of these rows with their numbers, ready to be written; images: the files that they name."""
+        paints = self.system is not None and any(isinstance(n.component, TextToImage) for n in self.system.nodes)
+        together = TOGETHER_WITH_IMAGES if paints else TOGETHER
+        waiting: list[tuple[int, PreferenceRecord]] = []
+        for row in rows:
+            counts.read += 1
+            self.read += 1
+            try:
+                records = self._converted(row)
+            except RecordError as error:
+                self._refuse(counts, row.number, error)
+                continue
+            counts.ties += not records
+            waiting += [(row.number, self._placed(record, images)) for record in records]
+            if len(waiting) >= together:
+                yield from self._passed(waiting, counts)
+                waiting = []
+        yield from self._passed(waiting, counts)
+
+    def _passed(
+        self, waiting: Sequence[tuple[int, PreferenceRecord]], counts: Counts
+    ) -> Iterator[tuple[int, Prepared]]:
+        numbers, records = [number for number, _ in waiting], [record for _, record in waiting]
+        for number, record, made in zip(numbers, records, self._prepared(records), strict=True):
+            try:
+                if isinstance(made, RecordError):
+                    raise made
+                if self.system is not None:
+                    self.held = check_intermediates(self.system, record, self.held)
+            except RecordError as error:
+                self._refuse(counts, number, error)
             else:
                 counts.kept += 1
-                yield record if system is None else stored_with_tools(system, record, known)
-        waiting.clear()
-        known.clear()
+                yield number, made
+        self.progress(self.read)
 
-    one_file = Path(source).is_file()
-    rows = hashlib.sha256()
-    for row in read_rows(source, split):
-        counts.read += 1
-        if not one_file:
-            rows.update(json.dumps(row.values, default=repr).encode())
-        try:
-            made = _converted(row, convert, ignore, system, ids)
-        except RecordError as error:
-            refuse(row.number, error)
-            continue
-        counts.ties += not made
-        waiting += [(row.number, _placed(system, record, folder)) for record in made]
-        if len(waiting) >= TOGETHER:
-            yield from passed()
-    yield from passed()
-    counts.sha256 = _digest(Path(source)) if one_file else rows.hexdigest()
+    def _prepared(self, records: Sequence[PreferenceRecord]) -> Sequence[Prepared | RecordError]:
+        if self.system is None or not records:
+            return [Prepared(record, True, None, ()) for record in records]
+        return prepare_records(self.system, self.params, records)
 
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _converted(
-    row: Row, convert: Reader, ignore: Sequence[str], system: CompoundSystem | None, ids: dict[Any, int]
-) -> list[PreferenceRecord]:
-    if isinstance(row.values, RecordError):
-        raise row.values
-    values = {name: value for name, value in row.values.items() if name not in ignore}
-    own = values.get("id")
-    if own is not None:
+    def _identified(self, row: Row, ids: dict[Any, int]) -> Row:
+        """The row, or what is wrong with its id."""
+        own = row.values.get("id") if isinstance(row.values, dict) and "id" not in self.ignore else None
+        if own is None:
+            return row
         if not isinstance(own, str | int):
-            raise RecordError(f"the field 'id' is {type(own).__name__}: give a text or a whole number, or leave it out")
+            said = f"the field 'id' is {type(own).__name__}: give a text or a whole number, or leave it out"
+            return Row(row.number, RecordError(said))
         if own in ids:
-            raise RecordError(f"the id {own!r} is that of row {ids[own]} too: make ids unique, or leave them out")
+            said = f"the id {own!r} is that of row {ids[own]} too: make ids unique, or leave them out"
+            return Row(row.number, RecordError(said))
         ids[own] = row.number
-    if not is_users(convert):
-        return convert(values, system)
-    with user_code(f"the reader {name_of(convert)}", RecordError, (RecordError,)):
-        made: Any = convert(values, system)
-        # Here, because a generator runs only now.
-        found = list(made) if isinstance(made, Iterable) else made
-    if not isinstance(found, list) or not all(isinstance(record, PreferenceRecord) for record in found):
-        raise RecordError(
-            f"the reader {name_of(convert)} returned {shown({'value': made})}: return a list of PreferenceRecord, none "
-            "for a tie"
+        return row
+
+    def _converted(self, row: Row) -> list[PreferenceRecord]:
+        if isinstance(row.values, RecordError):
+            raise row.values
+        values = {name: value for name, value in row.values.items() if name not in self.ignore}
+        if not is_users(self.convert):
+            return self.convert(values, self.system)
+        with user_code(f"the reader {name_of(self.convert)}", RecordError, (RecordError,)):
+            made: Any = self.convert(values, self.system)
+            # Here, because a generator runs only now.
+            found = list(made) if isinstance(made, Iterable) else made
+        if not isinstance(found, list) or not all(isinstance(record, PreferenceRecord) for record in found):
+            raise RecordError(
+                f"the reader {name_of(self.convert)} returned {shown({'value': made})}: return a list of "
+                "PreferenceRecord, none for a tie"
+            )
+        return found
+
+    def _placed(self, record: PreferenceRecord, images: dict[str, tuple[int, int]]) -> PreferenceRecord:
+        """The record with paths of images taken from the folder of the source."""
+        if self.system is None:
+            return record
+        names = {node.name for node in self.system.nodes if isinstance(node.component, TextToImage)}
+        path = Path(self.source)
+        folder = path if path.is_dir() else path.parent if path.is_file() else Path()
+
+        def below(value: Any) -> Any:
+            if isinstance(value, list):
+                return [below(item) for item in value]
+            if not isinstance(value, str):
+                return value
+            found = str(folder / value)
+            images[found] = file_state(found)
+            return found
+
+        sides = (
+            {n: below(v) if n in names else v for n, v in side.items()} for side in (record.chosen, record.rejected)
         )
-    return found
-
-
-def _placed(system: CompoundSystem | None, record: PreferenceRecord, folder: Path) -> PreferenceRecord:
-    return record if system is None else resolve_images(system, record, folder)
-
-
-def _verdicts(
-    system: CompoundSystem | None, records: Sequence[tuple[int, PreferenceRecord]], known: Known
-) -> Iterator[tuple[int, PreferenceRecord, RecordError | None]]:
-    """Every record with what is wrong with it."""
-    together = [record for _, record in records]
-    fine = system is None or _refusal(check_records, system, together, known) is None
-    for number, record in records:
-        yield number, record, None if fine or system is None else _refusal(check_records, system, [record], known)
-
-
-def _refusal(check: Callable[..., None], *args: Any) -> RecordError | None:
-    """What the check raises."""
-    try:
-        check(*args)
-    except RecordError as error:
-        return error
-    return None
+        return PreferenceRecord(record.inputs, *sides)

@@ -1,12 +1,13 @@
-"""Preferences on whole runs of a system."""
+"""Preferences on whole runs of a system: what a record holds, whether it fits a system, and its features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.graph import CompoundSystem, Known
+from sysdpo_jax.graph import CompoundSystem, Known, Node
 
 SIDES = ("chosen", "rejected")
 
@@ -21,6 +22,48 @@ class PreferenceRecord:
     inputs: Mapping[str, Any]
     chosen: Mapping[str, Any]
     rejected: Mapping[str, Any]
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The chosen run and the rejected one, inputs included."""
+        return [{**self.inputs, **self.chosen}, {**self.inputs, **self.rejected}]
+
+
+def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
+    """Raise `RecordError` naming side and field where a record's names and lists are not those of the system.
+
+    Inputs and final values must be there, and inputs say something: a system may answer with nothing, but nobody asks
+    it nothing.
+    """
+    _refuse_unknown("inputs", record.inputs, system.inputs)
+    for name in system.inputs:
+        if name not in record.inputs:
+            raise RecordError(f"inputs lacks the field {name!r}: add it")
+        if isinstance(record.inputs[name], str) and not record.inputs[name].strip():
+            raise RecordError(f"inputs, field {name!r} is empty: write a text, or drop the row")
+    for side in SIDES:
+        values = getattr(record, side)
+        _refuse_unknown(side, values, [node.name for node in system.nodes])
+        missing = [node.name for node in system.outputs if node.name not in values]
+        if missing:
+            raise RecordError(f"{side} lacks the field {missing[0]!r}: add it")
+        for node in system.nodes:
+            if node.name in values and not node.deterministic:
+                _check_plate(node, values[node.name], side)
+
+
+def _check_plate(node: Node, value: Any, side: str) -> None:
+    if node.plate is None or (isinstance(value, list) and len(value) == node.plate):
+        return
+    has = f"{len(value)} values" if isinstance(value, list) else type(value).__name__
+    raise RecordError(f"{side}, field {node.name!r}: {has} instead of a list of {node.plate}, one for each copy")
+
+
+def _refuse_unknown(where: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in values:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"the system has {', '.join(known)}"
+            raise RecordError(f"{where}, field {name!r} is no name of the system: {meant}")
 
 
 def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: bool | None = None) -> bool:
@@ -58,6 +101,16 @@ def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecor
     return held is None or held
 
 
+def require_intermediates(system: CompoundSystem, held: bool) -> None:
+    """Raise `RecordError` for records that hold no intermediate values, where an objective reads them."""
+    if not held:
+        missing = ", ".join(node.name for node in system.intermediates)
+        raise RecordError(
+            f"the records hold no intermediate values ({missing}): record them, or train with SamplingObjective on "
+            "SearchedBatches, which searches for them"
+        )
+
+
 def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise `RecordError` naming the row that lacks an input, and the input."""
     for row, values in enumerate(rows):
@@ -87,21 +140,20 @@ def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRe
 
 
 def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord], known: Known | None = None) -> PairBatch:
-    """Both sides as feature trees with a leading axis of `len(records)`.
+    """Both sides as raw feature trees with a leading axis of `len(records)`, all in memory at once.
 
-    known: see `CompoundSystem.complete`; what a tool gives of the inputs alone is asked for once for both sides.
-    Raises `RecordError` as `prepare` does, and for records without intermediates.
+    What frozen parts encode is left to `Trainer.fit`, or to `CompoundSystem.encode`. For more records than fit in
+    memory, and batches of rows of like lengths, use `preference_dataset`.
+
+    Args:
+        known: See `CompoundSystem.complete`; what a tool gives of the inputs alone is asked for once for both sides.
+
+    Raises:
+        RecordError: As `prepare` does, and for records without intermediates.
     """
-    if records and not hold_intermediates(system, records):
-        missing = ", ".join(node.name for node in system.intermediates)
-        raise RecordError(
-            f"the records hold no intermediate values ({missing}): record them, or train with SamplingObjective on "
-            "SearchedBatches, which searches for them"
-        )
-    sides = [[{**r.inputs, **side} for r, side in zip(records, column, strict=True)] for column in (
-        [r.chosen for r in records], [r.rejected for r in records])]  # fmt: skip
+    require_intermediates(system, hold_intermediates(system, records))
     prepared, known = [], {} if known is None else known
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+    for name, side in zip(SIDES, zip(*(record.runs() for record in records), strict=True), strict=True):
         try:
             prepared.append(system.prepare(side, known=known))
         except RecordError as error:

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from sysdpo_jax.training.identity import Identity, array_types, check_same, fingerprints
+from sysdpo_jax.manifest import Identity, array_types, check_same, fingerprints
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.sharding import by_path

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.batch import PairBatch
-from sysdpo_jax.data.columns import load_columns, save_columns
+from sysdpo_jax.columns import load_columns, save_columns
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.training.identity import describe, fingerprints
+from sysdpo_jax.manifest import describe, fingerprints
 from sysdpo_jax.training.sharding import activation_rules, batch_parts, by_path, make_mesh, place_batch
 from sysdpo_jax.typing import Features, Params
 

@@ -19,6 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import PyTree
 
 from sysdpo_jax.models.partitioning import logical_axes, num_parts
+from sysdpo_jax.trees import by_path as by_path
+from sysdpo_jax.trees import path_name as path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -80,16 +82,6 @@ def _slice_of(device: Any) -> int:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """A key path of `jax.tree_util` as text: dict keys, attribute names and indices joined by "/"."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def by_path(tree: PyTree) -> dict[str, Any]:
-    """`{path: leaf}` of the leaves, in tree order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, rules: Rules = ()) -> PyTree:

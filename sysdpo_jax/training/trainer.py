@@ -10,25 +10,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax.data.pipeline import read_ahead
+from sysdpo_jax.data.batches import Indexed, read_ahead
+from sysdpo_jax.data.intermediates import IntermediateSearch, SearchedBatches
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.manifest import as_text, describe
 from sysdpo_jax.objectives.direct import DirectObjective
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
-from sysdpo_jax.training.identity import as_text, describe
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError, require_metric
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.own_devices import on_own_devices
 from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, stop_requests
 from sysdpo_jax.training.profiling import Profile
 from sysdpo_jax.training.progress import ProgressFactory, progress, tell
-from sysdpo_jax.training.search import IntermediateSearch, SearchedBatches
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_step
 from sysdpo_jax.training.throughput import Throughput
@@ -37,7 +37,7 @@ from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import user_code
 
 # What gives the batch of a step, see `Trainer.fit`.
-BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | grain.MapDataset[Any]
+BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | Indexed[Any]
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Trainer:
         Fewer are made, as the state's step says, where the evaluation's `stop_on` ends the training.
 
         state: from `create_state` (consumed); a resumed run must be given the same initial parameters.
-        batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or a Grain
-        dataset whose element k is the batch of step k (`preference_dataset`), read ahead in threads; or
+        batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or what has
+        it as an element (`preference_dataset`, or a dataset of Grain), which is read ahead in threads; or
         `SearchedBatches`, which keep what the policy drew in the directory's intermediates/. On several processes each
         gives its own rows, see `batch_shard`.
         SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
@@ -236,7 +236,7 @@ class Trainer:
         """What can be said against a run before anything of it is made."""
         if self.evaluation is None and self._best_evaluated:
             raise ValueError(f"best {self.best} is a figure of an evaluation: give the Trainer one")
-        if isinstance(batch_at, grain.MapDataset) and len(batch_at) < steps:
+        if not callable(batch_at) and not isinstance(batch_at, SearchedBatches) and len(batch_at) < steps:
             raise ValueError(f"the dataset ends after {len(batch_at)} of the {steps} steps: repeat it")
         if isinstance(batch_at, SearchedBatches) and batch_at.system != self.system:
             raise ValueError("the SearchedBatches are of another system than the Trainer's: give both the same")
@@ -256,13 +256,13 @@ class Trainer:
 
         It is asked for the steps start, start + 1, ... while `stack` is open.
         """
-        if isinstance(batch_at, grain.MapDataset):
-            batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
-            return lambda step, params: next(batches), lambda checkpoint: None
-        if not isinstance(batch_at, SearchedBatches):
+        if isinstance(batch_at, SearchedBatches):
+            search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
+            return lambda step, params: search.batch(step, lambda: on_own_devices(params)), search.forget
+        if callable(batch_at):
             return lambda step, params: batch_at(step), lambda checkpoint: None
-        search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
-        return search.batch, search.forget
+        batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
+        return lambda step, params: next(batches), lambda checkpoint: None
 
     def _tried(
         self,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sysdpo_jax import RecordError
 from sysdpo_jax.components.images import fit_image, read_image
-from sysdpo_jax.data.saving import ImageFiles
+from sysdpo_jax.data.files import ImageFiles
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 

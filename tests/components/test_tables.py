@@ -35,7 +35,7 @@ def test_categorical_samples_follow_the_table():
 @pytest.mark.parametrize(
     ("values", "parents", "message"),
     [
-        ([0.5], {"y": [0]}, "must be one integer a row"),
+        ([0.5], {"y": [0]}, "must be an integer"),
         ([5], {"y": [0]}, r"its own value is 5 in row 0, outside 0\.\.3"),
         ([0], {"y": [9]}, "y is 9 in row 0"),
         ([0], {"y": [0], "x": [0]}, "one size for each parent"),

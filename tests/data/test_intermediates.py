@@ -23,7 +23,7 @@ from sysdpo_jax import (
     sampled_batch,
     without_intermediates,
 )
-from sysdpo_jax.data.columns import as_values, load_columns, save_columns
+from sysdpo_jax.columns import as_values, load_columns, save_columns
 from sysdpo_jax.data.records import hold_intermediates
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.values import distinct

@@ -23,8 +23,8 @@ from sysdpo_jax import (
     sampled_batch,
 )
 from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.data.rollouts import RolloutStopped
-from sysdpo_jax.training.search import IntermediateSearch
 from tests.components.test_tool import Paid
 
 KEY = jax.random.key(0)
@@ -190,11 +190,11 @@ def test_a_search_and_its_batches_call_tools_once(tmp_path):
     search = IntermediateSearch(spec, tmp_path)
     rows = {row for step in (0, 1) for row in spec.rows_at(step).tolist()}
     for step in (0, 1):
-        search.batch(step, params)
+        search.batch(step, lambda: params)
     assert sorted(calls(given)) == sorted(rows)
     drawn = calls(between)
     assert len(drawn) == len(set(drawn))
-    search.batch(2, params)
+    search.batch(2, lambda: params)
     assert not rows.intersection(calls(given))
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from sysdpo_jax import Categorical, CompoundSystem, Node, RecordError, Tool, load_preferences
-from sysdpo_jax.data.tool_values import ToolValues, with_kept_values
+from sysdpo_jax.components.tool_values import ToolValues
+from sysdpo_jax.data.preferences import with_kept_values
 
 ROWS = 100
 

@@ -15,8 +15,8 @@ from sysdpo_jax import (
     prepare_pairs,
     save_preferences,
 )
-from sysdpo_jax.data.rows import _plain
-from sysdpo_jax.data.unread import is_empty
+from sysdpo_jax.data.files import _plain
+from sysdpo_jax.data.formats import is_empty
 from sysdpo_jax.graph import CompoundSystem, Node
 from tests.components.test_conversations import TOOL, model
 from tests.components.test_conversations import USER as ASKED

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sysdpo_jax.data import preference_dataset
-from sysdpo_jax.data.pipeline import AHEAD
+from sysdpo_jax.data.batches import AHEAD
 from sysdpo_jax.training import distributed, read_metrics
 from tests.distributed.two_processes import BATCH, HEARTBEAT, PROCESSES, ROWS, SEED, SYSTEM, Source
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from experiments.own.runs_file import read_lines
-from sysdpo_jax.data.columns import as_values, load_columns
+from sysdpo_jax.columns import as_values, load_columns
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import write_decoder
 

@@ -12,7 +12,7 @@ from experiments.progressive import judge, pretrain
 from experiments.progressive.results import summarise
 from experiments.progressive.run import METHODS
 from experiments.progressive.world import ADVERBS, ATTRIBUTES, OBJECTS, Caption, Request, World, join_captions, render
-from sysdpo_jax.data.columns import load_columns
+from sysdpo_jax.columns import load_columns
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from sysdpo_jax import Categorical, CompoundSystem, Gaussian, Node
+from sysdpo_jax.manifest import CheckpointMismatchError, check_same, describe, fingerprints
 from sysdpo_jax.training import FROZEN, Checkpoints, ComponentOptimizer, create_state, make_optimizer
 from sysdpo_jax.training.checkpoints import CorruptCheckpointError
-from sysdpo_jax.training.identity import CheckpointMismatchError, check_same, describe, fingerprints
 
 SYSTEM = CompoundSystem(("x",), (Node("a", Gaussian(64, 32), ("x",)), Node("b", Gaussian(1, 64), ("a",))))
 OPTIMIZER = make_optimizer({"a": ComponentOptimizer(optax.adam(0.1)), "b": FROZEN}, ema_decay=0.9)

@@ -27,11 +27,11 @@ from sysdpo_jax import (
     draw_intermediates,
     make_optimizer,
 )
-from sysdpo_jax.data.columns import load_columns
+from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.generation import beam_decode
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.row_files import RowFile
 from sysdpo_jax.training import CheckpointMismatchError, read_metrics
-from sysdpo_jax.training.search import IntermediateSearch
 from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
 from tests.training.systems import trained_rows
 
@@ -60,7 +60,7 @@ def same(left, right):
 
 
 def drawn_at(directory):
-    return sorted(int(path.stem) for path in (directory / "intermediates").iterdir())
+    return sorted(int(path.name[:8]) for path in (directory / "intermediates").glob("*.rows.arrow"))
 
 
 @pytest.mark.parametrize(("stop", "every"), [(4, 1), (5, 3)])
@@ -87,7 +87,7 @@ def test_the_schedule_and_the_staleness_it_logs(tmp_path):
     logged = [row["intermediates/staleness"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert logged == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     order = [np.random.default_rng((1, epoch)).permutation(10)[:9] for epoch in range(2)]
-    drawn = load_columns(tmp_path / "intermediates" / "00000000.npz")["rows of records"].tolist()
+    drawn = [row["record"] for row in RowFile(tmp_path / "intermediates" / "00000000")]
     assert drawn[:9] == order[0].tolist()
     assert set(drawn[9:]) == set(order[1][:3].tolist()) - set(order[0].tolist())
     assert len(set(drawn)) == len(drawn)
@@ -103,10 +103,9 @@ def test_each_draw_is_from_the_policy_of_its_step(tmp_path):
         rows = list(dict.fromkeys(rows.tolist()))
         sets = draw_intermediates(system, policy, [RECORDS[row].inputs for row in rows], 4, KEY)
         policy = trainer(tmp_path, checkpoint_every=1).fit(fresh(), batches(every=2), step + 2, KEY).params
-        columns = load_columns(tmp_path / "intermediates" / f"{step:08d}.npz")
-        assert columns["rows of records"].tolist() == rows
-        assert columns["y"].tolist() == [y["y"] for kept in sets for y in kept]
-        assert columns["sets of each row"].tolist() == [4] * len(rows)
+        found = list(RowFile(tmp_path / "intermediates" / f"{step:08d}"))
+        assert found == [{"record": row, "sets": own} for row, own in zip(rows, sets, strict=True)]
+        assert all(len(row["sets"]) == 4 for row in found)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
@@ -129,40 +128,40 @@ def test_only_what_a_resumed_run_reads_is_kept(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     trainer(tmp_path).fit(fresh(), batches(every=3), 5, KEY)
-    (tmp_path / "intermediates" / "00000003.npz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"00000003\.npz with the intermediates drawn at step 3 is missing"):
+    (tmp_path / "intermediates" / "00000003.rows.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match=r"00000003\.rows\.arrow with the intermediates drawn at step 3"):
         trainer(tmp_path).fit(fresh(), batches(every=3), 8, KEY)
 
 
 def test_shards_draw_their_own_rows_and_any_number_goes_on_with_them(tmp_path):
     """Two shards of a batch of four, at a step between two draws; the candidates of a table need no noise."""
-    params = fresh().params
+    policy = lambda: fresh().params  # noqa: E731
 
     def search(shard):
         return IntermediateSearch(batches(batch_size=4, every=2, shard=shard), tmp_path)
 
     # Of a start that was killed before its checkpoint.
-    search((0, 1)).batch(2, jax.tree.map(lambda x: -x, params))
+    search((0, 1)).batch(2, lambda: jax.tree.map(lambda x: -x, policy()))
     halves = [search((index, 2)) for index in range(2)]
-    parts = [[half.batch(step, params) for half in halves] for step in (2, 3)]
+    parts = [[half.batch(step, policy) for half in halves] for step in (2, 3)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"00000002-0000{number}-of-00002.npz" for number in (1, 2)
+        f"00000002-0000{number}-of-00002.{kind}.arrow" for number in (1, 2) for kind in ("leaves", "rows")
     ]
     joined = [jax.tree.map(lambda *x: np.concatenate(x), *each) for each in parts]
-    same(joined[1], search((0, 1)).batch(3, None))
+    same(joined[1], search((0, 1)).batch(3, policy))
     whole = search((0, 1))
-    same(joined, [whole.batch(step, params) for step in (2, 3)])
-    assert [path.name for path in tmp_path.iterdir()] == ["00000002.npz"]
-    same(parts[1], [search((index, 2)).batch(3, None) for index in range(2)])
+    same(joined, [whole.batch(step, policy) for step in (2, 3)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002.leaves.arrow", "00000002.rows.arrow"]
+    same(parts[1], [search((index, 2)).batch(3, policy) for index in range(2)])
 
 
 def test_a_missing_part_is_not_gone_on_without(tmp_path):
     halves = [IntermediateSearch(batches(batch_size=4, every=2, shard=(index, 2)), tmp_path) for index in range(2)]
     for half in halves:
-        half.batch(0, fresh().params)
-    (tmp_path / "00000000-00001-of-00002.npz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"00000000\.npz with the intermediates drawn at step 0 is missing"):
-        IntermediateSearch(batches(batch_size=4, every=2), tmp_path).batch(1, None)
+        half.batch(0, lambda: fresh().params)
+    (tmp_path / "00000000-00001-of-00002.rows.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match=r"00000000\.rows\.arrow with the intermediates drawn at step 0"):
+        IntermediateSearch(batches(batch_size=4, every=2), tmp_path).batch(1, lambda: fresh().params)
     halves[1].forget(2)
     assert not list(tmp_path.iterdir())
 

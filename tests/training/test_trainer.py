@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from sysdpo_jax import DirectObjective, epoch_batches
+from sysdpo_jax.manifest import describe, fingerprints
 from sysdpo_jax.training import (
     FROZEN,
     CheckpointMismatchError,
@@ -19,7 +20,6 @@ from sysdpo_jax.training import (
     read_metrics,
 )
 from sysdpo_jax.training.checkpoints import CorruptCheckpointError
-from sysdpo_jax.training.identity import describe, fingerprints
 from tests.training.systems import CHAIN, pairs, trained_rows
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from sysdpo_jax import PreferenceRecord, RecordError, load_preferences, save_preferences
-from sysdpo_jax.data import stored
 from tests.data.test_preference_files import BOTH, GOOD, PICTURE, SAID, TEXT, USER, lines, png
 
 ROW = {"inputs": {"x": 0}, "chosen": {"y": 1}, "rejected": {"y": 2}}
@@ -115,25 +114,14 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, row, message):
 def test_an_image_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     png(tmp_path / "good.png", size=(40, 40))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(RecordError, match=r"row 1: chosen, field 'image': '.*good\.png' cannot be read \(Image size"):
+    with pytest.raises(RecordError, match=r"row 1: chosen, node 'image': image: '.*good.png' cannot be read"):
         load_preferences(lines(tmp_path / "pairs.jsonl", GOOD), BOTH)
-
-
-def test_a_cache_is_taken_as_it_is(tmp_path):
-    path = lines(tmp_path / "pairs.jsonl", ROW, "{", ROW)
-    made = load_preferences(path, on_error="skip", cache=tmp_path / "below" / "cache")
-    path.unlink()
-    again = load_preferences(path, on_error="skip", cache=tmp_path / "below" / "cache")
-    assert again == made == [PreferenceRecord(**ROW)] * 2
-    assert again.counts == made.counts
-    assert again.summary().startswith(f"{path}: 3 rows, 2 preferences, 1 skipped (the first: {path}, row 2: not valid")
-    assert os.listdir(tmp_path / "below") == ["cache"]
 
 
 def test_of_what_fails_nothing_is_left(tmp_path):
     path = lines(tmp_path / "pairs.jsonl", ROW, "{")
     with pytest.raises(RecordError):
-        load_preferences(path, cache=tmp_path / "cache")
+        load_preferences(path)
     # The second record has no place in a table with the first, nor the third one in JSON.
     records = [PreferenceRecord({"x": 0}, {"y": value}, {"y": 0}) for value in (1, "b", object())]
     with pytest.raises(ValueError, match="Could not convert 'b'"):
@@ -141,16 +129,6 @@ def test_of_what_fails_nothing_is_left(tmp_path):
     with pytest.raises(TypeError, match="object is not JSON"):
         save_preferences(tmp_path / "saved.jsonl", records)
     assert os.listdir(tmp_path) == ["pairs.jsonl"]
-
-
-def test_large_values_are_written_as_they_come(tmp_path, monkeypatch):
-    """With room for two values together, five records make three parts; they read the same."""
-    monkeypatch.setattr(stored, "BYTES_TOGETHER", 150)
-    records = [PreferenceRecord({"x": bytes([row]) * 100}, {"y": [row, b"a"]}, {"y": []}) for row in range(5)]
-    stored.write_records(tmp_path / "records.arrow", iter(records))
-    read = stored.StoredRecords(tmp_path / "records.arrow")
-    assert [read[row] for row in range(5)] == records
-    assert [len(part) for part in read._table.data.to_batches()] == [2, 2, 1]
 
 
 def test_pictures_in_lists_are_saved_and_read_back(tmp_path):

@@ -8,19 +8,15 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 import numpy as np
 
-from sysdpo_jax.components.tool import Tool
-from sysdpo_jax.data.stored import packed, unpacked
-from sysdpo_jax.data.tools import is_plain
-from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.row_files import pack, unpack
 from sysdpo_jax.user_code import name_of
-from sysdpo_jax.values import content
+from sysdpo_jax.values import content, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +44,17 @@ class ToolValues:
         with self._path.open("rb") as file:
             file.seek(self._starts[key])
             line = json.loads(file.readline())
-        return unpacked(line["value"], [base64.b64decode(blob) for blob in line["blobs"]])
+        return unpack(line["value"], lambda number: base64.b64decode(line["blobs"][number]))
 
     def add(self, node: str, tool: str, key: str, value: Any) -> None:
         """Keep a value. Where the file cannot be written it is told once, and the value is not lost to the caller."""
-        blobs: list[bytes] = []
-        fields = {"node": node, "tool": tool, "key": key, "value": packed(value, blobs)}
+        blobs: list[Any] = []
+
+        def blob(data: Any) -> int:
+            blobs.append(data)
+            return len(blobs) - 1
+
+        fields = {"node": node, "tool": tool, "key": key, "value": pack(value, blob)}
         line = json.dumps(fields | {"blobs": [base64.b64encode(blob).decode() for blob in blobs]})
         with self._lock:
             if not self._writes:
@@ -90,18 +91,6 @@ class Kept:
             return None
         text = repr((self._node, self._tool, content(about)))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def with_kept_values(system: CompoundSystem, values: ToolValues) -> CompoundSystem:
-    """The system with tools that ask `values` first, and add what they gave as soon as a call returns."""
-
-    def kept(node: Node) -> Node:
-        tool = node.component
-        if not isinstance(tool, Tool):
-            return node
-        return replace(node, component=replace(tool, function=Kept(node.name, tool.function, values)))
-
-    return replace(system, nodes=tuple(map(kept, system.nodes)))
 
 
 def _starts(path: Path) -> Iterator[tuple[str, int]]:

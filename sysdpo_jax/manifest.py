@@ -5,6 +5,9 @@ part of its own configuration.
 """
 
 import dataclasses
+import functools
+import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -16,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, PyTree, UInt32
 
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.trees import by_path
+from sysdpo_jax.user_code import is_users, name_of
 
 # {section: {path: text}}, plain JSON.
 Identity = dict[str, dict[str, str]]
@@ -80,6 +84,54 @@ def check_same(saved: Identity, present: Identity, where: str) -> None:
 def as_text(config: Mapping[str, Any]) -> dict[str, str]:
     """A configuration of JSON values as `{name: text}`. Raises `TypeError` for values that JSON does not know."""
     return {name: json.dumps(value, sort_keys=True) for name, value in config.items()}
+
+
+def digest(value: Any) -> str:
+    """A hash of everything that a static value computes with, the same in every process.
+
+    More than `describe` tells apart: a function by its source as well as by its name, a tokenizer by all that it holds.
+    """
+    return hashlib.sha256(repr(_detailed(value)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _detailed(value: Any) -> Any:
+    if hasattr(value, "get_vocab"):
+        return [_tokenizer(value), str(value.chat_template)]
+    if isinstance(value, functools.partial):
+        return [_detailed(value.func), _detailed(value.args), _detailed(value.keywords)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        parts = {
+            f.name: kept[f.name] for f in dataclasses.fields(value) if f.compare or hasattr(kept[f.name], "get_vocab")
+        }
+        return [_source(type(value)), {name: _detailed(part) for name, part in parts.items()}]
+    if isinstance(value, Mapping):
+        return {str(name): _detailed(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_detailed(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return _source(value) if callable(value) else type(value).__qualname__
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _source(code: Any) -> list[str]:
+    """The name of a function or class and, of the users', its source."""
+    if not is_users(code):
+        return [name_of(code)]
+    try:
+        return [
+            name_of(code),
+            inspect.getsource(code if inspect.isclass(code) or inspect.isroutine(code) else type(code)),
+        ]
+    except (OSError, TypeError):
+        # Made in an interactive session, say: the name must do.
+        return [name_of(code)]
 
 
 def _parts(value: Any) -> dict[str, Any] | None:

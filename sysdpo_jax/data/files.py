@@ -1,0 +1,249 @@
+"""Files of rows: JSON Lines, Parquet, or whatever `datasets` finds in a folder or on the hub; writing preferences."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.conversations import MESSAGES
+from sysdpo_jax.components.images import open_picture
+from sysdpo_jax.data.records import PreferenceRecord
+
+LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)
+
+
+class Row(NamedTuple):
+    """number: counted from 1, of a line in JSON Lines. values: the row, or why it cannot be read."""
+
+    number: int
+    values: dict[str, Any] | RecordError
+
+
+def source_digest(source: str | Path, split: str = "train") -> str:
+    """A hash of what `read_rows` reads: of a file its bytes, of a folder its files' names, sizes and times, of a data
+    set on the hub its revision.
+
+    Raises as `read_rows`.
+    """
+    path = _checked(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        about = [(str(file.relative_to(path)), *file_state(file)) for file in files]
+    else:
+        # Imported late: it takes a second.
+        import datasets
+
+        with _reading(source):
+            about = [datasets.load_dataset_builder(str(source)).hash]
+    return hashlib.sha256(repr((about, split)).encode()).hexdigest()
+
+
+def file_state(path: str | Path) -> tuple[int, int]:
+    """(bytes, time of the last change in nanoseconds) of a file, (-1, -1) where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
+    """The rows one after the other; of a large file only a few are in memory at a time.
+
+    source: a .jsonl or .parquet file, or what `datasets.load_dataset` takes, of which `split` is streamed.
+    Raises `FileNotFoundError` where there is nothing of that name, `RecordError` for a file of another kind or one that
+    cannot be read on.
+    """
+    path = _checked(source)
+    if path.is_file() and path.suffix in LINES:
+        return json_lines(path)
+    return _streamed(path if path.exists() else str(source), split)
+
+
+def _checked(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file() and path.suffix not in (*LINES, *TABLE):
+        raise RecordError(f"{path}: only {', '.join((*LINES, *TABLE))} files are read: convert it")
+    if path.suffix in (*LINES, *TABLE) and not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give the file of the records")
+    return path
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    """The rows of JSON Lines; empty lines are skipped. Raises `RecordError` for a file that is no UTF-8 text."""
+    # Text mode would also take JSON's own U+2028 for the end of a line if it were split afterwards.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield Row(number, _parsed(line))
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
+
+
+def _parsed(line: str) -> dict[str, Any] | RecordError:
+    try:
+        values = json.loads(line, object_pairs_hook=_named_once)
+        if "\\ud" in line.lower():
+            # JSON can spell half of such a pair; no tokenizer takes it.
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1].encode("ascii", "backslashreplace").decode()
+        return RecordError(f"holds {half}, half a character: write the text anew, or drop the row")
+    except RecordError as error:
+        return error
+    except (ValueError, RecursionError) as error:
+        return RecordError(f"not valid JSON ({error}); write one object a line")
+    if not isinstance(values, dict):
+        return RecordError(f"{type(values).__name__} instead of an object: write one object a line")
+    return values
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose parser would keep the last of equal names."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"the field {twice!r} stands twice in one object: keep one of them")
+    return values
+
+
+def _streamed(source: Path | str, split: str) -> Iterator[Row]:
+    # Imported late: it takes a second.
+    import datasets
+
+    table = isinstance(source, Path) and source.is_file()
+    with _reading(source):
+        found: Any = (
+            datasets.load_dataset("parquet", data_files=str(source), split="train", streaming=True)
+            if table
+            else datasets.load_dataset(str(source), split=split, streaming=True)
+        )
+        # Images stay the bytes that they are.
+        for number, values in enumerate(found.decode(False), 1):
+            yield Row(number, _plain(values))
+
+
+@contextmanager
+def _reading(source: Path | str) -> Iterator[None]:
+    import datasets
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RecordError(
+            f"{source} cannot be read as a data set ({reason}): fetch it again, or check its name"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A table's value with what JSON Lines would have: no names without a value, bytes for images, texts for dates."""
+    if isinstance(value, Mapping):
+        if set(value) == {"bytes", "path"}:
+            return value["path"] if value["bytes"] is None else value["bytes"]
+        return {name: _plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | bytes | bool | int | float) else str(value)
+
+
+def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> None:
+    """Write records that `load_preferences` reads back, whole or not at all.
+
+    path: .jsonl, with images (arrays, PIL images, bytes) as PNG files in `<stem>_images/` beside it; or .parquet, with
+    images inside. Arrays of other shapes become lists. Raises `ValueError` for another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (*LINES, *TABLE):
+        raise ValueError(f"{path}: name a file that ends in {', '.join((*LINES, *TABLE))}")
+    partial = path.with_suffix(f"{path.suffix}.partial")
+    try:
+        if path.suffix in TABLE:
+            # Imported late: it takes a second.
+            import datasets
+
+            rows = [_row(_tabular(record), number, ImageFiles.inside) for number, record in enumerate(records)]
+            datasets.Dataset.from_list(rows).to_parquet(str(partial))
+        else:
+            images = ImageFiles(path)
+            with partial.open("w", encoding="utf-8") as file:
+                for number, record in enumerate(records):
+                    file.write(json.dumps(_row(record, number, images.beside)) + "\n")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class ImageFiles:
+    """Images as PNG: their bytes, or files in a folder beside the file of records or runs at `path`."""
+
+    def __init__(self, path: Path):
+        self._folder = path.with_name(f"{path.stem}_images")
+
+    def beside(self, name: str, image: Any) -> str:
+        """Write the image into the folder; its path, relative to the file of records."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"{name}.png"
+        file.write_bytes(self.inside(name, image))
+        return f"{self._folder.name}/{file.name}"
+
+    @staticmethod
+    def inside(name: str, image: Any) -> bytes:
+        """The bytes of the image as PNG, or those that it is."""
+        if isinstance(image, bytes):
+            return image
+        pixels = open_picture(image, name)
+        # Whatever its mode was, Pillow writes red, green and blue.
+        whole = pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
+        picture = Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def _tabular(record: PreferenceRecord) -> PreferenceRecord:
+    """The record with JSON for tools and arguments of templates, which a table would make all of one shape."""
+
+    def tabular(value: Any) -> Any:
+        if not isinstance(value, Mapping) or MESSAGES not in value:
+            return value
+        return {name: item if name == MESSAGES else json.dumps(item) for name, item in value.items()}
+
+    return replace(record, inputs={name: tabular(value) for name, value in record.inputs.items()})
+
+
+def _row(record: PreferenceRecord, number: int, image: Any) -> dict[str, Any]:
+    parts = {"inputs": record.inputs, "chosen": record.chosen, "rejected": record.rejected}
+    return {
+        part: {name: as_json(value, f"{number}-{part}-{name}", image) for name, value in values.items()}
+        for part, values in parts.items()
+    }
+
+
+def as_json(value: Any, name: str, image: Any) -> Any:
+    """A value as JSON has it, with what `image(name, image)` returns in the place of an image."""
+    if isinstance(value, bytes | Image.Image) or (isinstance(value, np.ndarray) and value.ndim == 3):
+        return image(name, value)
+    if isinstance(value, list | tuple):
+        return [as_json(item, f"{name}-{place}", image) for place, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {key: as_json(item, f"{name}-{key}", image) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

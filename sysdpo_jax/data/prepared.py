@@ -1,0 +1,318 @@
+"""Records made ready for the step: prepared, encoded, and kept on disk at their own sizes.
+
+A record is usable if and only if features can be made of it here; nothing else checks.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sysdpo_jax.batch import PairBatch
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates, check_names
+from sysdpo_jax.graph import CompoundSystem, Known, Node
+from sysdpo_jax.row_files import RowFile, write_row_file
+from sysdpo_jax.typing import Features, Params, Record
+from sysdpo_jax.values import is_plain
+
+# {side: {node: features of one row}}, without a leading axis.
+Sides = Mapping[str, Mapping[str, Features]]
+# (node, axis of `Component.sizes`).
+Axis = tuple[str, str]
+# Files of rows that are mapped at a time.
+OPEN = 64
+# Ends the name of what says which rows a part has.
+INDEX = ".index.npz"
+
+
+class Prepared(NamedTuple):
+    """A record ready for the step.
+
+    record: with what tools gave, where files can hold it. held: whether it has the intermediate values. features: of a
+    record that has them, at its own sizes; None where it has not, or where nothing could encode them. sizes: the
+    larger of both sides and all copies, in the order of `size_axes`.
+    """
+
+    record: PreferenceRecord
+    held: bool
+    features: Sides | None
+    sizes: tuple[int, ...]
+
+
+def size_axes(system: CompoundSystem, features: Mapping[str, Features]) -> tuple[Axis, ...]:
+    """The axes along which rows differ in size; features: of any rows."""
+    return tuple(
+        (node.name, axis) for node in system.nodes for axis in sorted(node.component.sizes(features[node.name]))
+    )
+
+
+def prepare_records(
+    system: CompoundSystem, params: Params | None, records: Sequence[PreferenceRecord]
+) -> list[Prepared | RecordError]:
+    """Every record ready for the step, or why it cannot be used: naming the side, and the node or the field.
+
+    params: those whose frozen parts encode. Without them records are prepared but their features are not kept, if the
+    system encodes anything.
+    """
+    # Of these records: prepared once more, or on both sides, a tool is not called again.
+    known: Known = {}
+    try:
+        return list(_together(system, params, records, known))
+    except RecordError as error:
+        return [error] if len(records) == 1 else [_alone(system, params, record, known) for record in records]
+
+
+def write_part(
+    path: Path, system: CompoundSystem | None, rows: Iterable[tuple[int, Prepared]], about: Callable[[], Any]
+) -> None:
+    """Write records with the numbers of their rows. The index comes last: it says that all is there.
+
+    about: JSON that is kept with them, asked for when all rows are written.
+    """
+    numbers, held, sizes, kinds = list[int](), list[bool](), list[tuple[int, ...]](), list[str]()
+    axes: tuple[Axis, ...] = ()
+
+    def noted() -> Iterable[Any]:
+        nonlocal axes
+        for number, row in rows:
+            if row.features is not None and system is not None and not numbers:
+                axes = size_axes(system, row.features[SIDES[0]])
+            numbers.append(number)
+            held.append(row.held)
+            sizes.append(row.sizes)
+            kinds.append(_kind(system, row.features))
+            yield {"record": [row.record.inputs, row.record.chosen, row.record.rejected], "features": row.features}
+
+    count = write_row_file(path, noted())
+    partial = path.with_name(f"{path.name}.index.partial")
+    with partial.open("wb") as file:
+        told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
+        columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool), "kinds": np.array(kinds, str)}
+        np.savez(file, sizes=np.array(sizes, np.int32).reshape(count, len(axes)), **columns, **told)
+    partial.replace(path.with_name(f"{path.name}{INDEX}"))
+
+
+def part_about(path: Path) -> Any:
+    """What `write_part` was told about a part; None where it is not there, or not whole."""
+    there = path.with_name(f"{path.name}{INDEX}").exists()
+    return json.loads(str(_index(path)["about"])) if there else None
+
+
+def _kind(system: CompoundSystem | None, features: Sides | None) -> str:
+    """The shapes of what cannot be padded: rows of one kind alone can be in a batch."""
+    if system is None or features is None:
+        return ""
+    shapes = [
+        x.shape
+        for node in system.nodes
+        for side in SIDES
+        if not node.component.sizes(features[side][node.name])
+        for x in jax.tree.leaves(features[side][node.name])
+    ]
+    return json.dumps(shapes)
+
+
+class PreparedRows:
+    """The rows of parts that `write_part` made, by number; what says how to put them together is in memory.
+
+    numbers: of the rows of the source [rows]; held: whether they hold intermediate values [rows]; sizes [rows, axes];
+    kinds: rows of one number can be in a batch [rows]; shapes: what the numbers of kinds stand for.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths, parts = list(paths), [_index(path) for path in paths]
+        self._ends = np.cumsum([len(part["numbers"]) for part in parts])
+        self.numbers, self.held = (np.concatenate([part[name] for part in parts]) for name in ("numbers", "held"))
+        # A part without rows does not know the axes.
+        full = [part for part in parts if len(part["numbers"])] or parts[:1]
+        self.axes: tuple[Axis, ...] = tuple((node, axis) for node, axis in json.loads(str(full[0]["axes"])))
+        self.sizes = np.concatenate([part["sizes"] for part in full])
+        self.shapes, self.kinds = np.unique(np.concatenate([part["kinds"] for part in parts]), return_inverse=True)
+        self._file = lru_cache(OPEN)(RowFile)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def record(self, row: int) -> PreferenceRecord:
+        """The record of a row."""
+        return PreferenceRecord(*self._row(row)["record"])
+
+    def features(self, row: int) -> Sides:
+        """The features of a row that has some."""
+        found: Sides = self._row(row)["features"]
+        return found
+
+    def _row(self, row: int) -> dict[str, Any]:
+        part = int(np.searchsorted(self._ends, row, "right"))
+        first = int(self._ends[part - 1]) if part else 0
+        found: dict[str, Any] = self._file(self._paths[part])[row - first]
+        return found
+
+
+def _index(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path.with_name(f"{path.name}{INDEX}"), allow_pickle=False) as part:
+        return dict(part)
+
+
+def pair_batch(system: CompoundSystem, rows: Sequence[Sides], sizes: Mapping[Axis, int]) -> PairBatch:
+    """The batch of these rows, all of them at these sizes, which they fit in."""
+
+    def stacked(side: str, node: Node) -> Features:
+        own = {axis: size for (name, axis), size in sizes.items() if name == node.name}
+        parts = [node.component.resize(jax.tree.map(lambda x: x[None], row[side][node.name]), own) for row in rows]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    return PairBatch(*({node.name: stacked(side, node) for node in system.nodes} for side in SIDES))
+
+
+def _alone(
+    system: CompoundSystem, params: Params | None, record: PreferenceRecord, known: Known
+) -> Prepared | RecordError:
+    try:
+        [made] = _together(system, params, [record], known)
+    except RecordError as error:
+        return error
+    return made
+
+
+def _together(
+    system: CompoundSystem, params: Params | None, records: Sequence[PreferenceRecord], known: Known
+) -> list[Prepared]:
+    """All of the records. Raises `RecordError`, which says all there is to say where there is but one."""
+    held = []
+    for record in records:
+        check_names(system, record)
+        held.append(check_intermediates(system, record))
+    if len(set(held)) > 1:
+        raise RecordError("some of the records hold intermediate values")
+    runs = [run for record in records for run in record.runs()]
+    filled = _with_tools(system, runs, held[0], known)
+    try:
+        features = _features(system, params, filled, held[0])
+    except RecordError as error:
+        raise _with_side(system, filled, held[0], error) from error
+    rows = zip(records, filled[::2], filled[1::2], features, strict=True)
+    return [
+        Prepared(_with_values(system, record, chosen, rejected), held[0], *row)
+        for record, chosen, rejected, row in rows
+    ]
+
+
+def _with_side(system: CompoundSystem, runs: Sequence[Record], held: bool, error: RecordError) -> RecordError:
+    """The error with its side in front, if it is one side's; of a single run the row's number says nothing."""
+    for side, run in zip(SIDES, runs, strict=False) if len(runs) == len(SIDES) else ():
+        try:
+            _features(system, None, [run], held)
+        except RecordError as own:
+            return RecordError(f"{side}, {re.sub(' in row 0(?= |$|:)', '', str(own))}")
+    return error
+
+
+def _with_tools(system: CompoundSystem, runs: Sequence[Record], held: bool, known: Known) -> list[dict[str, Any]]:
+    """The runs with the values that they lack of tools that a model reads; without intermediates of `system.given`."""
+    every = [node.name for node in system.nodes if not node.deterministic]
+    given = {node.name for node in system.given}
+    names = every if held else [node.name for node in system.with_ancestors(every) if node.name in given]
+    made = system.complete(runs, names, known)
+    for place, run in enumerate(made):
+        if isinstance(run, ToolError):
+            raise run.at(SIDES[place % 2]) from run.__cause__
+    return made
+
+
+def _with_values(
+    system: CompoundSystem, record: PreferenceRecord, chosen: Record, rejected: Record
+) -> PreferenceRecord:
+    """The record with what tools gave and files can hold as it is."""
+    tools = [node.name for node in system.nodes if node.deterministic]
+    sides = [
+        {**own, **{name: run[name] for name in tools if name in run and name not in own and is_plain(run[name])}}
+        for own, run in zip((record.chosen, record.rejected), (chosen, rejected), strict=True)
+    ]
+    return PreferenceRecord(record.inputs, *sides)
+
+
+def _features(
+    system: CompoundSystem, params: Params | None, runs: Sequence[Record], held: bool
+) -> list[tuple[Sides | None, tuple[int, ...]]]:
+    """(features, sizes) of every two runs, the sides of a record; none where there is nothing to keep."""
+    nothing: list[tuple[Sides | None, tuple[int, ...]]] = [(None, ())] * (len(runs) // 2)
+    if not held:
+        _check_final(system, runs)
+        return nothing
+    # A component of several sizes gives all values of a call the same one: both sides of a pair, and all copies.
+    alone = [node.name for node in system.nodes if node.component.several_sizes]
+    together = [node.name for node in system.nodes if node.name not in alone]
+    raw = system.prepare(runs, together)
+    own = [system.prepare(runs[start : start + 2], alone) for start in range(0, len(runs), 2)] if alone else []
+    if params is None:
+        if system.encodes:
+            return nothing
+        params = {}
+    whole = system.encode(params, raw)
+    made = nothing
+    for number in range(len(runs) // 2):
+        pair = jax.tree.map(lambda x, at=2 * number: x[at : at + 2], whole)
+        made[number] = _at_own_sizes(system, pair | (system.encode(params, own[number]) if alone else {}))
+    return made
+
+
+def _at_own_sizes(system: CompoundSystem, pair: Mapping[str, Features]) -> tuple[Sides, tuple[int, ...]]:
+    """Both sides of a record, features [2, ...], each at its own sizes; and the larger ones."""
+    sides: dict[str, dict[str, Features]] = {side: {} for side in SIDES}
+    sizes: list[int] = []
+    for node in system.nodes:
+        features = pair[node.name]
+        rows = {axis: np.reshape(size, (2, -1)).max(1) for axis, size in node.component.sizes(features).items()}
+        for place, side in enumerate(SIDES):
+            one = jax.tree.map(lambda x, at=place: x[at : at + 1], features)
+            fitted = node.component.resize(one, {axis: int(size[place]) for axis, size in rows.items()})
+            sides[side][node.name] = jax.tree.map(lambda x: x[0], fitted)
+        sizes += [int(rows[axis].max()) for axis in sorted(rows)]
+    return sides, tuple(sizes)
+
+
+def _check_final(system: CompoundSystem, runs: Sequence[Record]) -> None:
+    """Of runs without intermediate values what can be known: the rest depends on what will be drawn.
+
+    Raises `RecordError` for prompts of models that read what is there, and for texts and images that no parents could
+    make fit.
+    """
+    for node in system.nodes:
+        here = node.name in runs[0]
+        if node.deterministic:
+            continue
+        if all(parent in runs[0] for parent in node.parents):
+            if here:
+                system.prepare(runs, [node.name])
+            elif isinstance(node.component, LanguageModel):
+                blank = "" if node.plate is None else [""] * node.plate
+                system.prepare([{node.name: blank, **run} for run in runs], [node.name])
+        elif here and isinstance(node.component, LanguageModel | TextToImage):
+            _check_value(
+                node, [value for run in runs for value in (run[node.name] if node.plate else [run[node.name]])]
+            )
+
+
+def _check_value(node: Node, values: Sequence[Any]) -> None:
+    """Final values whose parents will be drawn, after a stand-in for these."""
+    model: Any = node.component
+    parent = {"caption": [""] * len(values)}
+    if isinstance(model, LanguageModel):
+        # Messages need the ones before them, which are not known.
+        values = [value if isinstance(value, str) else "" for value in values]
+        model, parent = replace(model, prompt=None), {"prompt": ["."] * len(values)}
+    try:
+        model.prepare(values, parent)
+    except RecordError as error:
+        raise RecordError(f"node {node.name!r}: {error}") from error

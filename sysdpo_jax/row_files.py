@@ -1,0 +1,143 @@
+"""Files of rows: any of them is found by its number, few are in memory, and equal arrays are stored once.
+
+A row is made of what JSON has, bytes, arrays and tuples. A file is two Arrow files, of the rows as texts in JSON and of
+what JSON cannot hold, its leaves; both are written whole or not at all, and read memory-mapped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Rows and bytes that wait in memory to be written together. A file of many small parts is slow to open.
+TOGETHER, BYTES_TOGETHER = 1024, 2**26
+# What stands in JSON for bytes and arrays, with their number, and for a tuple.
+BYTES, ARRAY, TUPLE = "\0bytes", "\0array", "\0tuple"
+# The two files' names.
+ROWS, LEAVES = ".rows.arrow", ".leaves.arrow"
+
+
+def pack(value: Any, leaf: Callable[[bytes | np.ndarray], int]) -> Any:
+    """The value as JSON has it. leaf: takes bytes and arrays away, and says the number that stands for them."""
+    if isinstance(value, bytes):
+        return {BYTES: leaf(value)}
+    if isinstance(value, np.ndarray | np.generic):
+        return {ARRAY: leaf(np.asarray(value))}
+    if isinstance(value, Mapping):
+        return {name: pack(item, leaf) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        packed = [pack(item, leaf) for item in value]
+        return packed if isinstance(value, list) else {TUPLE: packed}
+    return value
+
+
+def unpack(value: Any, leaf: Callable[[int], Any]) -> Any:
+    """What `pack` was given. leaf: gives the bytes or the array of a number."""
+    if isinstance(value, list):
+        return [unpack(item, leaf) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for mark in (BYTES, ARRAY):
+        if mark in value:
+            return leaf(value[mark])
+    return tuple(unpack(value[TUPLE], leaf)) if TUPLE in value else {n: unpack(item, leaf) for n, item in value.items()}
+
+
+def write_row_file(path: Path, rows: Iterable[Any]) -> int:
+    """Write a file of these rows at `path`, to whose name endings are added; how many there were.
+
+    Raises `TypeError` for a value that no file can hold.
+    """
+    # Imported late: it takes a moment.
+    import pyarrow as pa
+
+    row_type = pa.schema([("row", pa.large_string())])
+    leaf_type = pa.schema([("data", pa.large_binary()), ("type", pa.string()), ("shape", pa.list_(pa.int64()))])
+    partial = {ending: path.with_name(f"{path.name}{ending}.partial") for ending in (ROWS, LEAVES)}
+    number = 0
+    try:
+        with (
+            pa.OSFile(str(partial[ROWS]), "wb") as row_sink,
+            pa.OSFile(str(partial[LEAVES]), "wb") as leaf_sink,
+            pa.ipc.new_file(row_sink, row_type) as row_writer,
+            pa.ipc.new_file(leaf_sink, leaf_type) as leaf_writer,
+        ):
+            texts, leaves = _Waiting(row_writer, row_type), _Waiting(leaf_writer, leaf_type)
+            numbers: dict[bytes, int] = {}
+
+            def leaf(value: bytes | np.ndarray) -> int:
+                data = value if isinstance(value, bytes) else np.ascontiguousarray(value).tobytes()
+                kind, shape = ("bytes", []) if isinstance(value, bytes) else (value.dtype.name, list(value.shape))
+                key = hashlib.blake2b(f"{kind}{shape}".encode() + data, digest_size=16).digest()
+                if key not in numbers:
+                    numbers[key] = len(numbers)
+                    leaves.add((data, kind, shape), len(data))
+                return numbers[key]
+
+            for row in rows:
+                text = json.dumps(pack(row, leaf))
+                texts.add((text,), len(text))
+                number += 1
+            texts.write()
+            leaves.write()
+        # The rows last: where they are, the leaves are too.
+        for ending in (LEAVES, ROWS):
+            partial[ending].replace(path.with_name(f"{path.name}{ending}"))
+    finally:
+        for left in partial.values():
+            left.unlink(missing_ok=True)
+    return number
+
+
+class _Waiting:
+    """Rows of a table that are written together."""
+
+    def __init__(self, writer: Any, schema: Any):
+        self._writer, self._schema, self._rows, self._bytes = writer, schema, list[tuple[Any, ...]](), 0
+
+    def add(self, row: tuple[Any, ...], size: int) -> None:
+        self._rows.append(row)
+        self._bytes += size
+        if len(self._rows) >= TOGETHER or self._bytes > BYTES_TOGETHER:
+            self.write()
+
+    def write(self) -> None:
+        import pyarrow as pa
+
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._rows, self._bytes = [], 0
+
+
+class RowFile:
+    """The rows of a file that `write_row_file` made. Arrays are read-only, and lie in the mapped file."""
+
+    def __init__(self, path: Path):
+        self._rows, self._leaves = (_mapped(path.with_name(f"{path.name}{ending}")) for ending in (ROWS, LEAVES))
+
+    def __len__(self) -> int:
+        return int(self._rows.num_rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, row: int) -> Any:
+        return unpack(json.loads(self._rows["row"][row].as_py()), self._leaf)
+
+    def _leaf(self, number: int) -> Any:
+        data, kind = self._leaves["data"][number].as_buffer(), self._leaves["type"][number].as_py()
+        if kind == "bytes":
+            return data.to_pybytes()
+        return np.frombuffer(data, np.dtype(kind)).reshape(self._leaves["shape"][number].as_py())
+
+
+def _mapped(path: Path) -> Any:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
