@@ -25,7 +25,7 @@ SHOWN, NUMBERS = 2, 8
 def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
     """The report, a part at a time; images of the batch are written to the folder. Nothing is trained."""
     yield run.system.describe()
-    mask = run.optimizer.mask(run.params)
+    mask = run.optimizer.mask(run.system, run.params)
     trained = partition(run.params, mask)[0]
     for name, tree in run.params.items():
         mode = run.config.system.components[name].mode

@@ -26,10 +26,10 @@ from experiments.own.scoring import check_scorer, make_scorer
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.records import check_intermediates
 from sysdpo_jax.data.rows import LINES, TABLE
+from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.search import IntermediateSearch
-from sysdpo_jax.training.step import Objective
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Params
 

@@ -7,9 +7,9 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax.training.optimizer import combine, partition
+from sysdpo_jax.training.optimizer import combine
 from sysdpo_jax.training.sharding import BATCH_SPEC, activation_rules, replicated
-from sysdpo_jax.training.state import TrainState, split
+from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import TrainStep
 from sysdpo_jax.typing import Params
 
@@ -55,21 +55,19 @@ def describe_sharding(step: TrainStep, state: TrainState, batch: PyTree | None =
     A component's activations are those of the step's objective with the other components frozen, which leaves its own
     log-ratio; under `SamplingObjective` frozen components are evaluated too, without gradient.
     """
-    mask = step.optimizer.mask(state.params)
-    carry, fixed = split(state, mask)
-    ema = carry.ema or {}
+    ema = state.ema or {}
     return ShardingReport(
         tuple(
             ComponentBytes(
                 name=key,
-                params=device_bytes(state.params[key]),
-                reference=device_bytes(fixed.reference.get(key)),
-                optimizer=device_bytes((carry.opt_state.get(key), ema.get(key))),
+                params=device_bytes((state.trained[key], state.frozen[key])),
+                reference=device_bytes(state.reference.get(key)),
+                optimizer=device_bytes((state.opt_state.inner_states[key], ema.get(key))),
                 activations=None
                 if batch is None or key not in state.reference
                 else _activations(step, state, batch, key),
             )
-            for key in sorted(state.params)
+            for key in sorted(state.trained)
         )
     )
 
@@ -81,7 +79,6 @@ def device_bytes(tree: PyTree) -> int:
 
 def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) -> int:
     """Temporary bytes of the gradient of one component's trained leaves, for one of the step's parts of the batch."""
-    trained, frozen = partition(state.params[key], step.optimizer.mask(state.params)[key])
     others = {name: tree for name, tree in state.params.items() if name != key}
 
     def loss_of(
@@ -91,7 +88,7 @@ def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) ->
         with activation_rules(step.mesh):
             return step.objective(step.system, params, {key: reference}, batch, noise)[0]
 
-    trees = (trained, frozen, others, state.reference[key])
+    trees = (state.trained[key], state.frozen[key], others, state.reference_params[key])
     shardings = jax.tree.map(lambda x: x.sharding, trees)
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // step.accumulate, *x.shape[1:]), x.dtype), batch)
     noise = jax.eval_shape(lambda: jax.random.key(0))

@@ -109,7 +109,7 @@ def test_another_run_is_refused_by_path(tmp_path):
     ]
     other = make_optimizer(dict(OPTIMIZER.components) | {"b": FROZEN}, ema_decay=0.9)
     lines = message(fresh(optimizer=other), optimizer=other)
-    assert "  array opt_state/b/0/trace/kernel: saved float32[3,2], now nothing" in lines
+    assert "  array opt_state/inner_states/b/inner_state/1/0/trace/b/kernel: saved float32[3,2], now nothing" in lines
     assert "  configuration optimizer b.mode: saved 'full', now 'frozen'" in lines
 
 
@@ -235,8 +235,8 @@ def test_speed_is_in_the_rows(tmp_path):
 
 def test_metrics_are_strict_json(tmp_path):
     def objective(*args):
-        loss, metrics = DirectObjective()(*args)
-        return loss, metrics | {"ratio": loss * np.nan}
+        loss, aux = DirectObjective()(*args)
+        return loss, aux._replace(metrics={**aux.metrics, "ratio": loss * np.nan})
 
     trainer(tmp_path, objective=objective).fit(fresh(), BATCH_AT, 1, KEY)
     line = (tmp_path / "metrics.jsonl").read_text()
