@@ -172,11 +172,10 @@ def _clip(limit: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` in float32, whatever the gradients are in."""
     clip = optax.clip_by_global_norm(limit)
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        clipped, state = clip.update(_in_float32(updates), state, params)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), clipped, updates), state
+    def clipped(gradients: PyTree, params: PyTree) -> PyTree:
+        return optax.tree.cast_like(clip.update(_in_float32(gradients), optax.EmptyState())[0], gradients)
 
-    return optax.GradientTransformation(clip.init, update)
+    return optax.stateless(clipped)
 
 
 def _with_state_dtype(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
@@ -185,17 +184,13 @@ def _with_state_dtype(inner: optax.GradientTransformation, dtype: str) -> optax.
     def keep(x: Array) -> Array:
         return x.astype(dtype) if jnp.ndim(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    def init(params: PyTree) -> PyTree:
-        return jax.tree.map(keep, inner.init(params))
-
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         # The precision that the transformation itself would keep its state in.
-        own = jax.eval_shape(inner.init, params)
-        wide = jax.tree.map(lambda x, like: x.astype(like.dtype), state, own)
+        wide = optax.tree.cast_like(state, jax.eval_shape(inner.init, params))
         updates, wide = inner.update(updates, wide, params)
         return updates, jax.tree.map(keep, wide)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: jax.tree.map(keep, inner.init(params)), update)
 
 
 def _with_master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -205,15 +200,13 @@ def _with_master_weights(inner: optax.GradientTransformation) -> optax.GradientT
         weights = _in_float32(params)
         return MasterState(weights, inner.init(weights))
 
+    def change(new: Array, update: Array, old: Array) -> Array:
+        # `optax.apply_updates` adds this in float32 and rounds, which gives the rounded weight.
+        return update if old.dtype == new.dtype else new.astype(old.dtype).astype(new.dtype) - old.astype(new.dtype)
+
     def update(updates: PyTree, state: MasterState, params: PyTree) -> tuple[PyTree, MasterState]:
         updates, inner_state = inner.update(_in_float32(updates), state.inner, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-
-        def change(new: Array, update: Array, old: Array) -> Array:
-            # `optax.apply_updates` adds in float32 and rounds, which gives the rounded weight again.
-            rounded = new.astype(old.dtype).astype(new.dtype) - old.astype(new.dtype)
-            return update if old.dtype == new.dtype else rounded
-
         return jax.tree.map(change, weights, updates, params), MasterState(weights, inner_state)
 
     return optax.GradientTransformation(init, update)

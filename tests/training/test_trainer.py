@@ -236,14 +236,14 @@ def test_speed_is_in_the_rows(tmp_path):
 def test_metrics_are_strict_json(tmp_path):
     def objective(*args):
         loss, aux = DirectObjective()(*args)
-        return loss, aux._replace(metrics={**aux.metrics, "ratio": loss * np.nan})
+        return loss, aux._replace(metrics={**aux.metrics, "ratio": loss * np.nan, "finiteness": loss})
 
     trainer(tmp_path, objective=objective).fit(fresh(), BATCH_AT, 1, KEY)
     line = (tmp_path / "metrics.jsonl").read_text()
     row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert row["ratio"] is None
     np.testing.assert_allclose(row["loss"], np.log(2), rtol=1e-6)
-    assert not any(name.startswith("finite") for name in row)
+    assert [name for name in row if name.startswith("finite")] == ["finiteness"]
 
 
 def test_plain_lines_off_a_terminal(tmp_path, capsys):
