@@ -19,8 +19,8 @@ from experiments.common.runs import best_of, named_key, reported_rollout
 from experiments.common.storage import load_pairs, load_params, overlay, save_pairs, save_params
 from sysdpo_jax import PreferenceRecord, make_pairs
 from sysdpo_jax.data.columns import load_columns, save_columns
-from sysdpo_jax.training.optimizer import partition
 from sysdpo_jax.training.progress import Board, Report
+from sysdpo_jax.training.state import partition
 from sysdpo_jax.typing import Params, Record
 
 METHODS = (

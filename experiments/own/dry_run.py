@@ -14,7 +14,7 @@ from experiments.own.run import Run, first_batch
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.evaluation import write_png
 from sysdpo_jax.evaluation.png import to_pixels
-from sysdpo_jax.training.optimizer import partition
+from sysdpo_jax.training.state import partition
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Features, Params
 

@@ -7,7 +7,6 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax.training.optimizer import combine
 from sysdpo_jax.training.sharding import BATCH_SPEC, activation_rules, replicated
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import TrainStep
@@ -79,26 +78,22 @@ def device_bytes(tree: PyTree) -> int:
 
 def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) -> int:
     """Temporary bytes of the gradient of one component's trained leaves, for one of the step's parts of the batch."""
-    others = {name: tree for name, tree in state.params.items() if name != key}
 
-    def loss_of(
-        trained: Params, frozen: Params, others: Params, reference: Params, batch: PyTree, noise: PRNGKeyArray
-    ) -> Array:
-        params = {**others, key: combine(trained, frozen)}
+    def loss_of(trained: Params, state: TrainState, batch: PyTree, noise: PRNGKeyArray) -> Array:
+        state = state._replace(trained={**state.trained, key: trained})
         with activation_rules(step.mesh):
-            return step.objective(step.system, params, {key: reference}, batch, noise)[0]
+            reference = {key: state.reference_params[key]}
+            return step.objective(step.system, state.params, reference, batch, noise)[0]
 
-    trees = (state.trained[key], state.frozen[key], others, state.reference_params[key])
-    shardings = jax.tree.map(lambda x: x.sharding, trees)
+    placed, whole = jax.tree.map(lambda x: x.sharding, state), replicated(step.mesh)
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // step.accumulate, *x.shape[1:]), x.dtype), batch)
     noise = jax.eval_shape(lambda: jax.random.key(0))
-    whole = replicated(step.mesh)
     gradient = jax.jit(
         jax.grad(loss_of),
-        in_shardings=(*shardings, NamedSharding(step.mesh, BATCH_SPEC), whole),
-        out_shardings=shardings[0],
-    )
-    memory: Any = gradient.lower(*trees, part, noise).compile().memory_analysis()
+        in_shardings=(placed.trained[key], placed, NamedSharding(step.mesh, BATCH_SPEC), whole),
+        out_shardings=placed.trained[key],
+    ).lower(state.trained[key], state, part, noise)
+    memory: Any = gradient.compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
 
 

@@ -1,8 +1,4 @@
-"""One optax transformation for the whole system: per component an optimiser, a clip, and which leaves are trained.
-
-Partitioned trees keep the structure of the parameters, with None where the other part has the leaf: None holds no
-array, so gradients and optimiser memory exist for trained leaves only.
-"""
+"""One optax transformation for the whole system: per component an optimiser, a clip, and which leaves are trained."""
 
 import re
 from collections.abc import Mapping
@@ -144,18 +140,6 @@ def make_optimizer(components: Mapping[str, ComponentOptimizer], ema_decay: floa
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise OptimizerError(f"ema_decay must lie in (0, 1), got {ema_decay}: use None for no average")
     return SystemOptimizer(tuple(sorted(components.items())), ema_decay)
-
-
-def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
-    """(leaves where the mask is True, the others), each with None in the places of the other."""
-    kept = jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
-    rest = jax.tree.map(lambda keep, x: None if keep else x, mask, tree)
-    return kept, rest
-
-
-def combine(first: PyTree, second: PyTree) -> PyTree:
-    """Undo `partition`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
 
 
 def _matches(tree: Params, component: ComponentOptimizer, frozen: tuple[str, ...]) -> PyTree:

@@ -1,4 +1,8 @@
-"""What training carries from step to step."""
+"""What training carries from step to step.
+
+The parts of a tree keep its structure, with None where the other part has the leaf: None holds no array, so gradients
+and optimiser memory exist for trained leaves only.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.training.optimizer import SystemOptimizer, combine, partition
+from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import Rules, by_path, like_params, make_mesh, path_name, replicated, tree_shardings
 from sysdpo_jax.typing import Params
 
@@ -140,6 +144,18 @@ def abstract_state(
             for key in optimizer.trained_keys
         },
     )
+
+
+def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
+    """(leaves where the mask is True, the others), each with None in the places of the other."""
+    kept = jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
+    rest = jax.tree.map(lambda keep, x: None if keep else x, mask, tree)
+    return kept, rest
+
+
+def combine(first: PyTree, second: PyTree) -> PyTree:
+    """Undo `partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
 
 
 def ema_params(state: TrainState) -> Params:
