@@ -32,7 +32,7 @@ from experiments.scaling.hlo import collectives_by_kind
 from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
 from sysdpo_jax import CompoundSystem, SampledBatch, make_mesh, make_train_step
 from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
-from sysdpo_jax.training.optimizer import SystemOptimizer, combine, partition
+from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import ShardingError, batch_parts
 from sysdpo_jax.training.state import TrainState, abstract_state
 
@@ -96,20 +96,15 @@ def plain(system: CompoundSystem) -> CompoundSystem:
     )
 
 
-def count(example: Example, optimizer: SystemOptimizer, state: TrainState, batch: PyTree) -> dict[str, Any]:
+def count(example: Example, state: TrainState, batch: PyTree) -> dict[str, Any]:
     """FLOPs of one step, see FLOPS_NOTE."""
-    model = step_flops(example.system, optimizer, state, batch)
-    mask = optimizer.mask(state.params)
-    trained, frozen = partition(state.params, mask)
+    model = step_flops(example.system, state, batch)
 
-    def gradients(trained: PyTree, frozen: PyTree, reference: PyTree, batch: PyTree) -> PyTree:
-        def loss(leaves: PyTree) -> Any:
-            params = combine(leaves, frozen)
-            return example.objective(plain(example.system), params, reference, batch, jax.random.key(0))
+    def loss(trained: PyTree, state: TrainState, batch: PyTree) -> Any:
+        whole = state._replace(trained=trained)
+        return example.objective(plain(example.system), whole.params, whole.reference_params, batch, jax.random.key(0))
 
-        return jax.grad(loss, has_aux=True)(trained)
-
-    again = count_flops(gradients, trained, frozen, state.reference, batch)
+    again = count_flops(jax.grad(loss, has_aux=True), state.trained, state, batch)
     return {"note": FLOPS_NOTE, "model": model, "model_total": sum(model.values()), "with_recomputation": again}
 
 
@@ -192,7 +187,7 @@ def run(config: Config) -> dict[str, Any]:
         "usable_hbm_gib": usable,
         **result,
         "seconds": seconds,
-        "flops": count(example, optimizer, state, batch),
+        "flops": count(example, state, batch),
     }
 
 

@@ -38,7 +38,7 @@ from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.graph import CompoundSystem, GraphError, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_TRAINABLE
 from sysdpo_jax.models.lora import LoRA, add_lora
-from sysdpo_jax.objectives import DirectObjective, SamplingObjective, log_ratio
+from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
@@ -65,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FROZEN",
     "LORA_TRAINABLE",
+    "Aux",
     "BeamSearch",
     "Categorical",
     "Component",

@@ -165,15 +165,14 @@ class CompoundSystem:
 
         What is encoded already, and what has nothing to encode, comes back as it is.
         """
-        trees = {name: params.get(self.node(name).params_key, {}) for name in features}
-        return {name: self.node(name).component.encode(trees[name], features[name]) for name in features}
+        nodes = {name: self.node(name) for name in features}
+        return {name: node.component.encode(node.tree(params), features[name]) for name, node in nodes.items()}
 
     def log_prob(self, params: Params, features: Mapping[str, Features], key: Keys) -> dict[str, Array]:
         """log p_k(v_k | parents) in nats of every node, `{node: Float[Array, "batch"]}`, without the nodes' weights."""
         self.check_params(params)
         return {
-            node.name: self.node_log_prob(node, params.get(node.params_key, {}), features[node.name], key)[0]
-            for node in self.nodes
+            node.name: self.node_log_prob(node, node.tree(params), features[node.name], key)[0] for node in self.nodes
         }
 
     def node_log_prob(
@@ -291,7 +290,7 @@ class CompoundSystem:
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
     ) -> tuple[dict[str, Sequence[Any]], Params, PRNGKeyArray]:
         parents = {name: columns[name] for name in node.parents}
-        return parents, params.get(node.params_key, {}), _named_key(key, node.name)
+        return parents, node.tree(params), _named_key(key, node.name)
 
     def describe(self) -> str:
         """The graph as Mermaid text: boxes are inputs, rounded boxes components, hexagons tools."""

@@ -8,6 +8,7 @@ from sysdpo_jax.components.base import Component, RecordError
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import Tool
 from sysdpo_jax.static import unhashable
+from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, user_code
 
 
@@ -40,6 +41,10 @@ class Node:
     def deterministic(self) -> bool:
         """Whether the node is a Tool: no parameters, recomputed when a record lacks its value."""
         return isinstance(self.component, Tool)
+
+    def tree(self, params: Params) -> Params:
+        """The node's own of `{params_key: tree}`: what `encode`, `log_prob` and `sample` take; empty for a tool."""
+        return params.get(self.params_key, {})
 
 
 @contextmanager

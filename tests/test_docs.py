@@ -1,6 +1,7 @@
 """Every command of the documentation: those of a system of your own run, in their order, with small models and data."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -11,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from pathlib import Path
 
+import jax
+import optax
 import pytest
 import transformers
 import yaml
@@ -35,6 +38,7 @@ from experiments.own.config import (
 from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
+from tests.training.systems import CHAIN, pairs
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -284,3 +288,21 @@ def test_metrics_of_the_pages_exist():
             # An evaluation names its figures without the prefix of their columns.
             prefix = name.split("<")[0].rstrip("*").removeprefix("eval/")
             assert prefix.rstrip("/") in code, name
+
+
+def test_the_objective_of_the_documentation_trains():
+    """At step 0 policy and reference are one: the term that it adds is 0, and its figure is logged."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bring_your_own.md").read_text(), re.DOTALL)
+    names = {"__name__": "anchored"}
+    exec(compile(code, "docs/bring_your_own.md", "exec"), names)
+    objective = names["Anchored"](sj.DirectObjective(), 1.0)
+    adam = sj.ComponentOptimizer(optax.adam(0.1))
+    optimizer = sj.make_optimizer({"a": adam, "b": adam, "c": sj.FROZEN})
+    state = sj.create_state(CHAIN, CHAIN.init(jax.random.key(0)), optimizer)
+    step = sj.make_train_step(CHAIN, objective, optimizer, accumulate=2)
+    figures = []
+    for _ in range(2):
+        state, metrics = step(state, pairs(8), jax.random.key(1))
+        figures.append((float(metrics["loss"]), float(metrics["drift/chosen"])))
+    assert figures[0] == pytest.approx((math.log(2), 0), abs=1e-6)
+    assert figures[1][0] > figures[1][1] > 0

@@ -115,7 +115,7 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
     state = create_state(system, case.params(jax.random.key(0)), optimizer, mesh)
     batch, key = case.batch(), jax.random.key(1)
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in state.params.items()}
-    flops = sum(step_flops(system, optimizer, state, batch).values())
+    flops = sum(step_flops(system, state, batch).values())
     step = make_train_step(system, DirectObjective(beta=0.1), optimizer, mesh)
     losses = []
 

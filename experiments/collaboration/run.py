@@ -19,8 +19,8 @@ from experiments.common.runs import best_of, named_key, reported_rollout
 from experiments.common.storage import load_pairs, load_params, overlay, save_pairs, save_params
 from sysdpo_jax import PreferenceRecord, make_pairs
 from sysdpo_jax.columns import load_columns, save_columns
-from sysdpo_jax.training.optimizer import partition
 from sysdpo_jax.training.progress import Board, Report
+from sysdpo_jax.training.state import partition
 from sysdpo_jax.typing import Params, Record
 
 METHODS = (
@@ -110,7 +110,8 @@ class SeedRun:
         """Only leaves that are trained are stored: the others may be large, and `initial` gives them again."""
         alignment, config = ALIGNMENTS[name], self.task.align
         folder, key, progress = self.folder / name, named_key(self._key, "align"), self._phases.progress(name)
-        mask = optimizer_of(self.system, alignment.nodes, config, number_of_steps(pairs, config)).mask(before)
+        optimizer = optimizer_of(self.system, alignment.nodes, config, number_of_steps(pairs, config))
+        mask = optimizer.mask(self.system, before)
         return self._phases.run(
             name,
             self.folder / f"{name}.safetensors",

@@ -14,7 +14,7 @@ from experiments.own.run import Run, first_batch
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.evaluation import write_png
 from sysdpo_jax.evaluation.png import to_pixels
-from sysdpo_jax.training.optimizer import partition
+from sysdpo_jax.training.state import partition
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Features, Params
 
@@ -25,7 +25,7 @@ SHOWN, NUMBERS = 2, 8
 def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
     """The report, a part at a time; images of the batch are written to the folder. Nothing is trained."""
     yield run.system.describe()
-    mask = run.optimizer.mask(run.params)
+    mask = run.optimizer.mask(run.system, run.params)
     trained = partition(run.params, mask)[0]
     for name, tree in run.params.items():
         mode = run.config.system.components[name].mode

@@ -27,9 +27,9 @@ from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.data.records import check_intermediates
+from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.step import Objective
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Params
 

@@ -36,8 +36,8 @@ from sysdpo_jax import (
 )
 from sysdpo_jax.models.decoder_config import DecoderConfig
 from sysdpo_jax.models.unet_config import UNetConfig
+from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.step import Objective
 from sysdpo_jax.typing import Params
 
 Dtype = Literal["bfloat16", "float32"]

@@ -3,12 +3,15 @@
 from sysdpo_jax.objectives.direct import DirectObjective
 from sysdpo_jax.objectives.log_ratio import NodeTerms, log_ratio, node_terms
 from sysdpo_jax.objectives.losses import LOSSES
+from sysdpo_jax.objectives.objective import Aux, Objective
 from sysdpo_jax.objectives.sampling import SamplingObjective
 
 __all__ = [
     "LOSSES",
+    "Aux",
     "DirectObjective",
     "NodeTerms",
+    "Objective",
     "SamplingObjective",
     "log_ratio",
     "node_terms",

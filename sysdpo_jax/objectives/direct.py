@@ -10,6 +10,7 @@ from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import as_rows, node_terms, repeated
+from sysdpo_jax.objectives.objective import Aux
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Keys, Params
 
@@ -20,10 +21,10 @@ class DirectObjective(PreferenceObjective):
 
     def __call__(
         self, system: CompoundSystem, params: Params, reference: Params, batch: PairBatch, key: Keys
-    ) -> tuple[Array, dict[str, Array]]:
-        """The mean loss over the batch and scalar metrics under TRL's names, plus their split by node.
+    ) -> tuple[Array, Aux]:
+        """The mean loss over the batch, the nodes' margins and metrics under TRL's names, see `aux`.
 
-        Both sides go through each model in one forward pass and share the noise of the key. Metrics: see `metrics`.
+        Both sides go through each model in one forward pass and share the noise of the key.
         """
         require_batch(batch, PairBatch, "prepare_pairs")
         rows, sides = jax.tree.leaves(batch)[0].shape[0], batch.sides()
@@ -33,5 +34,4 @@ class DirectObjective(PreferenceObjective):
         terms = jax.tree.map(lambda x: x.reshape(rows, 2).T, terms)
         require_trained(terms)
         ratios, logps = total(term.ratio for term in terms.values()), total(term.policy for term in terms.values())
-        loss = self.mean_loss(ratios, terms)
-        return loss, {"loss": loss, **self.metrics(ratios, logps, terms)}
+        return self.mean_loss(ratios, terms), self.aux(ratios, logps, terms)

@@ -74,7 +74,7 @@ def terms_of_node(
 
     Raises `ValueError` when the node's reference tree is None and nothing was precomputed.
     """
-    policy, policy_metrics = system.node_log_prob(node, params[node.params_key], features, key)
+    policy, policy_metrics = system.node_log_prob(node, node.tree(params), features, key)
     if precomputed is not None:
         return NodeTerms(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
     if reference[node.params_key] is None:

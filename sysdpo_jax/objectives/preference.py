@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.objectives.log_ratio import NodeTerms
 from sysdpo_jax.objectives.losses import LOSSES, SMOOTHED
+from sysdpo_jax.objectives.objective import Aux
 from sysdpo_jax.static import hold_tuples
 
 
@@ -61,19 +62,19 @@ class PreferenceObjective:
             total = total - coefficient * jnp.mean(terms[name].policy[0])
         return total
 
-    def metrics(
+    def aux(
         self, ratios: Float[Array, "2 batch"], logps: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]
-    ) -> dict[str, Float[Array, ""]]:
-        """TRL's reward metrics of the system, the same by node, drift, and the components' own by node and model.
+    ) -> Aux:
+        """The nodes' margins; as metrics TRL's of the system and by node, drift, and the components' own by model.
 
         drift/<kind>/<node>, how far the node has gone from its reference on the values at hand, both sides: "mse", the
         rise of the squared error, of a node whose component reports one; else "kl", the mean of (log p - log p_ref)^2 /
         2 in nats, which is a KL divergence to second order in the log-ratio where the values are like the reference's
         own (k2 of J. Schulman, http://joschu.net/blog/kl-approx.html) and above it further away. k1, the plain mean,
         cancels where the chosen rise as the rejected fall; k3 overflows on the log-ratios of whole texts.
-        All are means over the rows, so that those of parts of a batch can be averaged.
         """
         chosen, rejected = self.beta * ratios
+        margins = {}
         metrics = {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),
@@ -85,25 +86,15 @@ class PreferenceObjective:
         }
         for name, term in terms.items():
             reward = self.beta * term.ratio
+            margins[name] = (reward[0] - reward[1]).mean()
             metrics[f"rewards/chosen/{name}"] = reward[0].mean()
-            metrics[f"rewards/margins/{name}"] = (reward[0] - reward[1]).mean()
+            metrics[f"rewards/margins/{name}"] = margins[name]
             metrics[f"logps/chosen/{name}"] = term.policy[0].mean()
             metrics[f"logps/rejected/{name}"] = term.policy[1].mean()
             metrics |= {f"drift/{kind}/{name}": value.mean() for kind, value in _drift(term).items()}
             for model, values in (("policy", term.policy_metrics), ("reference", term.reference_metrics)):
                 metrics |= {f"{metric}/{name}/{model}": value.mean() for metric, value in values.items()}
-        return jax.lax.stop_gradient(metrics)
-
-
-def margin_shares(metrics: Mapping[str, Array]) -> dict[str, Float[Array, ""]]:
-    """{"margin_share/<node>": |rewards/margins/<node>| over the sum of these}: 0 while no node has a margin.
-
-    metrics: of a whole batch, because shares of its parts do not average to its own.
-    """
-    split = "rewards/margins/"
-    sizes = {name.removeprefix(split): jnp.abs(value) for name, value in metrics.items() if name.startswith(split)}
-    whole = total(sizes.values())
-    return {f"margin_share/{name}": jnp.where(whole > 0, size / whole, 0) for name, size in sizes.items()}
+        return jax.lax.stop_gradient(Aux(margins, metrics))
 
 
 def require_batch(batch: Any, kind: type, source: str) -> None:

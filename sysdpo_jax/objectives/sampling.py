@@ -16,6 +16,7 @@ from sysdpo_jax.objectives.log_ratio import (
     terms_of_node,
     trained_nodes,
 )
+from sysdpo_jax.objectives.objective import Aux
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Features, Keys, Params
 
@@ -50,8 +51,8 @@ class SamplingObjective(PreferenceObjective):
 
     def __call__(
         self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: Keys
-    ) -> tuple[Array, dict[str, Array]]:
-        """The mean loss over the batch and the metrics of `DirectObjective`.
+    ) -> tuple[Array, Aux]:
+        """The mean loss over the batch, the nodes' margins and the metrics of `DirectObjective`.
 
         All sides and intermediates share the noise of the key. More metrics: intermediates/effective/<side>, the
         effective number 1 / sum of squared posterior weights; intermediates/distinct; intermediates/staleness in steps.
@@ -70,16 +71,15 @@ class SamplingObjective(PreferenceObjective):
         posterior = jax.lax.stop_gradient(jnp.exp(prior + change - ratios))
         means = jax.tree.map(lambda x: jnp.sum(posterior * jnp.where(valid, x, 0), axis=0), trained)
         logps = jax.nn.logsumexp(jnp.where(valid, base + change, -jnp.inf), axis=0)
-        loss = self.mean_loss(ratios, means)
         effective = 1 / jnp.sum(posterior**2, axis=0)
-        return loss, {
-            "loss": loss,
-            **self.metrics(ratios, logps, means),
+        aux = self.aux(ratios, logps, means)
+        searched = {
             "intermediates/effective/chosen": effective[0].mean(),
             "intermediates/effective/rejected": effective[1].mean(),
             "intermediates/distinct": batch.valid.sum(axis=1).mean(dtype=jnp.float32),
             "intermediates/staleness": batch.staleness.mean(dtype=jnp.float32),
         }
+        return self.mean_loss(ratios, means), aux._replace(metrics={**aux.metrics, **searched})
 
     def _terms(
         self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: Keys
@@ -129,6 +129,6 @@ def _terms_of_node(
     """The terms [batch] of a trained node, or of a frozen one, which is evaluated once and without gradient."""
     if node.params_key in reference:
         return terms_of_node(system, node, params, reference, features, key)
-    frozen = jax.lax.stop_gradient(params[node.params_key])
+    frozen = jax.lax.stop_gradient(node.tree(params))
     log_prob, metrics = system.node_log_prob(node, frozen, features, key)
     return NodeTerms(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)

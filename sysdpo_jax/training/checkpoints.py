@@ -25,10 +25,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from sysdpo_jax.manifest import Identity, array_types, check_same, fingerprints
-from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.sharding import by_path
-from sysdpo_jax.training.state import TrainState, join, split
+from sysdpo_jax.training.state import TrainState
 
 # The name of a metric, and which of its values is the best.
 Best = tuple[str, Literal["min", "max"]]
@@ -58,7 +57,6 @@ class Checkpoints:
         self,
         directory: str | Path,
         state: TrainState,
-        optimizer: SystemOptimizer,
         config: dict[str, str],
         keep: int = 2,
         best: Best | None = None,
@@ -66,13 +64,11 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ValueError(f"keep {keep} must be at least 1: the newest checkpoint is what a run resumes from")
-        self._mask = optimizer.mask(state.params)
-        carry, fixed = split(state, self._mask)
         self._identity: Identity = {
             "configuration": config,
-            "array": array_types(carry),
-            "reference": fingerprints(fixed.reference),
-            "frozen": fingerprints(fixed.frozen),
+            "array": array_types(state.mutable),
+            "reference": fingerprints(state.reference),
+            "frozen": fingerprints(state.frozen),
         }
         self.directory, self._keep, self._best = Path(directory).absolute(), keep, best
         self._read_only = read_only
@@ -141,9 +137,8 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
-        carry = split(state, self._mask)[0]
-        about = {"identity": self._identity, "fingerprints": fingerprints(carry)}
-        items = {ARRAYS: ocp.args.StandardSave(by_path(carry)), ABOUT: ocp.args.JsonSave(about)}
+        about = {"identity": self._identity, "fingerprints": fingerprints(state.mutable)}
+        items = {ARRAYS: ocp.args.StandardSave(by_path(state.mutable)), ABOUT: ocp.args.JsonSave(about)}
         known = self._best is not None and metric is not None and math.isfinite(metric)
         metrics = {self._best[0]: metric} if self._best is not None and known else None
         with self._reported(step):
@@ -242,16 +237,16 @@ class Checkpoints:
             known = self._identity["configuration"]
             identity["configuration"] = {name: identity["configuration"].get(name, "nothing") for name in known}
         check_same(identity, self._identity, f"the checkpoint {path}")
-        carry, fixed = split(state, self._mask)
-        wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in by_path(carry).items()}
+        mutable = by_path(state.mutable)
+        wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in mutable.items()}
         with _reading(path):
             items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore(wanted)})
             arrays = self._manager.restore(step, args=items)[ARRAYS]
-        restored = jax.tree.unflatten(jax.tree.structure(carry), [arrays[name] for name in wanted])
+        restored = jax.tree.unflatten(jax.tree.structure(state.mutable), [arrays[name] for name in wanted])
         changed = [name for name, text in fingerprints(restored).items() if saved.get(name) != text]
         if changed:
             raise CorruptCheckpointError(f"{path}: the array {changed[0]} is not the one that was saved")
-        return join(restored, fixed)
+        return state.after(restored)
 
 
 def _options(keep: int, best: Best | None, read_only: bool) -> ocp.CheckpointManagerOptions:

@@ -7,9 +7,8 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax.training.optimizer import combine, partition
 from sysdpo_jax.training.sharding import BATCH_SPEC, activation_rules, replicated
-from sysdpo_jax.training.state import TrainState, split
+from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import TrainStep
 from sysdpo_jax.typing import Params
 
@@ -55,21 +54,19 @@ def describe_sharding(step: TrainStep, state: TrainState, batch: PyTree | None =
     A component's activations are those of the step's objective with the other components frozen, which leaves its own
     log-ratio; under `SamplingObjective` frozen components are evaluated too, without gradient.
     """
-    mask = step.optimizer.mask(state.params)
-    carry, fixed = split(state, mask)
-    ema = carry.ema or {}
+    ema = state.ema or {}
     return ShardingReport(
         tuple(
             ComponentBytes(
                 name=key,
-                params=device_bytes(state.params[key]),
-                reference=device_bytes(fixed.reference.get(key)),
-                optimizer=device_bytes((carry.opt_state.get(key), ema.get(key))),
+                params=device_bytes((state.trained[key], state.frozen[key])),
+                reference=device_bytes(state.reference.get(key)),
+                optimizer=device_bytes((state.opt_state.inner_states[key], ema.get(key))),
                 activations=None
                 if batch is None or key not in state.reference
                 else _activations(step, state, batch, key),
             )
-            for key in sorted(state.params)
+            for key in sorted(state.trained)
         )
     )
 
@@ -81,27 +78,22 @@ def device_bytes(tree: PyTree) -> int:
 
 def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) -> int:
     """Temporary bytes of the gradient of one component's trained leaves, for one of the step's parts of the batch."""
-    trained, frozen = partition(state.params[key], step.optimizer.mask(state.params)[key])
-    others = {name: tree for name, tree in state.params.items() if name != key}
 
-    def loss_of(
-        trained: Params, frozen: Params, others: Params, reference: Params, batch: PyTree, noise: PRNGKeyArray
-    ) -> Array:
-        params = {**others, key: combine(trained, frozen)}
+    def loss_of(trained: Params, state: TrainState, batch: PyTree, noise: PRNGKeyArray) -> Array:
+        state = state._replace(trained={**state.trained, key: trained})
         with activation_rules(step.mesh):
-            return step.objective(step.system, params, {key: reference}, batch, noise)[0]
+            reference = {key: state.reference_params[key]}
+            return step.objective(step.system, state.params, reference, batch, noise)[0]
 
-    trees = (trained, frozen, others, state.reference[key])
-    shardings = jax.tree.map(lambda x: x.sharding, trees)
+    placed, whole = jax.tree.map(lambda x: x.sharding, state), replicated(step.mesh)
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // step.accumulate, *x.shape[1:]), x.dtype), batch)
     noise = jax.eval_shape(lambda: jax.random.key(0))
-    whole = replicated(step.mesh)
     gradient = jax.jit(
         jax.grad(loss_of),
-        in_shardings=(*shardings, NamedSharding(step.mesh, BATCH_SPEC), whole),
-        out_shardings=shardings[0],
-    )
-    memory: Any = gradient.lower(*trees, part, noise).compile().memory_analysis()
+        in_shardings=(placed.trained[key], placed, NamedSharding(step.mesh, BATCH_SPEC), whole),
+        out_shardings=placed.trained[key],
+    ).lower(state.trained[key], state, part, noise)
+    memory: Any = gradient.compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
 
 

@@ -14,6 +14,7 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog
 from sysdpo_jax.training.progress import tell
+from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import name_of, user_code
 
@@ -88,7 +89,7 @@ class Evaluator:
         last, best_step, figure, since = _of_process_0(np.array(seen, np.float64))
         self._seen = Seen(int(last), int(best_step), float(figure), int(since))
 
-    def ends(self, step: int, params: Params, checkpoints: Checkpoints, save: Callable[[], None]) -> bool:
+    def ends(self, step: int, state: TrainState, checkpoints: Checkpoints, save: Callable[[], None]) -> bool:
         """Evaluate the state of so many updates where that is due: whether the training ends with it.
 
         save: makes the state the newest of the checkpoints. It is called first: however long the evaluation takes and
@@ -96,7 +97,7 @@ class Evaluator:
         """
         if step > self._seen.last and (step % self._evaluation.every == 0 or step == self._steps):
             save()
-            figures = self._measure(step, params)
+            figures = self._measure(step, state.params)
             if self._best is not None:
                 checkpoints.grade(step, figures[self._best])
             if self._log is not None:

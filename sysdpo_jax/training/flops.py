@@ -17,7 +17,6 @@ from jaxtyping import PyTree
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.models.lora import is_lora, strip_lora
-from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.typing import Features, Params
@@ -57,7 +56,7 @@ def forward_flops(system: CompoundSystem, params: Params, features: Mapping[str,
     return counted
 
 
-def step_flops(system: CompoundSystem, optimizer: SystemOptimizer, state: TrainState, batch: PyTree) -> dict[str, int]:
+def step_flops(system: CompoundSystem, state: TrainState, batch: PyTree) -> dict[str, int]:
     """`{node: operations}` that one step needs of each node's model on a `PairBatch` or `SampledBatch`.
 
     In units of a forward pass, on both sides of every pair: 3 for a trained model, whose backward pass takes two
@@ -78,10 +77,9 @@ def step_flops(system: CompoundSystem, optimizer: SystemOptimizer, state: TrainS
         case _:
             raise TypeError(f"step_flops counts a PairBatch or a SampledBatch, not a {type(batch).__name__}")
     forward = forward_flops(system, state.params, evaluated)
-    mask = optimizer.mask(state.params)
     return {
         name: (2 if name in both else 1)
-        * _of_step(system, system.node(name), state, mask, evaluated, forward[name], name in given, batch)
+        * _of_step(system, system.node(name), state, evaluated, forward[name], name in given, batch)
         for name in forward
     }
 
@@ -90,7 +88,6 @@ def _of_step(
     system: CompoundSystem,
     node: Node,
     state: TrainState,
-    mask: PyTree,
     features: Mapping[str, Features],
     forward: int,
     given: bool,
@@ -100,8 +97,7 @@ def _of_step(
     if key not in state.reference:
         return forward if isinstance(batch, SampledBatch) else 0
     reference = 0 if given else forward
-    trained = [path for path, yes in by_path(mask[key]).items() if yes]
-    if not all(is_lora(path) for path in trained):
+    if not all(is_lora(path) for path in by_path(state.trained[key])):
         return 3 * forward + reference
     base = {**state.params, key: strip_lora(state.params[key])}
     thin = forward - forward_flops(system, base, {node.name: features[node.name]})[node.name]

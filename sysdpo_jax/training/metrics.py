@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -59,17 +59,20 @@ class MetricsLog:
     error.
     wandb: what wandb.init takes, such as {"project": "aligned"}, to send the scalars to Weights & Biases too: a run
     that goes on does so there. None: wandb is not imported. Raises `ImportError` when it is asked for and absent.
+    nodes: the system's, of which `Watch` looks at the figures.
     metrics.jsonl is what counts: a row that it does not take is a `MetricsWriteError`. The other two end with a warning
     where they fail, see `Events` and `Tracker`.
     """
 
-    def __init__(self, directory: str | Path, start: int, wandb: Mapping[str, Any] | None = None):
+    def __init__(
+        self, directory: str | Path, start: int, wandb: Mapping[str, Any] | None = None, nodes: Sequence[str] = ()
+    ):
         self._path = path = Path(directory) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._tracker = None if wandb is None else Tracker(path.parent, wandb)
         rows = _truncate(path, start)
         self.evaluations = [row for row in rows if _evaluated(row)]
-        self._watch = Watch(rows)
+        self._watch = Watch(nodes, rows)
         # Without a buffer: what a full disk did not take must not be written again when the file is closed.
         self._file = path.open("ab", buffering=0)
         self._events = Events(path.parent, start)
@@ -145,6 +148,8 @@ class MetricsReader:
     ):
         self._log, self._report, self._throughput = log, report, throughput
         self._every, self._directory, self._best, self._final = every, directory, best, final
+        # By the name of the metric that says whether the node is to blame.
+        self._blamed = {f"finite/{node.name}": node.name for node in throughput.system.nodes}
         self._meter: Meter | None = None
         self._waiting: list[tuple[int, Mapping[str, Array]]] = []
         self._values: list[float] = []
@@ -190,15 +195,16 @@ class MetricsReader:
             self._values.append(float(values[self._best]))
         if self._log is not None and self._meter is not None and (step % self._every == 0 or step == self._final):
             self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
-            self._log.write(step, {name: x for name, x in values.items() if not name.startswith("finite")} | speed)
+            unlogged = {"finite", *self._blamed}
+            self._log.write(step, {name: x for name, x in values.items() if name not in unlogged} | speed)
         if self._report is not None:
             self._report(step + 1, f"loss {float(values['loss']):.4f}")
 
     def _error(self, waiting: list[tuple[int, Mapping[str, Array]]]) -> NonFiniteError:
         # A step after a bad one counts as bad too.
         step, metrics = next((step, metrics) for step, metrics in waiting if not metrics["finite"])
-        bad = (name for name, value in metrics.items() if name.startswith("finite/") and not value)
-        return NonFiniteError(step, tuple(name.removeprefix("finite/") for name in bad), self._directory)
+        bad = tuple(node for name, node in self._blamed.items() if not metrics.get(name, True))
+        return NonFiniteError(step, bad, self._directory)
 
 
 def require_metric(best: str, names: Collection[str]) -> None:

@@ -1,8 +1,4 @@
-"""One optimiser for the whole system: per component a transformation, a clip, and which leaves are trained.
-
-Partitioned trees keep the structure of the parameters, with None where the other part has the leaf: None holds no
-array, so gradients and optimiser memory exist for trained leaves only.
-"""
+"""One optax transformation for the whole system: per component an optimiser, a clip, and which leaves are trained."""
 
 import re
 from collections.abc import Mapping
@@ -30,10 +26,11 @@ class OptimizerError(ValueError):
 class ComponentOptimizer:
     """How one parameter tree is trained.
 
-    optimizer: any optax transformation, its learning rate included. clip_norm: largest global norm of the component's
-    gradient, None for no clipping. mode: "frozen" keeps the tree as it is, out of reference and optimiser memory.
-    trainable: regex found in the "/"-joined path below the params key; leaves that it misses are not trained,
-    nor are the constants of a model (LoRA's scale, a fixed table of positions).
+    optimizer: any optax transformation, its learning rate included; as `optax.partition` has it, it sees
+    `{params_key: tree}` of this component alone. clip_norm: largest global norm of the component's gradient, in
+    float32, None for no clipping. mode: "frozen" keeps the tree as it is, out of reference and optimiser memory.
+    trainable: regex found in the "/"-joined path below the params key; leaves that it misses are not trained, nor are
+    the constants of a model (LoRA's scale, a fixed table of positions) and what a component declares `frozen`.
     master_weights: keep float32 copies of trained leaves of less precision, which updates add up in; the parameters
     are these, rounded. state_dtype: precision that the optimiser's arrays (moments) are kept in between updates, which
     compute in that of the optimiser; by default both are the same.
@@ -53,6 +50,18 @@ class ComponentOptimizer:
             raise OptimizerError(f"clip_norm must be positive, got {self.clip_norm}: use None for no clipping")
         if self.state_dtype is not None and not jnp.issubdtype(jnp.dtype(self.state_dtype), jnp.floating):
             raise OptimizerError(f"state_dtype {self.state_dtype!r} is no floating-point type: bfloat16, for example")
+
+    @property
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimiser with the clip before it and the precisions around it."""
+        if self.mode == "frozen":
+            return optax.set_to_zero()
+        made = self.optimizer
+        if self.clip_norm is not None:
+            made = optax.chain(_clip(self.clip_norm), made)
+        if self.state_dtype is not None:
+            made = _with_state_dtype(made, self.state_dtype)
+        return _with_master_weights(made) if self.master_weights else made
 
 
 class MasterState(NamedTuple):
@@ -89,42 +98,38 @@ class SystemOptimizer:
         if not self.trained_keys:
             raise OptimizerError("every component is frozen: train at least one")
 
-    def mask(self, params: Params) -> PyTree:
-        """True for each trained leaf. Raises `OptimizerError` when a component that is not frozen trains none."""
+    def mask(self, system: CompoundSystem, params: Params) -> PyTree:
+        """True for each trained leaf: those of `trainable` that no component of the system declares `frozen`.
+
+        Raises `OptimizerError` when a component that is not frozen trains none.
+        """
         masks = {}
         for key, component in self.components:
-            masks[key] = _matches(params[key], component)
+            nodes = [node for node in system.nodes if not node.deterministic and node.params_key == key]
+            frozen = tuple(part for node in nodes for part in node.component.frozen)
+            masks[key] = _matches(params[key], component, frozen)
             if component.mode != "frozen" and not any(jax.tree.leaves(masks[key])):
+                besides = f" beside its frozen parts {', '.join(frozen)}" if frozen else ""
                 raise OptimizerError(
-                    f"trainable={component.trainable!r} matches no parameter of {key!r}: mend the pattern or use FROZEN"
+                    f"trainable={component.trainable!r} matches no parameter of {key!r}{besides}: mend the pattern or "
+                    "use FROZEN"
                 )
         return masks
 
-    def init(self, trained: Params) -> dict[str, PyTree]:
-        """The optimiser states `{params_key: state}` of the trained leaves."""
-        return {key: _init(component, trained[key]) for key, component in self._active()}
+    @property
+    def transformation(self) -> optax.GradientTransformation:
+        """That of all components together, of `{params_key: trained leaves}`."""
+        transformations = {key: component.transformation for key, component in self.components}
+        return optax.partition(transformations, {key: key for key in transformations})
 
-    def update(
-        self, gradients: Params, opt_state: Mapping[str, PyTree], trained: Params
-    ) -> tuple[Params, dict[str, PyTree], dict[str, Float[Array, ""]]]:
-        """New trained leaves and states, and `{params_key: gradient norm}` before clipping.
-
-        The clip is g * min(1, clip_norm / ||g||), with the norm over the component's trained leaves in float32.
-        """
-        leaves, states, norms = dict(trained), {}, {}
-        for key, component in self._active():
-            norms[key] = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), gradients[key]))
-            clipped = _clip(gradients[key], norms[key], component.clip_norm)
-            leaves[key], states[key] = _advance(component, clipped, opt_state[key], trained[key])
-        return leaves, states, norms
+    def norms(self, gradients: Params) -> dict[str, Float[Array, ""]]:
+        """`{params_key: global norm of its gradient, in float32}` of the components that are not frozen."""
+        return {key: optax.tree.norm(_in_float32(gradients[key])) for key in self.trained_keys}
 
     def clipped(self, norms: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
         """`{params_key: 1 where the clip shortened a gradient of this norm, else 0}` of the components with a clip."""
-        limits = {key: component.clip_norm for key, component in self._active()}
+        limits = {key: component.clip_norm for key, component in self.components if key in norms}
         return {key: (norms[key] > limit).astype(jnp.float32) for key, limit in limits.items() if limit is not None}
-
-    def _active(self) -> list[tuple[str, ComponentOptimizer]]:
-        return [(key, component) for key, component in self.components if component.mode != "frozen"]
 
 
 def make_optimizer(components: Mapping[str, ComponentOptimizer], ema_decay: float | None = None) -> SystemOptimizer:
@@ -137,65 +142,59 @@ def make_optimizer(components: Mapping[str, ComponentOptimizer], ema_decay: floa
     return SystemOptimizer(tuple(sorted(components.items())), ema_decay)
 
 
-def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
-    """(leaves where the mask is True, the others), each with None in the places of the other."""
-    kept = jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
-    rest = jax.tree.map(lambda keep, x: None if keep else x, mask, tree)
-    return kept, rest
-
-
-def combine(first: PyTree, second: PyTree) -> PyTree:
-    """Undo `partition`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
-
-
-def _matches(tree: Params, component: ComponentOptimizer) -> PyTree:
+def _matches(tree: Params, component: ComponentOptimizer, frozen: tuple[str, ...]) -> PyTree:
     def matches(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_name(path)
         trained = component.mode != "frozen" and re.search(component.trainable, name) is not None
-        return trained and name.rpartition("/")[2] not in CONSTANTS
+        kept = name.rpartition("/")[2] in CONSTANTS or any(f"{name}/".startswith(f"{part}/") for part in frozen)
+        return trained and not kept
 
     return jax.tree_util.tree_map_with_path(matches, tree)
 
 
-def _init(component: ComponentOptimizer, trained: Params) -> PyTree:
-    weights = _in_float32(trained) if component.master_weights else trained
-    inner = _narrow(component.optimizer.init(weights), component.state_dtype)
-    return MasterState(weights, inner) if component.master_weights else inner
+def _clip(limit: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` in float32, whatever the gradients are in."""
+    clip = optax.clip_by_global_norm(limit)
+
+    def clipped(gradients: PyTree, params: PyTree) -> PyTree:
+        return optax.tree.cast_like(clip.update(_in_float32(gradients), optax.EmptyState())[0], gradients)
+
+    return optax.stateless(clipped)
 
 
-def _advance(component: ComponentOptimizer, gradients: Params, state: PyTree, trained: Params) -> tuple[Params, PyTree]:
-    """One update: new leaves and state."""
-    weights, inner = state if component.master_weights else (trained, state)
-    if component.master_weights:
-        gradients = _in_float32(gradients)
-    # The precision that the transformation itself would keep its state in.
-    own = jax.eval_shape(component.optimizer.init, weights)
-    wide = jax.tree.map(lambda x, like: x.astype(like.dtype), inner, own)
-    updates, wide = component.optimizer.update(gradients, wide, weights)
-    weights = optax.apply_updates(weights, updates)
-    inner = _narrow(wide, component.state_dtype)
-    if not component.master_weights:
-        return weights, inner
-    rounded = jax.tree.map(lambda new, old: new.astype(old.dtype), weights, trained)
-    return rounded, MasterState(weights, inner)
-
-
-def _in_float32(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
-def _narrow(state: PyTree, dtype: str | None) -> PyTree:
-    """Arrays of real numbers in `dtype`; counts and single numbers stay as they are."""
+def _with_state_dtype(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Arrays of real numbers in the state are kept in `dtype`; counts and single numbers stay as they are."""
 
     def keep(x: Array) -> Array:
         return x.astype(dtype) if jnp.ndim(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    return state if dtype is None else jax.tree.map(keep, state)
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        # The precision that the transformation itself would keep its state in.
+        wide = optax.tree.cast_like(state, jax.eval_shape(inner.init, params))
+        updates, wide = inner.update(updates, wide, params)
+        return updates, jax.tree.map(keep, wide)
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(keep, inner.init(params)), update)
 
 
-def _clip(gradients: PyTree, norm: Float[Array, ""], limit: float | None) -> PyTree:
-    if limit is None:
-        return gradients
-    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)
+def _with_master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Updates add up in float32 copies of the parameters, which follow them, rounded."""
+
+    def init(params: PyTree) -> MasterState:
+        weights = _in_float32(params)
+        return MasterState(weights, inner.init(weights))
+
+    def change(new: Array, update: Array, old: Array) -> Array:
+        # `optax.apply_updates` adds this in float32 and rounds, which gives the rounded weight.
+        return update if old.dtype == new.dtype else new.astype(old.dtype).astype(new.dtype) - old.astype(new.dtype)
+
+    def update(updates: PyTree, state: MasterState, params: PyTree) -> tuple[PyTree, MasterState]:
+        updates, inner_state = inner.update(_in_float32(updates), state.inner, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        return jax.tree.map(change, weights, updates, params), MasterState(weights, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

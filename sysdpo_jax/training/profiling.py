@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 
 from sysdpo_jax.training.progress import tell
-from sysdpo_jax.training.step import Metrics
+from sysdpo_jax.training.step import StepMetrics
 
 
 class Profile:
@@ -20,7 +20,7 @@ class Profile:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
-    def after(self, step: int, metrics: Metrics) -> None:
+    def after(self, step: int, metrics: StepMetrics) -> None:
         if self._running and step + 1 == self._steps[1]:
             jax.block_until_ready(metrics)
             self.close()

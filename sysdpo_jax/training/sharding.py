@@ -115,17 +115,17 @@ def activation_rules(mesh: Mesh | AbstractMesh) -> Iterator[None]:
 
 
 def like_params(mesh: Mesh, tree: PyTree, params: Mapping[str, Any]) -> PyTree:
-    """Shardings for a tree whose leaves mirror parameters, such as an optimiser state `{params_key: state}`.
+    """Shardings for a tree whose leaves mirror parameters, such as an optimiser's state.
 
-    params: `{path: array}`, placed. A leaf that ends in a parameter's path below the same key and has its shape (a
-    moment) is placed as that parameter; any other (a count, a factored moment) by the default rule.
+    params: `{path: array}`, placed. A leaf whose path ends in that of a parameter and that has its shape (a moment) is
+    placed as that parameter; any other (a count, a factored moment) by the default rule.
     """
 
     def place(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        key, *parts = path_name(path).split("/")
+        parts = path_name(path).split("/")
         shape = tuple(np.shape(leaf))
         for start in range(len(parts)):
-            twin = params.get("/".join([key, *parts[start:]]))
+            twin = params.get("/".join(parts[start:]))
             if twin is not None and twin.shape == shape:
                 return twin.sharding
         return NamedSharding(mesh, _spec(mesh, shape))

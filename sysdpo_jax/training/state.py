@@ -1,4 +1,8 @@
-"""What training carries from step to step."""
+"""What training carries from step to step.
+
+The parts of a tree keep its structure, with None where the other part has the leaf: None holds no array, so gradients
+and optimiser memory exist for trained leaves only.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -11,29 +15,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.training.optimizer import SystemOptimizer, combine, partition
+from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import Rules, by_path, like_params, make_mesh, path_name, replicated, tree_shardings
 from sysdpo_jax.typing import Params
 
 
-class TrainState(NamedTuple):
-    """Everything a run needs to go on, apart from data and key.
-
-    step: updates made so far (int32 scalar); params: every component's tree; reference: the trained components' trees,
-    None for one whose log-probabilities were precomputed.
-    opt_state: `{params_key: optax state}` of trained leaves; ema: their moving average in float32 (None elsewhere).
-    Leaves that are not trained are the same arrays in params and reference: they take memory once.
-    """
-
-    step: Array
-    params: Params
-    reference: Params
-    opt_state: PyTree
-    ema: Params | None = None
-
-
-class Carry(NamedTuple):
-    """The part of the state that a step replaces and a checkpoint holds; trained has None for leaves not trained."""
+class Mutable(NamedTuple):
+    """What a step replaces and donates, and a checkpoint holds."""
 
     step: Array
     trained: Params
@@ -41,40 +29,41 @@ class Carry(NamedTuple):
     ema: Params | None
 
 
-class Fixed(NamedTuple):
-    """The part of the state that training only reads, no array twice.
+class TrainState(NamedTuple):
+    """Everything a run needs to go on, apart from data and key, in the parts that the step takes: no array is in two.
 
-    frozen has None for trained leaves; reference has None where its leaf is the very array that frozen holds, and for a
-    whole tree that was precomputed.
+    step: updates made so far (int32 scalar). trained, frozen: every component's tree, each with None for the leaves of
+    the other. opt_state: of `SystemOptimizer.transformation`; ema: the trained leaves' moving average in float32.
+    reference: `{key: tree}` of the components that are not frozen, the trained leaves as they were at first; the
+    others are those of `frozen`. A tree is None where its log-probabilities were precomputed.
     """
 
+    step: Array
+    trained: Params
+    opt_state: PyTree
+    ema: Params | None
     frozen: Params
     reference: Params
 
+    @property
+    def params(self) -> Params:
+        """Every component's whole tree."""
+        return combine(self.trained, self.frozen)
 
-def split(state: TrainState, mask: PyTree) -> tuple[Carry, Fixed]:
-    """The state in two parts. mask: `SystemOptimizer.mask` of its parameters."""
-    trained, frozen = partition(state.params, mask)
-    reference = {
-        key: None if tree is None else jax.tree.map(lambda leaf, own: None if leaf is own else leaf, tree, frozen[key])
-        for key, tree in state.reference.items()
-    }
-    return Carry(state.step, trained, state.opt_state, state.ema), Fixed(frozen, reference)
-
-
-def join(carry: Carry, fixed: Fixed) -> TrainState:
-    """Undo `split`."""
-    params = combine(carry.trained, fixed.frozen)
-    return TrainState(carry.step, params, whole_reference(fixed), carry.opt_state, carry.ema)
-
-
-def whole_reference(fixed: Fixed) -> Params:
-    """The trained components' reference trees, with the leaves that they share with the parameters."""
-    return {
+    @property
+    def reference_params(self) -> Params:
+        """The whole reference of the components that are not frozen, None where it was precomputed."""
         # Present but None: its nodes are trained, their log-probabilities under it come with the batch.
-        key: None if tree is None else combine(tree, fixed.frozen[key])
-        for key, tree in fixed.reference.items()
-    }
+        return {k: None if tree is None else combine(tree, self.frozen[k]) for k, tree in self.reference.items()}
+
+    @property
+    def mutable(self) -> Mutable:
+        """The part that a step replaces."""
+        return Mutable(self.step, self.trained, self.opt_state, self.ema)
+
+    def after(self, mutable: Mutable) -> "TrainState":
+        """The state with this part replaced."""
+        return TrainState(*mutable, self.frozen, self.reference)
 
 
 def create_state(
@@ -100,21 +89,22 @@ def create_state(
     """
     mesh = make_mesh() if mesh is None else mesh
     plan = abstract_state(system, params, optimizer, mesh, rules, reference_dtype, precomputed)
-    mask = optimizer.mask(params)
-    fixed = jax.tree.map(_place, params, jax.tree.map(lambda leaf: leaf.sharding, plan.params))
+    placed = jax.tree.map(_place, params, jax.tree.map(lambda leaf: leaf.sharding, plan.params))
+    initial, frozen = partition(placed, optimizer.mask(system, params))
     # The step donates its trained leaves: they need buffers of their own.
-    trained = partition(jax.tree.map(_copy, fixed, mask), mask)[0]
+    trained = jax.tree.map(_copy, initial)
     _warn_of_coarse(optimizer, trained)
     slots = jax.tree.map(lambda leaf: leaf.sharding, plan.opt_state)
     return TrainState(
         step=_place(jnp.zeros((), jnp.int32), replicated(mesh)),
-        params=combine(trained, partition(fixed, mask)[1]),
+        trained=trained,
+        opt_state=jax.jit(lambda leaves: _own(optimizer.transformation.init(leaves)), out_shardings=slots)(trained),
+        ema=None if optimizer.ema_decay is None else jax.tree.map(_average, trained),
+        frozen=frozen,
         reference={
-            key: None if tree is None else jax.tree.map(_in_dtype, fixed[key], tree)
+            key: None if tree is None else jax.tree.map(_in_dtype, initial[key], tree)
             for key, tree in plan.reference.items()
         },
-        opt_state=jax.jit(lambda leaves: _own(optimizer.init(leaves)), out_shardings=slots)(trained),
-        ema=None if optimizer.ema_decay is None else jax.tree.map(_average, trained),
     )
 
 
@@ -140,20 +130,32 @@ def abstract_state(
             f"precomputed names {sorted(strangers)}, which are no trained components: those are "
             f"{list(optimizer.trained_keys)}"
         )
-    mask = optimizer.mask(params)
     placed = jax.tree.map(_abstract, params, tree_shardings(mesh, params, rules))
-    trained = partition(placed, mask)[0]
-    slots = jax.eval_shape(optimizer.init, trained)
+    trained, frozen = partition(placed, optimizer.mask(system, params))
+    slots = jax.eval_shape(optimizer.transformation.init, trained)
     return TrainState(
         step=_abstract(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
-        params=placed,
-        reference={
-            key: None if key in precomputed else _reference(placed[key], mask[key], reference_dtype)
-            for key in optimizer.trained_keys
-        },
+        trained=trained,
         opt_state=jax.tree.map(_abstract, slots, like_params(mesh, slots, by_path(trained))),
         ema=None if optimizer.ema_decay is None else jax.tree.map(lambda x: x.update(dtype=jnp.float32), trained),
+        frozen=frozen,
+        reference={
+            key: None if key in precomputed else _reference(trained[key], reference_dtype)
+            for key in optimizer.trained_keys
+        },
     )
+
+
+def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
+    """(leaves where the mask is True, the others), each with None in the places of the other."""
+    kept = jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
+    rest = jax.tree.map(lambda keep, x: None if keep else x, mask, tree)
+    return kept, rest
+
+
+def combine(first: PyTree, second: PyTree) -> PyTree:
+    """Undo `partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
 
 
 def ema_params(state: TrainState) -> Params:
@@ -163,27 +165,23 @@ def ema_params(state: TrainState) -> Params:
     """
     if state.ema is None:
         raise ValueError("the state keeps no moving average: give make_optimizer an ema_decay")
-    return jax.tree.map(
-        lambda average, leaf: leaf if average is None else average.astype(leaf.dtype),
-        state.ema,
-        state.params,
-        is_leaf=lambda x: x is None,
-    )
+    averages = jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), state.ema, state.trained)
+    return combine(averages, state.frozen)
 
 
 def _abstract(leaf: Any, sharding: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _reference(tree: Params, mask: PyTree, dtype: str | None) -> Params:
-    """Abstract reference of one component: leaves that are not trained are the very ones of the parameters."""
+def _reference(trained: Params, dtype: str | None) -> Params:
+    """Abstract reference of one component's trained leaves."""
 
-    def of_leaf(path: Sequence[Any], leaf: jax.ShapeDtypeStruct, trained: bool) -> jax.ShapeDtypeStruct:
+    def of_leaf(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Models round these to the precision they compute in; norms' weights and the like they use as they are.
         matrix = path_name(path).rpartition("/")[2] in ("kernel", "embedding")
-        return leaf.update(dtype=jnp.dtype(dtype)) if trained and matrix and dtype is not None else leaf
+        return leaf.update(dtype=jnp.dtype(dtype)) if matrix and dtype is not None else leaf
 
-    return jax.tree_util.tree_map_with_path(of_leaf, tree, mask)
+    return jax.tree_util.tree_map_with_path(of_leaf, trained)
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> Array:
@@ -196,12 +194,12 @@ def _place(leaf: Any, sharding: NamedSharding) -> Array:
 
 
 def _in_dtype(leaf: Array, like: jax.ShapeDtypeStruct) -> Array:
-    # The same array, not an equal one, where nothing changes: what is shared takes memory once.
+    # The same array, not an equal one, where nothing changes: the caller's parameters take memory once.
     return leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype)
 
 
-def _copy(leaf: Array, trained: bool) -> Array:
-    return jax.device_put(leaf, leaf.sharding, may_alias=False) if trained else leaf
+def _copy(leaf: Array) -> Array:
+    return jax.device_put(leaf, leaf.sharding, may_alias=False)
 
 
 def _warn_of_coarse(optimizer: SystemOptimizer, trained: Params) -> None:

@@ -4,21 +4,23 @@ What changes (step, trained leaves, optimiser state, average) is donated; what d
 read in place. A step whose loss, gradients or new parameters are not finite changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import trained_nodes
-from sysdpo_jax.objectives.preference import PreferenceObjective, margin_shares
-from sysdpo_jax.training.optimizer import SystemOptimizer, combine
+from sysdpo_jax.objectives.objective import Aux, Objective, margin_shares
+from sysdpo_jax.objectives.preference import PreferenceObjective
+from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import (
     BATCH_SPEC,
     ShardingError,
@@ -28,11 +30,11 @@ from sysdpo_jax.training.sharding import (
     place_batch,
     replicated,
 )
-from sysdpo_jax.training.state import Carry, Fixed, TrainState, join, split, whole_reference
+from sysdpo_jax.training.state import Mutable, TrainState
 from sysdpo_jax.typing import Keys, Params
 
-Metrics = dict[str, Array]
-Objective = Callable[[CompoundSystem, Params, Params, Any, Keys], tuple[Array, Metrics]]
+# What a step returns beside the state: `{name: scalar}`, see `TrainStep`.
+StepMetrics: TypeAlias = dict[str, Array]
 
 PROCEED = np.bool_(True)
 
@@ -62,7 +64,7 @@ class TrainStep:
     The old state is consumed. The objective's key is `fold_in(key, state.step)`: pass the same key every time.
     Metrics, all scalars: loss; the objective's own; margin_share/<node>; grad_norm/<params_key> before clipping;
     clipped/<params_key>, 1 where it was clipped; finite (True when the state advanced); finite/<node> (False for a node
-    whose term rewards/margins/<node> is not finite or, where all terms are, whose component's gradient is not).
+    whose term is not finite or, where all terms are, whose component's gradient is not).
     """
 
     def __init__(
@@ -70,31 +72,29 @@ class TrainStep:
     ):
         self.system, self.objective, self.optimizer, self.mesh = system, objective, optimizer, mesh
         self.accumulate = accumulate
-        self._mask: PyTree = None
-        self._jitted: dict[Any, Any] = {}
+        self._compiled: dict[Any, Any] = {}
 
     def __call__(
         self, state: TrainState, batch: PyTree, key: PRNGKeyArray, proceed: Array | np.bool_ = PROCEED
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, StepMetrics]:
         """proceed: False leaves the state as it is; a driver passes the last step's `finite` to stop without waiting.
 
         Raises `ShardingError` for a batch that the mesh cannot cut, and `ValueError` for a state on another mesh.
         """
-        jitted, carry, fixed = self._prepare(state)
         batch = place_batch(self.mesh, batch)
         # Arrays on and off the mesh have different types to the tracer: place it, or the second step traces again.
         proceed = jax.device_put(proceed, replicated(self.mesh))
-        carry, metrics = jitted(carry, fixed, batch, key, proceed)
-        return join(carry, fixed), metrics
+        mutable, metrics = self._jitted(state)(state.mutable, state.frozen, state.reference, batch, key, proceed)
+        return state.after(mutable), metrics
 
     def metric_names(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str, ...]:
         """The metrics of a step, by tracing it: nothing runs, and a call with a batch like this one traces no more.
 
         Raises what the call would raise for a state, objective and batch that do not go together.
         """
-        jitted, carry, fixed = self._prepare(state)
         batch, proceed = place_batch(self.mesh, batch), jax.device_put(PROCEED, replicated(self.mesh))
-        return tuple(jitted.eval_shape(carry, fixed, batch, key, proceed)[1])
+        parts = (state.mutable, state.frozen, state.reference)
+        return tuple(self._jitted(state).eval_shape(*parts, batch, key, proceed)[1])
 
     def check(self, state: TrainState, rows: int) -> None:
         """What can be said against batches before there is one. rows: of a batch, of all processes together.
@@ -116,28 +116,21 @@ class TrainStep:
 
     def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> jax.stages.Lowered:
         """The lowered step, to read its memory analysis or to compile ahead of time; nothing runs."""
-        jitted, carry, fixed = self._prepare(state)
-        return jitted.lower(carry, fixed, batch, key, PROCEED)
+        return self._jitted(state).lower(state.mutable, state.frozen, state.reference, batch, key, PROCEED)
 
-    def _prepare(self, state: TrainState) -> tuple[Any, Carry, Fixed]:
-        if self._mask is None:
-            self._mask = self.optimizer.mask(state.params)
-        parts = split(state, self._mask)
-        # A state whose reference shares other leaves with its parameters is another set of arguments.
-        structure = jax.tree.structure(parts)
-        if structure not in self._jitted:
-            self._jitted[structure] = self._jit(*parts)
-        return self._jitted[structure], *parts
-
-    def _jit(self, carry: Carry, fixed: Fixed) -> Any:
-        carries, fixes = jax.tree.map(self._sharding, (carry, fixed))
-        whole = replicated(self.mesh)
-        return jax.jit(
-            partial(self._update, carries.trained),
-            donate_argnums=0,
-            in_shardings=(carries, fixes, NamedSharding(self.mesh, BATCH_SPEC), whole, whole),
-            out_shardings=(carries, whole),
-        )
+    def _jitted(self, state: TrainState) -> Any:
+        # States that hold the references of other components are other sets of arguments.
+        structure = jax.tree.structure(state)
+        if structure not in self._compiled:
+            placed, whole = jax.tree.map(self._sharding, state), replicated(self.mesh)
+            batch = NamedSharding(self.mesh, BATCH_SPEC)
+            self._compiled[structure] = jax.jit(
+                partial(self._update, placed.trained),
+                donate_argnums=0,
+                in_shardings=(placed.mutable, placed.frozen, placed.reference, batch, whole, whole),
+                out_shardings=(placed.mutable, whole),
+            )
+        return self._compiled[structure]
 
     def _sharding(self, leaf: Any) -> NamedSharding:
         sharding = leaf.sharding
@@ -148,41 +141,50 @@ class TrainStep:
     def _update(
         self,
         placement: PyTree,
-        carry: Carry,
-        fixed: Fixed,
+        old: Mutable,
+        frozen: Params,
+        reference: Params,
         batch: PyTree,
         key: PRNGKeyArray,
         proceed: Bool[Array, ""],
-    ) -> tuple[Carry, Metrics]:
-        def loss_of(trained: Params, part: PyTree, key: Keys) -> tuple[Array, Metrics]:
-            params, reference = combine(trained, fixed.frozen), whole_reference(fixed)
-            return self.objective(self.system, params, reference, part, key)
+    ) -> tuple[Mutable, StepMetrics]:
+        def loss_of(trained: Params, part: PyTree, key: Keys) -> tuple[Array, Aux]:
+            state = TrainState(*old._replace(trained=trained), frozen, reference)
+            loss, aux = self.objective(self.system, state.params, state.reference_params, part, key)
+            if not isinstance(aux, Aux):
+                raise TypeError(
+                    f"the objective returned a {type(aux).__name__} beside its loss: return (loss, Aux(terms, metrics))"
+                )
+            return loss, aux
 
-        step_key = jax.random.fold_in(key, carry.step)
+        step_key = jax.random.fold_in(key, old.step)
         with activation_rules(self.mesh):
-            (loss, metrics), gradients = self._gradients(loss_of, placement, carry.trained, batch, step_key)
-        trained, opt_state, norms = self.optimizer.update(gradients, carry.opt_state, carry.trained)
-        ema = _average(carry.ema, trained, self.optimizer.ema_decay)
-        finite = jnp.isfinite(loss) & _all_finite(norms) & _all_finite(trained)
-        good = finite & proceed
-        new = Carry(carry.step + 1, trained, opt_state, ema)
-        kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, carry)
-        metrics = {"loss": loss} | metrics | margin_shares(metrics)
-        metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        metrics |= {f"clipped/{name}": value for name, value in self.optimizer.clipped(norms).items()}
-        return kept, metrics | {"finite": good} | self._finite_nodes(metrics)
+            (loss, aux), gradients = self._gradients(loss_of, placement, old.trained, batch, step_key)
+        updates, opt_state = self.optimizer.transformation.update(gradients, old.opt_state, old.trained)
+        trained, norms = optax.apply_updates(old.trained, updates), self.optimizer.norms(gradients)
+        new = Mutable(old.step + 1, trained, opt_state, _average(old.ema, trained, self.optimizer.ema_decay))
+        good = jnp.isfinite(loss) & _all_finite(norms) & _all_finite(trained) & proceed
+        kept = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, old)
+        groups = {
+            "margin_share": margin_shares(aux.terms),
+            "grad_norm": norms,
+            "clipped": self.optimizer.clipped(norms),
+            "finite": self._finite_nodes(aux.terms, norms),
+        }
+        named = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        return kept, {"loss": loss, **aux.metrics, **named, "finite": good}
 
     def _gradients(
         self,
-        loss_of: Callable[..., tuple[Array, Metrics]],
+        loss_of: Callable[..., tuple[Array, Aux]],
         placement: PyTree,
         trained: Params,
         batch: PyTree,
         key: PRNGKeyArray,
-    ) -> tuple[tuple[Array, Metrics], Params]:
-        """((loss, metrics), gradients) of the batch, part by part where `accumulate` says so."""
+    ) -> tuple[tuple[Array, Aux], Params]:
+        """((loss, aux), gradients) of the batch, part by part where `accumulate` says so."""
 
-        def value_and_grad(trained: Params, part: PyTree, key: Keys) -> tuple[tuple[Array, Metrics], Params]:
+        def value_and_grad(trained: Params, part: PyTree, key: Keys) -> tuple[tuple[Array, Aux], Params]:
             values, gradients = jax.value_and_grad(loss_of, has_aux=True)(trained, part, key)
             # Summed over the devices into each one's own part, as soon as they are made.
             return values, jax.lax.with_sharding_constraint(gradients, placement)
@@ -198,7 +200,7 @@ class TrainStep:
             by_part = jnp.swapaxes(x.reshape(rows // self.accumulate, self.accumulate, *x.shape[1:]), 0, 1)
             return jax.lax.with_sharding_constraint(by_part, cut)
 
-        def add(total: Params, part: tuple[PyTree, Keys]) -> tuple[Params, tuple[Array, Metrics]]:
+        def add(total: Params, part: tuple[PyTree, Keys]) -> tuple[Params, tuple[Array, Aux]]:
             values, gradients = value_and_grad(trained, *part)
             return jax.tree.map(lambda a, g: a + g.astype(a.dtype) / self.accumulate, total, gradients), values
 
@@ -206,13 +208,13 @@ class TrainStep:
         gradients, values = jax.lax.scan(add, zeros, jax.tree.map(parts, (batch, row_keys(key, rows))))
         return jax.tree.map(lambda x: x.mean(0), values), gradients
 
-    def _finite_nodes(self, metrics: Metrics) -> Metrics:
+    def _finite_nodes(
+        self, terms: Mapping[str, Float[Array, ""]], norms: Mapping[str, Float[Array, ""]]
+    ) -> dict[str, Bool[Array, ""]]:
         """A bad term spoils every gradient, so gradients are blamed only when all terms are finite."""
-        names = {n.name: n.params_key for n in self.system.nodes if f"rewards/margins/{n.name}" in metrics}
-        terms = {name: jnp.isfinite(metrics[f"rewards/margins/{name}"]) for name in names}
-        all_terms = _all_finite({name: metrics[f"rewards/margins/{name}"] for name in names})
-        gradients = {name: jnp.isfinite(metrics.get(f"grad_norm/{key}", 0.0)) for name, key in names.items()}
-        return {f"finite/{name}": jnp.where(all_terms, gradients[name], terms[name]) for name in names}
+        gradients = {name: jnp.isfinite(norms.get(self.system.node(name).params_key, 0.0)) for name in terms}
+        sound = _all_finite(terms)
+        return {name: jnp.where(sound, gradients[name], jnp.isfinite(term)) for name, term in terms.items()}
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:

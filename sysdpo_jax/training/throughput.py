@@ -15,7 +15,6 @@ from jaxtyping import PyTree
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.training.flops import FlopsError, step_flops
-from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.sharding import batch_shard
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.typing import Features
@@ -59,7 +58,6 @@ class Throughput:
     """
 
     system: CompoundSystem
-    optimizer: SystemOptimizer
     mesh: Mesh
 
     def start(self, state: TrainState, batch: PyTree) -> Meter:
@@ -71,7 +69,7 @@ class Throughput:
         if peak_flops(self._kind) is None or not isinstance(batch, PairBatch | SampledBatch):
             return Meter(None)
         try:
-            return Meter(step_flops(self.system, self.optimizer, state, batch))
+            return Meter(step_flops(self.system, state, batch))
         except FlopsError as error:
             warnings.warn(f"the metrics will have no throughput/mfu: {error}", stacklevel=2)
             return Meter(None)

@@ -21,6 +21,7 @@ from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import as_text, describe
 from sysdpo_jax.objectives.direct import DirectObjective
+from sysdpo_jax.objectives.objective import Objective
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError, require_metric
@@ -30,10 +31,9 @@ from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, sto
 from sysdpo_jax.training.profiling import Profile
 from sysdpo_jax.training.progress import ProgressFactory, progress, tell
 from sysdpo_jax.training.state import TrainState
-from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_step
+from sysdpo_jax.training.step import PROCEED, TrainStep, make_train_step
 from sysdpo_jax.training.throughput import Throughput
 from sysdpo_jax.training.tracker import import_wandb
-from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import user_code
 
 # What gives the batch of a step, see `Trainer.fit`.
@@ -137,7 +137,7 @@ class Trainer:
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"
-        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best, read_only)
+        return Checkpoints(directory, state, configuration, self.keep, self.best, read_only)
 
     def _fit(
         self,
@@ -161,9 +161,10 @@ class Trainer:
                 batch_of = self._tried(batch_at, batch_of, state, key, best, asked)
             if rank_zero and accepted is not None:
                 accepted()
-            log = stack.enter_context(MetricsLog(self.directory, done, self._wandb())) if rank_zero else None
+            names = [node.name for node in self.system.nodes]
+            log = stack.enter_context(MetricsLog(self.directory, done, self._wandb(), names)) if rank_zero else None
             report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
-            throughput = Throughput(self.system, self.optimizer, self.step.mesh)
+            throughput = Throughput(self.system, self.step.mesh)
             reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best, steps - 1)
             profile = Profile(self.profile if rank_zero else None, Path(self.directory) / "profile")
             stack.callback(profile.close)
@@ -191,7 +192,7 @@ class Trainer:
             evaluator = self._evaluator(log, steps, asked)
 
             def ends() -> bool:
-                return evaluator is not None and evaluator.ends(done, state.params, checkpoints, checkpoint)
+                return evaluator is not None and evaluator.ends(done, state, checkpoints, checkpoint)
 
             proceed: Array | np.bool_ = PROCEED
             try:
@@ -201,7 +202,7 @@ class Trainer:
                     while done < steps and stop is None and not ended:
                         # Errors keep their class; only `sys.exit` of a batch's code must not end the process.
                         with asked.waiting(), user_code(f"the batch of step {done}", RuntimeError, (Exception,)):
-                            batch = batch_of(done, state.params)
+                            batch = batch_of(done, state)
                         reader.count(done, state, batch)
                         profile.before(done)
                         state, metrics = self.step(state, batch, key, proceed)
@@ -251,28 +252,28 @@ class Trainer:
 
     def _source(
         self, batch_at: BatchSource, start: int, stack: ExitStack
-    ) -> tuple[Callable[[int, Params], PyTree], Callable[[int], None]]:
-        """What gives the batch of (step, parameters), and what to tell the oldest checkpoint that may be resumed.
+    ) -> tuple[Callable[[int, TrainState], PyTree], Callable[[int], None]]:
+        """What gives the batch of (step, state), and what to tell the oldest checkpoint that may be resumed.
 
         It is asked for the steps start, start + 1, ... while `stack` is open.
         """
         if isinstance(batch_at, SearchedBatches):
             search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
-            return lambda step, params: search.batch(step, lambda: on_own_devices(params)), search.forget
+            return lambda step, state: search.batch(step, lambda: on_own_devices(state.params)), search.forget
         if callable(batch_at):
-            return lambda step, params: batch_at(step), lambda checkpoint: None
+            return lambda step, state: batch_at(step), lambda checkpoint: None
         batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
-        return lambda step, params: next(batches), lambda checkpoint: None
+        return lambda step, state: next(batches), lambda checkpoint: None
 
     def _tried(
         self,
         batch_at: BatchSource,
-        batch_of: Callable[[int, Params], PyTree],
+        batch_of: Callable[[int, TrainState], PyTree],
         state: TrainState,
         key: PRNGKeyArray,
         best: str | None,
         asked: StopRequests,
-    ) -> Callable[[int, Params], PyTree]:
+    ) -> Callable[[int, TrainState], PyTree]:
         """`batch_of`, once the step is traced with its first batch: whatever could refuse the run has been asked then.
 
         Batches that the policy draws take long and are written down: of those only what needs no draw is checked.
@@ -285,11 +286,11 @@ class Trainer:
         # A stop is seen before the first step.
         with suppress(StopNow):
             with asked.waiting():
-                first.append(batch_of(start, state.params))
+                first.append(batch_of(start, state))
             names = self.step.metric_names(state, first[0], key)
             if best is not None:
                 require_metric(best, names)
-        return lambda step, params: first.pop() if step == start and first else batch_of(step, params)
+        return lambda step, state: first.pop() if step == start and first else batch_of(step, state)
 
     def _configuration(self, batch_at: BatchSource | None, key: PRNGKeyArray) -> dict[str, str]:
         described = [describe(f"node {node.name}", node) for node in self.system.nodes]

@@ -1,7 +1,7 @@
 """Warnings in words about what the rows of a run's metrics show."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,13 @@ MARGINS, WINNERS = "rewards/margins/", "rewards/chosen/"
 
 
 class Watch:
-    """Looks at the last rows and gives each warning once in a run. history: the rows of the run so far."""
+    """Looks at the last rows and gives each warning once in a run.
 
-    def __init__(self, history: Iterable[Mapping[str, Any]] = ()):
+    nodes: whose figures to look for in the rows. history: the rows of the run so far.
+    """
+
+    def __init__(self, nodes: Sequence[str] = (), history: Iterable[Mapping[str, Any]] = ()):
+        self._nodes = tuple(nodes)
         self._rows: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
         self._given: set[str] = set()
         for row in history:
@@ -36,7 +40,7 @@ class Watch:
 
     def _one_node(self) -> str | None:
         """One node has nearly all of the margin: the others learn next to nothing."""
-        sizes = {name: abs(self._values(f"{MARGINS}{name}").mean()) for name in self._nodes(MARGINS)}
+        sizes = {name: abs(self._values(f"{MARGINS}{name}").mean()) for name in self._with(MARGINS)}
         whole = sum(sizes.values())
         if len(sizes) < 2 or not whole > 0:
             return None
@@ -53,7 +57,7 @@ class Watch:
         values = self._values("rewards/chosen")
         if not (values < 0).all():
             return None
-        nodes = [name for name in self._nodes(WINNERS) if self._values(f"{WINNERS}{name}").mean() < 0]
+        nodes = [name for name in self._with(WINNERS) if self._values(f"{WINNERS}{name}").mean() < 0]
         return (
             f"{self._where}: rewards/chosen is below 0, {values.mean():.3g} in the mean: the policy gives the chosen "
             f"values less probability than the reference does, in {', '.join(map(repr, nodes)) or 'no single node'}: "
@@ -64,8 +68,9 @@ class Watch:
     def _where(self) -> str:
         return f"steps {self._rows[0]['step']} to {self._rows[-1]['step']}"
 
-    def _nodes(self, prefix: str) -> list[str]:
-        return [name.removeprefix(prefix) for name in self._rows[-1] if name.startswith(prefix)]
+    def _with(self, figure: str) -> list[str]:
+        """The nodes that the last row has this figure of: not frozen ones."""
+        return [name for name in self._nodes if f"{figure}{name}" in self._rows[-1]]
 
     def _values(self, metric: str) -> np.ndarray:
         """NaN, which compares as False, where a value was not finite."""

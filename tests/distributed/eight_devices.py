@@ -91,7 +91,7 @@ def run(name, batch_at, params):
         "placement_kept": placement(state) == before,
         "donated": all(x.is_deleted() for x in held),
         "value_kernel": rows_on_a_device(state.params["value"]["kernel"]),
-        "value_moment": rows_on_a_device(state.opt_state["value"][0].mu["kernel"]),
+        "value_moment": rows_on_a_device(state.opt_state.inner_states["value"].inner_state[1][0].mu["value"]["kernel"]),
         "embedding": rows_on_a_device(state.params["lm"]["embed_tokens"]["embedding"]),
         "state": words(state),
     }

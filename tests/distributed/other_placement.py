@@ -26,13 +26,12 @@ def fresh(name):
 
 
 def opened(directory, state):
-    return Checkpoints(directory, state, OPTIMIZER, {})
+    return Checkpoints(directory, state, {})
 
 
 def moved(state):
     """Other numbers than those of the start, placed as they were."""
-    changed = jax.tree.map(lambda x: x * 2 + 1, (state.params, state.opt_state, state.ema))
-    return state._replace(step=state.step + 3, params=changed[0], opt_state=changed[1], ema=changed[2])
+    return state.after(jax.tree.map(lambda x: x * 2 + 1, state.mutable))
 
 
 def words(state):

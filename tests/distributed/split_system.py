@@ -32,7 +32,6 @@ from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 from sysdpo_jax.training import ComponentOptimizer, create_state, make_mesh, make_optimizer, make_train_step
 from sysdpo_jax.training.describe import device_bytes
 from sysdpo_jax.training.sharding import by_path, path_name, place_batch, replicated
-from sysdpo_jax.training.state import join, split
 from sysdpo_jax.training.step import PROCEED
 from tests.components.stubs import WORDS, word_tokenizer
 
@@ -156,11 +155,11 @@ def run(axes, system, params, batch, gradients_of_one):
     whole = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))).lower(stacks).compile()
     # The program that was read is the one that runs: compiling it again takes as long as all the rest.
     given = (place_batch(mesh, batch), *jax.device_put((KEY, PROCEED), replicated(mesh)))
-    carry, fixed = split(state, optimizer.mask(state.params))
-    arguments = device_bytes((carry, fixed, given))
-    carry, metrics = compiled(carry, fixed, *given)
-    state = join(carry, fixed)
-    gradients = {name: np.asarray(leaf) for name, leaf in by_path(state.opt_state).items()}
+    arguments = device_bytes((state, given))
+    mutable, metrics = compiled(state.mutable, state.frozen, state.reference, *given)
+    state = state.after(mutable)
+    last = {key: masked.inner_state[key] for key, masked in state.opt_state.inner_states.items()}
+    gradients = {name: np.asarray(leaf) for name, leaf in by_path(last).items()}
     gathered = gathered_shapes(compiled)
     result = {
         "loss": float(metrics["loss"]),

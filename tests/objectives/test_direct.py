@@ -42,12 +42,10 @@ def ratios(name):
 def test_step_zero_is_ln_2_for_every_mixture(name):
     """Policy and reference see the same noise: the margin is 0 and the loss ln 2, to float32."""
     system, params, _, batch = start(name)
-    (loss, metrics), _ = compiled(name)(params, params, batch)
+    (loss, (terms, metrics)), _ = compiled(name)(params, params, batch)
     assert abs(loss - math.log(2)) < 1e-6
-    margins = {name: float(v) for name, v in metrics.items() if name.startswith("rewards/margins")}
-    assert max(map(abs, margins.values())) < 1e-6
-    trained = {node.name for node in system.nodes if not node.deterministic}
-    assert {f"rewards/margins/{name}" for name in trained} <= set(margins)
+    assert terms.keys() == {node.name for node in system.nodes if not node.deterministic}
+    assert max(map(abs, [*terms.values(), metrics["rewards/margins"]])) < 1e-6
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -63,8 +61,8 @@ def test_the_gradient_reaches_every_component_and_no_reference(name):
 def test_swapping_winner_and_loser_turns_the_margin(name):
     """The two sides are drawn from the same noise: log sigmoid(m) - log sigmoid(-m) = m."""
     _, params, reference, batch = start(name)
-    (loss, metrics), _ = compiled(name)(params, reference, batch)
-    (turned, turned_metrics), _ = compiled(name)(params, reference, PairBatch(batch.rejected, batch.chosen))
+    (loss, (_, metrics)), _ = compiled(name)(params, reference, batch)
+    (turned, (_, turned_metrics)), _ = compiled(name)(params, reference, PairBatch(batch.rejected, batch.chosen))
     margin = metrics["rewards/margins"]
     np.testing.assert_allclose(turned_metrics["rewards/margins"], -margin, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(turned - loss, margin, rtol=1e-4, atol=1e-4)
@@ -75,7 +73,7 @@ def test_loss_and_metrics_by_hand_from_the_log_ratios_of_the_nodes():
     _, params, reference, batch = start(MIXED)
     sides = [ratios(MIXED)(params, reference, side)[0] for side in batch[:2]]
     chosen, rejected = ({k: np.asarray(v, np.float64) for k, v in side.items()} for side in sides)
-    (loss, metrics), _ = compiled(MIXED)(params, reference, batch)
+    (loss, (terms, metrics)), _ = compiled(MIXED)(params, reference, batch)
     margin = BETA * (sum(chosen.values()) - sum(rejected.values()))
     assert np.abs(margin).max() > 1e-3
     np.testing.assert_allclose(loss, np.log1p(np.exp(-margin)).mean(), rtol=1e-5)
@@ -84,7 +82,11 @@ def test_loss_and_metrics_by_hand_from_the_log_ratios_of_the_nodes():
         "rewards/rejected": BETA * sum(rejected.values()).mean(),
         "rewards/margins": margin.mean(),
         "rewards/accuracies": (margin > 0).mean(),
-    } | {f"rewards/margins/{k}": BETA * (chosen[k] - rejected[k]).mean() for k in ("text", "choice", "value")}
+    }
+    assert terms.keys() == {"text", "choice", "value"}
+    for name, term in terms.items():
+        expected[f"rewards/margins/{name}"] = BETA * (chosen[name] - rejected[name]).mean()
+        assert term == metrics[f"rewards/margins/{name}"]
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     assert chosen["length"].tolist() == chosen["number"].tolist() == [0.0] * 4
@@ -99,7 +101,7 @@ def test_a_nodes_weight_scales_its_log_ratio():
 
 def test_diffusion_errors_of_policy_and_reference_are_metrics():
     _, params, reference, batch = start(PAINTED)
-    (_, metrics), _ = compiled(PAINTED)(params, reference, batch)
+    (_, (_, metrics)), _ = compiled(PAINTED)(params, reference, batch)
     _, *logps = zip(*(ratios(PAINTED)(params, reference, side) for side in batch[:2]), strict=True)
     for model, sides in zip(("policy", "reference"), logps, strict=True):
         # Constant weight 50,000 (arXiv 2311.12908): minus half of it, times the error, summed over two pictures.
@@ -129,9 +131,10 @@ def test_a_frozen_component_contributes_nothing_and_is_not_evaluated():
     alone = jax.jit(lambda p, r, side: log_ratio(system, p, r, side, KEY))(params, only_text, batch.chosen)
     np.testing.assert_array_equal(alone["image"], np.zeros(4))
     np.testing.assert_allclose(alone["text"], found["text"], rtol=1e-6, atol=1e-6)
-    (loss, metrics), (gradient, _) = compiled(PAINTED)(params, only_text, batch)
+    (loss, (terms, metrics)), (gradient, _) = compiled(PAINTED)(params, only_text, batch)
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["image"]))
     assert "rewards/margins/image" not in metrics
+    assert terms.keys() == {"text"}
     assert np.isfinite(loss)
     with pytest.raises(GraphError, match="every component is frozen"):
         DirectObjective(0.1)(system, params, {}, batch, KEY)

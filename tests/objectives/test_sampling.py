@@ -60,7 +60,7 @@ def test_with_all_intermediates_it_equals_enumeration(loss):
     """Float32 against float64 on ratios of order 1: 1e-5."""
     params, reference = chain()
     batch = sampled_batch(CHAIN, RECORDS, EVERY, 5)
-    value, metrics = SamplingObjective(0.5, loss)(CHAIN, params, reference, batch, KEY)
+    value, (_, metrics) = SamplingObjective(0.5, loss)(CHAIN, params, reference, batch, KEY)
     chosen, rejected = enumerated(params, reference)
     expected = LOSSES[loss](jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32), 0.5, 0.0)
     np.testing.assert_allclose(value, expected.mean(), atol=1e-5)
@@ -93,7 +93,7 @@ def test_some_intermediates_are_a_sum_over_these_alone():
     params, reference = chain()
     kept = [0, 3]
     batch = sampled_batch(CHAIN, RECORDS, [[{"y": y} for y in kept]] * len(RECORDS), 4)
-    _, metrics = SamplingObjective(1.0)(CHAIN, params, reference, batch, KEY)
+    _, (_, metrics) = SamplingObjective(1.0)(CHAIN, params, reference, batch, KEY)
 
     def outcome(tree):
         tables = [np.asarray(jax.nn.log_softmax(tree[name]["logits"]), np.float64) for name in "yz"]
@@ -115,8 +115,8 @@ def test_duplicates_carry_no_weight():
         for sets, number in ((once, 3), (again, 5))
     ]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
-    for name, value in results[0][1].items():
-        np.testing.assert_allclose(value, results[1][1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, value in results[0][1].metrics.items():
+        np.testing.assert_allclose(value, results[1][1].metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def mixture(name):
@@ -158,8 +158,8 @@ def test_with_one_intermediate_it_is_direct(name):
         jax.jit(jax.value_and_grad(kind(**settings), argnums=1, has_aux=True), static_argnums=0)
         for kind in (SamplingObjective, DirectObjective)
     )
-    (loss, metrics), gradient = found(system, params, reference, single, KEY)
-    (expected, wanted), slope = known(system, params, reference, prepare_pairs(system, records), KEY)
+    (loss, (_, metrics)), gradient = found(system, params, reference, single, KEY)
+    (expected, (_, wanted)), slope = known(system, params, reference, prepare_pairs(system, records), KEY)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     close(gradient, slope)
     # The only others are the winner's and loser's log-probabilities, which count a node's weight here.
@@ -177,7 +177,7 @@ def test_with_one_intermediate_it_is_direct_to_the_bit():
     found = SamplingObjective(0.5)(CHAIN, params, reference, single, KEY)
     wanted = DirectObjective(0.5)(CHAIN, params, reference, prepare_pairs(CHAIN, records), KEY)
     assert found[0] == wanted[0]
-    assert found[1]["rewards/margins"] == wanted[1]["rewards/margins"]
+    assert found[1].metrics["rewards/margins"] == wanted[1].metrics["rewards/margins"]
 
 
 @pytest.mark.parametrize("name", INNER[:1])
@@ -186,7 +186,7 @@ def test_step_zero_is_ln_2_and_the_gradient_reaches_every_component(name):
     system, params, _, records, sets = mixture(name)
     batch = sampled_batch(system, without_intermediates(system, records), sets, 3)
     objective = jax.value_and_grad(SamplingObjective(0.1), argnums=1, has_aux=True)
-    (loss, metrics), gradient = jax.jit(objective, static_argnums=0)(system, params, params, batch, KEY)
+    (loss, (_, metrics)), gradient = jax.jit(objective, static_argnums=0)(system, params, params, batch, KEY)
     assert abs(loss - math.log(2)) < 1e-6
     assert 1 <= metrics["intermediates/effective/chosen"] <= 3
     for key, tree in gradient.items():
@@ -207,8 +207,8 @@ def test_chunks_change_nothing_but_memory():
         compiled = jax.jit(objective, static_argnums=0).lower(system, params, reference, batch, KEY).compile()
         return compiled(params, reference, batch, KEY), compiled.memory_analysis().temp_size_in_bytes
 
-    ((loss, metrics), gradient), bounded = run(2)
-    ((expected, wanted), slope), whole = run(None)
+    ((loss, (_, metrics)), gradient), bounded = run(2)
+    ((expected, (_, wanted)), slope), whole = run(None)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     for key in wanted:
         np.testing.assert_allclose(metrics[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
@@ -221,10 +221,11 @@ def test_a_frozen_component_weighs_the_intermediates():
     params, reference = chain()
     mixed = {"y": reference["y"], "z": params["z"]}
     batch = sampled_batch(CHAIN, RECORDS, EVERY, 5)
-    loss, metrics = SamplingObjective(0.5)(CHAIN, mixed, {"z": reference["z"]}, batch, KEY)
+    loss, (terms, metrics) = SamplingObjective(0.5)(CHAIN, mixed, {"z": reference["z"]}, batch, KEY)
     chosen, rejected = enumerated(mixed, reference)
     np.testing.assert_allclose(loss, np.log1p(np.exp(-0.5 * (chosen - rejected))).mean(), atol=1e-5)
     assert "rewards/margins/y" not in metrics
+    assert terms.keys() == {"z"}
     gradient = jax.grad(lambda p: SamplingObjective(0.5)(CHAIN, p, {"z": reference["z"]}, batch, KEY)[0])(mixed)
     assert not gradient["y"]["logits"].any()
     assert gradient["z"]["logits"].any()
@@ -245,7 +246,7 @@ def test_the_effective_number_of_intermediates(gap, effective):
     system = CompoundSystem(("x",), (Node("y", Categorical(5, (1,)), ("x",)), Node("z", Categorical(2, (5,)), ("y",))))
     params = {"y": {"logits": jnp.array([[gap, 0.0, 0.0, 0.0, 0.0]])}, "z": {"logits": jnp.zeros((5, 2))}}
     batch = sampled_batch(system, [PreferenceRecord({"x": 0}, {"z": 0}, {"z": 1})], EVERY[:1], 5)
-    _, metrics = SamplingObjective()(system, params, params, batch, KEY)
+    _, (_, metrics) = SamplingObjective()(system, params, params, batch, KEY)
     for side in ("chosen", "rejected"):
         np.testing.assert_allclose(metrics[f"intermediates/effective/{side}"], effective, rtol=1e-5)
 

@@ -23,13 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def state_of(step):
     """A state whose numbers depend on the step."""
     state = create_state(SYSTEM, SYSTEM.init(jax.random.key(0)), OPTIMIZER)
-    moved = jax.tree.map(lambda x: x + step, (state.params["a"], state.opt_state, state.ema))
-    params = state.params | {"a": moved[0]}
-    return state._replace(step=state.step + step, params=params, opt_state=moved[1], ema=moved[2])
+    return state.after(jax.tree.map(lambda x: x + step, state.mutable))
 
 
 def opened(directory, config=CONFIG, **settings):
-    return Checkpoints(directory, state_of(0), OPTIMIZER, config, **settings)
+    return Checkpoints(directory, state_of(0), config, **settings)
 
 
 def saved(directory, steps, metrics=(), **settings):
@@ -203,7 +201,7 @@ def test_a_reference_that_is_gone_has_no_fingerprint(tmp_path):
     state = state_of(1)
     gone = state._replace(reference=dict.fromkeys(state.reference))
     for given in (state, gone):
-        with Checkpoints(tmp_path / str(given is gone), given, OPTIMIZER, CONFIG) as checkpoints:
+        with Checkpoints(tmp_path / str(given is gone), given, CONFIG) as checkpoints:
             checkpoints.save(given)
             same(checkpoints.restore(given), given)
     assert fingerprints(gone.reference) == {}

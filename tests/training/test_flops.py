@@ -172,7 +172,7 @@ def step(optimizers, batch, add=lambda params: params, precomputed=()):
     params = add(params_of(DRAFT_AND_FINAL))
     optimizer = make_optimizer(optimizers)
     state = abstract_state(DRAFT_AND_FINAL, params, optimizer, make_mesh(), precomputed=precomputed)
-    return step_flops(DRAFT_AND_FINAL, optimizer, state, batch)
+    return step_flops(DRAFT_AND_FINAL, state, batch)
 
 
 def test_a_step_counts_policy_and_reference_on_both_sides():

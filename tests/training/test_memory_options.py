@@ -60,7 +60,9 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(name, parts):
     whole, metrics = one_step(system, params, reference, batch, optimizer)
     cut, cut_metrics = one_step(system, params, reference, batch, optimizer, parts)
     for key in system.param_keys:
-        expected, got = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.opt_state[key])]) for s in (whole, cut))
+        expected, got = (
+            np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.opt_state.inner_states[key])]) for s in (whole, cut)
+        )
         assert np.linalg.norm(got - expected) <= 1e-6 * np.linalg.norm(expected), key
         assert len(got) == sum(x.size for x in jax.tree.leaves(params[key]))
     assert metrics.keys() == cut_metrics.keys()
@@ -83,9 +85,10 @@ def test_master_weights_add_up_what_bfloat16_would_round_away():
     results = {}
     for master in (False, True):
         optimizer = make_optimizer({"a": ComponentOptimizer(optax.sgd(1e-4), None, master_weights=master)})
-        leaves, state = {"a": params}, optimizer.init({"a": params})
+        leaves, state = {"a": params}, optimizer.transformation.init({"a": params})
         for _ in range(200):
-            leaves, state, _ = optimizer.update({"a": gradients}, state, leaves)
+            updates, state = optimizer.transformation.update({"a": gradients}, state, leaves)
+            leaves = optax.apply_updates(leaves, updates)
         assert leaves["a"]["w"].dtype == jnp.bfloat16
         results[master] = np.asarray(leaves["a"]["w"], np.float32)
     np.testing.assert_array_equal(results[False], 1.0)
@@ -97,10 +100,12 @@ def test_a_narrow_state_is_rounded_between_updates_and_nothing_else():
     rate, optimizer = 0.1, make_optimizer({"a": ComponentOptimizer(optax.adam(0.1), None, state_dtype="bfloat16")})
     value, moments = np.array([1.0, -2.0, 3.0]), np.zeros((2, 3))
     leaves = {"a": {"w": jnp.asarray(value, jnp.float32)}}
-    state = optimizer.init(leaves)
+    state = optimizer.transformation.init(leaves)
     for count, gradient in enumerate(np.random.default_rng(0).normal(size=(3, 3)), start=1):
         assert {x.dtype for x in jax.tree.leaves(state) if x.ndim} == {jnp.dtype("bfloat16")}
-        leaves, state, _ = optimizer.update({"a": {"w": jnp.asarray(gradient, jnp.float32)}}, state, leaves)
+        given = {"a": {"w": jnp.asarray(gradient, jnp.float32)}}
+        updates, state = optimizer.transformation.update(given, state, leaves)
+        leaves = optax.apply_updates(leaves, updates)
         fresh = np.stack([0.9 * moments[0] + 0.1 * gradient, 0.999 * moments[1] + 0.001 * gradient**2])
         first, second = fresh[0] / (1 - 0.9**count), fresh[1] / (1 - 0.999**count)
         value = value - rate * first / (np.sqrt(second) + 1e-8)

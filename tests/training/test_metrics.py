@@ -41,7 +41,7 @@ def moved_state():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(np.float32), state.params)
     both = {k: jax.tree.map(lambda x: np.asarray(x, np.float64), (params[k], state.reference[k])) for k in ("a", "b")}
-    return state._replace(params=dict(state.params) | {k: params[k] for k in ("a", "b")}), both
+    return state._replace(trained=state.trained | {k: params[k] for k in ("a", "b")}), both
 
 
 def log_ratios(both, side, name):
@@ -79,7 +79,7 @@ def row(step, a=1.0, b=1.0, chosen=0.5):
 
 
 def given(rows, watch=None):
-    watch = watch or Watch()
+    watch = watch or Watch("ab")
     return {r["step"]: texts for r in rows if (texts := watch.see(r))}
 
 
@@ -107,15 +107,15 @@ def test_falling_likelihood_is_told_once_it_stays_below_zero():
         "probability than the reference does, in 'b': add an sft term for the node, lower the learning rate, or raise "
         "beta"
     ]
-    assert given(rows[20:], Watch(rows[:20])) == {}
-    assert list(given(rows[10:], Watch(rows[:10]))) == [14]
+    assert given(rows[20:], Watch("ab", rows[:20])) == {}
+    assert list(given(rows[10:], Watch("ab", rows[:10]))) == [14]
     unknown = [row(k, chosen=-0.1) | ({"rewards/chosen": None} if k == 5 else {}) for k in range(WINDOW)]
     assert given([*unknown, {"step": 10, "eval/x": 1.0}]) == {}
 
 
 def test_warnings_are_in_the_log_and_on_standard_error(tmp_path, capsys):
     for start, end in ((0, 12), (12, 30)):
-        with MetricsLog(tmp_path, start) as log:
+        with MetricsLog(tmp_path, start, nodes=("a", "b")) as log:
             for k in range(start, end):
                 log.write(k, {n: v for n, v in row(k, chosen=-1.0).items() if n != "step"})
     rows = read_metrics(tmp_path / "metrics.jsonl")

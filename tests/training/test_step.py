@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sysdpo_jax import DirectObjective
+from sysdpo_jax import Aux, DirectObjective
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
@@ -98,7 +98,8 @@ def test_only_trained_leaves_change_and_take_optimiser_memory():
     before = jax.device_get(params)
     state, step = start(optimizer, params)
     assert set(state.reference) == {"a", "b"}
-    assert state.reference["b"]["bias"] is state.params["b"]["bias"]
+    assert state.reference["b"]["bias"] is None
+    assert state.reference_params["b"]["bias"] is state.params["b"]["bias"]
     # Adam keeps a count and two moments of every trained leaf: (6 + 3) of a, 6 of b.
     assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * (9 + 6) + 2
     state, _ = step(state, pairs(8), KEY)
@@ -186,14 +187,50 @@ def test_a_bad_gradient_alone_names_its_component():
     """sqrt(|w|) at w = 0 has a finite value and an infinite derivative."""
 
     def objective(system, params, reference, batch, key):
-        loss, metrics = DirectObjective()(system, params, reference, batch, key)
-        return loss + jnp.sqrt(jnp.abs(params["b"]["bias"])).sum(), metrics
+        loss, aux = DirectObjective()(system, params, reference, batch, key)
+        return loss + jnp.sqrt(jnp.abs(params["b"]["bias"])).sum(), aux
 
     optimizer = three()
     state, step = create_state(CHAIN, CHAIN.init(KEY), optimizer), make_train_step(CHAIN, objective, optimizer)
     state, metrics = step(state, pairs(8), KEY)
     assert np.isfinite(metrics["loss"])
     assert (int(state.step), bool(metrics["finite/a"]), bool(metrics["finite/b"])) == (0, True, False)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_figures_are_computed_from_terms_and_never_from_names(accumulate):
+    """Metrics that are named like the step's own figures, of no node, are logged and nothing more."""
+
+    def objective(system, params, reference, batch, key):
+        rows = jax.tree.leaves(batch)[0].mean()
+        metrics = {"rewards/margins/nobody": rows * jnp.nan, "rewards/margins/b": rows, "finiteness": rows}
+        return DirectObjective()(system, params, reference, batch, key)[0], Aux({"a": rows, "c": -3 * rows}, metrics)
+
+    optimizer, batch = three(), pairs(8)
+    step = make_train_step(CHAIN, objective, optimizer, accumulate=accumulate)
+    state, metrics = step(create_state(CHAIN, CHAIN.init(KEY), optimizer), batch, KEY)
+    assert (int(state.step), bool(metrics["finite"])) == (1, True)
+    shares = {name: float(value) for name, value in metrics.items() if name.startswith("margin_share/")}
+    assert shares == pytest.approx({"margin_share/a": 0.25, "margin_share/c": 0.75})
+    assert {name for name in metrics if name.startswith("finite")} == {"finite", "finite/a", "finite/c", "finiteness"}
+    np.testing.assert_allclose(metrics["finiteness"], np.mean(jax.tree.leaves(batch)[0]), rtol=1e-5)
+    assert np.isnan(metrics["rewards/margins/nobody"])
+
+
+def test_an_objective_without_terms_is_trained_and_another_return_refused():
+    def plain(system, params, reference, batch, key):
+        return DirectObjective()(system, params, reference, batch, key)[0], Aux({}, {})
+
+    def stale(system, params, reference, batch, key):
+        return plain(system, params, reference, batch, key)[0], {"loss": 0.0}
+
+    optimizer = three()
+    state = create_state(CHAIN, CHAIN.init(KEY), optimizer)
+    with pytest.raises(TypeError, match=r"returned a dict beside its loss: return \(loss, Aux\(terms, metrics\)\)"):
+        make_train_step(CHAIN, stale, optimizer)(state, pairs(8), KEY)
+    state, metrics = make_train_step(CHAIN, plain, optimizer)(state, pairs(8), KEY)
+    assert int(state.step) == 1
+    assert set(metrics) == {"loss", "finite", "grad_norm/a", "grad_norm/b", "clipped/a", "clipped/b"}
 
 
 def test_a_bad_update_changes_nothing():

@@ -35,7 +35,7 @@ NODE_FLOPS = {"a": 8 * 2 * ROWS * 2 * 3, "b": 8 * 2 * ROWS * 3 * 2, "c": 0}
 
 
 def meter_of(steps=range(0)):
-    used = Throughput(CHAIN, OPTIMIZER, make_mesh())
+    used = Throughput(CHAIN, make_mesh())
     state = create_state(CHAIN, CHAIN.init(jax.random.key(0)), OPTIMIZER)
     meter = used.start(state, pairs(ROWS))
     for step in steps:
