@@ -1,7 +1,7 @@
 """sysdpo_jax: system-level direct preference optimisation of compound AI systems in JAX (arXiv 2502.17721)."""
 
 from sysdpo_jax import pretrained
-from sysdpo_jax.batch import PairBatch, SampledBatch
+from sysdpo_jax.batch import PairBatch, SampledBatch, encode_batch
 from sysdpo_jax.components import (
     Categorical,
     Component,
@@ -104,6 +104,7 @@ __all__ = [
     "describe_sharding",
     "draw_intermediates",
     "ema_params",
+    "encode_batch",
     "epoch_batches",
     "initialize",
     "load_preferences",

@@ -29,6 +29,7 @@ from sysdpo_jax.data.rows import LINES, TABLE
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.search import IntermediateSearch
+from sysdpo_jax.training.sources import encoder
 from sysdpo_jax.training.step import Objective
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Params
@@ -215,11 +216,11 @@ def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
 
 
 def first_batch(run: Run, batches: BatchSource) -> PyTree:
-    """The batch of step 0; intermediates are drawn for it, and not kept."""
+    """The batch of step 0, encoded; intermediates are drawn for it, and not kept."""
     if isinstance(batches, sj.SearchedBatches):
         with TemporaryDirectory() as folder:
             return IntermediateSearch(batches, Path(folder)).batch(0, run.params)
-    return batches(0) if callable(batches) else batches[0]
+    return encoder(run.system, run.params)(batches(0) if callable(batches) else batches[0])
 
 
 def _objective(config: TrainConfig) -> Objective:

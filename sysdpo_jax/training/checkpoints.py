@@ -22,10 +22,10 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from sysdpo_jax.training.identity import Identity, array_types, check_same, fingerprints
-from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState, join, split
@@ -47,9 +47,10 @@ class CheckpointWriteError(OSError):
 class Checkpoints:
     """The newest `keep` checkpoints below `directory` and the best one, of equal ones the newest.
 
-    state: any state of the run, for its structure, placement, reference and frozen leaves. config: `{path: text}`.
-    best: by which metric of `save`; None keeps no best one. read_only: to look at the checkpoints of a run that may be
-    writing them now; of `config` it compares what it is given alone.
+    state: any state of the run, for its structure, placement, reference and frozen leaves; mask: which are trained,
+    see `SystemOptimizer.mask`. config: `{path: text}`. best: by which metric of `save`; None keeps no best one.
+    read_only: to look at the checkpoints of a run that may be writing them now; of `config` it compares what it is
+    given alone.
     Use it as a context manager: leaving waits until everything is written. Partial checkpoints that it finds are
     renamed to `<step>.corrupt-<number>` with a warning, and so are damaged ones by `restore`; not if it only reads.
     """
@@ -58,7 +59,7 @@ class Checkpoints:
         self,
         directory: str | Path,
         state: TrainState,
-        optimizer: SystemOptimizer,
+        mask: PyTree,
         config: dict[str, str],
         keep: int = 2,
         best: Best | None = None,
@@ -66,7 +67,7 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ValueError(f"keep {keep} must be at least 1: the newest checkpoint is what a run resumes from")
-        self._mask = optimizer.mask(state.params)
+        self._mask = mask
         carry, fixed = split(state, self._mask)
         self._identity: Identity = {
             "configuration": config,

@@ -55,7 +55,7 @@ def describe_sharding(step: TrainStep, state: TrainState, batch: PyTree | None =
     A component's activations are those of the step's objective with the other components frozen, which leaves its own
     log-ratio; under `SamplingObjective` frozen components are evaluated too, without gradient.
     """
-    mask = step.optimizer.mask(state.params)
+    mask = step.optimizer.mask(state.params, step.system)
     carry, fixed = split(state, mask)
     ema = carry.ema or {}
     return ShardingReport(
@@ -81,7 +81,7 @@ def device_bytes(tree: PyTree) -> int:
 
 def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) -> int:
     """Temporary bytes of the gradient of one component's trained leaves, for one of the step's parts of the batch."""
-    trained, frozen = partition(state.params[key], step.optimizer.mask(state.params)[key])
+    trained, frozen = partition(state.params[key], step.optimizer.mask(state.params, step.system)[key])
     others = {name: tree for name, tree in state.params.items() if name != key}
 
     def loss_of(

@@ -78,7 +78,7 @@ def step_flops(system: CompoundSystem, optimizer: SystemOptimizer, state: TrainS
         case _:
             raise TypeError(f"step_flops counts a PairBatch or a SampledBatch, not a {type(batch).__name__}")
     forward = forward_flops(system, state.params, evaluated)
-    mask = optimizer.mask(state.params)
+    mask = optimizer.mask(state.params, system)
     return {
         name: (2 if name in both else 1)
         * _of_step(system, system.node(name), state, mask, evaluated, forward[name], name in given, batch)

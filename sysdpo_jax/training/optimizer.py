@@ -5,7 +5,7 @@ array, so gradients and optimiser memory exist for trained leaves only.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,7 @@ class ComponentOptimizer:
     optimizer: any optax transformation, its learning rate included. clip_norm: largest global norm of the component's
     gradient, None for no clipping. mode: "frozen" keeps the tree as it is, out of reference and optimiser memory.
     trainable: regex found in the "/"-joined path below the params key; leaves that it misses are not trained,
-    nor are the constants of a model (LoRA's scale, a fixed table of positions).
+    nor are the constants of a model (LoRA's scale, a fixed table of positions) and frozen entries (an autoencoder).
     master_weights: keep float32 copies of trained leaves of less precision, which updates add up in; the parameters
     are these, rounded. state_dtype: precision that the optimiser's arrays (moments) are kept in between updates, which
     compute in that of the optimiser; by default both are the same.
@@ -89,11 +89,15 @@ class SystemOptimizer:
         if not self.trained_keys:
             raise OptimizerError("every component is frozen: train at least one")
 
-    def mask(self, params: Params) -> PyTree:
-        """True for each trained leaf. Raises `OptimizerError` when a component that is not frozen trains none."""
+    def mask(self, params: Params, system: CompoundSystem) -> PyTree:
+        """True for each trained leaf; `Component.frozen` entries have none.
+
+        Raises `OptimizerError` when a component that is not frozen trains none.
+        """
         masks = {}
         for key, component in self.components:
-            masks[key] = _matches(params[key], component)
+            apart = {name for node in system.nodes if node.params_key == key for name in node.component.frozen}
+            masks[key] = _matches(params[key], component, apart)
             if component.mode != "frozen" and not any(jax.tree.leaves(masks[key])):
                 raise OptimizerError(
                     f"trainable={component.trainable!r} matches no parameter of {key!r}: mend the pattern or use FROZEN"
@@ -149,11 +153,11 @@ def combine(first: PyTree, second: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
 
 
-def _matches(tree: Params, component: ComponentOptimizer) -> PyTree:
+def _matches(tree: Params, component: ComponentOptimizer, apart: Collection[str]) -> PyTree:
     def matches(path: tuple[Any, ...], leaf: Any) -> bool:
         name = path_name(path)
         trained = component.mode != "frozen" and re.search(component.trainable, name) is not None
-        return trained and name.rpartition("/")[2] not in CONSTANTS
+        return trained and name.rpartition("/")[2] not in CONSTANTS and name.partition("/")[0] not in apart
 
     return jax.tree_util.tree_map_with_path(matches, tree)
 

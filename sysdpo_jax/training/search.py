@@ -18,6 +18,7 @@ from sysdpo_jax.data.intermediates import draw_intermediates, sampled_batch
 from sysdpo_jax.data.records import PreferenceRecord, hold_intermediates, require_inputs, without_intermediates
 from sysdpo_jax.graph import CompoundSystem, GraphError
 from sysdpo_jax.training.own_devices import on_own_devices
+from sysdpo_jax.training.sources import encoder
 from sysdpo_jax.typing import Params
 from sysdpo_jax.values import content
 
@@ -97,6 +98,7 @@ class IntermediateSearch:
         self._sets: dict[int, list[dict[str, Any]]] = {}
         # What tools gave: they are called once for what a policy drew.
         self._known: dict[tuple[str, Hashable], Any] = {}
+        self._encode: Callable[[SampledBatch], SampledBatch] | None = None
 
     def batch(self, step: int, params: Params) -> SampledBatch:
         """The batch of a step, which all processes ask for. params: the policy that has made `step` updates."""
@@ -110,9 +112,13 @@ class IntermediateSearch:
         records, sets = [self._records[row] for row in rows], [self._sets[row] for row in rows]
         spec = self._batches
         try:
-            return sampled_batch(spec.system, records, sets, spec.num_intermediates, step - drawn_at, self._known)
+            batch = sampled_batch(spec.system, records, sets, spec.num_intermediates, step - drawn_at, self._known)
         except RecordError as error:
             raise RecordError(f"the batch of the records {rows}, counted from 0: {error}") from error
+        if self._encode is None:
+            # Frozen parts are those of every step.
+            self._encode = encoder(spec.system, params)
+        return self._encode(batch)
 
     def forget(self, checkpoint: int) -> None:
         """Delete what a run resumed at this checkpoint, or at a later one, does not read."""

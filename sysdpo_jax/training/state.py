@@ -100,7 +100,7 @@ def create_state(
     """
     mesh = make_mesh() if mesh is None else mesh
     plan = abstract_state(system, params, optimizer, mesh, rules, reference_dtype, precomputed)
-    mask = optimizer.mask(params)
+    mask = optimizer.mask(params, system)
     fixed = jax.tree.map(_place, params, jax.tree.map(lambda leaf: leaf.sharding, plan.params))
     # The step donates its trained leaves: they need buffers of their own.
     trained = partition(jax.tree.map(_copy, fixed, mask), mask)[0]
@@ -140,7 +140,7 @@ def abstract_state(
             f"precomputed names {sorted(strangers)}, which are no trained components: those are "
             f"{list(optimizer.trained_keys)}"
         )
-    mask = optimizer.mask(params)
+    mask = optimizer.mask(params, system)
     placed = jax.tree.map(_abstract, params, tree_shardings(mesh, params, rules))
     trained = partition(placed, mask)[0]
     slots = jax.eval_shape(optimizer.init, trained)

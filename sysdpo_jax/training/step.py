@@ -121,7 +121,7 @@ class TrainStep:
 
     def _prepare(self, state: TrainState) -> tuple[Any, Carry, Fixed]:
         if self._mask is None:
-            self._mask = self.optimizer.mask(state.params)
+            self._mask = self.optimizer.mask(state.params, self.system)
         parts = split(state, self._mask)
         # A state whose reference shares other leaves with its parameters is another set of arguments.
         structure = jax.tree.structure(parts)

@@ -29,6 +29,7 @@ from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, sto
 from sysdpo_jax.training.profiling import Profile
 from sysdpo_jax.training.progress import ProgressFactory, progress, tell
 from sysdpo_jax.training.search import IntermediateSearch, SearchedBatches
+from sysdpo_jax.training.sources import encoded, encoder
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, Objective, TrainStep, make_train_step
 from sysdpo_jax.training.throughput import Throughput
@@ -98,7 +99,8 @@ class Trainer:
         batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or a Grain
         dataset whose element k is the batch of step k (`preference_dataset`), read ahead in threads; or
         `SearchedBatches`, which keep what the policy drew in the directory's intermediates/. On several processes each
-        gives its own rows, see `batch_shard`.
+        gives its own rows, see `batch_shard`. Raw features are encoded by the state's frozen entries: the data of
+        `epoch_batches` once, before the first step, other batches when they come.
         SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
         are saved and `Preempted` is raised, which ends the script with exit code 0; so does Ctrl-C with
         `KeyboardInterrupt`, in one process. See `stop_requests`. A batch that does not come, or
@@ -137,7 +139,8 @@ class Trainer:
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"
-        return Checkpoints(directory, state, self.optimizer, configuration, self.keep, self.best, read_only)
+        mask = self.optimizer.mask(state.params, self.system)
+        return Checkpoints(directory, state, mask, configuration, self.keep, self.best, read_only)
 
     def _fit(
         self,
@@ -156,7 +159,7 @@ class Trainer:
             done = int(state.step)
             rank_zero = jax.process_index() == 0
             best = None if self.best is None or self._best_evaluated else self.best[0]
-            batch_of, forget = self._source(batch_at, done, stack)
+            batch_of, forget = self._source(batch_at, done, state.params, stack)
             if done < steps:
                 batch_of = self._tried(batch_at, batch_of, state, key, best, asked)
             if rank_zero and accepted is not None:
@@ -250,19 +253,23 @@ class Trainer:
         return None if self.evaluation is None else Evaluator(self.evaluation, self.best, log, steps, asked.waiting)
 
     def _source(
-        self, batch_at: BatchSource, start: int, stack: ExitStack
+        self, batch_at: BatchSource, start: int, params: Params, stack: ExitStack
     ) -> tuple[Callable[[int, Params], PyTree], Callable[[int], None]]:
         """What gives the batch of (step, parameters), and what to tell the oldest checkpoint that may be resumed.
 
-        It is asked for the steps start, start + 1, ... while `stack` is open.
+        It is asked for the steps start, start + 1, ... while `stack` is open. params: whose frozen entries encode.
         """
+        if isinstance(batch_at, SearchedBatches):
+            search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
+            return search.batch, search.forget
         if isinstance(batch_at, grain.MapDataset):
             batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
-            return lambda step, params: next(batches), lambda checkpoint: None
-        if not isinstance(batch_at, SearchedBatches):
-            return lambda step, params: batch_at(step), lambda checkpoint: None
-        search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
-        return search.batch, search.forget
+            plain: Callable[[int], PyTree] = lambda step: next(batches)  # noqa: E731
+        else:
+            plain = batch_at
+        if self.system.encodes:
+            plain = encoded(plain, encoder(self.system, params))
+        return lambda step, params: plain(step), lambda checkpoint: None
 
     def _tried(
         self,

@@ -26,7 +26,7 @@ def fresh(name):
 
 
 def opened(directory, state):
-    return Checkpoints(directory, state, OPTIMIZER, {})
+    return Checkpoints(directory, state, OPTIMIZER.mask(state.params, SYSTEM), {})
 
 
 def moved(state):

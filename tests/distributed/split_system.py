@@ -156,7 +156,7 @@ def run(axes, system, params, batch, gradients_of_one):
     whole = jax.jit(lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))).lower(stacks).compile()
     # The program that was read is the one that runs: compiling it again takes as long as all the rest.
     given = (place_batch(mesh, batch), *jax.device_put((KEY, PROCEED), replicated(mesh)))
-    carry, fixed = split(state, optimizer.mask(state.params))
+    carry, fixed = split(state, optimizer.mask(state.params, system))
     arguments = device_bytes((carry, fixed, given))
     carry, metrics = compiled(carry, fixed, *given)
     state = join(carry, fixed)

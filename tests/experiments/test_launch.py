@@ -224,7 +224,7 @@ def test_the_entry_point_loads_its_models_and_prepares_its_batches(tmp_path, mat
     """All of `main` before the first step, whose compilation is what the slow test below waits for."""
     run = assemble(parse(["--config", str(material / "run.yaml"), "--directory", str(tmp_path)], None))
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
-    trained = by_path(partition(state.params, run.optimizer.mask(state.params))[0])
+    trained = by_path(partition(state.params, run.optimizer.mask(state.params, run.system))[0])
     assert {path.partition("/")[0] for path in trained} == {"writer", "painter"}
     assert all(is_lora(path) for path in trained)
     # What runs in `prepare` belongs to the process, not to the mesh.

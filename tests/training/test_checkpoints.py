@@ -15,6 +15,7 @@ from sysdpo_jax.training.identity import CheckpointMismatchError, check_same, de
 
 SYSTEM = CompoundSystem(("x",), (Node("a", Gaussian(64, 32), ("x",)), Node("b", Gaussian(1, 64), ("a",))))
 OPTIMIZER = make_optimizer({"a": ComponentOptimizer(optax.adam(0.1)), "b": FROZEN}, ema_decay=0.9)
+MASK = OPTIMIZER.mask(SYSTEM.init(jax.random.key(0)), SYSTEM)
 CONFIG = {"name": "value"}
 # A read that Orbax gave up leaves a coroutine with the same error.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -29,7 +30,7 @@ def state_of(step):
 
 
 def opened(directory, config=CONFIG, **settings):
-    return Checkpoints(directory, state_of(0), OPTIMIZER, config, **settings)
+    return Checkpoints(directory, state_of(0), MASK, config, **settings)
 
 
 def saved(directory, steps, metrics=(), **settings):
@@ -203,7 +204,7 @@ def test_a_reference_that_is_gone_has_no_fingerprint(tmp_path):
     state = state_of(1)
     gone = state._replace(reference=dict.fromkeys(state.reference))
     for given in (state, gone):
-        with Checkpoints(tmp_path / str(given is gone), given, OPTIMIZER, CONFIG) as checkpoints:
+        with Checkpoints(tmp_path / str(given is gone), given, MASK, CONFIG) as checkpoints:
             checkpoints.save(given)
             same(checkpoints.restore(given), given)
     assert fingerprints(gone.reference) == {}

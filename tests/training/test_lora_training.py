@@ -96,7 +96,7 @@ def test_step_zero_has_no_margin_and_only_factors_change(change):
 
 def test_a_split_holds_every_array_once_and_joins_to_the_same():
     state, _ = start(SMALL)
-    carry, fixed = split(state, OPTIMIZER.mask(state.params))
+    carry, fixed = split(state, OPTIMIZER.mask(state.params, system(SMALL)))
     assert {path.rpartition("/")[2] for path in by_path(fixed.reference)} == {"lora_a", "lora_b"}
     arrays = [id(leaf) for leaf in jax.tree.leaves((carry, fixed))]
     assert len(set(arrays)) == len(arrays)
@@ -111,7 +111,7 @@ def test_a_reference_of_its_own_gives_the_same_step():
     state, step = start(SMALL)
     state, _ = step(state, pairs(), KEY)
     copies = jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), state)
-    fixed = split(copies, OPTIMIZER.mask(copies.params))[1]
+    fixed = split(copies, OPTIMIZER.mask(copies.params, system(SMALL)))[1]
     assert jax.tree.structure(fixed.reference) == jax.tree.structure(copies.reference)
     shared, own = step(state, pairs(), KEY), step(copies, pairs(), KEY)
     for x, y in zip(jax.tree.leaves(shared), jax.tree.leaves(own), strict=True):
