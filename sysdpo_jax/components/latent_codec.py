@@ -96,7 +96,7 @@ class LatentCodec:
 
     def encode(self, params: Params, pixels: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch h w c"]:
         """Their latents. Jittable."""
-        scaled = 2 * (jnp.asarray(pixels).astype(jnp.float32) / 255) - 1
+        scaled = 2 * (pixels.astype(jnp.float32) / 255) - 1
         mean: Any = self.autoencoder.apply({"params": params}, scaled, method="encode")[0]
         return scale_latents(self.autoencoder.config, mean).astype(jnp.float32)
 

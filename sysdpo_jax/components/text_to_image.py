@@ -136,14 +136,14 @@ class TextToImage(Component):
 
     def encode(self, params: Params, features: Features) -> Features:
         """The latents of pixels, and the states of captions where the text encoders are frozen."""
-        raw = self.raw(features)
+        raw = {name: jax.tree.map(jnp.asarray, features[name]) for name in self.raw(features)}
         made = {name: entry for name, entry in features.items() if name not in raw}
-        if "pixels" in raw and isinstance(self.codec, FrozenCodec):
-            made["latents"] = self.codec.encode(params["codec"], features["pixels"])
-        for name, encoded in RAW_TEXTS.items():
-            if name in raw:
-                states = self.text.encode(params["text"], features[name])
-                made[encoded] = {"encoded": states, "truncated": jnp.asarray(features[name]["truncated"])}
+        for name, entry in raw.items():
+            if name in RAW_TEXTS:
+                states = self.text.encode(params["text"], entry)
+                made[RAW_TEXTS[name]] = {"encoded": states, "truncated": entry["truncated"]}
+            elif isinstance(self.codec, FrozenCodec):
+                made["latents"] = self.codec.encode(params["codec"], entry)
         return made
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
