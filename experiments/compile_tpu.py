@@ -99,7 +99,7 @@ def plain(system: CompoundSystem) -> CompoundSystem:
 def count(example: Example, optimizer: SystemOptimizer, state: TrainState, batch: PyTree) -> dict[str, Any]:
     """FLOPs of one step, see FLOPS_NOTE."""
     model = step_flops(example.system, optimizer, state, batch)
-    mask = optimizer.mask(state.params)
+    mask = optimizer.mask(state.params, example.system)
     trained, frozen = partition(state.params, mask)
 
     def gradients(trained: PyTree, frozen: PyTree, reference: PyTree, batch: PyTree) -> PyTree:

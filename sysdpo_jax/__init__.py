@@ -17,6 +17,7 @@ from sysdpo_jax.components import (
     SDXLText,
     TextEncoder,
     Tool,
+    bucket_sizes,
 )
 from sysdpo_jax.data import (
     PreferenceRecord,
@@ -100,6 +101,7 @@ __all__ = [
     "Trainer",
     "add_lora",
     "batch_shard",
+    "bucket_sizes",
     "create_state",
     "describe_sharding",
     "draw_intermediates",

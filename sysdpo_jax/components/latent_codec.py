@@ -114,6 +114,18 @@ class LatentCodec:
         return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
+def bucket_sizes(side: int, step: int = 64, ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
+    """(height, width) pairs of at most side x side pixels in steps, the square first: `LatentCodec.sizes`.
+
+    ratio: of the longer side to the shorter one, at most. With side 1024 and ratio 4 the largest widths of each height
+    in the table of SDXL (arXiv 2307.01952, appendix I).
+    """
+    heights = range(step, side * side // step + 1, step)
+    sizes = [(height, side * side // height // step * step) for height in heights]
+    kept = [(h, w) for h, w in sizes if w and max(h / w, w / h) <= ratio]
+    return tuple(sorted(kept, key=lambda size: abs(math.log(size[0] / size[1]))))
+
+
 @partial(jax.jit, static_argnums=0)
 def _decode(
     autoencoder: AutoencoderKL, params: Params, latents: Float[Array, "batch h w c"]

@@ -1,5 +1,6 @@
 """A small painter whose encoders and autoencoder are frozen, and which notes what they encode."""
 
+from dataclasses import fields, is_dataclass
 from typing import ClassVar
 
 import jax
@@ -54,3 +55,21 @@ def encoded_since():
     Counting.calls.clear()
     CountingCodec.calls.clear()
     return made
+
+
+def arrays_in(value, path, seen=None):
+    """The places of arrays in the fields of dataclasses, at any depth."""
+    seen = set() if seen is None else seen
+    if isinstance(value, np.ndarray | jax.Array):
+        yield path
+    elif id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, dict):
+            parts = [(f"{path}[{key!r}]", part) for key, part in value.items()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            parts = [(f"{path}[{place}]", part) for place, part in enumerate(value)]
+        else:
+            own = [(f.name, getattr(value, f.name, None)) for f in fields(value)] if is_dataclass(value) else []
+            parts = [(f"{path}.{name}", part) for name, part in own]
+        for name, part in parts:
+            yield from arrays_in(part, name, seen)

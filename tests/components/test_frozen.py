@@ -1,43 +1,26 @@
 """Frozen encoders and autoencoders: entries of the parameters, which `encode` and `sample` alone read."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from sysdpo_jax import CompoundSystem, Diffusion, GraphError, Node, Tool
+from sysdpo_jax import CompoundSystem, Diffusion, GraphError, LatentCodec, Node, Tool, bucket_sizes
 from sysdpo_jax.components.base import Component, Raw
 from sysdpo_jax.models.lora import LoRA, add_lora
-from tests.components.painters import VAE, encoded_since, images, painter
+from tests.components.painters import VAE, arrays_in, encoded_since, images, painter
 
 KEY = jax.random.key(0)
 
 
-def arrays_in(value, path, seen):
-    """The places of arrays in the fields of dataclasses, at any depth."""
-    if isinstance(value, np.ndarray | jax.Array):
-        yield path
-    elif id(value) not in seen:
-        seen.add(id(value))
-        if isinstance(value, dict):
-            parts = [(f"{path}[{key!r}]", part) for key, part in value.items()]
-        elif isinstance(value, list | tuple | set | frozenset):
-            parts = [(f"{path}[{place}]", part) for place, part in enumerate(value)]
-        else:
-            own = [(f.name, getattr(value, f.name, None)) for f in fields(value)] if is_dataclass(value) else []
-            parts = [(f"{path}.{name}", part) for name, part in own]
-        for name, part in parts:
-            yield from arrays_in(part, name, seen)
-
-
 def test_no_field_holds_an_array_and_other_weights_are_the_same_component():
     node, params = painter(), painter().init(KEY)
-    assert list(arrays_in(node, "painter", set())) == []
+    assert list(arrays_in(node, "painter")) == []
     # The same walk finds one that is hidden.
     hiding = replace(node)
     object.__setattr__(hiding, "source", {"a": [params["denoiser"]["mix"]]})
-    assert list(arrays_in(hiding, "p", set())) == ["p.source['a'][0]"]
+    assert list(arrays_in(hiding, "p")) == ["p.source['a'][0]"]
     assert set(params) == {"denoiser", "codec", "text"}
     assert set(params["text"]) == {"text_encoder"}
     assert node.frozen == ("codec", "text")
@@ -167,3 +150,61 @@ def test_a_users_frozen_part_that_fails_is_named():
     system = CompoundSystem(("x",), (Node("y", Broken(), ("x",)), Node("z", Tool(repr), ("y",))))
     with pytest.raises(GraphError, match=r"node 'y': .*Broken\.encode"):
         system.encode({"y": {"table": {}}}, {"y": {"ids": np.arange(3)}})
+
+
+SIZES = ((4, 4), (4, 8), (8, 4))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [
+        ([(10, 10)], (4, 4)),
+        ([(10, 14)], (4, 4)),
+        ([(10, 15)], (4, 8)),
+        # The mean of the logarithms: a wide one and a tall one are square together, whatever their pixels.
+        ([(10, 40), (400, 100)], (4, 4)),
+        ([(10, 40), (10, 30), (12, 10)], (4, 8)),
+        ([(30, 10), (20, 10)], (8, 4)),
+    ],
+)
+def test_the_images_of_a_call_get_the_nearest_of_several_sizes(shapes, size):
+    """log(14/10) is nearer to 0 than to log(2), log(15/10) is not: sqrt(2) = 1.414 lies between them."""
+    node = painter(codec=LatentCodec(VAE, SIZES))
+    assert node.several_sizes
+    assert not painter().several_sizes
+    pictures = [np.full((*shape, 3), 90, np.uint8) for shape in shapes]
+    features = node.prepare(pictures, {"caption": ["a"] * len(shapes)})
+    assert features["pixels"].shape == (len(shapes), *size, 3)
+    # Equal objects count as often as they come, and so do equal pictures.
+    again = node.prepare([pictures[0], *[pictures[-1]] * 2], {"caption": ["a"] * 3})
+    other = node.prepare([pictures[0], pictures[-1], pictures[-1].copy()], {"caption": ["a"] * 3})
+    assert again["pixels"].shape == other["pixels"].shape
+
+
+def test_features_of_every_size_have_a_log_probability_and_sampling_has_the_first():
+    node = painter(codec=LatentCodec(VAE, SIZES))
+    params = node.init(KEY)
+    system = CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
+    for shape in ((9, 9), (9, 20), (20, 9)):
+        raw = node.prepare([np.full((*shape, 3), 90, np.uint8)], {"caption": ["a"]})
+        made = system.encode({"image": params}, {"image": raw})["image"]
+        assert made["latents"].shape[1:3] == raw["pixels"].shape[1:3]
+        assert node.units(made) == node.units(raw) == {"images": 1}
+        assert np.isfinite(node.log_prob(params, made, KEY)).all()
+    [image] = node.sample(params, {"caption": ["a"]}, KEY)
+    assert image.shape == (4, 4, 3)
+
+
+def test_bucket_sizes_are_sdxls():
+    """Sizes of the table in appendix I of SDXL's paper: for each height the largest width."""
+    sizes = bucket_sizes(1024, ratio=4.0)
+    assert sizes[0] == (1024, 1024)
+    assert {(512, 2048), (576, 1792), (640, 1600), (704, 1472), (768, 1344), (832, 1216), (896, 1152)} < set(sizes)
+    assert all(h % 64 == 0 and w % 64 == 0 and h * w <= 1024**2 for h, w in sizes)
+    assert all(1 / 2 <= h / w <= 2 for h, w in bucket_sizes(512))
+
+
+@pytest.mark.parametrize("sizes", [(), ((4, 0),), (4, 4), ((4, 4, 3),)])
+def test_bad_sizes_are_refused(sizes):
+    with pytest.raises((ValueError, TypeError), match=r"sizes is empty|must be a \(height, width\)|Type-check"):
+        LatentCodec(VAE, sizes)

@@ -15,6 +15,7 @@ from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText
 from sysdpo_jax.components.codec import whole_frames
 from sysdpo_jax.generation.samplers import Euler
 from sysdpo_jax.pretrained import CheckpointError
+from tests.components.painters import arrays_in
 from tests.pretrained.checkpoints import PIPELINES
 
 # diffusers' Euler scheduler makes an array of a tensor in a way that NumPy 2 deprecates.
@@ -69,6 +70,59 @@ def test_pictures_equal_those_of_diffusers(name, made):
     ).images
     assert np.ptp(theirs) > 0.3
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sdxl"))])
+def test_pictures_that_are_not_square_equal_those_of_diffusers(name, made):
+    """Another height than width, as the first of several sizes; a picture of that shape is encoded in it."""
+    pipe, folder = made(name)
+    component, params = pretrained.load(folder, num_steps=2, guidance_scale=1.0, image_size=[[12, 20], [16, 16]])
+    assert component.codec.sizes == ((12, 20), (16, 16))
+    ours = np.stack(component.sample(params, {"caption": CAPTIONS}, KEY))
+    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
+    theirs = pipe(
+        prompt=CAPTIONS,
+        latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        height=12,
+        width=20,
+        output_type="np",
+    ).images
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+    raw = component.prepare([np.zeros((30, 50, 3), np.uint8)], {"caption": ["a"]})
+    features = component.encode(params, raw)
+    assert features["latents"].shape == (1, *component.codec.latent_shape)
+    if name == "sdxl":
+        np.testing.assert_array_equal(raw["frames"], [[30, 50, 0, 0, 12, 20]])
+    square = component.prepare([np.zeros((30, 32, 3), np.uint8)], {"caption": ["a"]})
+    assert square["pixels"].shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_no_field_of_a_component_holds_an_array(name, made):
+    """Loading twice with other weights gives equal components, which are one to what is compiled."""
+    _, folder = made(name)
+    component, params = pretrained.load(folder)
+    assert [*arrays_in(component, name)] == []
+    assert jax.tree.map(np.shape, jax.eval_shape(component.init, KEY)) == jax.tree.map(np.shape, params)
+    again, _ = pretrained.load(folder)
+    assert again == component
+    assert hash(again) == hash(component)
+
+
+def test_what_the_parameters_hold_is_what_is_saved(made, tmp_path):
+    """Another autoencoder and text encoder in the parameters are those of the written pipeline."""
+    pipe, folder = made("sd1")
+    component, params = pretrained.load(folder)
+    moved = params | {name: jax.tree.map(lambda x: x + 1, params[name]) for name in ("codec", "text")}
+    pretrained.save(tmp_path / "out", component, moved)
+    for part in ("vae", "text_encoder", "unet"):
+        [file] = (tmp_path / "out" / part).glob("*.safetensors")
+        theirs = pipe.components[part].state_dict()
+        for key, tensor in load_file(file).items():
+            expected = theirs[key if key in theirs else key.removeprefix("text_model.")]
+            assert torch.equal(tensor, expected if part == "unet" else expected + 1), (part, key)
 
 
 @pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
