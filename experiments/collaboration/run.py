@@ -110,7 +110,8 @@ class SeedRun:
         """Only leaves that are trained are stored: the others may be large, and `initial` gives them again."""
         alignment, config = ALIGNMENTS[name], self.task.align
         folder, key, progress = self.folder / name, named_key(self._key, "align"), self._phases.progress(name)
-        mask = optimizer_of(self.system, alignment.nodes, config, number_of_steps(pairs, config)).mask(before)
+        optimizer = optimizer_of(self.system, alignment.nodes, config, number_of_steps(pairs, config))
+        mask = optimizer.mask(before, self.system)
         return self._phases.run(
             name,
             self.folder / f"{name}.safetensors",
