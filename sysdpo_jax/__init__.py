@@ -1,7 +1,7 @@
 """sysdpo_jax: system-level direct preference optimisation of compound AI systems in JAX (arXiv 2502.17721)."""
 
 from sysdpo_jax import pretrained
-from sysdpo_jax.batch import PairBatch, SampledBatch
+from sysdpo_jax.batch import PairBatch, SampledBatch, encode_batch
 from sysdpo_jax.components import (
     Categorical,
     Component,
@@ -17,6 +17,7 @@ from sysdpo_jax.components import (
     SDXLText,
     TextEncoder,
     Tool,
+    bucket_sizes,
 )
 from sysdpo_jax.data import (
     PreferenceRecord,
@@ -101,10 +102,12 @@ __all__ = [
     "Trainer",
     "add_lora",
     "batch_shard",
+    "bucket_sizes",
     "create_state",
     "describe_sharding",
     "draw_intermediates",
     "ema_params",
+    "encode_batch",
     "epoch_batches",
     "initialize",
     "load_preferences",

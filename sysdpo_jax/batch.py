@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sysdpo_jax.typing import Features
+from sysdpo_jax.encoding import encode_sides
+from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.typing import Features, Params
 
 
 class PairBatch(NamedTuple):
@@ -40,3 +42,17 @@ class SampledBatch(NamedTuple):
     outputs: PairBatch
     valid: Array | np.ndarray
     staleness: Array | np.ndarray
+
+
+def encode_batch(system: CompoundSystem, params: Params, batch: Any) -> Any:
+    """The batch as a step takes it: its raw features encoded, see `CompoundSystem.encode`."""
+    if not system.encodes:
+        return batch
+    match batch:
+        case PairBatch():
+            chosen, rejected = encode_sides(system.nodes, params, [batch.chosen, batch.rejected])
+            return batch._replace(chosen=chosen, rejected=rejected)
+        case SampledBatch():
+            outputs = encode_batch(system, params, batch.outputs)
+            return batch._replace(intermediates=system.encode(params, batch.intermediates), outputs=outputs)
+    return batch

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import RecordError, row_keys
 from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
+from sysdpo_jax.encoding import encode_sides, frozen_entries
 from sysdpo_jax.nodes import GraphError as GraphError
 from sysdpo_jax.nodes import Node as Node
 from sysdpo_jax.nodes import check_names, check_plates, check_static, naming, topological, users_part
@@ -156,17 +157,23 @@ class CompoundSystem:
         return made
 
     @property
-    def encodes(self) -> bool:
-        """Whether the features of a node have to be encoded by its frozen parts."""
-        return any(node.component.frozen for node in self.nodes)
+    def encodes(self) -> tuple[str, ...]:
+        """The nodes whose components have frozen parts: what `prepare` makes of their values is still to be encoded."""
+        return tuple(node.name for node in self.nodes if node.component.frozen)
+
+    def frozen_params(self, params: Params) -> Params:
+        """Of `{params_key: tree}` the entries that are never trained: all that `encode` reads."""
+        return frozen_entries(self.nodes, params)
 
     def encode(self, params: Params, features: Mapping[str, Features]) -> dict[str, Features]:
-        """What `prepare` made -> features for `log_prob`, by each node's frozen parts; host side, of NumPy arrays.
+        """What `prepare` made, `{node: features}`, as `log_prob` takes it: encoded by frozen parts, NumPy in and out.
 
-        What is encoded already, and what has nothing to encode, comes back as it is.
+        What is equal (a caption, an image) is encoded once. What is encoded already, and what has nothing to encode,
+        comes back as it is. Further axes may lie before the rows' own: plates, both sides of a pair, intermediates.
+        params: `frozen_params` at least, on one device or a mesh of this process. Of several processes each encodes its
+        own rows, with what `on_own_devices(system.frozen_params(params))` gives it.
         """
-        nodes = {name: self.node(name) for name in features}
-        return {name: node.component.encode(node.tree(params), features[name]) for name, node in nodes.items()}
+        return encode_sides(self.nodes, params, [features])[0]
 
     def log_prob(self, params: Params, features: Mapping[str, Features], key: Keys) -> dict[str, Array]:
         """log p_k(v_k | parents) in nats of every node, `{node: Float[Array, "batch"]}`, without the nodes' weights."""

@@ -129,11 +129,9 @@ def images(name: str, component: Diffusion | FlowMatching, pairs: int, pixels: i
     def side(rng: np.random.Generator) -> Features:
         shapes = image_features(component, pairs)
         random = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
-        encoded = random["text"]["encoded"]
-        if len(encoded) == 3:
-            # SDXL's sizes are pixels.
-            encoded = (*encoded[:2], np.full((pairs, SIZE_IDS), pixels, np.float32))
-        return random | {"text": {"encoded": encoded, "truncated": np.zeros(pairs, np.float32)}}
+        random["text"]["truncated"] = np.zeros(pairs, np.float32)
+        # SDXL's frames are pixels.
+        return random | {name: np.full((pairs, SIZE_IDS), pixels, np.float32) for name in ("frames",) if name in shapes}
 
     return Case(name, component, f"{pairs} pairs x {pixels} pixels", optax.adafactor(rate), side)
 

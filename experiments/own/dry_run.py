@@ -34,7 +34,7 @@ def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     yield str(sj.describe_sharding(step, state))
     batch = first_batch(run, batches)
-    yield from _decoded(run.system, batch, folder)
+    yield from _decoded(run, batch, folder)
     _, metrics = step(state, batch, run.key)
     values: Mapping[str, Any] = jax.device_get(metrics)
     yield f"loss at step 0: {float(values['loss']):.6f} (ln 2 = {math.log(2):.6f} with the sigmoid loss)"
@@ -48,18 +48,21 @@ def _count(tree: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _decoded(system: sj.CompoundSystem, batch: PyTree, folder: Path) -> Iterator[str]:
+def _decoded(run: Run, batch: PyTree, folder: Path) -> Iterator[str]:
     """The first values of a batch, turned back from what the models are given."""
     pair, sides = batch, []
+    frozen = sj.on_own_devices(run.system.frozen_params(run.params))
     if isinstance(batch, sj.SampledBatch):
         pair, sides = batch.outputs, [("intermediate", batch.intermediates)]
     for side, features in (*sides, ("chosen", pair.chosen), ("rejected", pair.rejected)):
         for name, values in features.items():
-            component = system.node(name).component
+            node = run.system.node(name)
+            component = node.component
             if isinstance(component, sj.LanguageModel):
                 yield from _texts(f"{side} {name}", component.tokenizer, values)
             elif isinstance(component, TextToImage):
-                yield from _images(f"{side} {name}", component, values, folder)
+                codec = frozen.get(node.params_key, {}).get("codec", {})
+                yield from _images(f"{side} {name}", component, codec, values, folder)
             else:
                 yield from _arrays(f"{side} {name}", values)
 
@@ -79,10 +82,12 @@ def _texts(title: str, tokenizer: Any, features: Features) -> Iterator[str]:
         yield f"{title}: {start} tokens {prompt!r} -> {end - start} tokens {completion!r}"
 
 
-def _images(title: str, component: TextToImage, features: Features, folder: Path) -> Iterator[str]:
-    latents = features["latents"].reshape(-1, *component.codec.latent_shape)[:SHOWN]
+def _images(title: str, component: TextToImage, codec: Params, features: Features, folder: Path) -> Iterator[str]:
+    """codec: its parameters."""
+    latents = features["latents"]
+    latents = latents.reshape(-1, *latents.shape[-3:])[:SHOWN]
     folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(component.codec.decode(latents)):
+    for number, image in enumerate(component.codec.decode(codec, latents)):
         path = folder / f"{title.replace(' ', '-')}-{number}.png"
         write_png(path, to_pixels(image))
         yield f"{title}: {image.shape[0]} x {image.shape[1]} pixels, after the codec, in {path}"

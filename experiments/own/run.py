@@ -30,6 +30,7 @@ from sysdpo_jax.data.records import check_intermediates
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.sources import encoder
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Params
 
@@ -215,11 +216,12 @@ def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
 
 
 def first_batch(run: Run, batches: BatchSource) -> PyTree:
-    """The batch of step 0; intermediates are drawn for it, and not kept."""
+    """The batch of step 0, encoded; intermediates are drawn for it, and not kept."""
+    encode = encoder(run.system, run.params)
     if isinstance(batches, sj.SearchedBatches):
         with TemporaryDirectory() as folder:
-            return IntermediateSearch(batches, Path(folder)).batch(0, lambda: run.params)
-    return batches(0) if callable(batches) else batches[0]
+            return encode(IntermediateSearch(batches, Path(folder)).batch(0, lambda: run.params))
+    return encode(batches(0) if callable(batches) else batches[0])
 
 
 def _objective(config: TrainConfig) -> Objective:

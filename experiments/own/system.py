@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
 from experiments.common.runs import named_key
@@ -71,17 +71,6 @@ def build_optimizer(config: TrainConfig) -> SystemOptimizer:
     """AdamW for every component that is trained; those with a learning rate of their own have it."""
     components = config.system.components
     return sj.make_optimizer({name: _optimizer(component, config.schedule) for name, component in components.items()})
-
-
-def place(mesh: Mesh, tree: Mapping[str, Any]) -> PyTree:
-    """Shardings of what is loaded: models over the mesh, frozen encoders whole on a device of each process.
-
-    Encoders run when a process prepares its own rows, which the others do not take part in.
-    """
-    if any(name == "vae" or name.startswith("text_encoder") for name in tree):
-        own = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(lambda leaf: own, tree)
-    return sj.tree_shardings(mesh, tree)
 
 
 def _check(system: SystemConfig) -> None:
@@ -146,7 +135,7 @@ def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> 
         component, params = _of_factory(config.factory or "", settings, field, key)
     else:
         precision = {"dtype": run.dtype, "param_dtype": "float32" if config.mode == "full" else run.dtype}
-        common = {**precision, "remat": run.remat, "shardings": partial(place, mesh)}
+        common = {**precision, "remat": run.remat, "shardings": partial(sj.tree_shardings, mesh)}
         try:
             component, params = sj.pretrained.load(config.checkpoint, **(common | settings))
         except TypeError as error:

@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from sysdpo_jax import Diffusion, FlowMatching, LanguageModel, PixelCodec
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -75,33 +74,36 @@ TEXT_TOKENS, SIZE_IDS = 77, 6
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Conditioning that comes encoded, as `FrozenText` leaves it; rows: shapes of its arrays without their batch axis.
+    """Conditioning that comes encoded, as of `FrozenText`; rows: shapes of its arrays without their batch axis.
+
+    sized: whether the denoiser is told how its image was cut out.
 
     Its features are made by shape, so that `prepare` has nothing to do; it raises NotImplementedError.
     """
 
     rows: tuple[tuple[int, ...], ...]
+    sized: bool = False
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
+    def init(self, key: PRNGKeyArray) -> Params:
         return {}
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(jax.ShapeDtypeStruct((1, *row), jnp.float32) for row in self.rows)
 
-    def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
+    def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
         raise NotImplementedError("EncodedText: these features come from their shapes, not from captions")
 
     def encode(self, params: Params, features: dict[str, Features]) -> tuple[Array, ...]:
         return tuple(features["encoded"])
 
 
-def text_rows(config: UNetConfig) -> tuple[tuple[int, ...], ...]:
-    """Shapes of one caption for a U-Net: its tokens and, for SDXL, the pooled text and the sizes."""
+def encoded_text(config: UNetConfig) -> EncodedText:
+    """That of a U-Net: the caption's tokens and, for SDXL, the pooled text, then the frames."""
     text = (TEXT_TOKENS, config.cross_attention_dim)
     if config.addition_embed_type is None:
-        return (text,)
+        return EncodedText((text,))
     sizes = SIZE_IDS * (config.addition_time_embed_dim or 0)
-    return text, ((config.projection_class_embeddings_input_dim or 0) - sizes,), (SIZE_IDS,)
+    return EncodedText((text, ((config.projection_class_embeddings_input_dim or 0) - sizes,)), sized=True)
 
 
 def writer(config: DecoderConfig, prompt: int, new: int) -> LanguageModel:
@@ -112,9 +114,7 @@ def writer(config: DecoderConfig, prompt: int, new: int) -> LanguageModel:
 def painter(config: UNetConfig, pixels: int) -> Diffusion:
     """An epsilon diffusion model of square images, of whose codec only the latents' shape is known."""
     side = pixels // PIXELS_PER_LATENT
-    return Diffusion(
-        UNet2DCondition(config), EncodedText(text_rows(config)), PixelCodec((side, side, config.in_channels))
-    )
+    return Diffusion(UNet2DCondition(config), encoded_text(config), PixelCodec((side, side, config.in_channels)))
 
 
 def text_features(component: LanguageModel, *leading: int) -> dict[str, Any]:
@@ -135,4 +135,5 @@ def image_features(component: Diffusion | FlowMatching, *leading: int) -> dict[s
     return {
         "latents": jax.ShapeDtypeStruct((*leading, *component.codec.latent_shape), jnp.float32),
         "text": {"encoded": encoded, "truncated": jax.ShapeDtypeStruct(leading, jnp.float32)},
+        **({"frames": jax.ShapeDtypeStruct((*leading, SIZE_IDS), jnp.float32)} if component.text.sized else {}),
     }

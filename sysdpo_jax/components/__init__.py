@@ -7,7 +7,7 @@ from sysdpo_jax.components.diffusion import Diffusion
 from sysdpo_jax.components.flow_matching import FlowMatching
 from sysdpo_jax.components.gaussian import Gaussian
 from sysdpo_jax.components.language_model import LanguageModel
-from sysdpo_jax.components.latent_codec import LatentCodec
+from sysdpo_jax.components.latent_codec import LatentCodec, bucket_sizes
 from sysdpo_jax.components.stable_diffusion_text import SD3Text, SDXLText
 from sysdpo_jax.components.text import FrozenText, TextConditioner, TextEncoder
 from sysdpo_jax.components.tool import Tool
@@ -29,4 +29,5 @@ __all__ = [
     "TextConditioner",
     "TextEncoder",
     "Tool",
+    "bucket_sizes",
 ]

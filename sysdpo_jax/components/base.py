@@ -7,7 +7,7 @@ sample(params, parents, key) -> values
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,13 @@ Metrics = Mapping[str, Float[Array, "batch"]]
 
 class RecordError(ValueError):
     """A record cannot be used: the message names the node, the row, what is wrong and the remedy."""
+
+
+class Raw(NamedTuple):
+    """An entry of features that is still to be encoded. leading: axes before a row's own; rows: encoded at once."""
+
+    leading: int
+    rows: int
 
 
 @runtime_checkable
@@ -41,17 +48,31 @@ class Component(Protocol):
         ...
 
     @property
+    def several_sizes(self) -> bool:
+        """Whether the values of a call of `prepare` choose, together, among several sizes the one they all get.
+
+        Both sides of a preference then belong into one call, and a batch holds rows of one size.
+        """
+        return False
+
+    @property
     def frozen(self) -> tuple[str, ...]:
         """The entries of the parameter tree that only `encode` and `sample` read, and that are never trained."""
         return ()
 
-    @property
-    def several_sizes(self) -> bool:
-        """Whether `prepare` chooses one of several sizes for all values of a call, which then belong together."""
-        return False
+    def raw(self, features: Features) -> Mapping[str, Raw]:
+        """The entries of the features that `encode` has still to encode; none by default. Host side.
+
+        Whatever axes lie before the rows' own. `CompoundSystem.encode` encodes each of these entries by itself.
+        """
+        return {}
 
     def encode(self, params: Params, features: Features) -> Features:
-        """Raw features -> what `log_prob` takes, by the frozen parts. Jittable; of encoded features the identity."""
+        """Raw features -> what `log_prob` takes, by the frozen parts. Jittable; of encoded features the identity.
+
+        It replaces each entry that `raw` names by one of another name, and takes features that hold some of them only.
+        Of `params` it reads the frozen entries alone, of which there may be no others.
+        """
         return features
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:

@@ -1,27 +1,32 @@
-"""Between images and latents, on the host, once: `Codec` and the pixel-space one."""
+"""Between images and latents: what a codec is, and the pixel-space one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
 from sysdpo_jax.static import hold_tuples
+from sysdpo_jax.typing import Params
 
 
-class Encoded(NamedTuple):
-    """Latents, and for each image the frame it was cut from, see `images.Fitted`."""
+class Prepared(NamedTuple):
+    """The features of images, {"pixels" or "latents": array}, and for each the frame it was cut from, see `Fitted`."""
 
-    latents: Float[np.ndarray, "batch h w c"]
+    features: dict[str, np.ndarray]
     frames: Int[np.ndarray, "batch 6"]
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Encodes images (paths, bytes, PIL images, arrays) as latents that a denoiser works on, and back to [0, 1]."""
+    """Images (paths, bytes, PIL images, arrays) to features on the host, and latents of a denoiser back to [0, 1].
+
+    It makes {"latents": [B, h, w, c]} or, where those take a frozen model, {"pixels": ...}, see `FrozenCodec`.
+    image_shape, latent_shape: of what is sampled.
+    """
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
@@ -29,15 +34,43 @@ class Codec(Protocol):
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
 
-    def encode(self, images: Sequence[Any]) -> Encoded: ...
+    def prepare(self, images: Sequence[Any]) -> Prepared: ...
 
-    def decode(self, latents: Float[np.ndarray, "batch h w c"]) -> Float[np.ndarray, "batch height width channels"]: ...
+    def decode(
+        self, params: Params, latents: Float[np.ndarray, "batch h w c"]
+    ) -> Float[np.ndarray, "batch height width channels"]: ...
+
+
+@runtime_checkable
+class FrozenCodec(Codec, Protocol):
+    """A codec whose model is the entry "codec" of the component's parameters, and is never trained.
+
+    batch_size: images that the model takes at once. several_sizes: see `Component`. encode is jittable.
+    """
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def several_sizes(self) -> bool: ...
+
+    def init(self, key: PRNGKeyArray) -> Params: ...
+
+    def encode(
+        self, params: Params, pixels: UInt8[Array, "batch height width channels"]
+    ) -> Float[Array, "batch h w c"]: ...
 
 
 def whole_frames(codec: Codec, rows: int) -> Int[np.ndarray, "batch 6"]:
     """The frames of images that were made at the codec's size, uncut."""
     height, width, _ = codec.image_shape
     return np.tile(np.array([height, width, 0, 0, height, width], np.int32), (rows, 1))
+
+
+def first_rows(values: Sequence[Any]) -> list[int]:
+    """For each row the first one that holds the same object, as the intermediates of a record do their image."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(value), row) for row, value in enumerate(values)]
 
 
 @dataclass(frozen=True)
@@ -60,20 +93,23 @@ class PixelCodec:
         height, width, channels = self.image_shape
         return height // self.patch, width // self.patch, channels * self.patch**2
 
-    def encode(self, images: Sequence[Any]) -> Encoded:
+    def prepare(self, images: Sequence[Any]) -> Prepared:
         """Raises `RecordError` for an image that cannot be read, of another shape or with values outside [0, 1]."""
         pixels = np.zeros((len(images), *self.image_shape), np.float32)
-        for row, image in enumerate(images):
-            read = read_image(image, row)
+        for row, first in enumerate(first_rows(images)):
+            read = pixels[first] if first < row else read_image(images[row], row)
             if read.shape != self.image_shape:
                 raise RecordError(f"image in row {row} has shape {read.shape}, expected {self.image_shape}")
             pixels[row] = read
         h, w, _ = self.latent_shape
         blocks = (2 * pixels - 1).reshape(-1, h, self.patch, w, self.patch, self.image_shape[2])
         latents = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.latent_shape)
-        return Encoded(latents, whole_frames(self, len(images)))
+        return Prepared({"latents": latents}, whole_frames(self, len(images)))
 
-    def decode(self, latents: Float[np.ndarray, "batch h w c"]) -> Float[np.ndarray, "batch height width channels"]:
+    def decode(
+        self, params: Params, latents: Float[np.ndarray, "batch h w c"]
+    ) -> Float[np.ndarray, "batch height width channels"]:
+        """params: none, {}."""
         h, w, _ = self.latent_shape
         blocks = latents.reshape(-1, h, w, self.patch, self.patch, self.image_shape[2])
         pixels = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.image_shape)

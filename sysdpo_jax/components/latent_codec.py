@@ -1,17 +1,19 @@
 """Latents of a frozen autoencoder."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from sysdpo_jax.components.codec import Encoded
-from sysdpo_jax.components.images import fit_image
+from sysdpo_jax.components.codec import Prepared, first_rows
+from sysdpo_jax.components.encoding import in_slices
+from sysdpo_jax.components.images import fit_image, open_picture
 from sysdpo_jax.models.autoencoder import AutoencoderKL, scale_latents, unscale_latents
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Params
@@ -21,26 +23,41 @@ from sysdpo_jax.typing import Params
 class LatentCodec:
     """The means of an AutoencoderKL, shifted and scaled as the denoiser expects them.
 
-    params: the autoencoder's, frozen; they are not part of what is trained. image_size: (height, width); images of
-    another size are resized to cover it and their middle is cut out, the same way for both sides of a pair.
+    sizes: (height, width) pairs. The images of one call of `prepare` all get the one whose aspect ratio is nearest to
+    theirs: to the mean of its logarithm. They are resized to cover it and their middle is cut out. What is sampled has
+    the first size.
     batch_size: images that are handled at once; the autoencoder's attention takes a gigabyte for one of 1024 x 1024.
+    Pixels are rounded to 8 bits, as in a file, so that a picture that was sampled and the file of it are the same.
     Departure from the training code of latent diffusion: the posterior's mean stands for a draw, so that encoding is a
     function of the image.
     """
 
     autoencoder: AutoencoderKL
-    params: Params = field(compare=False, repr=False)
-    image_size: tuple[int, int] = (512, 512)
+    sizes: tuple[tuple[int, int], ...] = ((512, 512),)
     batch_size: int = 1
 
     def __post_init__(self) -> None:
         hold_tuples(self)
-        if any(size % self._factor for size in self.image_size):
-            raise ValueError(f"LatentCodec: image_size {self.image_size} must be divisible by {self._factor}")
+        if not self.sizes:
+            raise ValueError("LatentCodec: sizes is empty: give at least one (height, width)")
+        for size in self.sizes:
+            if not isinstance(size, tuple) or len(size) != 2 or any(side < 1 or side % self._factor for side in size):
+                raise ValueError(
+                    f"LatentCodec: size {size} must be a (height, width) of which {self._factor} divides both"
+                )
 
     @property
     def _factor(self) -> int:
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of what is sampled."""
+        return self.sizes[0]
+
+    @property
+    def several_sizes(self) -> bool:
+        return len(self.sizes) > 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -51,41 +68,62 @@ class LatentCodec:
         height, width = self.image_size
         return height // self._factor, width // self._factor, self.autoencoder.config.latent_channels
 
-    def encode(self, images: Sequence[Any]) -> Encoded:
-        """Raises `RecordError` for an image that cannot be read."""
-        frames = np.zeros((len(images), 6), np.int32)
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Fresh parameters of the autoencoder; they do not depend on the sizes."""
+        config = self.autoencoder.config
+        side = 2 * self._factor
+        params: Params = self.autoencoder.init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]
+        return params
 
-        def pixels(start: int, stop: int) -> np.ndarray:
-            fitted = [fit_image(images[row], *self.image_size, row) for row in range(start, stop)]
-            frames[start:stop] = [f.frame for f in fitted]
-            return 2 * np.stack([f.pixels for f in fitted]) - 1
+    def prepare(self, images: Sequence[Any]) -> Prepared:
+        """Pixels in 8 bits. Raises `RecordError` for an image that cannot be read."""
+        firsts = first_rows(images)
+        if self.several_sizes:
+            # Opened once, for their shapes and for their pixels.
+            distinct = dict.fromkeys(firsts)
+            opened: dict[int, Any] = {row: open_picture(images[row], f"image in row {row}") for row in distinct}
+            height, width = self._nearest([opened[first].shape[:2] for first in firsts])
+        else:
+            opened, (height, width) = dict(enumerate(images)), self.image_size
+        pixels, frames = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), 6), np.int32)
+        for row, first in enumerate(firsts):
+            if first < row:
+                pixels[row], frames[row] = pixels[first], frames[first]
+            else:
+                fitted = fit_image(opened[row], height, width, row)
+                pixels[row], frames[row] = np.rint(255 * fitted.pixels), fitted.frame
+        return Prepared({"pixels": pixels}, frames)
 
-        encode = partial(_encode, self.autoencoder, self.params)
-        return Encoded(self._in_batches(encode, pixels, len(images), self.latent_shape), frames)
+    def encode(self, params: Params, pixels: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch h w c"]:
+        """Their latents. Jittable."""
+        scaled = 2 * (pixels.astype(jnp.float32) / 255) - 1
+        mean: Any = self.autoencoder.apply({"params": params}, scaled, method="encode")[0]
+        return scale_latents(self.autoencoder.config, mean).astype(jnp.float32)
 
-    def decode(self, latents: Float[np.ndarray, "batch h w c"]) -> Float[np.ndarray, "batch height width channels"]:
-        decode = partial(_decode, self.autoencoder, self.params)
-        pixels = self._in_batches(decode, lambda start, stop: latents[start:stop], len(latents), self.image_shape)
+    def decode(
+        self, params: Params, latents: Float[np.ndarray, "batch h w c"]
+    ) -> Float[np.ndarray, "batch height width 3"]:
+        """Pixels in [0, 1], on the host."""
+        decode = partial(_decode, self.autoencoder, params)
+        pixels = in_slices(decode, latents, range(len(latents)), self.batch_size)
         return np.clip((pixels + 1) / 2, 0, 1)
 
-    def _in_batches(
-        self, function: Callable[[np.ndarray], Array], rows: Callable[[int, int], np.ndarray], count: int, shape: Any
-    ) -> np.ndarray:
-        """`function` of the rows, batch by batch in one compiled size; a row of the result has `shape`."""
-        made, size = np.zeros((count, *shape), np.float32), self.batch_size
-        for start in range(0, count, size):
-            part = rows(start, min(start + size, count))
-            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            made[start : start + size] = np.asarray(function(padded))[: len(part)]
-        return made
+    def _nearest(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """The size for images of these heights and widths; of equally near ones the first."""
+        ratio = float(np.mean([math.log(h / w) for h, w in shapes])) if shapes else 0.0
+        return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(
-    autoencoder: AutoencoderKL, params: Params, pixels: Float[Array, "batch height width 3"]
-) -> Float[Array, "batch h w c"]:
-    mean: Any = autoencoder.apply({"params": params}, pixels, method="encode")[0]
-    return scale_latents(autoencoder.config, mean).astype(jnp.float32)
+def bucket_sizes(side: int, step: int = 64, ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
+    """(height, width) pairs of at most side x side pixels in steps, the square first: `LatentCodec.sizes`.
+
+    ratio: of the longer side to the shorter one, at most. With side 1024 and ratio 4 the largest widths of each height
+    in the table of SDXL (arXiv 2307.01952, appendix I).
+    """
+    heights = range(step, side * side // step + 1, step)
+    sizes = [(height, side * side // height // step * step) for height in heights]
+    kept = [(h, w) for h, w in sizes if w and max(h / w, w / h) <= ratio]
+    return tuple(sorted(kept, key=lambda size: abs(math.log(size[0] / size[1]))))
 
 
 @partial(jax.jit, static_argnums=0)

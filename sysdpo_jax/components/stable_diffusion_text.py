@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from sysdpo_jax.components.text import CaptionTruncation, check_truncation, conditioning_shapes, tokenize
 from sysdpo_jax.models.clip import CLIPTextEncoder
@@ -20,10 +20,10 @@ from sysdpo_jax.typing import Features, Params
 
 @dataclass(frozen=True)
 class SDXLText:
-    """Conditioning (text [B, S, D1 + D2], pooled [B, P], frames [B, 6]) (arXiv 2307.01952, section 2.1 and 2.2).
+    """Conditioning (text [B, S, D1 + D2], pooled [B, P]), then the frames (arXiv 2307.01952, section 2.1 and 2.2).
 
     The text is the penultimate hidden state of two CLIP encoders side by side, the summary the second one's projected
-    state at the end of the text. Trained as "text_encoder" and "text_encoder_2".
+    state at the end of the text. They are called "text_encoder" and "text_encoder_2".
     zero_null: the null condition is all zeros (SDXL's base model), else that of the empty caption.
     """
 
@@ -38,13 +38,17 @@ class SDXLText:
     def __post_init__(self) -> None:
         check_truncation(self.truncation)
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
+    @property
+    def sized(self) -> bool:
+        return True
+
+    def init(self, key: PRNGKeyArray) -> Params:
         return init_encoders({"text_encoder": self.encoder, "text_encoder_2": self.encoder_2}, self.length, key)
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return conditioning_shapes(self)
 
-    def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
+    def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
         tokens, cut = tokenize(self.tokenizer, captions, self.length, self.truncation)
         tokens_2, cut_2 = tokenize(self.tokenizer_2, captions, self.length, self.truncation)
         kept = np.array([not (self.zero_null and caption is None) for caption in captions], np.float32)
@@ -52,7 +56,6 @@ class SDXLText:
             "tokens": tokens,
             "tokens_2": tokens_2,
             "kept": kept,
-            "frames": frames.astype(np.float32),
             "truncated": np.maximum(cut, cut_2),
         }
 
@@ -61,7 +64,7 @@ class SDXLText:
         second = clip_outputs(self.encoder_2, params["text_encoder_2"], features["tokens_2"])
         kept = jnp.asarray(features["kept"])
         text = jnp.concatenate([first.penultimate, second.penultimate], axis=-1) * kept[:, None, None]
-        return text, second.pooled * kept[:, None], jnp.asarray(features["frames"])
+        return text, second.pooled * kept[:, None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class SD3Text:
     """Conditioning (text [B, S + S3, D3], pooled [B, P1 + P2]) (arXiv 2403.03206, section 4).
 
     Penultimate states of two CLIP encoders side by side, padded with zeros to T5's width, then T5's states; the summary
-    is both CLIP projections. Trained as "text_encoder", "text_encoder_2" and "text_encoder_3".
+    is both CLIP projections. They are called "text_encoder", "text_encoder_2" and "text_encoder_3".
     encoder_3: None leaves T5 out, its length_3 states being zeros of width_3, as diffusers does.
     """
 
@@ -87,14 +90,18 @@ class SD3Text:
     def __post_init__(self) -> None:
         check_truncation(self.truncation)
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
+    @property
+    def sized(self) -> bool:
+        return False
+
+    def init(self, key: PRNGKeyArray) -> Params:
         encoders = {"text_encoder": self.encoder, "text_encoder_2": self.encoder_2, "text_encoder_3": self.encoder_3}
         return init_encoders({name: module for name, module in encoders.items() if module is not None}, 2, key)
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return conditioning_shapes(self)
 
-    def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
+    def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
         # CLIP sees the start of a caption that only T5 has room for; without T5 the whole must fit.
         clip_truncation: CaptionTruncation = "keep_start" if self.encoder_3 is not None else self.truncation
         tokens, cut = tokenize(self.tokenizer, captions, self.length, clip_truncation)

@@ -1,11 +1,11 @@
-"""What a denoiser is told about its caption: conditioners, trained with the denoiser or frozen and run once.
+"""What a denoiser is told about its caption: conditioners, trained with the denoiser or frozen.
 
 Axes: B batch, S text tokens, D text width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
@@ -23,20 +23,28 @@ CaptionTruncation = Literal["error", "keep_start"]
 
 @runtime_checkable
 class TextConditioner(Protocol):
-    """Captions -> the arrays that a denoiser takes after the time, in two steps: host side, then jittable."""
+    """Captions -> the arrays that a denoiser takes after the time, in two steps: host side, then jittable.
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
-        """Fresh parameters of what is trained of it, by name; they join the denoiser's."""
+    Its parameters are the entry "text" of the component's, trained with the denoiser unless it is `FrozenText`.
+    """
+
+    @property
+    def sized(self) -> bool:
+        """Whether the denoiser is told after them how its image was cut out: the frame, see `images.Fitted`."""
+        ...
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Fresh parameters."""
         ...
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Those of the conditioning of one caption."""
         ...
 
-    def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
+    def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
         """NumPy features with a leading batch axis; "truncated" [B] is 1 where a caption was cut.
 
-        None stands for the null condition of guidance. frames: see `codec.Encoded`.
+        None stands for the null condition of guidance.
         Raises `RecordError` for a caption that is too long when such captions are not cut.
         """
         ...
@@ -48,7 +56,7 @@ class TextConditioner(Protocol):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One module, token ids [B, S] -> [B, S, D], trained as "text_encoder": Stable Diffusion 1 and 2, small systems.
+    """One module, token ids [B, S] -> [B, S, D], called "text_encoder": Stable Diffusion 1 and 2, small systems.
 
     tokenizer: Hugging Face tokenizer with a padding token; captions are padded to length tokens. truncation: "error"
     refuses a longer caption, "keep_start" cuts it as diffusers does.
@@ -62,13 +70,17 @@ class TextEncoder:
     def __post_init__(self) -> None:
         check_truncation(self.truncation)
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
+    @property
+    def sized(self) -> bool:
+        return False
+
+    def init(self, key: PRNGKeyArray) -> Params:
         return {"text_encoder": self.encoder.init(key, jnp.zeros((1, self.length), jnp.int32))["params"]}
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return conditioning_shapes(self)
 
-    def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
+    def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
         tokens, truncated = tokenize(self.tokenizer, captions, self.length, self.truncation)
         return {"tokens": tokens, "truncated": truncated}
 
@@ -79,63 +91,36 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class FrozenText:
-    """A conditioner whose parameters are not trained: it runs in `prepare`, once, and never in the step.
+    """A conditioner that is not trained: its states are made once, by `encode`, and never in the step.
 
-    params: the conditioner's. batch_size: captions that it handles at once. Equal captions are encoded once.
+    batch_size: captions that it handles at once.
     """
 
     text: TextConditioner
-    params: Params = field(compare=False, repr=False)
     batch_size: int = 16
 
-    def init(self, key: PRNGKeyArray) -> dict[str, Params]:
-        return {}
+    @property
+    def sized(self) -> bool:
+        return self.text.sized
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        return self.text.init(key)
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return self.text.shapes()
 
-    def prepare(self, captions: Sequence[str | None], frames: Int[np.ndarray, "batch 6"]) -> dict[str, Features]:
-        features = self.text.prepare(captions, frames)
-        first, inverse = _distinct(features, len(captions))
-        encoded = tuple(np.zeros((len(first), *shape.shape[1:]), shape.dtype) for shape in self.shapes())
-        for start in range(0, len(first), self.batch_size):
-            rows = first[start : start + self.batch_size]
-            # Padded with its last row to a power of two, so that few shapes are compiled.
-            places = rows + rows[-1:] * (min(2 ** (len(rows) - 1).bit_length(), self.batch_size) - len(rows))
-            part = _encode(self.text, self.params, jax.tree.map(lambda x, i=places: x[i], features))
-            for whole, made in zip(encoded, part, strict=True):
-                whole[start : start + len(rows)] = np.asarray(made)[: len(rows)]
-        # One row for all, as the null condition is, stays one row in memory.
-        spread = lambda x: np.broadcast_to(x, (len(inverse), *x.shape[1:])) if len(first) == 1 else x[inverse]  # noqa: E731
-        return {"encoded": jax.tree.map(spread, encoded), "truncated": features["truncated"]}
+    def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
+        return self.text.prepare(captions)
 
     def encode(self, params: Params, features: dict[str, Features]) -> tuple[Array, ...]:
-        return tuple(features["encoded"])
-
-
-def _distinct(features: dict[str, Features], rows: int) -> tuple[list[int], Int[np.ndarray, "batch"]]:
-    """The first row of each kind, and the kind of every row."""
-    leaves = jax.tree.leaves(features)
-    kinds: dict[bytes, int] = {}
-    first: list[int] = []
-    inverse = np.zeros(rows, np.int64)
-    for row in range(rows):
-        inverse[row] = kinds.setdefault(b"".join(leaf[row].tobytes() for leaf in leaves), len(first))
-        if inverse[row] == len(first):
-            first.append(row)
-    return first, inverse
+        return self.text.encode(params, features)
 
 
 @cache
 def conditioning_shapes(text: TextConditioner) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The shapes of one caption's conditioning, of a conditioner that makes its own parameters; nothing is computed."""
-    features = text.prepare([""], np.zeros((1, 6), np.int32))
+    features = text.prepare([""])
     return jax.eval_shape(lambda key, given: text.encode(text.init(key), given), jax.random.key(0), features)
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(text: TextConditioner, params: Params, features: dict[str, Features]) -> tuple[Array, ...]:
-    return text.encode(params, features)
 
 
 def check_truncation(truncation: str) -> None:

@@ -17,14 +17,18 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, RecordError, row_keys
-from sysdpo_jax.components.codec import Codec, whole_frames
+from sysdpo_jax.components.base import Component, Metrics, Raw, RecordError, row_keys
+from sysdpo_jax.components.codec import Codec, FrozenCodec, whole_frames
+from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.source import Source
-from sysdpo_jax.components.text import TextConditioner
+from sysdpo_jax.components.text import FrozenText, TextConditioner
 from sysdpo_jax.generation.samplers import Denoiser, guided, guides
 from sysdpo_jax.generation.schedules import expand
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
+
+# The captions' tokens, where frozen encoders read them, and the names of the states that they make.
+RAW_TEXTS = {"captions": "text", "null_captions": "null"}
 
 
 class Corrupted(NamedTuple):
@@ -43,6 +47,7 @@ class TextToImage(Component):
     denoiser: module (latents [B, h, w, c], time [B], *conditioning) -> prediction [B, h, w, c].
     text: captions to the conditioning, see components/text.py; trained with the denoiser unless it is `FrozenText`.
     codec: images (paths, bytes, PIL images, arrays) to latents and back.
+    Parameters: {"denoiser": .., "codec": .., "text": ..}, without those of a part that has none.
     num_steps, guidance_scale: of the sampler; a scale of at most 1 means no guidance, one evaluation of the denoiser a
     step, as in diffusers. negative_prompt: what guidance leads away from, None: the null condition.
     caption_dropout: share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
@@ -83,33 +88,63 @@ class TextToImage(Component):
     ) -> Float[Array, "batch h w c"]:
         """Run the sampler from pure noise to clean latents."""
 
+    @property
+    def several_sizes(self) -> bool:
+        return isinstance(self.codec, FrozenCodec) and self.codec.several_sizes
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        parts = {"codec": isinstance(self.codec, FrozenCodec), "text": isinstance(self.text, FrozenText)}
+        return tuple(name for name, frozen in parts.items() if frozen)
+
     def init(self, key: PRNGKeyArray) -> Params:
         text_key, image_key = jax.random.split(key)
         latents = jnp.zeros((1, *self.codec.latent_shape))
         conditioning = [jnp.zeros(shape.shape, shape.dtype) for shape in self.text.shapes()]
-        return {
-            "denoiser": self.denoiser.init(image_key, latents, jnp.zeros(1), *conditioning)["params"],
-            **self.text.init(text_key),
+        frames = [jnp.zeros((1, 6))] if self.text.sized else []
+        params = {
+            "denoiser": self.denoiser.init(image_key, latents, jnp.zeros(1), *conditioning, *frames)["params"],
+            "codec": self.codec.init(jax.random.fold_in(key, 2)) if isinstance(self.codec, FrozenCodec) else {},
+            "text": self.text.init(text_key),
         }
+        return {name: tree for name, tree in params.items() if tree}
 
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
-        """Images and their captions -> latents and what the conditioner makes of the captions, each once.
+        """Images and their captions -> pixels or latents, and the captions' tokens.
 
-        An image that comes several times (the same object, as with several intermediates) is encoded once.
+        An image that comes several times (the same object, as with several intermediates) is read once.
         Raises `RecordError` for an image that cannot be read, a caption that is no string or is too long.
         """
-        once = {id(value): value for value in values}
-        places = {name: place for place, name in enumerate(once)}
-        rows = np.array([places[id(value)] for value in values], np.int32)
-        try:
-            latents, frames = (array[rows] for array in self.codec.encode(list(once.values())))
-        except RecordError:
-            # Again with every row, so that the error names the right one.
-            latents, frames = self.codec.encode(values)
-        features = {"latents": latents, "text": self.text.prepare(_captions(parents), frames)}
+        images, frames = self.codec.prepare(values)
+        texts = {"text": self.text.prepare(_captions(parents))}
         if self.caption_dropout:
-            features["null"] = self.text.prepare([None] * len(values), frames)
-        return features
+            # One row in memory, however many there are.
+            spread = lambda x: np.broadcast_to(x, (len(values), *x.shape[1:]))  # noqa: E731
+            texts["null"] = jax.tree.map(spread, self.text.prepare([None]))
+        if isinstance(self.text, FrozenText):
+            texts = {name: texts[encoded] for name, encoded in RAW_TEXTS.items() if encoded in texts}
+        return {**images, **texts, **({"frames": frames.astype(np.float32)} if self.text.sized else {})}
+
+    def raw(self, features: Features) -> Mapping[str, Raw]:
+        found = {}
+        if isinstance(self.codec, FrozenCodec) and "pixels" in features:
+            found["pixels"] = Raw(np.ndim(features["pixels"]) - 3, self.codec.batch_size)
+        if isinstance(self.text, FrozenText):
+            texts = [name for name in RAW_TEXTS if name in features]
+            found |= {name: Raw(np.ndim(features[name]["truncated"]), self.text.batch_size) for name in texts}
+        return found
+
+    def encode(self, params: Params, features: Features) -> Features:
+        """The latents of pixels, and the states of captions where the text encoders are frozen."""
+        raw = {name: jax.tree.map(jnp.asarray, features[name]) for name in self.raw(features)}
+        made = {name: entry for name, entry in features.items() if name not in raw}
+        for name, entry in raw.items():
+            if name in RAW_TEXTS:
+                states = self.text.encode(params["text"], entry)
+                made[RAW_TEXTS[name]] = {"encoded": states, "truncated": entry["truncated"]}
+            elif isinstance(self.codec, FrozenCodec):
+                made["latents"] = self.codec.encode(params["codec"], entry)
+        return made
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
         return self.log_prob_with_metrics(params, features, key)[0]
@@ -122,6 +157,12 @@ class TextToImage(Component):
         Metrics: that error as "mse", and "truncated", 1 where the caption was cut.
         arXiv 2311.12908, equation 14; the expectation over (t, eps) outside -log sigmoid bounds the loss from above.
         """
+        raw = self.raw(features)
+        if raw:
+            raise ValueError(
+                f"the features hold {', '.join(raw)}, which the frozen parts have still to encode: call "
+                "CompoundSystem.encode(params, features), or sysdpo_jax.encode_batch of a batch, before the step"
+            )
         features = jax.tree.map(jnp.asarray, features)
         latents = features["latents"]
         rows = latents.shape[0]
@@ -134,7 +175,7 @@ class TextToImage(Component):
             text = jax.tree.map(
                 lambda a, b: jnp.where(drop.reshape(rows, *(1,) * (a.ndim - 1)), b, a), text, features["null"]
             )
-        conditioning = self.text.encode(params, text)
+        conditioning = self._conditioning(params, text, features.get("frames"))
         prediction = self._predict(params, example.noisy, example.time, *conditioning)
         # Reduced in float32 whatever the model computes in: a rounding error here is multiplied by the weight.
         error = prediction.astype(jnp.float32) - example.target
@@ -147,26 +188,40 @@ class TextToImage(Component):
 
     def units(self, features: Features) -> Mapping[str, int]:
         """The images."""
-        return {"images": math.prod(features["latents"].shape[: -len(self.codec.latent_shape)])}
+        images = features["latents"] if "latents" in features else features["pixels"]
+        return {"images": math.prod(images.shape[:-3])}
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        """One image [height, width, channels] in [0, 1] for each caption."""
+        """One image [height, width, channels] in [0, 1] for each caption, of the codec's first size."""
         captions = _captions(parents)
-        frames = whole_frames(self.codec, len(captions))
-        text = self.text.prepare(captions, frames)
+        frames = whole_frames(self.codec, len(captions)).astype(np.float32) if self.text.sized else None
+        text = self._prepared_text(params, captions)
         negative = [self.negative_prompt] * len(captions)
-        null = self.text.prepare(negative, frames) if guides(self.guidance_scale) else None
-        return list(self.codec.decode(np.asarray(self._sample(params, text, null, key))))
+        null = self._prepared_text(params, negative) if guides(self.guidance_scale) else None
+        latents = np.asarray(self._sample(params, text, null, frames, key))
+        return list(self.codec.decode(params.get("codec", {}), latents))
+
+    def _prepared_text(self, params: Params, captions: Sequence[str | None]) -> Features:
+        text = self.text.prepare(captions)
+        if not isinstance(self.text, FrozenText):
+            return text
+        [made] = encode_together(self, params, [{"captions": text}])
+        return made["text"]
 
     @partial(jax.jit, static_argnums=0)
     def _sample(
-        self, params: Params, text: Features, null: Features | None, key: PRNGKeyArray
+        self, params: Params, text: Features, null: Features | None, frames: Array | None, key: PRNGKeyArray
     ) -> Float[Array, "batch h w c"]:
-        conditioning = self.text.encode(params, text)
-        unconditional = None if null is None else self.text.encode(params, null)
+        conditioning = self._conditioning(params, text, frames)
+        unconditional = None if null is None else self._conditioning(params, null, frames)
         noise = jax.random.normal(key, (conditioning[0].shape[0], *self.codec.latent_shape))
         predict = guided(partial(self._predict, params), conditioning, unconditional, self.guidance_scale)
         return self.denoise(predict, noise, jax.random.fold_in(key, 1))
+
+    def _conditioning(self, params: Params, text: Features, frames: Array | None) -> tuple[Array, ...]:
+        """What the denoiser is told, of captions whose states are there or whose encoders are trained."""
+        states = text["encoded"] if "encoded" in text else self.text.encode(params["text"], text)
+        return tuple(states) if frames is None else (*states, frames)
 
     def _predict(self, params: Params, latents: Array, time: Array, *conditioning: Array) -> Array:
         prediction: Any = self.denoiser.apply({"params": params["denoiser"]}, latents, time, *conditioning)

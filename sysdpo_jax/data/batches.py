@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -40,20 +41,27 @@ MULTIPLE = 8
 LOOKED_AT, TOGETHER = 50_000, 64
 
 
-def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> Callable[[int], PyTree]:
+@dataclass(frozen=True)
+class EpochBatches:
+    """`batch_at(step)`, made by `epoch_batches`. data: all rows; rows_at: the numbers of those of a step."""
+
+    data: PyTree
+    rows_at: Callable[[int], Int[np.ndarray, "batch"]]
+
+    def __call__(self, step: int) -> PyTree:
+        chosen = self.rows_at(step)
+        return jax.tree.map(lambda x: x[chosen], self.data)
+
+
+def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> EpochBatches:
     """`batch_at(step)`: rows of `data` (arrays with one leading axis), shuffled anew every epoch by (seed, epoch).
 
     Rows that do not fill a last batch are left out of that epoch. shard: (index, count) gives the index-th of count
     equal blocks of each batch, as `batch_shard(mesh)` says for this process; `data` are all rows nevertheless.
+    `Trainer.fit` encodes what of the data is raw once, before its first step.
     Raises `ValueError` for fewer rows than a batch or a batch that count does not divide.
     """
-    rows_at = epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard)
-
-    def batch_at(step: int) -> PyTree:
-        chosen = rows_at(step)
-        return jax.tree.map(lambda x: x[chosen], data)
-
-    return batch_at
+    return EpochBatches(data, epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard))
 
 
 def epoch_rows(

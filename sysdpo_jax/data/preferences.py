@@ -218,11 +218,7 @@ def _about_system(system: CompoundSystem | None, params: Params | None) -> list[
     if system is None:
         return []
     nodes = [replace(node, weight=1.0) for node in system.nodes]
-    frozen = {
-        f"{node.params_key}/{name}": fingerprints(params[node.params_key][name])
-        for node in system.nodes
-        for name in (node.component.frozen if params is not None else ())
-    }
+    frozen = {} if params is None else fingerprints(system.frozen_params(params))
     return [system.inputs, nodes, frozen]
 
 

@@ -98,7 +98,8 @@ def write_part(
     with partial.open("wb") as file:
         told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
         columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool), "kinds": np.array(kinds, str)}
-        np.savez(file, sizes=np.array(sizes, np.int32).reshape(count, len(axes)), **columns, **told)
+        columns["sizes"] = np.array(sizes, np.int32).reshape(count, len(axes))
+        np.savez(file, allow_pickle=False, **columns, **told)
     partial.replace(path.with_name(f"{path.name}{INDEX}"))
 
 

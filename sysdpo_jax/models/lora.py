@@ -35,6 +35,10 @@ TARGETS = {
 }
 
 
+# Entries of a text-to-image component, beside its denoiser, that a target names from the start or leaves alone.
+APART = ("text/", "codec/")
+
+
 class LoRAError(ValueError):
     """An adapter cannot be made as asked: the message names the setting or pattern and the remedy."""
 
@@ -44,8 +48,8 @@ class LoRA:
     """Which layers get factors, of which rank, and the scale alpha / rank of their product.
 
     targets: a name in TARGETS ("all_linear" is all dense layers but the language model's head) or a regex found in
-    the "/"-joined path of a dense layer, or a tuple of several. In a text-to-image component a regex that starts with
-    "^denoiser/" leaves trained text encoders alone.
+    the "/"-joined path of a dense layer, or a tuple of several. In a text-to-image component they are the denoiser's,
+    but for a regex that begins with "^text/", which is of text encoders: load them with train_text=True.
     """
 
     rank: int
@@ -132,10 +136,12 @@ def merged_kernel(leaves: Mapping[str, Any]) -> Float[Array, "*stack width featu
 def _targets(flat: Mapping[str, Any], lora: LoRA) -> list[str]:
     """The sorted paths of the dense layers that the patterns find."""
     dense = [path.removesuffix("/kernel") for path, leaf in flat.items() if _is_dense(path, leaf)]
+    apart = APART if any(path.startswith("denoiser/") for path in flat) else ()
     chosen: set[str] = set()
     for pattern in lora.patterns:
         regex = TARGETS.get(pattern, pattern)
-        found = [path for path in dense if re.search(regex, path)]
+        left = tuple(entry for entry in apart if not pattern.startswith(f"^{entry}"))
+        found = [path for path in dense if re.search(regex, path) and not path.startswith(left)]
         if not found:
             modules = {path.rpartition("/")[0] for path in flat}
             others = sorted(path for path in modules if path and re.search(regex, path))

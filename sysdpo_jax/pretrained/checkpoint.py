@@ -38,16 +38,16 @@ def load(
     """A component and its parameters from a Hugging Face checkpoint.
 
     A decoder's folder (config.json) or GGUF file gives a `LanguageModel`; a pipeline's folder (model_index.json) gives
-    a `Diffusion` or `FlowMatching` whose autoencoder and text encoders are frozen inside it.
+    a `Diffusion` or `FlowMatching` whose autoencoder and text encoders are frozen entries of the parameters.
     path_or_hub_id: local folder or file, or the name of a repository, of which `revision` is downloaded.
     dtype: of the computation. param_dtype: of the parameters, by default as they are stored; train whole models in
     float32. remat: what is recomputed in the backward pass, None, "full" or a policy of `models/remat.py`.
     shardings: function from abstract parameters to their shardings, for example
-    `functools.partial(tree_shardings, mesh)`, asked for frozen parts too; by default all are on the first device. Each
+    `functools.partial(tree_shardings, mesh)`; by default all are on the first device. Each
     device's block is read by itself: no host holds a whole model that it does not keep. variant: of the weights' file
     names, such as "fp16"; parts that lack it are read from their plain files.
     settings: fields of the component (max_new_tokens, guidance_scale ...); for pipelines also `train_text=True`, which
-    moves the text encoders from the frozen part to the parameters, and `parts`, folders or repositories that take the
+    makes the text encoders part of what is trained, and `parts`, folders or repositories that take the
     place of the pipeline's own parts, by their names in model_index.json, such as {"vae": "path"}; where a path is a
     whole pipeline it stands for its part of that name. {"text_encoder_3": None} leaves T5 out. Lists stand for tuples.
 
@@ -115,7 +115,8 @@ def save_adapter(path: str | Path, component: Component, params: Params, base_mo
             place for, by name: `save` writes it.
     """
     component = _writable(component, params)
-    others = [] if isinstance(component, LanguageModel) else [key for key in params if key != "denoiser"]
+    others = [key for key in params if key != "denoiser" and key not in component.frozen]
+    others = [] if isinstance(component, LanguageModel) else others
     if others:
         raise CheckpointError(
             f"only a denoiser's factors can be saved apart, not those of {', '.join(others)}: use save"

@@ -1,10 +1,11 @@
 """Text-to-image pipelines of diffusers as Diffusion and FlowMatching components, and back.
 
-The denoiser is what is trained; the autoencoder and, unless asked otherwise, the text encoders are frozen inside the
-component. A safety checker looks at finished pictures only: it is neither loaded nor written.
+The denoiser is what is trained; the autoencoder and, unless asked otherwise, the text encoders are frozen entries of
+the parameters. A safety checker looks at finished pictures only: it is neither loaded nor written.
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,16 @@ def load_pipeline(
     variant: str | None = None,
     parts: Any = None,
     train_text: bool = False,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | tuple[tuple[int, int], ...] | None = None,
     truncation: CaptionTruncation = "error",
     **settings: Any,
 ) -> tuple[Pipeline, Params]:
-    """The component of a pipeline's folder and its parameters, {"denoiser": ...} and the trained text encoders.
+    """The component of a pipeline's folder and its parameters, {"denoiser": .., "codec": .., "text": {..}}.
 
     parts: folders that take the place of the pipeline's own, by name, and None for what is left out, see `load`.
-    image_size: (height, width) of the pictures, by default what the denoiser was made for. truncation: of captions, see
-    `TextEncoder`. settings: fields of the component; steps and guidance are by default those of diffusers' pipeline.
+    image_size: (height, width) of the pictures, by default what the denoiser was made for, or several, see
+    `LatentCodec.sizes`. truncation: of captions, see `TextEncoder`. settings: fields of the component; steps and
+    guidance are by default those of diffusers' pipeline.
     """
     index = ConfigReader(read_json(path / "model_index.json"), str(path / "model_index.json"))
     kind = index.take("_class_name")
@@ -104,23 +106,23 @@ def load_pipeline(
     length = caption_length((folders[tokenizer_name(name)], tokenizers[name], stored[name].config) for name in clips)
     scheduler = _scheduler(folders["scheduler"] / "scheduler_config.json", kind)
     denoising, autoencoding = stored[denoiser_name(kind)], stored["vae"]
-    size = _image_size(kind, denoising, autoencoding, image_size)
+    sizes = _sizes(kind, denoising, autoencoding, image_size)
 
     denoiser, weights = denoising.load(dtype, param_dtype, _below(shardings, "denoiser"), remat=remat)
     # The autoencoder runs once, outside the step, and loses detail in half precision.
-    autoencoder, frozen = autoencoding.load("float32", param_dtype, _below(shardings, "vae"))
+    autoencoder, codec = autoencoding.load("float32", param_dtype, _below(shardings, "codec"))
     modules, text_params = {}, {}
     for name in encoders:
-        modules[name], text_params[name] = stored[name].load(dtype, param_dtype, _below(shardings, name))
+        modules[name], text_params[name] = stored[name].load(dtype, param_dtype, _below(shardings, "text", name))
     text = _text(kind, modules, tokenizers, length, truncation, zero_null, denoiser.config)
     common = {
         "source": _source(path, variant, folders),
         "denoiser": denoiser,
-        "text": text if train_text else FrozenText(text, text_params),
-        "codec": LatentCodec(autoencoder, frozen, size),
+        "text": text if train_text else FrozenText(text),
+        "codec": LatentCodec(autoencoder, sizes),
         **DEFAULTS[kind],
     }
-    params = {"denoiser": weights, **(text_params if train_text else {})}
+    params = {"denoiser": weights, "codec": codec, "text": text_params}
     if isinstance(scheduler, FlowEuler):
         return FlowMatching(**common | {"sampler": scheduler} | settings), params
     planned = {
@@ -142,7 +144,6 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
             "only a component with a LatentCodec is a pipeline of diffusers; this one works on pixels"
         )
     text = component.text.text if isinstance(component.text, FrozenText) else component.text
-    text_params = component.text.params if isinstance(component.text, FrozenText) else params
     kind, source = _kind(component, text), component.source
     written: dict[str, Any] = {"_class_name": kind, "image_encoder": [None, None]}
 
@@ -151,7 +152,7 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
         written[name] = write_part(folder / name, PARTS[name], module, params, below, ids)
 
     write(denoiser_name(kind), component.denoiser, params["denoiser"], {})
-    write("vae", component.codec.autoencoder, component.codec.params, {})
+    write("vae", component.codec.autoencoder, params["codec"], {})
     read = recalled(source, "model_index.json")
     for key in ENCODERS[kind]:
         beside, suffix = tokenizer_name(key), key.removeprefix("text_encoder")
@@ -159,7 +160,7 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
         written[key] = written[beside] = [None, None]
         if encoder is not None:
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write(key, encoder, text_params[key], ids)
+            write(key, encoder, params["text"][key], ids)
             (folder / beside).mkdir()
             below = None if source is None else source.below(beside)
             as_read = write_tokenizer(folder / beside, tokenizer, below)
@@ -247,14 +248,16 @@ def _scheduler(file: Path, kind: str) -> schedulers.DiffusionScheduler | FlowEul
     return scheduler
 
 
-def _image_size(kind: str, denoiser: Stored, autoencoder: Stored, wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the pictures, by default what the denoiser was made for."""
+def _sizes(kind: str, denoiser: Stored, autoencoder: Stored, wanted: Any) -> tuple[tuple[int, int], ...]:
+    """Heights and widths of the pictures, by default the one that the denoiser was made for."""
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    sides = np.broadcast_to(denoiser.config.sample_size or 64, 2).tolist()
-    height, width = wanted or (factor * sides[0], factor * sides[1])
+    height, width = np.broadcast_to(denoiser.config.sample_size or 64, 2).tolist()
+    sizes = wanted or (factor * height, factor * width)
+    sizes = sizes if isinstance(sizes[0], tuple) else (sizes,)
     if kind == SD3:
-        check_patches(denoiser.config, height / factor, width / factor, str(denoiser.folder / "config.json"))
-    return height, width
+        for height, width in sizes:
+            check_patches(denoiser.config, height / factor, width / factor, str(denoiser.folder / "config.json"))
+    return tuple(sizes)
 
 
 def _tokenizer(folder: Path, encoder: Any) -> Any:
@@ -273,6 +276,13 @@ def _tokenizer(folder: Path, encoder: Any) -> Any:
     return tokenizer
 
 
-def _below(shardings: Shardings | None, name: str) -> Shardings | None:
-    """Shardings of one subtree, asked for under its own name so that rules on paths see it."""
-    return None if shardings is None else lambda tree: shardings({name: tree})[name]
+def _below(shardings: Shardings | None, *names: str) -> Shardings | None:
+    """Shardings of one subtree, asked for under its own names so that rules on paths see them."""
+    if shardings is None:
+        return None
+
+    def below(tree: Any) -> Any:
+        placed = shardings(reduce(lambda inner, name: {name: inner}, reversed(names), tree))
+        return reduce(lambda outer, name: outer[name], names, placed)
+
+    return below

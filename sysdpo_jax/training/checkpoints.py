@@ -46,9 +46,10 @@ class CheckpointWriteError(OSError):
 class Checkpoints:
     """The newest `keep` checkpoints below `directory` and the best one, of equal ones the newest.
 
-    state: any state of the run, for its structure, placement, reference and frozen leaves. config: `{path: text}`.
-    best: by which metric of `save`; None keeps no best one. read_only: to look at the checkpoints of a run that may be
-    writing them now; of `config` it compares what it is given alone.
+    state: any state of the run, for its structure, placement, reference and frozen leaves; mask: which are trained,
+    see `SystemOptimizer.mask`. config: `{path: text}`. best: by which metric of `save`; None keeps no best one.
+    read_only: to look at the checkpoints of a run that may be writing them now; of `config` it compares what it is
+    given alone.
     Use it as a context manager: leaving waits until everything is written. Partial checkpoints that it finds are
     renamed to `<step>.corrupt-<number>` with a warning, and so are damaged ones by `restore`; not if it only reads.
     """

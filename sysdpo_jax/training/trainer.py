@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax.data.batches import Indexed, read_ahead
+from sysdpo_jax.data.batches import Indexed, PreferenceBatches, read_ahead
 from sysdpo_jax.data.intermediates import IntermediateSearch, SearchedBatches
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.locks import locked_folder
@@ -30,10 +30,12 @@ from sysdpo_jax.training.own_devices import on_own_devices
 from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, stop_requests
 from sysdpo_jax.training.profiling import Profile
 from sysdpo_jax.training.progress import ProgressFactory, progress, tell
+from sysdpo_jax.training.sources import encoded, encoder
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, TrainStep, make_train_step
 from sysdpo_jax.training.throughput import Throughput
 from sysdpo_jax.training.tracker import import_wandb
+from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import user_code
 
 # What gives the batch of a step, see `Trainer.fit`.
@@ -98,7 +100,8 @@ class Trainer:
         batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or what has
         it as an element (`preference_dataset`, or a dataset of Grain), which is read ahead in threads; or
         `SearchedBatches`, which keep what the policy drew in the directory's intermediates/. On several processes each
-        gives its own rows, see `batch_shard`.
+        gives its own rows, see `batch_shard`. Raw features are encoded by the state's frozen entries: the data of
+        `epoch_batches` once, before the first step, other batches when they come.
         SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
         are saved and `Preempted` is raised, which ends the script with exit code 0; so does Ctrl-C with
         `KeyboardInterrupt`, in one process. See `stop_requests`. A batch that does not come, or
@@ -156,7 +159,7 @@ class Trainer:
             done = int(state.step)
             rank_zero = jax.process_index() == 0
             best = None if self.best is None or self._best_evaluated else self.best[0]
-            batch_of, forget = self._source(batch_at, done, stack)
+            batch_of, forget = self._source(batch_at, done, state.params, stack)
             if done < steps:
                 batch_of = self._tried(batch_at, batch_of, state, key, best, asked)
             if rank_zero and accepted is not None:
@@ -251,19 +254,24 @@ class Trainer:
         return None if self.evaluation is None else Evaluator(self.evaluation, self.best, log, steps, asked.waiting)
 
     def _source(
-        self, batch_at: BatchSource, start: int, stack: ExitStack
+        self, batch_at: BatchSource, start: int, params: Params, stack: ExitStack
     ) -> tuple[Callable[[int, TrainState], PyTree], Callable[[int], None]]:
         """What gives the batch of (step, state), and what to tell the oldest checkpoint that may be resumed.
 
-        It is asked for the steps start, start + 1, ... while `stack` is open.
+        It is asked for the steps start, start + 1, ... while `stack` is open. params: whose frozen entries encode.
         """
+        encode = encoder(self.system, params)
         if isinstance(batch_at, SearchedBatches):
             search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
-            return lambda step, state: search.batch(step, lambda: on_own_devices(state.params)), search.forget
+            drawn = lambda step, state: search.batch(step, lambda: on_own_devices(state.params))  # noqa: E731
+            return lambda step, state: encode(drawn(step, state)), search.forget
         if callable(batch_at):
-            return lambda step, state: batch_at(step), lambda checkpoint: None
+            given = encoded(batch_at, encode)
+            return lambda step, state: given(step), lambda checkpoint: None
+        if isinstance(batch_at, PreferenceBatches):
+            batch_at.prepare(on_own_devices(self.system.frozen_params(params)))
         batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
-        return lambda step, state: next(batches), lambda checkpoint: None
+        return lambda step, state: encode(next(batches)), lambda checkpoint: None
 
     def _tried(
         self,

@@ -84,6 +84,6 @@ class Affine(nn.Module):
 def affine_by_hand(params, noisy, time, tokens):
     """What Affine answers on Embedding's texts, in float64 NumPy; params as `TextToImage.init` returns them."""
     mix, read, drift = (np.asarray(params["denoiser"][name], np.float64) for name in ("mix", "read", "drift"))
-    text = np.asarray(params["text_encoder"]["table"]["embedding"], np.float64)[np.asarray(tokens)]
+    text = np.asarray(params["text"]["text_encoder"]["table"]["embedding"], np.float64)[np.asarray(tokens)]
     noisy, time = np.asarray(noisy, np.float64), np.asarray(time, np.float64)
     return noisy @ mix + (text @ read).mean(1)[:, None, None] + (time / 1000)[:, None, None, None] * drift

@@ -1,7 +1,6 @@
 """The Diffusion component against the public Diffusion-DPO recipe, diffusers' schedules and formulas in NumPy."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sysdpo_jax import Diffusion, FrozenText, PixelCodec, RecordError, TextEncoder
+from sysdpo_jax import Diffusion, PixelCodec, RecordError, TextEncoder
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.components.text import check_truncation
 from sysdpo_jax.components.text_to_image import _stratified
@@ -274,41 +273,14 @@ def test_captions_know_no_other_truncation():
         check_truncation("keep_end")
 
 
-class CountingEncoder(TextEncoder):
-    """Notes how many rows each call encodes."""
-
-    calls: ClassVar[list[int]] = []
-
-    def encode(self, params, features):
-        jax.debug.callback(lambda rows: self.calls.append(int(rows)), features["tokens"].shape[0])
-        return super().encode(params, features)
-
-
-def test_a_frozen_encoder_runs_once_for_equal_captions():
-    """Seven rows, three captions: the states are those of the encoder in the step, and 4 rows are encoded (3 and one
-    of padding); the null condition of all rows is encoded once and takes one row of memory."""
-    inner = CountingEncoder(Embedding(), word_tokenizer(), 5)
-    params = inner.init(KEY)
-    frozen = FrozenText(inner, params)
-    captions, frames = ["a", "ball", "a", "cube", "a", "ball", "a"], np.zeros((7, 6), np.int32)
-    made = frozen.prepare(captions, frames)["encoded"][0]
-    null = frozen.prepare([None] * 7, frames)["encoded"][0]
-    jax.effects_barrier()
-    assert inner.calls == [4, 1]
-    (expected,) = TextEncoder.encode(inner, params, inner.prepare(captions, frames))
-    np.testing.assert_array_equal(made, expected)
-    assert null.shape == (7, 5, 4)
-    assert null.strides[0] == 0
-    assert frozen.prepare([], frames[:0])["encoded"][0].shape == (0, 5, 4)
-
-
 def test_patches_are_space_to_depth_and_back():
     codec = PixelCodec((4, 6, 3), patch=2)
     pictures = images(2)
-    latents, frames = codec.encode(pictures)
+    features, frames = codec.prepare(pictures)
+    latents = features["latents"]
     np.testing.assert_array_equal(frames, [[4, 6, 0, 0, 4, 6]] * 2)
     assert latents.shape == (2, *codec.latent_shape) == (2, 2, 3, 12)
     np.testing.assert_allclose(latents[1, 1, 2, 9:], 2 * pictures[1][3, 5] - 1, atol=1e-6)
-    np.testing.assert_allclose(codec.decode(latents), pictures, atol=1e-6)
+    np.testing.assert_allclose(codec.decode({}, latents), pictures, atol=1e-6)
     with pytest.raises(ValueError, match="patch 4 must divide"):
         PixelCodec((4, 6, 3), patch=4)

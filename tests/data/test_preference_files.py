@@ -138,8 +138,8 @@ def test_what_is_saved_is_read_back(tmp_path, suffix):
     [read] = load_preferences(tmp_path / f"pairs.{suffix}", BOTH)
     assert (read.inputs, read.chosen["caption"], read.rejected["caption"]) == ({"request": "a red"}, "ball", "a")
     for name, wanted in (("chosen", pixels), ("rejected", 255 - pixels)):
-        latents, _ = PAINTER.codec.encode([getattr(read, name)["image"]])
-        np.testing.assert_array_equal(np.rint(255 * PAINTER.codec.decode(latents)[0]), wanted)
+        latents = PAINTER.codec.prepare([getattr(read, name)["image"]]).features["latents"]
+        np.testing.assert_array_equal(np.rint(255 * PAINTER.codec.decode({}, latents)[0]), wanted)
 
 
 GOOD = {"inputs": {"request": "a red"}, "chosen": side(), "rejected": side("cube")}

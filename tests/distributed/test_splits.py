@@ -71,5 +71,5 @@ def test_the_tables_cut_kernels_over_fsdp_and_tensor(results):
     assert specs["lm/layers/self_attn/q_proj/kernel"] == "P(None, 'fsdp', 'tensor')"
     assert specs["lm/layers/self_attn/o_proj/kernel"] == "P(None, 'tensor', 'fsdp')"
     assert specs["lm/embed_tokens/embedding"] == "P('tensor', 'fsdp')"
-    assert specs["unet/text_encoder/layers_0/mlp/fc1/kernel"] == "P('fsdp', 'tensor')"
+    assert specs["unet/text/text_encoder/layers_0/mlp/fc1/kernel"] == "P('fsdp', 'tensor')"
     assert specs["unet/denoiser/mid_block/resnets_0/conv2/kernel"] == "P(None, None, 'tensor', 'fsdp')"

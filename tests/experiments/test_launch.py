@@ -226,10 +226,10 @@ def test_the_entry_point_loads_its_models_and_prepares_its_batches(tmp_path, mat
     trained = by_path(state.trained)
     assert {path.partition("/")[0] for path in trained} == {"writer", "painter"}
     assert all(is_lora(path) for path in trained)
-    # What runs in `prepare` belongs to the process, not to the mesh.
-    image = run.system.node("image").component
-    frozen = (image.codec.params, image.text.params)
-    assert {type(leaf.sharding) for leaf in jax.tree.leaves(frozen)} == {jax.sharding.SingleDeviceSharding}
+    # Frozen parts lie over the mesh as all others do.
+    frozen = run.system.frozen_params(run.params)["painter"]
+    assert set(frozen) == {"codec", "text"}
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(frozen)} == {run.mesh}
     batch = make_batches(run, read_preferences(run))[0]
     units = count_units(run.system, batch)
     assert (units["pairs_per_second"], units["images_per_second/image"]) == (2, 4)

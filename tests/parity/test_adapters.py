@@ -165,8 +165,8 @@ def test_diffusers_loads_a_unets_adapter(tmp_path):
     randomise(model, 1)
     denoiser = UNet2DCondition(UNetConfig(**UNET))
     text = TextEncoder(Embedding(), word_tokenizer(), 5)
-    component = Diffusion(denoiser=denoiser, text=FrozenText(text, text.init(KEY)), codec=PixelCodec((8, 8, 3)))
-    params = {"denoiser": torch_params(model)}
+    component = Diffusion(denoiser=denoiser, text=FrozenText(text), codec=PixelCodec((8, 8, 3)))
+    params = {"denoiser": torch_params(model), "text": text.init(KEY)}
     params = add_lora(params, LoRA(4, 6.0, ("attention", "proj_(in|out)$")), jax.random.key(1))
     params = add_lora(params, LoRA(2, 5.0, ("mlp", "time_emb")), jax.random.key(2))
     params = trained(component, params, lambda rng: rng.uniform(size=(8, 8, 3)).astype(np.float32))
@@ -348,5 +348,5 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         text=TextEncoder(Embedding(), word_tokenizer(), 5),
         codec=PixelCodec((8, 8, 3)),
     )
-    with pytest.raises(CheckpointError, match="not those of text_encoder"):
+    with pytest.raises(CheckpointError, match="not those of text"):
         save_adapter(tmp_path / "adapter", image, zeros(image))

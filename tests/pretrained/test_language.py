@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import sysdpo_jax as sj
 from sysdpo_jax import pretrained
 from sysdpo_jax.pretrained import CheckpointError
+from tests.components.painters import arrays_in
 from tests.components.stubs import word_tokenizer
 from tests.pretrained.checkpoints import FAMILIES, write_decoder
 
@@ -33,6 +34,7 @@ def test_log_probabilities_equal_transformers(family, tmp_path):
     component, params = pretrained.load(tmp_path, tokenizer=word_tokenizer())
     assert isinstance(component, sj.LanguageModel)
     assert component.decoder.config.model_type == family
+    assert [*arrays_in(component, family)] == []
     features = component.prepare(TEXTS[1], {"x": TEXTS[0]})
     ours = component.log_prob(params, features, jax.random.key(0))
     tokenizer = word_tokenizer()

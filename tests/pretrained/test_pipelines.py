@@ -15,6 +15,7 @@ from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText
 from sysdpo_jax.components.codec import whole_frames
 from sysdpo_jax.generation.samplers import Euler
 from sysdpo_jax.pretrained import CheckpointError
+from tests.components.painters import arrays_in
 from tests.pretrained.checkpoints import PIPELINES
 
 # diffusers' Euler scheduler makes an array of a tensor in a way that NumPy 2 deprecates.
@@ -71,6 +72,59 @@ def test_pictures_equal_those_of_diffusers(name, made):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sdxl"))])
+def test_pictures_that_are_not_square_equal_those_of_diffusers(name, made):
+    """Another height than width, as the first of several sizes; a picture of that shape is encoded in it."""
+    pipe, folder = made(name)
+    component, params = pretrained.load(folder, num_steps=2, guidance_scale=1.0, image_size=[[12, 20], [16, 16]])
+    assert component.codec.sizes == ((12, 20), (16, 16))
+    ours = np.stack(component.sample(params, {"caption": CAPTIONS}, KEY))
+    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
+    theirs = pipe(
+        prompt=CAPTIONS,
+        latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        height=12,
+        width=20,
+        output_type="np",
+    ).images
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+    raw = component.prepare([np.zeros((30, 50, 3), np.uint8)], {"caption": ["a"]})
+    features = component.encode(params, raw)
+    assert features["latents"].shape == (1, *component.codec.latent_shape)
+    if name == "sdxl":
+        np.testing.assert_array_equal(raw["frames"], [[30, 50, 0, 0, 12, 20]])
+    square = component.prepare([np.zeros((30, 32, 3), np.uint8)], {"caption": ["a"]})
+    assert square["pixels"].shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_no_field_of_a_component_holds_an_array(name, made):
+    """Loading twice with other weights gives equal components, which are one to what is compiled."""
+    _, folder = made(name)
+    component, params = pretrained.load(folder)
+    assert [*arrays_in(component, name)] == []
+    assert jax.tree.map(np.shape, jax.eval_shape(component.init, KEY)) == jax.tree.map(np.shape, params)
+    again, _ = pretrained.load(folder)
+    assert again == component
+    assert hash(again) == hash(component)
+
+
+def test_what_the_parameters_hold_is_what_is_saved(made, tmp_path):
+    """Another autoencoder and text encoder in the parameters are those of the written pipeline."""
+    pipe, folder = made("sd1")
+    component, params = pretrained.load(folder)
+    moved = params | {name: jax.tree.map(lambda x: x + 1, params[name]) for name in ("codec", "text")}
+    pretrained.save(tmp_path / "out", component, moved)
+    for part in ("vae", "text_encoder", "unet"):
+        [file] = (tmp_path / "out" / part).glob("*.safetensors")
+        theirs = pipe.components[part].state_dict()
+        for key, tensor in load_file(file).items():
+            expected = theirs[key if key in theirs else key.removeprefix("text_model.")]
+            assert torch.equal(tensor, expected if part == "unet" else expected + 1), (part, key)
+
+
 @pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
 def test_without_a_negative_prompt_guidance_leads_away_from_the_null_condition(name, made):
     """SDXL's is all zeros, the others' that of the empty caption, as in diffusers. Tolerance as above."""
@@ -101,23 +155,25 @@ def test_a_guidance_scale_of_at_most_one_is_none_as_in_diffusers(name, scale, ma
 @pytest.mark.parametrize("name", ["sd1", "sd3"])
 def test_latents_are_the_scaled_means_of_the_autoencoder(name, made):
     pipe, folder = made(name)
-    component, _ = pretrained.load(folder)
-    images = list(np.random.default_rng(0).uniform(size=(5, 16, 16, 3)).astype(np.float32))
-    features = component.prepare(images, {"caption": ["a"] * 5})
+    component, params = pretrained.load(folder)
+    images = list(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8))
+    features = component.encode(params, component.prepare(images, {"caption": ["a"] * 5}))
     with torch.no_grad():
-        pixels = torch.tensor(np.stack(images).transpose(0, 3, 1, 2)) * 2 - 1
+        pixels = torch.tensor(np.stack(images).transpose(0, 3, 1, 2)) / 255 * 2 - 1
         config = pipe.vae.config
         mean = pipe.vae.encode(pixels).latent_dist.mode()
         expected = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
     np.testing.assert_allclose(features["latents"], expected.numpy().transpose(0, 2, 3, 1), rtol=0, atol=1e-4)
+    # A picture that was sampled is that of the file which holds it.
+    floats = component.prepare([image / 255 for image in images], {"caption": ["a"] * 5})
+    np.testing.assert_array_equal(floats["pixels"], np.stack(images))
 
 
 def test_sdxl_is_told_how_its_pictures_were_cut(made):
     _, folder = made("sdxl")
     component, _ = pretrained.load(folder)
     features = component.prepare([np.zeros((20, 40, 3)), np.zeros((16, 16, 3))], {"caption": ["a", "b"]})
-    frames = features["text"]["encoded"][2]
-    np.testing.assert_array_equal(frames, [[20, 40, 0, 8, 16, 16], [16, 16, 0, 0, 16, 16]])
+    np.testing.assert_array_equal(features["frames"], [[20, 40, 0, 8, 16, 16], [16, 16, 0, 0, 16, 16]])
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -151,21 +207,24 @@ def test_text_encoders_can_be_trained(made):
     _, folder = made("sdxl")
     frozen, weights = pretrained.load(folder)
     trained, more = pretrained.load(folder, train_text=True)
-    assert set(weights) == {"denoiser"}
-    assert set(more) == {"denoiser", "text_encoder", "text_encoder_2"}
+    assert set(weights) == set(more) == {"denoiser", "codec", "text"}
+    assert set(more["text"]) == {"text_encoder", "text_encoder_2"}
     assert isinstance(frozen.text, FrozenText)
+    assert (frozen.frozen, trained.frozen) == (("codec", "text"), ("codec",))
     assert jax.tree.map(np.shape, jax.eval_shape(trained.init, KEY)) == jax.tree.map(np.shape, more)
     assert jax.tree.map(np.shape, jax.eval_shape(frozen.init, KEY)) == jax.tree.map(np.shape, weights)
     images = list(np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype(np.float32))
     values = [
-        jax.jit(component.log_prob)(params, component.prepare(images, {"caption": CAPTIONS}), KEY)
+        jax.jit(component.log_prob)(
+            params, component.encode(params, component.prepare(images, {"caption": CAPTIONS})), KEY
+        )
         for component, params in ((frozen, weights), (trained, more))
     ]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
-    features = trained.prepare(images, {"caption": CAPTIONS})
+    features = trained.encode(more, trained.prepare(images, {"caption": CAPTIONS}))
     gradient = jax.jit(jax.grad(lambda p: trained.log_prob(p, features, KEY).sum() / 50_000))(more)
     for name in ("text_encoder", "text_encoder_2"):
-        assert max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient[name])) > 0
+        assert max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient["text"][name])) > 0
 
 
 @pytest.mark.slow
@@ -177,7 +236,7 @@ def test_long_captions_are_refused_or_cut_and_counted(made):
     with pytest.raises(ValueError, match="caption in row 1 has 35 tokens, more than the 24"):
         component.prepare(images, {"caption": ["a", caption]})
     component, params = pretrained.load(folder, truncation="keep_start")
-    features = component.prepare(images, {"caption": ["a", caption]})
+    features = component.encode(params, component.prepare(images, {"caption": ["a", caption]}))
     _, metrics = component.log_prob_with_metrics(params, features, KEY)
     np.testing.assert_array_equal(metrics["truncated"], [0, 1])
 
