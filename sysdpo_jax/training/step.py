@@ -150,12 +150,10 @@ class TrainStep:
     ) -> tuple[Mutable, StepMetrics]:
         def loss_of(trained: Params, part: PyTree, key: Keys) -> tuple[Array, Aux]:
             state = TrainState(*old._replace(trained=trained), frozen, reference)
-            loss, aux = self.objective(self.system, state.params, state.reference_params, part, key)
-            if not isinstance(aux, Aux):
-                raise TypeError(
-                    f"the objective returned a {type(aux).__name__} beside its loss: return (loss, Aux(terms, metrics))"
-                )
-            return loss, aux
+            made = self.objective(self.system, state.params, state.reference_params, part, key)
+            if not isinstance(made, tuple) or [isinstance(x, Aux) for x in made] != [False, True]:
+                raise TypeError(f"the objective returned {_kinds(made)}: return (loss, Aux(terms, metrics))")
+            return made
 
         step_key = jax.random.fold_in(key, old.step)
         with activation_rules(self.mesh):
@@ -215,6 +213,10 @@ class TrainStep:
         gradients = {name: jnp.isfinite(norms.get(self.system.node(name).params_key, 0.0)) for name in terms}
         sound = _all_finite(terms)
         return {name: jnp.where(sound, gradients[name], jnp.isfinite(term)) for name, term in terms.items()}
+
+
+def _kinds(value: Any) -> str:
+    return f"({', '.join(map(_kinds, value))})" if type(value) is tuple else type(value).__name__
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:

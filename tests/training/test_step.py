@@ -217,20 +217,31 @@ def test_figures_are_computed_from_terms_and_never_from_names(accumulate):
     assert np.isnan(metrics["rewards/margins/nobody"])
 
 
-def test_an_objective_without_terms_is_trained_and_another_return_refused():
-    def plain(system, params, reference, batch, key):
-        return DirectObjective()(system, params, reference, batch, key)[0], Aux({}, {})
-
-    def stale(system, params, reference, batch, key):
-        return plain(system, params, reference, batch, key)[0], {"loss": 0.0}
+def test_an_objective_without_terms_is_trained():
+    def objective(*args):
+        return DirectObjective()(*args)[0], Aux({}, {})
 
     optimizer = three()
-    state = create_state(CHAIN, CHAIN.init(KEY), optimizer)
-    with pytest.raises(TypeError, match=r"returned a dict beside its loss: return \(loss, Aux\(terms, metrics\)\)"):
-        make_train_step(CHAIN, stale, optimizer)(state, pairs(8), KEY)
-    state, metrics = make_train_step(CHAIN, plain, optimizer)(state, pairs(8), KEY)
+    step = make_train_step(CHAIN, objective, optimizer)
+    state, metrics = step(create_state(CHAIN, CHAIN.init(KEY), optimizer), pairs(8), KEY)
     assert int(state.step) == 1
     assert set(metrics) == {"loss", "finite", "grad_norm/a", "grad_norm/b", "clipped/a", "clipped/b"}
+
+
+@pytest.mark.parametrize(
+    ("returned", "kinds"),
+    [
+        (lambda loss: loss, r"\w+Tracer"),
+        (lambda loss: (loss, {"loss": loss}), r"\(\w+Tracer, dict\)"),
+        (lambda loss: (loss, ({}, {})), r"\(\w+Tracer, \(dict, dict\)\)"),
+        (lambda loss: (loss, Aux({}, {}), {}), r"\(\w+Tracer, Aux, dict\)"),
+    ],
+)
+def test_what_is_not_a_loss_and_aux_is_refused(returned, kinds):
+    optimizer = three()
+    step = make_train_step(CHAIN, lambda *args: returned(DirectObjective()(*args)[0]), optimizer)
+    with pytest.raises(TypeError, match=rf"the objective returned ({kinds}): return \(loss, Aux\(terms, metrics\)\)"):
+        step(create_state(CHAIN, CHAIN.init(KEY), optimizer), pairs(8), KEY)
 
 
 def test_a_bad_update_changes_nothing():
