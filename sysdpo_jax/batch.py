@@ -14,7 +14,7 @@ from sysdpo_jax.typing import Features, Params
 
 
 class PairBatch(NamedTuple):
-    """Preferences ready for the step: two feature trees, as `CompoundSystem.prepare` returns them.
+    """Preferences for the step: two feature trees, as `CompoundSystem.prepare` and then `encode` return them.
 
     reference: `{node: (chosen, rejected)}` in nats, each [batch], of nodes whose reference was evaluated before,
     see `training.precompute_reference`.

@@ -74,7 +74,9 @@ def _each_once(function: Callable[[PyTree], PyTree], trees: Sequence[PyTree], at
         # A row is the first of its kind where the number of its kind is one higher than all before it.
         highest = np.maximum.accumulate([known - 1, *own])
         firsts.append(np.flatnonzero(np.diff(highest)).tolist())
-    parts = [in_slices(function, tree, rows, at_once) for tree, rows in zip(trees, firsts, strict=True)]
+    # Trees without a row of their own have nothing to add, but for the shapes where there is no other.
+    new = [(tree, rows) for tree, rows in zip(trees, firsts, strict=True) if rows] or [(trees[0], [])]
+    parts = [in_slices(function, tree, rows, at_once) for tree, rows in new]
     whole = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
     return [jax.tree.map(lambda x, rows=rows: _spread(x, rows), whole) for rows in inverse]
 

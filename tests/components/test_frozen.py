@@ -8,8 +8,9 @@ import pytest
 
 from sysdpo_jax import CompoundSystem, Diffusion, GraphError, LatentCodec, Node, Tool, bucket_sizes
 from sysdpo_jax.components.base import Component, Raw
+from sysdpo_jax.encoding import encode_sides
 from sysdpo_jax.models.lora import LoRA, add_lora
-from tests.components.painters import VAE, arrays_in, encoded_since, images, painter
+from tests.components.painters import VAE, CountingCodec, arrays_in, encoded_since, images, painter
 
 KEY = jax.random.key(0)
 
@@ -208,3 +209,21 @@ def test_bucket_sizes_are_sdxls():
 def test_bad_sizes_are_refused(sizes):
     with pytest.raises((ValueError, TypeError), match=r"sizes is empty|must be a \(height, width\)|Type-check"):
         LatentCodec(VAE, sizes)
+
+
+def test_sides_of_other_sizes_are_encoded_apart_and_equal_ones_once():
+    """Sides that were prepared by themselves may have sizes of their own; what both hold is encoded once."""
+    node = painter(codec=CountingCodec(VAE, SIZES, 2))
+    params = {"image": node.init(KEY)}
+    nodes = (Node("image", node, ("caption",)),)
+    wide, square = (
+        {"image": node.prepare([np.full((*shape, 3), 90, np.uint8)] * 2, {"caption": ["a", "ball"]})}
+        for shape in ((9, 20), (9, 9))
+    )
+    encoded_since()
+    made = encode_sides(nodes, params, [wide, square, wide])
+    assert encoded_since() == ([2], [1, 1])
+    assert [side["image"]["latents"].shape for side in made] == [(2, 4, 8, 2), (2, 4, 4, 2), (2, 4, 8, 2)]
+    [alone] = encode_sides(nodes, params, [square])
+    for x, y in zip(jax.tree.leaves(made[1]), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -10,11 +10,15 @@ pytestmark = pytest.mark.slow
 
 
 def test_losses_are_those_of_one_process(tmp_path):
-    """Of data that are held whole and of a dataset's batches: 1e-5, the devices add in another order."""
+    """Of data that are held whole and of a dataset's batches.
+
+    2e-4 of losses that move by 0.1 a step: the parts encode and add in another order, and a log-probability multiplies
+    the rounding of a mean squared error by thousands.
+    """
     for number in (1, 2):
         finished(number, ["-m", "tests.distributed.frozen_parts", tmp_path / str(number)])
     for source in ("whole", "dataset"):
         one, two = (losses(tmp_path / str(number) / source) for number in (1, 2))
         assert len(one) == 2
-        assert len(set(one)) == 2
-        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+        assert abs(one[1] - one[0]) > 0.02
+        np.testing.assert_allclose(two, one, rtol=0, atol=2e-4)
