@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sysdpo_jax.data.records import PreferenceRecord
+from sysdpo_jax.values import from_json, to_json
 
 # Rows and bytes that wait in memory to be written together. A file of many small parts is slow to open.
 TOGETHER, BYTES_TOGETHER = 1000, 2**26
@@ -56,11 +57,13 @@ def packed(value: Any, blobs: list[bytes]) -> Any:
         return {BYTES: len(blobs) - 1}
     if isinstance(value, Mapping):
         return {name: packed(item, blobs) for name, item in value.items()}
-    return [packed(item, blobs) for item in value] if isinstance(value, list | tuple) else value
+    return [packed(item, blobs) for item in value] if isinstance(value, list | tuple) else to_json(value)
 
 
 def unpacked(value: Any, blobs: Sequence[bytes]) -> Any:
     """What `packed` was given."""
     if isinstance(value, dict):
-        return blobs[value[BYTES]] if BYTES in value else {name: unpacked(item, blobs) for name, item in value.items()}
+        if BYTES in value:
+            return blobs[value[BYTES]]
+        return from_json({name: unpacked(item, blobs) for name, item in value.items()})
     return [unpacked(item, blobs) for item in value] if isinstance(value, list) else value

@@ -7,6 +7,7 @@ from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.records import SIDES, PreferenceRecord
 from sysdpo_jax.graph import CompoundSystem, Known
 from sysdpo_jax.typing import Record
+from sysdpo_jax.values import SampledText
 
 
 def with_tools(system: CompoundSystem, rows: Sequence[Record], known: Known) -> list[Any]:
@@ -46,4 +47,4 @@ def is_plain(value: Any) -> bool:
         return all(type(name) is str for name in value) and all(map(is_plain, value.values()))
     if type(value) is list:
         return all(map(is_plain, value))
-    return value is None or type(value) in (str, int, float, bool, bytes)
+    return value is None or type(value) in (str, SampledText, int, float, bool, bytes)
