@@ -224,7 +224,8 @@ class LanguageModel(Component):
         }
 
     def padding(self, features: Features) -> float:
-        return 1 - float(np.sum(features["lengths"])) / max(1, np.size(features["tokens"]))
+        places = np.size(features["tokens"])
+        return 1 - float(np.sum(features["lengths"])) / places if places else 0.0
 
     def units(self, features: Features) -> Mapping[str, int]:
         """The tokens of prompts and completions; padding is none."""

@@ -266,7 +266,7 @@ def test_a_long_prompt_of_messages_is_cut_after_its_completion_was_found():
 def test_samples_are_prepared_as_they_were_drawn(torch_model, params):
     """The share in 4000 draws of each text of two words is exp(log_prob) of it, within 5 standard errors.
 
-    Shorter texts are left out: tokens like <unk> are dropped from a text, so it stands for more than one draw.
+    Shorter texts are left out: padding and starts are dropped from a text, so it stands for more than one draw.
     """
     node = component(max_new_tokens=2)
     draws = node.sample(params, {"x": ["a red"] * 4000}, KEY)
