@@ -1,5 +1,6 @@
-"""Columns of values on disk: strings, numbers and equally shaped arrays, in a file that cannot hold code."""
+"""Columns of values on disk: texts, numbers and equally shaped arrays, in a file that cannot hold code."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-# numpy's own arguments are names too.
-PREFIX = "column "
+from sysdpo_jax.values import SampledText, from_json, to_json
+
+# numpy's own arguments are names too. Columns of sampled texts, or of lists of them, are texts in JSON.
+PREFIX, SAMPLED = "column ", "sampled "
 
 
 def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
@@ -18,6 +21,9 @@ def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
     """
     arrays = {}
     for name, column in columns.items():
+        if any(map(_is_sampled, column)):
+            arrays[f"{SAMPLED}{name}"] = np.array([json.dumps(to_json(value)) for value in column])
+            continue
         try:
             arrays[name] = np.asarray(column)
         except ValueError as error:
@@ -37,7 +43,19 @@ def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
 def load_columns(path: Path) -> dict[str, np.ndarray]:
     """Undo `save_columns`."""
     with np.load(path, allow_pickle=False) as columns:
-        return {name.removeprefix(PREFIX): column for name, column in columns.items()}
+        return dict(_loaded(name.removeprefix(PREFIX), column) for name, column in columns.items())
+
+
+def _loaded(name: str, column: np.ndarray) -> tuple[str, np.ndarray]:
+    if not name.startswith(SAMPLED):
+        return name, column
+    values = np.empty(len(column), object)
+    values[:] = [from_json(json.loads(text)) for text in column]
+    return name.removeprefix(SAMPLED), values
+
+
+def _is_sampled(value: Any) -> bool:
+    return isinstance(value, SampledText) or (isinstance(value, list) and any(map(_is_sampled, value)))
 
 
 def as_values(column: np.ndarray) -> list[Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, PyTree, UInt32
 
+from sysdpo_jax.components.sampled_text import fingerprint
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.user_code import is_users, name_of
 
@@ -96,7 +97,7 @@ def digest(value: Any) -> str:
 
 def _detailed(value: Any) -> Any:
     if hasattr(value, "get_vocab"):
-        return [_tokenizer(value), str(value.chat_template)]
+        return [fingerprint(value), _cutting(value), str(value.chat_template)]
     if isinstance(value, functools.partial):
         return [_detailed(value.func), _detailed(value.args), _detailed(value.keywords)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -114,10 +115,11 @@ def _detailed(value: Any) -> Any:
     return _source(value) if callable(value) else type(value).__qualname__
 
 
-def _tokenizer(tokenizer: Any) -> str:
+def _cutting(tokenizer: Any) -> dict[str, Any]:
+    """How a tokenizer cuts texts; what a call leaves set in it, for the next one, is none of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    whole = {} if backend is None else json.loads(backend.to_str())
+    return {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
 
 
 def _source(code: Any) -> list[str]:

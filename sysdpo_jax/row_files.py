@@ -1,7 +1,7 @@
 """Files of rows: any of them is found by its number, few are in memory, and equal arrays are stored once.
 
-A row is made of what JSON has, bytes, arrays and tuples. A file is two Arrow files, of the rows as texts in JSON and of
-what JSON cannot hold, its leaves; both are written whole or not at all, and read memory-mapped.
+A row is made of what JSON has, sampled texts, bytes, arrays and tuples. A file is two Arrow files, of the rows as texts
+in JSON and of what JSON cannot hold, its leaves; both are written whole or not at all, and read memory-mapped.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sysdpo_jax.values import from_json, to_json
 
 # Rows and bytes that wait in memory to be written together. A file of many small parts is slow to open.
 TOGETHER, BYTES_TOGETHER = 1024, 2**26
@@ -31,7 +33,7 @@ def pack(value: Any, leaf: Callable[[bytes | np.ndarray], int]) -> Any:
     if isinstance(value, list | tuple):
         packed = [pack(item, leaf) for item in value]
         return packed if isinstance(value, list) else {TUPLE: packed}
-    return value
+    return to_json(value)
 
 
 def unpack(value: Any, leaf: Callable[[int], Any]) -> Any:
@@ -43,7 +45,9 @@ def unpack(value: Any, leaf: Callable[[int], Any]) -> Any:
     for mark in (BYTES, ARRAY):
         if mark in value:
             return leaf(value[mark])
-    return tuple(unpack(value[TUPLE], leaf)) if TUPLE in value else {n: unpack(item, leaf) for n, item in value.items()}
+    if TUPLE in value:
+        return tuple(unpack(value[TUPLE], leaf))
+    return from_json({name: unpack(item, leaf) for name, item in value.items()})
 
 
 def write_row_file(path: Path, rows: Iterable[Any]) -> int:

@@ -1,11 +1,71 @@
-"""Raw values of records: which are the same."""
+"""Raw values of records: texts that remember how they were made, their form in JSON, and which values are the same."""
 
 import hashlib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+# How a sampled text ended: at the tokenizer's end of sequence, at another token that stops, or for want of room.
+End = Literal["end", "stop", "cut"]
+# The names of a sampled text in JSON, all of them and no other.
+TEXT, TOKENS, END, TOKENIZER = FIELDS = ("text", "tokens", "end", "tokenizer")
+
+
+class SampledText(str):
+    """A text that a language model made, which carries the tokens that it is made of.
+
+    It equals and hashes like its text: two samples that read the same are one value to whatever reads them, whatever
+    their tokens. What str's methods make of it, such as `upper()`, is a plain text.
+
+    Attributes:
+        tokens: The ids that the model made, with the one that ended the text where there is one.
+        end: How the text ended.
+        tokenizer: The fingerprint of the tokenizer whose ids they are, see `components.sampled_text`.
+    """
+
+    tokens: tuple[int, ...]
+    end: End
+    tokenizer: str
+
+    def __new__(cls, text: str, tokens: Iterable[int], end: End, tokenizer: str) -> "SampledText":
+        made = super().__new__(cls, text)
+        made.tokens, made.end, made.tokenizer = tuple(map(int, tokens)), end, tokenizer
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What copies are made of."""
+        return str(self), self.tokens, self.end, self.tokenizer
+
+
+def to_json(value: Any) -> Any:
+    """The value with an object {"text", "tokens", "end", "tokenizer"} in the place of each sampled text.
+
+    Everything else stays as it is, in new lists and dicts.
+    """
+    if isinstance(value, SampledText):
+        return dict(zip(FIELDS, (str(value), list(value.tokens), value.end, value.tokenizer), strict=True))
+    if isinstance(value, Mapping):
+        return {name: to_json(item) for name, item in value.items()}
+    return [to_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given. Such an object without tokens is a plain text, as tables write it beside others."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) != set(FIELDS) or not isinstance(value[TEXT], str) or not isinstance(value[TOKENS], list):
+        return {name: from_json(item) for name, item in value.items()}
+    text, tokens, end = value[TEXT], value[TOKENS], value[END]
+    if not tokens:
+        return text
+    whole = all(type(token) is int and token >= 0 for token in tokens)
+    if not whole or end not in get_args(End) or not isinstance(value[TOKENIZER], str):
+        return dict(value)
+    return SampledText(text, tokens, end, value[TOKENIZER])
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
@@ -27,7 +87,10 @@ def content(value: Any) -> Hashable:
         return "list", tuple(content(item) for item in value)
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, str | int | float | bytes | PurePath):
+    if isinstance(value, str):
+        # A sampled text is its text here: what reads it cannot tell it from another one with the same letters.
+        return "str", str(value)
+    if value is None or isinstance(value, int | float | bytes | PurePath):
         return type(value).__name__, value
     array = np.asarray(value)
     if array.dtype.hasobject:
@@ -56,4 +119,4 @@ def is_plain(value: Any) -> bool:
         return all(type(name) is str for name in value) and all(map(is_plain, value.values()))
     if type(value) is list:
         return all(map(is_plain, value))
-    return value is None or type(value) in (str, int, float, bool, bytes)
+    return value is None or type(value) in (str, SampledText, int, float, bool, bytes)

@@ -16,7 +16,7 @@ ALLOWED = {
     "generation": {"models"},
     "components": {"models", "generation"},
     "batch": {"encoding", "graph"},
-    "manifest": set(),
+    "manifest": {"components.sampled_text"},
     "plates": {"components"},
     "nodes": {"components"},
     "encoding": {"components", "nodes"},

@@ -117,7 +117,9 @@ def language(name: str, config: DecoderConfig, pairs: int, length: int, rate: fl
             "tokens": rng.integers(0, config.vocab_size, shapes["tokens"].shape, np.int32),
             "prompt_lengths": np.full(pairs, length // 2, np.int32),
             "lengths": np.full(pairs, length, np.int32),
+            "completion": np.ones(shapes["completion"].shape, bool),
             "truncated": np.zeros(pairs, np.float32),
+            "retokenized": np.zeros(pairs, np.float32),
         }
 
     return Case(name, model, f"{pairs} pairs x {length} tokens", optax.adamw(rate), side, lora_rank)

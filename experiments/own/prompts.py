@@ -8,6 +8,7 @@ import sysdpo_jax as sj
 from experiments.own.config import ConfigError
 from experiments.own.runs_file import read_lines
 from sysdpo_jax.data.formats import refuse_unread
+from sysdpo_jax.values import from_json
 
 
 def read_prompts(path: str | Path, system: sj.CompoundSystem, ignore: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -42,4 +43,4 @@ def read_prompts(path: str | Path, system: sj.CompoundSystem, ignore: Sequence[s
             refuse_unread(row, system.inputs, ignore)
         except sj.RecordError as error:
             raise ConfigError(f"{path}, prompt {number}: {error}") from None
-    return [{name: row[name] for name in system.inputs} for row in rows]
+    return [{name: from_json(row[name]) for name in system.inputs} for row in rows]

@@ -1,4 +1,4 @@
-"""Files of runs: a line each, {"id", "inputs", "outputs"}, images as PNG beside them."""
+"""Files of runs: a line each, {"id", "inputs", "outputs"}; images as PNG beside them, sampled texts with tokens."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from experiments.own.config import ConfigError, write_whole
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
 from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
+from sysdpo_jax.values import SampledText, from_json, to_json
 
 Run = dict[str, Any]
 # How `ImageFiles` names an image. Not by the file of runs: that may be renamed, or joined from those of processes.
@@ -79,7 +80,10 @@ def values_of(run: Run) -> dict[str, Any]:
 
 
 def with_images(run: Run, path: Path) -> Run:
-    """The run of the file at `path` with arrays for the paths of images. Raises `ConfigError` naming the run."""
+    """The run of the file at `path` with arrays for the paths of images, and sampled texts for their objects.
+
+    Raises `ConfigError` naming the run.
+    """
 
     def opened(value: str) -> Any:
         try:
@@ -87,7 +91,7 @@ def with_images(run: Run, path: Path) -> Run:
         except RecordError as error:
             raise ConfigError(f"{path}, run {run['id']}: {str(error).replace(' in row 0', '')}") from None
 
-    return run | {part: _mapped(opened, run[part]) for part in ("inputs", "outputs")}
+    return run | {part: _mapped(opened, from_json(run[part])) for part in ("inputs", "outputs")}
 
 
 def lacks_images(run: Run, path: Path) -> bool:
@@ -98,19 +102,21 @@ def lacks_images(run: Run, path: Path) -> bool:
         found.append((path.parent / image).is_file())
         return image
 
-    _mapped(looked_for, run)
+    _mapped(looked_for, from_json(run))
     return not all(found)
 
 
 def moved(value: Any, source: Path, target: Path) -> Any:
     """A value of the file `source` with the paths of images as a file at `target` has them."""
-    return _mapped(lambda path: os.path.relpath(source.parent / path, target.parent), value)
+    return to_json(_mapped(lambda path: os.path.relpath(source.parent / path, target.parent), from_json(value)))
 
 
 def _mapped(change: Callable[[str], Any], value: Any) -> Any:
-    """The value with what `change` makes of the paths of images in it."""
+    """The value with what `change` makes of the paths of images in it. What a model wrote is none."""
     if isinstance(value, dict):
         return {name: _mapped(change, item) for name, item in value.items()}
     if isinstance(value, list):
         return [_mapped(change, item) for item in value]
-    return change(value) if isinstance(value, str) and IMAGE.fullmatch(value) else value
+    if isinstance(value, SampledText) or not isinstance(value, str):
+        return value
+    return change(value) if IMAGE.fullmatch(value) else value

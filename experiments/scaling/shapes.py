@@ -125,7 +125,9 @@ def text_features(component: LanguageModel, *leading: int) -> dict[str, Any]:
         "tokens": jax.ShapeDtypeStruct((*leading, length), jnp.int32),
         "prompt_lengths": count,
         "lengths": count,
+        "completion": jax.ShapeDtypeStruct((*leading, component.max_new_tokens), jnp.bool_),
         "truncated": jax.ShapeDtypeStruct(leading, jnp.float32),
+        "retokenized": jax.ShapeDtypeStruct(leading, jnp.float32),
     }
 
 

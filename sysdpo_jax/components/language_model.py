@@ -13,16 +13,18 @@ from sysdpo_jax.components.base import Component, Metrics, RecordError, batch_si
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Asking,
+    Prompt,
     Truncation,
     check_vocabulary,
     completion_ids,
     fitted,
-    fitting_texts,
     prompt_ids,
     tokenized,
 )
+from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
+from sysdpo_jax.components.turns import closing
 from sysdpo_jax.generation.beam_decode import beam_generate
 from sysdpo_jax.generation.beam_search import BeamSearch
 from sysdpo_jax.generation.decode import generate
@@ -30,7 +32,7 @@ from sysdpo_jax.models.decoder import Decoder, head_params
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, user_code
-from sysdpo_jax.values import distinct
+from sysdpo_jax.values import SampledText, distinct
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class LanguageModel(Component):
     keeps the tokenizer's beginning-of-sequence token in front; "keep_start" cuts from messages the header of the turn
     to come, so that the model does not know whose turn it is. The share of cut rows is the metric "truncated".
     stop_tokens: token ids that end a completion beside the tokenizer's end-of-sequence token, as the
-    `eos_token_id` of a generation_config.json lists them.
+    `eos_token_id` of a generation_config.json lists them, and the token that closes a turn in the chat template.
     search: settings of the beam search that finds `candidates`.
     source: the files that it was read from, which `pretrained.save` hands on.
 
@@ -85,8 +87,9 @@ class LanguageModel(Component):
         beyond = [end for end in self._ends if not 0 <= end < config.vocab_size]
         if beyond:
             raise ValueError(
-                f"LanguageModel: the ends {beyond} of tokenizer.eos_token_id and stop_tokens are outside the decoder's "
-                f"{config.vocab_size} tokens: give the tokenizer and the stop_tokens that belong to the decoder"
+                f"LanguageModel: the ends {beyond} of tokenizer.eos_token_id, stop_tokens and the chat template are "
+                f"outside the decoder's {config.vocab_size} tokens: give the tokenizer and the stop_tokens that belong "
+                "to the decoder"
             )
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -95,27 +98,33 @@ class LanguageModel(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         """Token ids [batch, length], right padded, the prompt's length and the whole length of each row.
 
-        length is max_prompt_length + max_new_tokens; "truncated" is 1 in the rows of which anything was cut, else 0.
-        A completion is a string or, after a prompt of messages, a list of the one message that follows. Prompt and
-        completion are tokenized apart, so that no token spans their boundary, and one end closes the completion unless
-        an end is there already or the completion fills max_new_tokens, where `sample` stops too. After messages that
-        is the end that the chat template writes after such a turn if there is one, else the end-of-sequence token.
+        length is max_prompt_length + max_new_tokens. "completion" [batch, max_new_tokens] is True once for each token
+        of a completion; its width is the room that `log_prob` has for one. "truncated" is 1 in the rows of which
+        anything was cut, and "retokenized" in those whose completion has other tokens than its model made or would
+        make, see `Completion`; else they are 0.
+        A completion is a string or, after a prompt of messages, a list of the one message that follows. What a model
+        with this tokenizer sampled keeps its tokens, and gets no end where it was cut. All else is tokenized as it
+        follows its prompt in one text, after messages as the chat template writes it, and one end closes it unless an
+        end is there already or the completion fills max_new_tokens, where `sample` stops too. After messages that is
+        the token that closes a turn of the chat template if there is one, else the end-of-sequence token.
         Raises `RecordError` for a text of another kind, one without room, what the chat template refuses, and tokens
         that the decoder has not.
         """
         prompts = self._prompts(parents, len(values))
         tokens = np.full((len(values), self.max_prompt_length + self.max_new_tokens), self._pad, np.int32)
-        prompt_lengths, lengths, truncated = np.zeros((3, len(values)), np.int32)
+        starts, lengths, truncated, retokenized = np.zeros((4, len(values)), np.int32)
         rows = tokenized(self.tokenizer, map(self._row, prompts, values, range(len(values))))
-        for row, (start, answer, cut) in enumerate(rows):
-            prompt_lengths[row], lengths[row] = len(start), len(start) + len(answer)
+        for row, (start, answer, cut, other) in enumerate(rows):
+            starts[row], lengths[row] = len(start), len(start) + len(answer)
             tokens[row, : lengths[row]] = start + answer
-            truncated[row] = cut
+            truncated[row], retokenized[row] = cut, other
         return {
             "tokens": tokens,
-            "prompt_lengths": prompt_lengths,
+            "prompt_lengths": starts,
             "lengths": lengths,
+            "completion": np.arange(self.max_new_tokens) < (lengths - starts)[:, None],
             "truncated": truncated.astype(np.float32),
+            "retokenized": retokenized.astype(np.float32),
         }
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
@@ -126,14 +135,15 @@ class LanguageModel(Component):
     ) -> tuple[Float[Array, "batch"], Metrics]:
         """Sum over completion tokens of log softmax(logits)[token], in float32, and their number as "tokens".
 
-        "truncated" is that of `prepare`. The mask comes from the lengths, never from the padding token, which may equal
-        the end of sequence. Only the positions before a completion's tokens get logits, see `token_log_probs`.
+        "truncated" and "retokenized" are those of `prepare`. The mask comes from the lengths, never from the padding
+        token, which may equal the end of sequence. Only the positions before a completion's tokens get logits, see
+        `token_log_probs`.
         """
         features = jax.tree.map(jnp.asarray, features)
         tokens, starts = features["tokens"], features["prompt_lengths"]
         # Rows are padded on the right, so that causality alone hides the padding.
         hidden: Any = self.decoder.apply({"params": params}, tokens, method="hidden_states")
-        place = starts[:, None] + jnp.arange(self.max_new_tokens)
+        place = starts[:, None] + jnp.arange(features["completion"].shape[-1])
         token_log_prob = token_log_probs(
             lambda head, part: cast(Array, self.decoder.apply({"params": head}, part, method="head")),
             head_params(self.decoder.config, params),
@@ -142,16 +152,16 @@ class LanguageModel(Component):
             self.decoder.config.vocab_size,
         )
         # The first token of all has nothing before it that could predict it.
-        completion = (place >= 1) & (place < features["lengths"][:, None])
-        metrics = {"tokens": completion.sum(-1).astype(jnp.float32), "truncated": features["truncated"]}
+        completion = features["completion"] & (place >= 1)
+        counted = {name: features[name] for name in ("truncated", "retokenized")}
+        metrics = counted | {"tokens": completion.sum(-1).astype(jnp.float32)}
         return jnp.sum(token_log_prob * completion, axis=-1), metrics
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        """One completion for each row, a string without special tokens, up to an end or max_new_tokens.
+        """One `SampledText` for each row, up to an end or max_new_tokens.
 
-        A string that `prepare` would find too long is shortened until it fits: tokens that were cut within a character,
-        or that a tokenizer never makes, may come back as more. Prompts are cut or refused as in `prepare`, with
-        `RecordError`.
+        It remembers its tokens for `prepare`. As text it has all special tokens but ends, padding and starts of
+        sequence. Prompts are cut or refused as in `prepare`, with `RecordError`.
         """
         made = generate(
             self.decoder,
@@ -169,8 +179,9 @@ class LanguageModel(Component):
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
         """The distinct texts that `search` finds with `number` beams for each row, the best first; no key is used.
 
-        There are fewer than `number` where sequences of different tokens read the same. Texts are as in `sample`. Beams
-        beyond `number` fill the last of the search's groups. Raises `ValueError` where the model gives no number.
+        There are fewer than `number` where sequences of different tokens read the same, of which the best stands for
+        all: they are one value to the next node. Texts are as in `sample`. Beams beyond `number` fill the last of the
+        search's groups. Raises `ValueError` where the model gives no number.
         """
         groups = self.search.num_beam_groups or number
         made = beam_generate(
@@ -192,6 +203,30 @@ class LanguageModel(Component):
         texts = iter(self._texts(tokens[valid], lengths[valid]))
         return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
 
+    def sizes(self, features: Features) -> Mapping[str, Int[np.ndarray, "..."]]:
+        """The numbers of tokens of "prompt" and "completion"."""
+        starts = np.asarray(features["prompt_lengths"])
+        return {"prompt": starts, "completion": np.asarray(features["lengths"]) - starts}
+
+    def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
+        """The features with room for so many tokens of "prompt" and "completion". Raises `ValueError` for too few."""
+        own = self.sizes(features)
+        for name, room in sizes.items():
+            longest = int(own[name].max(initial=0))
+            if longest > room:
+                raise ValueError(f"LanguageModel: a {name} has {longest} tokens, more than the {room} of its new size")
+        tokens, width = np.asarray(features["tokens"]), sizes["prompt"] + sizes["completion"]
+        kept = tokens[..., :width]
+        spare = [(0, 0)] * (tokens.ndim - 1) + [(0, width - kept.shape[-1])]
+        return features | {
+            "tokens": np.pad(kept, spare, constant_values=self._pad),
+            "completion": np.arange(sizes["completion"]) < own["completion"][..., None],
+        }
+
+    def padding(self, features: Features) -> float:
+        places = np.size(features["tokens"])
+        return 1 - float(np.sum(features["lengths"])) / places if places else 0.0
+
     def units(self, features: Features) -> Mapping[str, int]:
         """The tokens of prompts and completions; padding is none."""
         return {"tokens": int(np.sum(features["lengths"]))}
@@ -205,10 +240,9 @@ class LanguageModel(Component):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         return tokens, lengths
 
-    def _texts(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, "rows"]) -> list[str]:
-        """Strings of generated ids, shortened where they would not fit when they are tokenized again."""
+    def _texts(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, "rows"]) -> list[SampledText]:
         kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        return fitting_texts(self.tokenizer, kept, self.max_new_tokens)
+        return sampled_texts(self.tokenizer, kept, self._ends)
 
     @property
     def _pad(self) -> int:
@@ -218,7 +252,10 @@ class LanguageModel(Component):
 
     @property
     def _ends(self) -> tuple[int, ...]:
-        return (int(self.tokenizer.eos_token_id), *self.stop_tokens)
+        """The tokens at which a completion ends, each once."""
+        turn = closing(self.tokenizer)
+        ends = (int(self.tokenizer.eos_token_id), *self.stop_tokens, *(() if turn is None else turn.ends))
+        return tuple(dict.fromkeys(ends))
 
     def _prompts(self, parents: Parents, rows: int) -> list[Any]:
         """Each row's prompt, a string, messages, or messages with tools and arguments of the chat template."""
@@ -239,24 +276,20 @@ class LanguageModel(Component):
                     made[same[row]] = self.prompt(*values[row])
         return [made[copy] for copy in same]
 
-    def _row(self, prompt: Any, value: Any, row: int) -> Asking[tuple[list[int], list[int], bool]]:
-        """Token ids of the prompt and of the completion as they fit, and whether anything was cut."""
+    def _row(self, prompt: Any, value: Any, row: int) -> Asking[tuple[list[int], list[int], bool, bool]]:
+        """Ids of the prompt and of the completion as they fit, whether any were cut, and whether they are others."""
         whole, start, start_cut = yield from self._prompt_row(prompt, row)
-        answer, answer_cut = yield from self._completion(prompt, whole, value, row)
-        return start, answer, start_cut or answer_cut
-
-    def _prompt_row(self, prompt: Any, row: int) -> Asking[tuple[list[int], list[int], bool]]:
-        """Token ids of the prompt, whole and as they fit, and whether they were cut."""
-        ids, start = (yield from prompt_ids(self.tokenizer, prompt, row)), self.tokenizer.bos_token_id
-        kept, cut = fitted(ids, self.max_prompt_length, self.truncation, "prompt", "max_prompt_length", row, start)
-        check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "prompt", row)
-        return ids, kept, cut
-
-    def _completion(self, prompt: Any, whole: list[int], value: Any, row: int) -> Asking[tuple[list[int], bool]]:
-        """Token ids of the completion with its end, and whether it was cut."""
-        ids = yield from completion_ids(self.tokenizer, prompt, whole, value, self._ends, self.max_new_tokens, row)
+        answer = yield from completion_ids(self.tokenizer, whole, value, self._ends, self.max_new_tokens, row)
         # The first tokens whatever becomes of prompts: a completion is judged from where it begins.
         keep: Truncation = "error" if self.truncation == "error" else "keep_start"
-        kept, cut = fitted(ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)
+        kept, cut = fitted(answer.ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)
         check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "completion", row)
-        return kept, cut
+        return start, kept, start_cut or cut, answer.retokenized
+
+    def _prompt_row(self, prompt: Any, row: int) -> Asking[tuple[Prompt, list[int], bool]]:
+        """The prompt, its ids as they fit, and whether any were cut."""
+        whole, start = (yield from prompt_ids(self.tokenizer, prompt, row)), self.tokenizer.bos_token_id
+        setting = "max_prompt_length"
+        kept, cut = fitted(whole.ids, self.max_prompt_length, self.truncation, "prompt", setting, row, start)
+        check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "prompt", row)
+        return whole, kept, cut

@@ -6,14 +6,26 @@ many texts at a time.
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.components.conversations import is_messages, kind, read_conversation, read_messages, render
+from sysdpo_jax.components.conversations import (
+    Conversation,
+    is_messages,
+    kind,
+    read_conversation,
+    read_messages,
+    render,
+)
+from sysdpo_jax.components.sampled_text import marks_spaces, own_tokens
+from sysdpo_jax.components.turns import Closing, closing, turn_text
+from sysdpo_jax.values import SampledText
 
 # What becomes of a text without room: refused, or a prompt keeps its first or its last tokens.
 Truncation = Literal["error", "keep_start", "keep_end"]
 TRUNCATIONS = get_args(Truncation)
+# In front of a text that is tokenized apart from its prompt, so that it does not begin as the first of a text does.
+BEFORE = ("\n", ".", "a")
 
 T = TypeVar("T")
 # A text, and whether the tokenizer adds its special tokens to it.
@@ -52,31 +64,65 @@ def tokenized(tokenizer: Any, rows: Iterable[Asking[T]]) -> list[T]:
     return [results[row] for row in sorted(results)]
 
 
-def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[list[int]]:
+class Prompt(NamedTuple):
+    """What a model goes on from: the text, its ids alone and with what the tokenizer adds, and its conversation."""
+
+    text: str
+    plain: list[int]
+    ids: list[int]
+    asked: Conversation | None
+
+
+class Completion(NamedTuple):
+    """Token ids of a completion, and whether they are others than those that a model would have made of the text.
+
+    They are where a text came from a model with another tokenizer or was edited since, and where the end of the prompt
+    and the beginning of the completion are one token when both are one text.
+    """
+
+    ids: list[int]
+    retokenized: bool
+
+
+def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[Prompt]:
     """Token ids of a string as the tokenizer makes them by default, or of a conversation that awaits the next turn.
 
     Of a string's ids, a start that the text holds already is not put before it again, and an end that the tokenizer
     puts after every text is left out, because the text goes on.
     """
     if isinstance(prompt, str):
-        return (yield from _open_text(tokenizer, prompt, row))
-    return (yield render(tokenizer, read_conversation(prompt, f"the prompt in row {row}"), row, True), False)
+        plain = yield prompt, False
+        return Prompt(prompt, plain, (yield from _open_text(tokenizer, prompt, plain, row)), None)
+    asked = read_conversation(prompt, f"the prompt in row {row}")
+    text = render(tokenizer, asked, row, True)
+    ids = yield text, False
+    return Prompt(text, ids, ids, asked)
 
 
 def completion_ids(
-    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], room: int, row: int
-) -> Asking[list[int]]:
-    """Token ids of a string without special tokens, or of the one message that follows the prompt's; one end.
+    tokenizer: Any, prompt: Prompt, value: Any, ends: Sequence[int], room: int, row: int
+) -> Asking[Completion]:
+    """Token ids of a text, or of the one message that follows the prompt's, with one end.
 
-    prompt_tokens: `prompt_ids` of the prompt, before any cut. A string is tokenized apart from its prompt, so that no
-    token spans their boundary. Of a message's ids, those after its last token in `ends` are left out: templates write
-    line breaks there, which a model that stops at the end never makes.
+    What a model made with this tokenizer keeps the ids that it made. Other texts are tokenized behind the text of their
+    prompt, as what follows there: after messages as the chat template writes them as an assistant's turn, up to the
+    token that closes it, or as they are where the template writes no such turn.
     """
-    ids = yield from _open_completion(tokenizer, prompt, prompt_tokens, value, ends, row)
+    if isinstance(value, SampledText) and (own := own_tokens(tokenizer, value)) is not None:
+        return Completion(own, False)
+    text, is_turn = _completion_text(tokenizer, prompt, value, row)
+    ids, merged = yield from _following(tokenizer, prompt, text)
+    closed = closing(tokenizer) if prompt.asked is not None else None
+    end = next((token for token in closed.tokens if token in ends), None) if closed is not None else None
+    if is_turn:
+        ids = _up_to_the_end(ids, text, closed, end, ends)
+    # The text may hold its end already.
+    while len(ids) > 1 and ids[-1] in ends and ids[-2] in ends:
+        ids = ids[:-1]
+    if not ids or ids[-1] not in ends:
+        ids = [*ids, ends[0] if end is None else end]
     # One that fills its room has no end, as sampling stops there too: its probability is that of being cut.
-    if len(ids) == room or (ids and ids[-1] in ends):
-        return ids
-    return [*ids, (yield from _turn_end(tokenizer, prompt, prompt_tokens, value, ends, row))]
+    return Completion(ids[:room] if len(ids) == room + 1 else ids, merged or isinstance(value, SampledText))
 
 
 def check_vocabulary(tokenizer: Any, ids: Sequence[int], vocab_size: int, what: str, row: int) -> None:
@@ -87,27 +133,6 @@ def check_vocabulary(tokenizer: Any, ids: Sequence[int], vocab_size: int, what: 
             f"the {what} in row {row} holds the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but the "
             f"decoder knows ids below {vocab_size}: leave it out, or give the tokenizer that belongs to the decoder"
         )
-
-
-def fitting_texts(tokenizer: Any, rows: Sequence[Sequence[int]], room: int) -> list[str]:
-    """The texts of rows of ids, those shortened that would have more than `room` tokens, see `fitting_text`."""
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [
-        text if len(back) <= room else fitting_text(tokenizer, ids, room)
-        for text, back, ids in zip(texts, again, rows, strict=True)
-    ]
-
-
-def fitting_text(tokenizer: Any, ids: Sequence[int], room: int) -> str:
-    """The text of ids, shortened until it has no more than `room` tokens when it is tokenized again."""
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    for kept in range(len(ids) - 1, -1, -1):
-        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= room:
-            break
-        # What is left of a character at the end reads as U+FFFD.
-        text = str(tokenizer.decode(ids[:kept], skip_special_tokens=True)).rstrip("\ufffd")
-    return text
 
 
 def fitted(
@@ -126,8 +151,7 @@ def fitted(
     return front + ids[len(ids) - (room - len(front)) :], True
 
 
-def _open_text(tokenizer: Any, text: str, row: int) -> Asking[list[int]]:
-    plain = yield text, False
+def _open_text(tokenizer: Any, text: str, plain: list[int], row: int) -> Asking[list[int]]:
     if not tokenizer.num_special_tokens_to_add():
         return plain
     ids = yield text, True
@@ -146,11 +170,17 @@ def _open_text(tokenizer: Any, text: str, row: int) -> Asking[list[int]]:
     return before + plain + after
 
 
-def _open_completion(
-    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
-) -> Asking[list[int]]:
+def _completion_text(tokenizer: Any, prompt: Prompt, value: Any, row: int) -> tuple[str, bool]:
+    """The text behind the prompt's, and whether the chat template wrote it."""
     if isinstance(value, str):
-        return (yield value, False)
+        if prompt.asked is None:
+            return value, False
+        turn = {"role": "assistant", "content": str(value)}
+        try:
+            return turn_text(tokenizer, prompt.text, prompt.asked, turn, row), True
+        except RecordError:
+            # A template that refuses turns, or rewrites prompts, says nothing of how a text goes on from a prompt.
+            return value, False
     if not is_messages(value):
         raise RecordError(f"the completion in row {row} must be a string or a message, not {kind(value)}")
     turns = read_messages(value, f"the completion in row {row}")
@@ -159,42 +189,41 @@ def _open_completion(
             f"the completion in row {row} has {len(turns)} messages, but a model makes one: put the earlier ones into "
             "the prompt"
         )
-    if isinstance(prompt, str):
+    if prompt.asked is None:
         raise RecordError(
-            f"the completion in row {row} is a message but its prompt is {kind(prompt)}: give both as messages, or "
-            "the completion as a string"
+            f"the completion in row {row} is a message but its prompt is {kind(prompt.text)}: give both as messages, "
+            "or the completion as a string"
         )
-    asked = read_conversation(prompt, f"the prompt in row {row}")
-    whole = yield render(tokenizer, asked.followed_by(*turns), row, False), False
-    if whole[: len(prompt_tokens)] != list(prompt_tokens):
-        raise RecordError(
-            f"the chat template does not leave the prompt in row {row} as it is when the completion follows (it "
-            "rewrites earlier turns, or a token spans the boundary): give that completion as a string"
-        )
-    ids = whole[len(prompt_tokens) :]
+    return turn_text(tokenizer, prompt.text, prompt.asked, turns[0], row), True
+
+
+def _following(tokenizer: Any, prompt: Prompt, text: str) -> Asking[tuple[list[int], bool]]:
+    """Token ids of a text as what follows the prompt's, and whether tokens of both merge where they are one text.
+
+    Where they do, the text is tokenized apart: the prompt stays what the model is asked.
+    """
+    # A tokenizer that splits at spaces makes one word of two without a space between them, which may be no token.
+    together = marks_spaces(tokenizer) or prompt.text[-1:].isspace() or not text or text[0].isspace()
+    if together:
+        whole = yield prompt.text + text, False
+        ids = whole[len(prompt.plain) :]
+        if whole[: len(prompt.plain)] == prompt.plain and (ids or not text.strip()):
+            return ids, False
+    for before in BEFORE:
+        start, whole = (yield before, False), (yield before + text, False)
+        if whole[: len(start)] == start and (len(whole) > len(start) or not text.strip()):
+            return whole[len(start) :], True
+    return (yield text, False), True
+
+
+def _up_to_the_end(
+    ids: list[int], text: str, closed: Closing | None, end: int | None, ends: Sequence[int]
+) -> list[int]:
+    """The ids of a turn without those behind its end: templates write line breaks there, which no model makes."""
+    if closed is not None and text.endswith(closed.text):
+        behind = 0 if end is None else len(closed.tokens) - closed.tokens.index(end) - 1
+        kept = ids[: len(ids) - behind]
+        if end is None or kept[-1:] == [end]:
+            return kept
     last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids) - 1)
     return ids[: last + 1]
-
-
-def _turn_end(
-    tokenizer: Any, prompt: Any, prompt_tokens: Sequence[int], value: Any, ends: Sequence[int], row: int
-) -> Asking[int]:
-    """The token that closes a completion without an end.
-
-    For a string after messages it is the last of `ends` that the chat template writes behind it as an assistant's
-    turn; else, and where the template writes none, rewrites the prompt or refuses the turn, it is ends[0].
-    """
-    if isinstance(prompt, str) or not isinstance(value, str) or len(set(ends)) == 1:
-        return ends[0]
-    asked = read_conversation(prompt, f"the prompt in row {row}")
-    try:
-        text = render(tokenizer, asked.followed_by({"role": "assistant", "content": value}), row, False)
-    except RecordError:
-        return ends[0]
-    whole = yield text, False
-    if whole[: len(prompt_tokens)] != list(prompt_tokens):
-        return ends[0]
-    written = [token for token in whole[len(prompt_tokens) :] if token in ends]
-    # The text may hold ends itself.
-    own = sum(token in ends for token in (yield value, False))
-    return written[-1] if len(written) > own else ends[0]

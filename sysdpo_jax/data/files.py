@@ -17,6 +17,7 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import MESSAGES
 from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.data.records import PreferenceRecord
+from sysdpo_jax.values import SampledText, from_json, to_json
 
 LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)
 
@@ -168,7 +169,8 @@ def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> N
     """Write records that `load_preferences` reads back, whole or not at all.
 
     path: .jsonl, with images (arrays, PIL images, bytes) as PNG files in `<stem>_images/` beside it; or .parquet, with
-    images inside. Arrays of other shapes become lists. Raises `ValueError` for another suffix.
+    images inside. Arrays of other shapes become lists. Texts that a model sampled keep their tokens, see
+    `values.to_json`. Raises `ValueError` for another suffix.
     """
     path = Path(path)
     if path.suffix not in (*LINES, *TABLE):
@@ -180,7 +182,7 @@ def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> N
             import datasets
 
             rows = [_row(_tabular(record), number, ImageFiles.inside) for number, record in enumerate(records)]
-            datasets.Dataset.from_list(rows).to_parquet(str(partial))
+            datasets.Dataset.from_list(_of_one_kind(rows)).to_parquet(str(partial))
         else:
             images = ImageFiles(path)
             with partial.open("w", encoding="utf-8") as file:
@@ -230,6 +232,33 @@ def _tabular(record: PreferenceRecord) -> PreferenceRecord:
     return replace(record, inputs={name: tabular(value) for name, value in record.inputs.items()})
 
 
+def _of_one_kind(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with plain texts as objects without tokens where their column holds sampled texts: it has one type."""
+    sampled = {
+        (part, name) for row in rows for part, values in row.items() for name in values if _has_sampled(values[name])
+    }
+
+    def alike(value: Any) -> Any:
+        if isinstance(value, str):
+            return to_json(SampledText(value, (), "end", ""))
+        return [alike(item) for item in value] if isinstance(value, list) else value
+
+    return [
+        {
+            part: {name: alike(value) if (part, name) in sampled else value for name, value in values.items()}
+            for part, values in row.items()
+        }
+        for row in rows
+    ]
+
+
+def _has_sampled(value: Any) -> bool:
+    """Whether the value, as JSON has it, holds a sampled text."""
+    if isinstance(value, list):
+        return any(map(_has_sampled, value))
+    return isinstance(from_json(value), SampledText)
+
+
 def _row(record: PreferenceRecord, number: int, image: Any) -> dict[str, Any]:
     parts = {"inputs": record.inputs, "chosen": record.chosen, "rejected": record.rejected}
     return {
@@ -246,4 +275,4 @@ def as_json(value: Any, name: str, image: Any) -> Any:
         return [as_json(item, f"{name}-{place}", image) for place, item in enumerate(value)]
     if isinstance(value, Mapping):
         return {key: as_json(item, f"{name}-{key}", image) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else to_json(value)

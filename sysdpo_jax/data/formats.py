@@ -21,6 +21,7 @@ from sysdpo_jax.components.conversations import (
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.values import from_json
 
 
 class Names(NamedTuple):
@@ -174,8 +175,8 @@ def only_names(system: CompoundSystem | None) -> Names:
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A table has a place for every name; those that a row lacks are None there."""
-    return {name: value for name, value in values.items() if value is not None}
+    """The values that are there, sampled texts with their tokens; a table has None for a name that a row lacks."""
+    return {name: from_json(value) for name, value in values.items() if value is not None}
 
 
 def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:

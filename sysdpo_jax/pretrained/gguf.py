@@ -157,6 +157,10 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -
     reader.finish()
     special = {"bos": "bos", "eos": "eos", "pad": "padding"}
     ids = {f"{name}_token_id": fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in special.items()}
+    # The ends of a turn and of a message, at which llama.cpp stops too.
+    others = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
+    ends = [end for end in dict.fromkeys((ids["eos_token_id"], *others)) if end is not None]
+    ids["eos_token_id"] = ends if len(ends) > 1 else ids["eos_token_id"]
     return config | {name: value for name, value in ids.items() if value is not None}
 
 

@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sysdpo_jax import LanguageModel, RecordError
-from sysdpo_jax.components.prompts import fitting_text
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from tests.components.stubs import SPECIAL, WORDS, byte_tokenizer, word_tokenizer
 from tests.parity.convert import llama_params
@@ -209,16 +208,16 @@ TURN = "{{ m.role }} on {{ m.content }} "
     ("template", "end"),
     [
         ("{% for m in messages %}" + TURN + "left {% endfor %}", "left"),
-        ("{% for m in messages %}" + TURN + "<eos> left large {% endfor %}", "left"),
+        ("{% for m in messages %}" + TURN + "<eos> left large {% endfor %}", "<eos>"),
         ("{% for m in messages %}" + TURN + "{% endfor %}", "<eos>"),
-        ("{{ messages[-1].content }} {% for m in messages %}" + TURN + "left {% endfor %}", "<eos>"),
+        ("{{ messages[-1].content }} {% for m in messages %}" + TURN + "left {% endfor %}", "left"),
         (
             "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
             + (TURN + "left {% endfor %}"),
             "<eos>",
         ),
     ],
-    ids=["after the turn", "the last of two", "none", "prompt rewritten", "turn refused"],
+    ids=["after the turn", "the first of two", "none", "prompt rewritten", "turn refused"],
 )
 def test_a_string_after_messages_is_closed_as_the_template_closes_a_turn(template, end):
     """The end-of-sequence token closes it where the template does not say; ends inside the text are not its end."""
@@ -267,7 +266,7 @@ def test_a_long_prompt_of_messages_is_cut_after_its_completion_was_found():
 def test_samples_are_prepared_as_they_were_drawn(torch_model, params):
     """The share in 4000 draws of each text of two words is exp(log_prob) of it, within 5 standard errors.
 
-    Shorter texts are left out: tokens like <unk> are dropped from a text, so it stands for more than one draw.
+    Shorter texts are left out: padding and starts are dropped from a text, so it stands for more than one draw.
     """
     node = component(max_new_tokens=2)
     draws = node.sample(params, {"x": ["a red"] * 4000}, KEY)
@@ -303,30 +302,32 @@ def test_samples_of_a_chat_are_prepared_as_they_were_drawn(params):
     assert p.max() > 4 * np.median(p)
 
 
-@pytest.mark.slow
 def test_what_is_sampled_can_always_be_prepared():
-    """Random bytes are no text: most draws come back as more tokens than were drawn, and are shortened to fit."""
-    tokenizer = byte_tokenizer()
-    node = component(tokenizer, max_new_tokens=6)
-    random = node.init(KEY)
-    texts = node.sample(random, {"x": ["a red"] * 64}, KEY)
+    """Random bytes are no text: most of the texts would come back as more tokens than were drawn."""
+    node = component(byte_tokenizer(), max_new_tokens=6)
+    texts = node.sample(node.init(KEY), {"x": ["a red"] * 64}, KEY)
     features = node.prepare(texts, {"x": ["a red"] * 64})
-    assert ((features["lengths"] - features["prompt_lengths"]) <= 6).all()
+    for row, text in enumerate(texts):
+        made = features["tokens"][row, features["prompt_lengths"][row] : features["lengths"][row]]
+        assert made.tolist() == list(text.tokens)
+    assert not features["retokenized"].any()
     assert len(set(texts)) > 32
-    assert fitting_text(tokenizer, tokenizer("a ball")["input_ids"], 6) == "a ball"
-    cut = tokenizer("ball 😀")["input_ids"][:7]
-    assert fitting_text(tokenizer, cut, 7) == "ball "
+    again = [len(ids) for ids in node.tokenizer([str(text) for text in texts])["input_ids"]]
+    assert max(again) > 6
 
 
 @pytest.mark.parametrize("prompts", [["a red", "<bos> ball"], [ASKED, ASKED]], ids=["text", "chat"])
 def test_a_batch_is_tokenized_in_a_few_calls(prompts, monkeypatch):
-    """Prompts with and without special tokens, then completions; or prompts, completions, and both as a chat."""
+    """Prompts with and without special tokens, then what stands before a word, and completions; or chats without them.
+
+    These words are no tokens together with their prompts, so that they are tokenized apart.
+    """
     tokenizer = word_tokenizer(bos=True, chat=True)
     node, calls = component(tokenizer, max_prompt_length=12, stop_tokens=(UNK,)), []
     call = type(tokenizer).__call__
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *a, **k: calls.append(a[0]) or call(self, *a, **k))
     node.prepare(["ball", "a ball"] * 32, {"x": prompts * 32})
-    assert [len(texts) for texts in calls] == ([2, 2, 2] if prompts != [ASKED] * 2 else [1, 2, 2])
+    assert [len(texts) for texts in calls] == ([2, 2, 1, 2] if prompts != [ASKED] * 2 else [1, 2])
 
 
 def test_of_several_bad_rows_the_first_is_named():
@@ -378,15 +379,17 @@ def test_chat_templates_that_cannot_be_used_are_refused(template, message):
         component(tokenizer).prepare([answer("ball")], {"x": [ASKED]})
 
 
-def test_a_turn_that_merges_with_its_header_is_refused():
-    """As text the template's prompt begins the whole, as tokens it does not: the log-prob would be of other tokens."""
+def test_a_completion_that_merges_with_its_prompt_is_counted():
+    """The prompt keeps the tokens that the model is asked with, whatever the two are in one text."""
     tokenizer = byte_tokenizer("a b")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     node = component(tokenizer)
     asked = [{"role": "user", "content": "a"}]
-    assert node.prepare([answer("c")], {"x": [asked]})["lengths"] == [3]
-    with pytest.raises(RecordError, match="a token spans the boundary"):
-        node.prepare([answer("b")], {"x": [asked]})
+    a, b, c = tokenizer("bc")["input_ids"][0] - 1, *tokenizer("bc")["input_ids"]
+    for values, prompt in ((["b", "c"], "a"), ([answer("b"), answer("c")], asked), (["b", "c"], asked)):
+        features = node.prepare(values, {"x": [prompt] * 2})
+        assert features["tokens"][:, :3].tolist() == [[a, b, tokenizer.eos_token_id], [a, c, tokenizer.eos_token_id]]
+        np.testing.assert_array_equal(features["retokenized"], [1, 0])
 
 
 def test_lengths_that_do_not_go_with_the_decoder_are_refused():

@@ -41,7 +41,8 @@ class PlainLanguageModel(LanguageModel):
         scores = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
         counted = (place[1:] >= features["prompt_lengths"][:, None]) & (place[1:] < lengths)
-        metrics = {"tokens": counted.sum(-1).astype(jnp.float32), "truncated": features["truncated"]}
+        metrics = {name: features[name] for name in ("truncated", "retokenized")}
+        metrics["tokens"] = counted.sum(-1).astype(jnp.float32)
         return jnp.sum(chosen * counted, -1), metrics
 
 
@@ -67,7 +68,8 @@ def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     params = jax.tree.map(lambda x: 8 * x + random.normal(0, 0.1, x.shape).astype("float32"), params)
     rows = random.integers(0, SMALL.vocab_size, (3, 3, 23))
     ends = {"prompt_lengths": np.tile(PROMPTS, (3, 1)), "lengths": np.tile(LENGTHS, (3, 1))}
-    features = ends | {"tokens": rows, "truncated": np.zeros((3, 3), np.float32)}
+    cut = {name: np.zeros((3, 3), np.float32) for name in ("truncated", "retokenized")}
+    features = chunked.resize(ends | cut | {"tokens": rows}, {"prompt": 4, "completion": 19})
     weights = jnp.linspace(-1, 2, 9).reshape(3, 3)
 
     def run(model: LanguageModel) -> Any:
@@ -89,11 +91,13 @@ def test_an_empty_prompt() -> None:
     chunked, plain = models(SMALL, 4, 6)
     params = jax.jit(chunked.init)(jax.random.key(0))
     features = {
-        "tokens": jnp.arange(20).reshape(2, 10),
-        "prompt_lengths": jnp.array([0, 4]),
-        "lengths": jnp.array([3, 10]),
-        "truncated": jnp.zeros(2),
+        "tokens": np.arange(20).reshape(2, 10),
+        "prompt_lengths": np.array([0, 4]),
+        "lengths": np.array([3, 10]),
+        "truncated": np.zeros(2, np.float32),
+        "retokenized": np.zeros(2, np.float32),
     }
+    features = chunked.resize(features, {"prompt": 4, "completion": 6})
     found, wanted = (jax.jit(m.log_prob_with_metrics)(params, features, jax.random.key(0)) for m in (chunked, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
 
@@ -149,7 +153,9 @@ def test_memory_and_work_of_a_step() -> None:
     config = dataclasses.replace(SMOLLM2_135M, remat="full")
     shape = jax.ShapeDtypeStruct
     numbers = {name: shape((4,), jnp.int32) for name in ("prompt_lengths", "lengths")}
-    side = {"answer": numbers | {"tokens": shape((4, 512), jnp.int32), "truncated": shape((4,), jnp.float32)}}
+    shares = {name: shape((4,), jnp.float32) for name in ("truncated", "retokenized")}
+    texts = {"tokens": shape((4, 512), jnp.int32), "completion": shape((4, 480), jnp.bool_)}
+    side = {"answer": numbers | shares | texts}
     costs = []
     for model in models(config, 32, 480):
         system = CompoundSystem(("request",), (Node("answer", model, ("request",)),))

@@ -65,8 +65,10 @@ def preferences() -> PairBatch:
             "prompt_lengths": np.full(4 * ROWS, 5, np.int32),
             "lengths": lengths,
             "truncated": np.zeros(4 * ROWS, np.float32),
+            "retokenized": np.zeros(4 * ROWS, np.float32),
         }
         value = {name: rng.normal(size=(4 * ROWS, WIDTH)).astype(np.float32) for name in ("value", "parents")}
+        text = SYSTEM.node("text").component.resize(text, {"prompt": 5, "completion": LENGTH - 5})
         return {"text": text, "value": value}
 
     return PairBatch(side(), side())

@@ -48,8 +48,9 @@ def test_loss_and_gradient(name: str) -> None:
     tokenizer = IdTokenizer()
     component = LanguageModel(Decoder(VARIANTS[name]), tokenizer, max_prompt_length=6, max_new_tokens=9)
     system = CompoundSystem(("request",), (Node("answer", component, ("request",)),))
-    whole = {"prompt_lengths": PROMPTS, "truncated": np.zeros(4, np.float32)}
-    sides = [{"answer": whole | {"tokens": TOKENS[side], "lengths": LENGTHS[side]}} for side in LENGTHS]
+    whole = {"prompt_lengths": PROMPTS} | dict.fromkeys(("truncated", "retokenized"), np.zeros(4, np.float32))
+    texts = [whole | {"tokens": TOKENS[side], "lengths": LENGTHS[side]} for side in LENGTHS]
+    sides = [{"answer": component.resize(text, {"prompt": 5, "completion": 9})} for text in texts]
     batch = jax.tree.map(jnp.asarray, PairBatch(*sides))
     trees = {"answer": llama_params(policy)}, {"answer": llama_params(reference)}
     value, gradients = jax.jit(

@@ -69,7 +69,7 @@ def stored(model):
         yield f"blk.{start[1]}.{NAMES['.'.join(start[2:])]}", value
 
 
-def write(path, model, kind=F32, architecture="llama", settings=(), tensors=(), bos=False, split="smollm"):
+def write(path, model, kind=F32, architecture="llama", settings=(), tensors=(), bos=False, split="smollm", ends=()):
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(SIZES["num_hidden_layers"])
     writer.add_context_length(SIZES["max_position_embeddings"])
@@ -91,6 +91,8 @@ def write(path, model, kind=F32, architecture="llama", settings=(), tensors=(), 
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(bos)
+    for name, token in ends:
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     writer.add_chat_template(TEMPLATE)
     for name, value in (*stored(model), *tensors):
         written = F32 if value.ndim == 1 else kind
@@ -197,6 +199,13 @@ def test_smollm_reads_every_digit_by_itself(tmp_path):
 def test_what_is_not_known_is_refused_by_name(options, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         read_gguf(write(tmp_path / "m.gguf", llama(), **options))
+
+
+def test_the_ends_of_turns_and_messages_stop_too(tmp_path):
+    """llama.cpp stops at them beside the end of sequence, which one of them may be."""
+    component, _ = load(write(tmp_path / "m.gguf", llama(), ends=[("eot", TOKENS.index("<think>")), ("eom", 2)]))
+    assert component.stop_tokens == (TOKENS.index("<think>"),)
+    assert load(write(tmp_path / "plain.gguf", llama(), ends=[("eot", 2)]))[0].stop_tokens == ()
 
 
 def test_a_given_tokenizer_takes_the_place_of_the_files_own(tmp_path):

@@ -54,7 +54,9 @@ def features(*leading):
         "tokens": shape(*leading, LENGTH, dtype=jnp.int32),
         "prompt_lengths": whole,
         "lengths": whole,
-        "truncated": jax.ShapeDtypeStruct(leading, jnp.float32),
+        "completion": shape(*leading, NEW, dtype=jnp.bool_),
+        "truncated": shape(*leading),
+        "retokenized": shape(*leading),
     }
 
 

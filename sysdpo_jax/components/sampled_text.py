@@ -1,0 +1,112 @@
+"""Token ids that a language model made as texts that remember them, and back."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from sysdpo_jax.values import End, SampledText
+
+# In front of ids whose text is wanted: decoders drop the space that the first token of a text begins with.
+ANCHOR = "a"
+
+
+class _Facts(NamedTuple):
+    """What is known of a tokenizer with so many tokens."""
+
+    size: int
+    fingerprint: str
+    added: frozenset[int]
+    special: frozenset[int]
+    anchor: tuple[int, ...]
+    before: str
+    marks_spaces: bool
+
+
+_known: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """The same for tokenizers whose ids mean the same tokens, in every process and every version of transformers.
+
+    It is made of all tokens and their ids, added ones included, and of nothing else: how a text is cut into tokens does
+    not change what ids that a model made mean.
+    """
+    return _facts(tokenizer).fingerprint
+
+
+def added_tokens(tokenizer: Any) -> tuple[frozenset[int], frozenset[int]]:
+    """The ids of all tokens that are found in a text before it is split, and of the special ones among them."""
+    facts = _facts(tokenizer)
+    return facts.added, facts.special
+
+
+def marks_spaces(tokenizer: Any) -> bool:
+    """Whether a space before a word changes its tokens: of a tokenizer that splits texts at spaces it does not."""
+    return _facts(tokenizer).marks_spaces
+
+
+def sampled_texts(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[int]) -> list[SampledText]:
+    """What a model made, without the end of sequence, padding and start of sequence, but with all other special tokens.
+
+    ends: the tokens at which sampling stops; what does not end with one was cut.
+    """
+    made = fingerprint(tokenizer)
+    how = [_end(tokenizer, row[-1], ends) for row in rows]
+    kept = [_shown(tokenizer, row, end) for row, end in zip(rows, how, strict=True)]
+    texts = zip(_decoded(tokenizer, kept), rows, how, strict=True)
+    return [SampledText(text, row, end, made) for text, row, end in texts]
+
+
+def own_tokens(tokenizer: Any, text: SampledText) -> list[int] | None:
+    """The ids that the text remembers where they are this tokenizer's and say that text, which may have been edited."""
+    if text.tokenizer != fingerprint(tokenizer):
+        return None
+    [said] = _decoded(tokenizer, [_shown(tokenizer, text.tokens, text.end)])
+    return list(text.tokens) if said == text else None
+
+
+def _end(tokenizer: Any, last: int, ends: Sequence[int]) -> End:
+    if last == tokenizer.eos_token_id:
+        return "end"
+    return "stop" if last in ends else "cut"
+
+
+def _shown(tokenizer: Any, tokens: Sequence[int], end: End) -> list[int]:
+    """The tokens that belong to the text. A word that stops does; a token that is added to close a turn does not."""
+    ended = end != "cut" and tokens[-1] in (*_facts(tokenizer).added, tokenizer.eos_token_id)
+    hidden = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return [token for token in (tokens[:-1] if ended else tokens) if token not in hidden]
+
+
+def _decoded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of ids within a text: a space that the first token begins with is kept where it changes the tokens."""
+    facts = _facts(tokenizer)
+    anchored = [[*facts.anchor, *row] if facts.marks_spaces else [*row] for row in rows]
+    texts = tokenizer.batch_decode(anchored, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text.removeprefix(facts.before) if facts.marks_spaces else text for text in texts]
+
+
+def _facts(tokenizer: Any) -> _Facts:
+    facts = _known.get(tokenizer)
+    # Tokens may have been added since.
+    if facts is None or facts.size != len(tokenizer):
+        facts = _known[tokenizer] = _found(tokenizer)
+    return facts
+
+
+def _found(tokenizer: Any) -> _Facts:
+    digest = hashlib.sha256()
+    for token, place in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{place}\0{token}\0".encode("utf-8", "surrogatepass"))
+    added = tokenizer.added_tokens_decoder
+    special = {place for place, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    anchor = ids(ANCHOR)
+    before = tokenizer.decode(list(anchor), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    marks = ids(f"\n{ANCHOR}") != ids(f"\n {ANCHOR}")
+    found = frozenset(added) | frozenset(special), frozenset(special), anchor, before, marks
+    return _Facts(len(tokenizer), digest.hexdigest()[:32], *found)
