@@ -197,8 +197,10 @@ def test_a_language_models_candidates_are_distinct_texts():
     for texts in found:
         assert 1 < len(texts) == len(set(texts)) <= 6
     assert found == model.candidates(params, {"x": ["a ball", "red"]}, 6, jax.random.key(9))
-    # Each fits into its room when it is tokenized again.
-    model.prepare(found[0], {"x": ["a ball"] * len(found[0])})
+    features = model.prepare(found[0], {"x": ["a ball"] * len(found[0])})
+    for row, text in enumerate(found[0]):
+        made = features["tokens"][row, features["prompt_lengths"][row] : features["lengths"][row]]
+        assert made.tolist() == list(text.tokens)
 
 
 def test_the_batch_holds_every_set_on_both_sides():
