@@ -33,14 +33,15 @@ from experiments.own.run import (
     read_preferences,
     refuse_others,
 )
+from sysdpo_jax.data.batches import PreferenceBatches
 from sysdpo_jax.locks import locked_folder
 
 
 def train(config: TrainConfig, arguments: list[str]) -> None:
     """Train until the last step, from the newest checkpoint if there is one, and write report.html.
 
-    Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for what
-    tools gave for the preferences, and `Preempted` when asked to stop.
+    Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for prepared
+    preferences and what tools gave for them, and `Preempted` when asked to stop.
     """
     began, folder = time.monotonic(), Path(config.directory)
     keep_compilations(config.compilation_cache)
@@ -56,6 +57,8 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     first, about = jax.process_index() == 0, describe_data(run, records)
     if first:
         print(records.summary(), file=sys.stderr, flush=True)
+        if isinstance(batches, PreferenceBatches):
+            print(batches.describe(), file=sys.stderr, flush=True)
         refuse_others(run, about)
     begun = False
 

@@ -1,7 +1,8 @@
 """A run put together from its configuration, up to the first step."""
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,10 +27,10 @@ from experiments.own.scoring import check_scorer, make_scorer
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.data.intermediates import IntermediateSearch
-from sysdpo_jax.data.records import check_intermediates
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.progress import LINE_EVERY, tell
 from sysdpo_jax.training.sources import encoder
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Params
@@ -53,6 +54,8 @@ FREE = (
 CONFIG, DATA = "config.yaml", "data.json"
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
 TOOL_VALUES = "tool_values.jsonl"
+# The preferences as the step takes them, made once: a folder for each fingerprint of all that they depend on.
+PREPARED = "prepared"
 # Which evaluation's checkpoint is the best.
 BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 
@@ -184,7 +187,7 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
 
 
 def read_preferences(run: Run) -> sj.Preferences:
-    """The checked preferences. Raises `RecordError` naming file, row and field."""
+    """The preferences, prepared and encoded. Raises `RecordError` naming file, row and field."""
     data = run.config.data
     return sj.load_preferences(
         data.source,
@@ -193,15 +196,32 @@ def read_preferences(run: Run) -> sj.Preferences:
         split=data.split,
         on_error=data.on_error,
         ignore=data.ignore,
+        params=sj.on_own_devices(run.system.frozen_params(run.params)),
+        cache=Path(run.config.directory) / PREPARED,
         tool_values=Path(run.config.directory) / TOOL_VALUES,
+        progress=_rate(),
     )
+
+
+def _rate() -> Callable[[int], None]:
+    """Says now and then how many rows are prepared, and how fast."""
+    began = last = time.monotonic()
+
+    def tell_rate(rows: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LINE_EVERY:
+            last = now
+            tell(f"prepared {rows} rows, {rows / (now - began):.0f} a second")
+
+    return tell_rate
 
 
 def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
     """The batches of the objective. Raises `ConfigError` where it does not go with the records."""
     schedule, objective = run.config.schedule, run.config.objective
     shard = sj.batch_shard(run.mesh)
-    held = bool(run.system.intermediates) and check_intermediates(run.system, records[0])
+    held = bool(run.system.intermediates) and records.held
     if objective.kind == "direct":
         if run.system.intermediates and not held:
             raise ConfigError(

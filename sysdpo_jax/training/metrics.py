@@ -150,15 +150,14 @@ class MetricsReader:
         self._every, self._directory, self._best, self._final = every, directory, best, final
         # By the name of the metric that says whether the node is to blame.
         self._blamed = {f"finite/{node.name}": node.name for node in throughput.system.nodes}
-        self._meter: Meter | None = None
+        self._meter = Meter()
         self._waiting: list[tuple[int, Mapping[str, Array]]] = []
         self._values: list[float] = []
 
     def count(self, step: int, state: TrainState, batch: PyTree) -> None:
         """Count what a step is about to work on. batch: this process's rows, not placed."""
         if self._log is not None:
-            meter = self._throughput.start(state, batch) if self._meter is None else self._meter
-            self._meter = self._throughput.count(meter, step, batch)
+            self._meter = self._throughput.count(self._meter, step, state, batch)
 
     def take(self, step: int, metrics: Mapping[str, Array]) -> None:
         """Keep the metrics of a step that is dispatched; read those before it if the last of them makes a row.
@@ -193,7 +192,7 @@ class MetricsReader:
             raise self._error(waiting)
         if self._best is not None:
             self._values.append(float(values[self._best]))
-        if self._log is not None and self._meter is not None and (step % self._every == 0 or step == self._final):
+        if self._log is not None and (step % self._every == 0 or step == self._final):
             self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
             unlogged = {"finite", *self._blamed}
             self._log.write(step, {name: x for name, x in values.items() if name not in unlogged} | speed)

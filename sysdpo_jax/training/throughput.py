@@ -4,7 +4,7 @@ All of it is host arithmetic on the batches as they were prepared; no figure wai
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,15 +36,23 @@ PEAK_FLOPS = {
 }
 
 
-class Meter(NamedTuple):
-    """What has been counted and not read yet.
+class Counted(NamedTuple):
+    """What a step did, of this process's rows: {figure: number}, {node: share of padding}, {node: model FLOPs}."""
 
-    flops: model FLOPs of one step of this process's rows, {node: FLOPs}; None where the devices' peak is unknown.
-    waiting: (step, {figure: number}) of the steps not read yet; last: (step, seconds) of the last reading.
+    step: int
+    units: Mapping[str, int]
+    padding: Mapping[str, float]
+    flops: Mapping[str, int]
+
+
+class Meter(NamedTuple):
+    """What has been counted and not read yet: the steps, and (step, seconds) of the last reading.
+
+    flops: {shapes of a batch: model FLOPs by node}; those of a batch whose FLOPs nobody knows are empty.
     """
 
-    flops: Mapping[str, int] | None
-    waiting: tuple[tuple[int, Mapping[str, int]], ...] = ()
+    flops: Mapping[Hashable, Mapping[str, int]] = {}
+    waiting: tuple[Counted, ...] = ()
     last: tuple[int, float] | None = None
 
 
@@ -60,52 +68,62 @@ class Throughput:
     system: CompoundSystem
     mesh: Mesh
 
-    def start(self, state: TrainState, batch: PyTree) -> Meter:
-        """The meter before the first step, whose batch (this process's rows, not placed) has the shapes of all.
+    def count(self, meter: Meter, step: int, state: TrainState, batch: PyTree) -> Meter:
+        """The meter with a step's batch (this process's rows, not placed).
 
-        The batch's FLOPs are counted from shapes, where the peak is known and the batch is one of pairs. Warns where a
-        component's cannot be counted.
+        FLOPs are counted from shapes, once for each of them, where the devices' peak is known and the batch is one of
+        pairs. Warns where a component's cannot be counted.
         """
-        if peak_flops(self._kind) is None or not isinstance(batch, PairBatch | SampledBatch):
-            return Meter(None)
-        try:
-            return Meter(step_flops(self.system, state, batch))
-        except FlopsError as error:
-            warnings.warn(f"the metrics will have no throughput/mfu: {error}", stacklevel=2)
-            return Meter(None)
-
-    def count(self, meter: Meter, step: int, batch: PyTree) -> Meter:
-        """The meter with a step's batch (this process's rows, not placed)."""
-        return meter._replace(waiting=(*meter.waiting, (step, count_units(self.system, batch))))
+        sides = _sides(batch)
+        if peak_flops(self._kind) is not None and sides:
+            shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
+            if shapes not in meter.flops:
+                meter = meter._replace(flops={**meter.flops, shapes: self._flops(state, batch)})
+            flops = meter.flops[shapes]
+        else:
+            flops = {}
+        counted = Counted(step, count_units(self.system, batch), padding(self.system, sides), flops)
+        return meter._replace(waiting=(*meter.waiting, counted))
 
     def read(self, meter: Meter, step: int, now: float) -> tuple[Meter, dict[str, float]]:
         """The figures of the steps after the last reading up to `step`, whose metrics the caller has just read.
 
         now: seconds of a monotonic clock. "throughput/steps_per_second", "throughput/pairs_per_second",
         "throughput/<unit>_per_second/<node>" with the units of `Component.units`, "throughput/mfu" (model FLOPs, see
-        training/flops.py, over `PEAK_FLOPS` of all devices) and each node's part of it "throughput/mfu/<node>", and
-        those of `memory`. No mfu on devices of unknown peak. The first reading gives memory alone, because the time
-        before it contains the compilation.
+        training/flops.py, over `PEAK_FLOPS` of all devices) and each node's part of it "throughput/mfu/<node>", those
+        of `memory`, and "padding/<node>", the share of places that hold nothing. No mfu on devices of unknown peak. The
+        first reading gives no speed, because the time before it contains the compilation.
         """
-        done = [counts for at, counts in meter.waiting if at <= step]
-        after = Meter(meter.flops, tuple(pair for pair in meter.waiting if pair[0] > step), (step, now))
-        if meter.last is None or not done:
-            return after, memory(self.mesh.local_devices)
-        seconds, shards = now - meter.last[1], batch_shard(self.mesh)[1]
-        totals = {name: shards * sum(counts[name] for counts in done) for name in done[0]}
-        figures = {"throughput/steps_per_second": len(done) / seconds}
-        figures |= {f"throughput/{name}": number / seconds for name, number in totals.items()}
-        if meter.flops is not None:
-            figures |= self._mfu(meter.flops, shards * len(done) / seconds)
-        return after, figures | memory(self.mesh.local_devices)
+        done = [counted for counted in meter.waiting if counted.step <= step]
+        after = Meter(meter.flops, tuple(c for c in meter.waiting if c.step > step), (step, now))
+        figures = memory(self.mesh.local_devices)
+        if not done:
+            return after, figures
+        figures |= {f"padding/{name}": sum(c.padding[name] for c in done) / len(done) for name in done[0].padding}
+        if meter.last is None:
+            return after, figures
+        rate = batch_shard(self.mesh)[1] / (now - meter.last[1])
+        figures["throughput/steps_per_second"] = len(done) / (now - meter.last[1])
+        figures |= {f"throughput/{name}": rate * sum(c.units[name] for c in done) for name in done[0].units}
+        if all(counted.flops for counted in done):
+            figures |= self._mfu({name: rate * sum(c.flops[name] for c in done) for name in done[0].flops})
+        return after, figures
+
+    def _flops(self, state: TrainState, batch: PyTree) -> Mapping[str, int]:
+        try:
+            return step_flops(self.system, state, batch)
+        except FlopsError as error:
+            warnings.warn(f"the metrics will have no throughput/mfu: {error}", stacklevel=2)
+            return {}
 
     @property
     def _kind(self) -> str:
         return self.mesh.devices.flat[0].device_kind
 
-    def _mfu(self, flops: Mapping[str, int], rate: float) -> dict[str, float]:
+    def _mfu(self, rates: Mapping[str, float]) -> dict[str, float]:
+        """rates: FLOPs a second of each node."""
         peak = PEAK_FLOPS[self._kind] * self.mesh.size
-        parts = {f"throughput/mfu/{node}": number * rate / peak for node, number in flops.items()}
+        parts = {f"throughput/mfu/{node}": rate / peak for node, rate in rates.items()}
         return {"throughput/mfu": sum(parts.values()), **parts}
 
 
@@ -120,13 +138,9 @@ def count_units(system: CompoundSystem, batch: PyTree) -> dict[str, int]:
     Intermediates that were searched for are the same on both sides and evaluated once: they count once. A batch that is
     neither a `PairBatch` nor a `SampledBatch` has no units.
     """
-    match batch:
-        case PairBatch():
-            features = [batch.chosen, batch.rejected]
-        case SampledBatch():
-            features = [batch.intermediates, batch.outputs.chosen, batch.outputs.rejected]
-        case _:
-            return {}
+    features = _sides(batch)
+    if not features:
+        return {}
     totals = {"pairs_per_second": _rows(features)}
     for nodes in features:
         for name, values in nodes.items():
@@ -134,6 +148,27 @@ def count_units(system: CompoundSystem, batch: PyTree) -> dict[str, int]:
                 figure = f"{unit}_per_second/{name}"
                 totals[figure] = totals.get(figure, 0) + number
     return totals
+
+
+def padding(system: CompoundSystem, sides: Sequence[Features]) -> dict[str, float]:
+    """{node: share of its features' places that hold nothing}, of nodes whose rows differ in size; of some features."""
+    shares: dict[str, list[float]] = {}
+    for nodes in sides:
+        for name, values in nodes.items():
+            component = system.node(name).component
+            if component.sizes(values):
+                shares.setdefault(name, []).append(component.padding(values))
+    return {name: sum(own) / len(own) for name, own in shares.items()}
+
+
+def _sides(batch: PyTree) -> list[Features]:
+    """The features of both sides, and of intermediates, which are the same on both; of other batches none."""
+    match batch:
+        case PairBatch():
+            return [batch.chosen, batch.rejected]
+        case SampledBatch():
+            return [batch.intermediates, batch.outputs.chosen, batch.outputs.rejected]
+    return []
 
 
 def memory(devices: Sequence[Any]) -> dict[str, float]:

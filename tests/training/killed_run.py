@@ -24,7 +24,8 @@ from sysdpo_jax import (
     SearchedBatches,
     epoch_batches,
 )
-from sysdpo_jax.training import FROZEN, ComponentOptimizer, Trainer, create_state, make_optimizer, search
+from sysdpo_jax.data.intermediates import IntermediateSearch
+from sysdpo_jax.training import FROZEN, ComponentOptimizer, Trainer, create_state, make_optimizer
 
 # Wide enough that its checkpoint, of 1.3 MB, takes a while to write.
 WIDE = CompoundSystem(("x",), (Node("a", Gaussian(256, 256), ("x",)), Node("b", Gaussian(1, 256), ("a",))))
@@ -44,8 +45,8 @@ def direct(paused):
 def sampling(paused):
     records = [PreferenceRecord({"x": i % 4}, {"z": i % 3}, {"z": (i + 1) % 3}) for i in range(10)]
     optimizer = make_optimizer({name: ComponentOptimizer(optax.adam(0.1)) for name in "yz"})
-    batch = search.IntermediateSearch.batch
-    search.IntermediateSearch.batch = lambda self, step, params: paused(lambda at: batch(self, at, params))(step)
+    batch = IntermediateSearch.batch
+    IntermediateSearch.batch = lambda self, step, params: paused(lambda at: batch(self, at, params))(step)
     return TABLES, SamplingObjective(1.0), optimizer, SearchedBatches(TABLES, records, 3, 1, 4, every=2)
 
 

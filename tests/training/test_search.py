@@ -271,7 +271,7 @@ def test_language_models_compile_once_and_resume_bit_for_bit(tmp_path):
     searches = beam_decode._generate._cache_size()
     runner, whole = run(tmp_path / "whole", 5)
     assert beam_decode._generate._cache_size() == searches + 1
-    [compiled] = runner.step._jitted.values()
+    [compiled] = runner.step._compiled.values()
     assert compiled._cache_size() == 1
     run(tmp_path / "parts", 3)
     same(whole, run(tmp_path / "parts", 5)[1])

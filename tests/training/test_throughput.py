@@ -22,7 +22,7 @@ from sysdpo_jax import (
 )
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.training import throughput
-from sysdpo_jax.training.throughput import Meter, Throughput, count_units, memory
+from sysdpo_jax.training.throughput import Meter, Throughput, count_units, memory, padding
 from tests.components.stubs import IdTokenizer
 from tests.training.systems import CHAIN, pairs
 
@@ -37,10 +37,10 @@ NODE_FLOPS = {"a": 8 * 2 * ROWS * 2 * 3, "b": 8 * 2 * ROWS * 3 * 2, "c": 0}
 def meter_of(steps=range(0)):
     used = Throughput(CHAIN, make_mesh())
     state = create_state(CHAIN, CHAIN.init(jax.random.key(0)), OPTIMIZER)
-    meter = used.start(state, pairs(ROWS))
+    meter = Meter()
     for step in steps:
-        meter = used.count(meter, step, pairs(ROWS))
-    return used, meter
+        meter = used.count(meter, step, state, pairs(ROWS))
+    return used, meter, state
 
 
 @pytest.fixture
@@ -50,17 +50,17 @@ def known_peak(monkeypatch):
 
 
 def test_the_first_reading_holds_compilation_and_gives_no_speed(known_peak):
-    used, meter = meter_of(range(1))
+    used, meter, _ = meter_of(range(1))
     after, figures = used.read(meter, 0, 100.0)
     assert not [name for name in figures if name.startswith("throughput")]
     assert after == Meter(meter.flops, (), (0, 100.0))
 
 
 def test_speed_and_utilisation_are_those_of_the_steps_between_two_readings(known_peak):
-    used, meter = meter_of(range(1))
+    used, meter, state = meter_of(range(1))
     meter, _ = used.read(meter, 0, 100.0)
     for step in range(1, 6):
-        meter = used.count(meter, step, pairs(ROWS))
+        meter = used.count(meter, step, state, pairs(ROWS))
     # The device has done the steps up to 4; step 5 is on its way.
     after, figures = used.read(meter, 4, 102.0)
     assert figures["throughput/steps_per_second"] == 4 / 2
@@ -68,12 +68,12 @@ def test_speed_and_utilisation_are_those_of_the_steps_between_two_readings(known
     for node, flops in NODE_FLOPS.items():
         assert figures[f"throughput/mfu/{node}"] == pytest.approx(flops * 4 / 2 / 1000)
     assert figures["throughput/mfu"] == pytest.approx(sum(NODE_FLOPS.values()) * 4 / 2 / 1000)
-    assert [step for step, _ in after.waiting] == [5]
+    assert [counted.step for counted in after.waiting] == [5]
     assert used.read(after, 5, 103.0)[1]["throughput/steps_per_second"] == 1
 
 
 def test_other_processes_count_as_much_as_this_one(known_peak, monkeypatch):
-    used, meter = meter_of(range(2))
+    used, meter, _ = meter_of(range(2))
     meter = meter._replace(last=(-1, 0.0))
     alone = used.read(meter, 1, 1.0)[1]
     monkeypatch.setattr(throughput, "batch_shard", lambda mesh: (1, 3))
@@ -84,17 +84,36 @@ def test_other_processes_count_as_much_as_this_one(known_peak, monkeypatch):
 
 
 def test_there_is_no_utilisation_where_the_peak_is_not_known():
-    used, meter = meter_of(range(1))
-    assert meter.flops is None
+    used, meter, _ = meter_of(range(1))
+    assert not meter.flops
     figures = used.read(meter._replace(last=(-1, 0.0)), 0, 1.0)[1]
     assert figures == {"throughput/steps_per_second": 1.0, "throughput/pairs_per_second": float(ROWS)}
 
 
+def test_batches_of_other_shapes_have_their_own_flops(known_peak):
+    """Each step counts as what it is: a batch of twice the rows has twice the FLOPs of one of the others."""
+    used, meter, state = meter_of(range(1))
+    meter = used.count(meter, 1, state, pairs(2 * ROWS))._replace(last=(-1, 0.0))
+    figures = used.read(meter, 1, 1.0)[1]
+    assert figures["throughput/mfu"] == pytest.approx(3 * sum(NODE_FLOPS.values()) / 1000)
+    assert len(meter.flops) == 2
+
+
+def test_padding_is_the_share_of_places_without_a_token():
+    system = image_system()
+    texts = [("1 2", "3"), ("1", "3 4 5")]
+    rows = [{"request": prompt, "answer": answer, "captions": ["1", "1"], "images": [0, 0]} for prompt, answer in texts]
+    features = system.prepare(rows, ["answer"])
+    # Three tokens of twelve places in the first row, four in the second, and an end in each.
+    assert padding(system, [features, features]) == {"answer": pytest.approx(1 - 9 / 24)}
+    resized = system.node("answer").component.resize(features["answer"], {"prompt": 2, "completion": 4})
+    assert padding(system, [{"answer": resized}]) == {"answer": pytest.approx(1 - 9 / 12)}
+
+
 def test_another_batch_gives_steps_alone(known_peak):
-    used, _ = meter_of()
-    state = create_state(CHAIN, CHAIN.init(jax.random.key(0)), OPTIMIZER)
-    meter = used.start(state, {"x": np.zeros(3)})._replace(last=(-1, 0.0))
-    figures = used.read(used.count(meter, 0, {"x": np.zeros(3)}), 0, 0.5)[1]
+    used, meter, state = meter_of()
+    meter = used.count(meter._replace(last=(-1, 0.0)), 0, state, {"x": np.zeros(3)})
+    figures = used.read(meter, 0, 0.5)[1]
     assert figures == {"throughput/steps_per_second": 2.0}
 
 
