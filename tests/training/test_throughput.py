@@ -23,7 +23,7 @@ from sysdpo_jax import (
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.training import throughput
 from sysdpo_jax.training.throughput import Meter, Throughput, count_units, memory, padding
-from tests.components.stubs import IdTokenizer
+from tests.components.stubs import SPECIAL, WORDS, IdTokenizer, word_tokenizer
 from tests.training.systems import CHAIN, pairs
 
 ROWS = 4
@@ -100,10 +100,11 @@ def test_batches_of_other_shapes_have_their_own_flops(known_peak):
 
 
 def test_padding_is_the_share_of_places_without_a_token():
-    system = image_system()
-    texts = [("1 2", "3"), ("1", "3 4 5")]
-    rows = [{"request": prompt, "answer": answer, "captions": ["1", "1"], "images": [0, 0]} for prompt, answer in texts]
-    features = system.prepare(rows, ["answer"])
+    decoder = Decoder(DecoderConfig(len(SPECIAL) + len(WORDS), 8, 16, 1, 2, 2, max_position_embeddings=12))
+    system = CompoundSystem(
+        ("request",), (Node("answer", LanguageModel(decoder, word_tokenizer(), 6, 6), ("request",)),)
+    )
+    features = system.prepare([{"request": "a red", "answer": "ball"}, {"request": "a", "answer": "red green ball"}])
     # Three tokens of twelve places in the first row, four in the second, and an end in each.
     assert padding(system, [features, features]) == {"answer": pytest.approx(1 - 9 / 24)}
     resized = system.node("answer").component.resize(features["answer"], {"prompt": 2, "completion": 4})
