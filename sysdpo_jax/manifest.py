@@ -57,8 +57,10 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
     Every process gets those of the whole leaves, whatever part it holds.
     """
     # One at a time: programs with collectives that do not wait for each other hang on CPUs of several processes.
-    words = {path: jax.device_get(_fingerprint_of(_whole(leaf))(leaf)) for path, leaf in by_path(tree).items()}
-    types = array_types(tree)
+    # Arrays of NumPy, as files of weights hold them, have those of the same numbers on a device.
+    leaves = {path: leaf if isinstance(leaf, Array) else jnp.asarray(leaf) for path, leaf in by_path(tree).items()}
+    words = {path: jax.device_get(_fingerprint_of(_whole(leaf))(leaf)) for path, leaf in leaves.items()}
+    types = array_types(leaves)
     return {path: f"{types[path]} {high:08x}{low:08x}" for path, (high, low) in words.items()}
 
 

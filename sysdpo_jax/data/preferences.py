@@ -322,8 +322,8 @@ class _Pass:
     @property
     def folder(self) -> Path:
         """Where paths of images begin, wherever a later run is started."""
-        path = Path(self.source).absolute()
-        return path if path.is_dir() else path.parent if path.is_file() else Path.cwd()
+        path = Path(self.source)
+        return (path if path.is_dir() else path.parent if path.is_file() else Path()).resolve()
 
     def write(self, folder: Path, index: int, count: int) -> None:
         """Make the parts index, index + count, ... that are not there yet."""
