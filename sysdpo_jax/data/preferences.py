@@ -206,6 +206,7 @@ def load_preferences(
         sha256 = _known_digest(source, split, Path(cache))
         settings = (
             FORMAT,
+            PART,
             sha256,
             split,
             convert,
@@ -345,10 +346,14 @@ class _Pass:
 
     def open(self, folder: Path, sha256: str, system: CompoundSystem | None) -> Preferences:
         """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
-        parts = _parts(folder, json.loads((folder / WHOLE).read_text(encoding="utf-8")))
+        whole = folder / WHOLE
+        parts = _parts(folder, json.loads(whole.read_text(encoding="utf-8"))) if whole.exists() else []
+        known = [part_about(part) for part in parts]
+        if not whole.exists() or None in known:
+            raise RecordError(f"{folder} lacks parts that another process made: give a cache that all processes share")
         counts = Counts(sha256=sha256)
-        for part in parts:
-            counts.add(Counts(**(part_about(part) or {})["counts"]))
+        for about in known:
+            counts.add(Counts(**about["counts"]))
         if not counts.kept:
             first = f" ({counts.errors[0]})" if counts.errors else ""
             raise RecordError(f"{self.source} holds no record{first}: give a file with at least one that can be used")

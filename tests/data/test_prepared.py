@@ -387,7 +387,7 @@ def test_equal_files_in_two_folders_have_pictures_of_their_own(tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path):
+def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path, prepared):
     """Killed in the middle of its second part, of three: the first is there, and nothing of it is prepared again."""
     make, write = MAKERS[kind]
     path, system = write(tmp_path, 8), make()
@@ -403,7 +403,9 @@ def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path):
     assert second.stdout.splitlines() == ["[2, 1, 2]"], second.stderr[-2000:]
     assert list(folder.glob("*.partial")) == []
     load = partial(load_preferences, path, system, params=system.init(KEY))
-    alike(load(cache=tmp_path / "cache"), load())
+    made = load(cache=tmp_path / "cache")
+    assert prepared == []
+    alike(made, load())
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -452,6 +454,15 @@ def test_parts_by_process_are_those_of_one_process(kind, number, tmp_path, prepa
     alike(*made)
     names = [sorted(file.name for file in (tmp_path / str(count)).iterdir()) for count in (1, number)]
     assert names[0] == names[1]
+
+
+def test_a_cache_that_is_not_shared_is_said(tmp_path, prepared):
+    path, system = text_file(tmp_path, 8), texts()
+    a_pass(path, system, {}).write(tmp_path, 1, 2)
+    with pytest.raises(RecordError, match="lacks parts that another process made: give a cache that all processes"):
+        a_pass(path, system, {}).open(tmp_path, "", system)
+    a_pass(path, system, {}).write(tmp_path, 0, 2)
+    assert len(a_pass(path, system, {}).open(tmp_path, "", system)) == 8
 
 
 def mixed_rows(held):
