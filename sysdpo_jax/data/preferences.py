@@ -1,6 +1,7 @@
 """Preferences from files: read, prepared, encoded and stored in one pass, once. Few rows are in memory at a time."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -195,7 +196,10 @@ def load_preferences(
     sha256 = _known_digest(source, split, Path(cache))
     settings = (FORMAT, sha256, split, convert, tuple(ignore), on_error)
     folder = Path(cache) / digest([*settings, *_about_system(system, params)])
-    if not _is_whole(folder):
+    if _is_whole(folder):
+        # Says when it was used.
+        os.utime(folder)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         _by_all(lambda: reading.write(folder, jax.process_index(), jax.process_count()))
     return reading.open(folder, sha256, system if has_features else None)
@@ -253,7 +257,7 @@ def _parts(folder: Path, number: int) -> list[Path]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value), encoding="utf-8")
     partial.replace(path)
 
