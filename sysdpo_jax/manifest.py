@@ -10,7 +10,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from enum import Enum
 from functools import cache
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -19,7 +21,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, PyTree, UInt32
 
-from sysdpo_jax.components.sampled_text import fingerprint
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.user_code import is_users, name_of
 
@@ -56,8 +57,10 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
     Every process gets those of the whole leaves, whatever part it holds.
     """
     # One at a time: programs with collectives that do not wait for each other hang on CPUs of several processes.
-    words = {path: jax.device_get(_fingerprint_of(_whole(leaf))(leaf)) for path, leaf in by_path(tree).items()}
-    types = array_types(tree)
+    # Arrays of NumPy, as files of weights hold them, have those of the same numbers on a device.
+    leaves = {path: leaf if isinstance(leaf, Array) else jnp.asarray(leaf) for path, leaf in by_path(tree).items()}
+    words = {path: jax.device_get(_fingerprint_of(_whole(leaf))(leaf)) for path, leaf in leaves.items()}
+    types = array_types(leaves)
     return {path: f"{types[path]} {high:08x}{low:08x}" for path, (high, low) in words.items()}
 
 
@@ -97,7 +100,7 @@ def digest(value: Any) -> str:
 
 def _detailed(value: Any) -> Any:
     if hasattr(value, "get_vocab"):
-        return [fingerprint(value), _cutting(value), str(value.chat_template)]
+        return [sorted(value.get_vocab().items()), _cutting(value), str(value.chat_template)]
     if isinstance(value, functools.partial):
         return [_detailed(value.func), _detailed(value.args), _detailed(value.keywords)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -110,16 +113,36 @@ def _detailed(value: Any) -> Any:
         return {str(name): _detailed(part) for name, part in value.items()}
     if isinstance(value, tuple | list):
         return [_detailed(part) for part in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return _source(value) if callable(value) else type(value).__qualname__
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_detailed(part)) for part in value)
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    if value is None or isinstance(value, bool | int | float | str | bytes | PurePath | Enum | np.dtype):
+        return repr(value)
+    if not callable(value):
+        return type(value).__qualname__
+    # What a function takes from around it, and what an object holds that is called.
+    return [_source(value), [_detailed(part) for part in _around(value)]]
+
+
+def _around(code: Any) -> list[Any]:
+    if not is_users(code) or inspect.isclass(code):
+        return []
+    if inspect.ismethod(code):
+        return [code.__self__, code.__func__]
+    if not inspect.isfunction(code):
+        return [getattr(code, "__dict__", None)]
+    cells = [cell.cell_contents for cell in code.__closure__ or () if cell.cell_contents is not code]
+    return [code.__defaults__, code.__kwdefaults__, *cells]
 
 
 def _cutting(tokenizer: Any) -> dict[str, Any]:
-    """How a tokenizer cuts texts; what a call leaves set in it, for the next one, is none of it."""
+    """How a tokenizer cuts and pads texts; what a call leaves set in it, for the next one, is none of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole = {} if backend is None else json.loads(backend.to_str())
-    return {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
+    kept = {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
+    sides = [getattr(tokenizer, name, None) for name in ("padding_side", "truncation_side")]
+    return kept | {"sides": sides, "special": str(getattr(tokenizer, "special_tokens_map", {}))}
 
 
 def _source(code: Any) -> list[str]:

@@ -24,11 +24,16 @@ ROWS, LEAVES = ".rows.arrow", ".leaves.arrow"
 
 
 def pack(value: Any, leaf: Callable[[bytes | np.ndarray], int]) -> Any:
-    """The value as JSON has it. leaf: takes bytes and arrays away, and says the number that stands for them."""
+    """The value as JSON has it. leaf: takes bytes and arrays away, and says the number that stands for them.
+
+    Raises `TypeError` for an array that holds no numbers.
+    """
     if isinstance(value, bytes):
         return {BYTES: leaf(value)}
+    if isinstance(value, np.str_):
+        return str(value)
     if isinstance(value, np.ndarray | np.generic):
-        return {ARRAY: leaf(np.asarray(value))}
+        return {ARRAY: leaf(_plain(np.asarray(value)))}
     if isinstance(value, Mapping):
         return {name: pack(item, leaf) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -74,7 +79,7 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
             numbers: dict[bytes, int] = {}
 
             def leaf(value: bytes | np.ndarray) -> int:
-                data = value if isinstance(value, bytes) else np.ascontiguousarray(value).tobytes()
+                data = value if isinstance(value, bytes) else value.tobytes()
                 kind, shape = ("bytes", []) if isinstance(value, bytes) else (value.dtype.name, list(value.shape))
                 key = hashlib.blake2b(f"{kind}{shape}".encode() + data, digest_size=16).digest()
                 if key not in numbers:
@@ -95,6 +100,13 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
         for left in partial.values():
             left.unlink(missing_ok=True)
     return number
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The array with bytes in this machine's order, which the name of its type says nothing of."""
+    if array.dtype.kind not in "biufcV" or array.dtype.names is not None:
+        raise TypeError(f"an array of type {array.dtype} cannot be kept in a file: give numbers")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 class _Waiting:

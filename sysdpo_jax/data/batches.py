@@ -100,11 +100,12 @@ class Plan:
     ):
         block = batch_size // check_batches(len(kinds), batch_size, shard)
         self._seed, self._batch, self._block = seed, batch_size, slice(shard[0] * block, (shard[0] + 1) * block)
-        self._rows = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+        every = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+        self._rows = [rows for rows in every if len(rows) >= batch_size]
         self.per_epoch = sum(len(rows) // batch_size for rows in self._rows)
         if not self.per_epoch:
             raise ValueError(f"no kind of rows fills one batch of {batch_size}: use a smaller batch or more data")
-        self.left_out = sum(len(rows) for rows in self._rows if len(rows) < batch_size)
+        self.left_out = len(kinds) - sum(map(len, self._rows))
         # Each kind's static sizes [shapes, axes], the smallest first.
         number = max(1, shapes // len(self._rows))
         self._shapes = [static_sizes(sizes[rows], number, batch_size) for rows in self._rows]
@@ -158,8 +159,9 @@ def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -
     The rows are cut in two where that saves most, one group after the other. The largest size is always there: it takes
     the batches whose rows fit nowhere else together.
     """
-    groups = [sizes[:: -(-len(sizes) // LOOKED_AT)]]
-    whole = _rounded(sizes)
+    groups, whole = [sizes[:: -(-len(sizes) // LOOKED_AT)]], _rounded(sizes)
+    if number == 1:
+        return whole[None]
     while len(groups) + 1 < number:
         cuts = [best_cut(group, batch) for group in groups]
         best = int(np.argmax([saved for saved, _, _ in cuts]))
@@ -244,7 +246,10 @@ class PreferenceBatches:
 
     def __getitem__(self, step: int) -> PairBatch:
         if self._rows is None:
-            raise ValueError("the system has frozen parts that encode: give preference_dataset their params")
+            raise ValueError(
+                "the system has frozen parts that have still to encode: give load_preferences their params, or hand "
+                "the dataset to Trainer.fit or their params to its method prepare"
+            )
         rows, sizes = self.plan.at(step)
         found = [self._rows.features(int(row)) for row in self._chosen[rows]]
         return pair_batch(self.system, found, dict(zip(self._rows.axes, sizes, strict=True)))

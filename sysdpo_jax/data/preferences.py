@@ -8,16 +8,20 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import numpy as np
+from filelock import FileLock
 from jax.experimental import multihost_utils
+from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import Tool, ToolError
 from sysdpo_jax.components.tool_values import Kept, ToolValues
@@ -27,8 +31,11 @@ from sysdpo_jax.data.prepared import Prepared, PreparedRows, part_about, prepare
 from sysdpo_jax.data.records import PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.manifest import digest, fingerprints
+from sysdpo_jax.row_files import pack
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, shown, user_code
+
+T = TypeVar("T")
 
 # Rows of the source in a part, which a kill loses at most; records that are prepared together, with images and without.
 PART, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 128, 16
@@ -60,8 +67,11 @@ class Counts:
         self.skipped += 1
         if len(self.errors) < KEPT_ERRORS:
             self.errors.append(message)
-        # The numbers and long texts of a message are those of its row.
-        reason = re.sub(r"\d+", "#", re.sub(r"'[^']*[^'\w][^']*'", "'...'", str(error)))
+        # The numbers and long texts of a message are those of its row; a single word may name a node or a field.
+        short = re.sub(
+            r"'[^']*'|\"[^\"]*\"", lambda quoted: quoted[0] if quoted[0][1:-1].isidentifier() else "'...'", str(error)
+        )
+        reason = re.sub(r"\d+", "#", short)
         reason = reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
@@ -193,15 +203,24 @@ def load_preferences(
             raise
         weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
         return made
-    sha256 = _known_digest(source, split, Path(cache))
-    settings = (FORMAT, sha256, split, convert, tuple(ignore), on_error)
-    folder = Path(cache) / digest([*settings, *_about_system(system, params)])
-    if _is_whole(folder):
-        # Says when it was used.
-        os.utime(folder)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        _by_all(lambda: reading.write(folder, jax.process_index(), jax.process_count()))
+
+    def written() -> tuple[str, Path]:
+        sha256 = _known_digest(source, split, Path(cache))
+        base = str(reading.folder) if reading.paints else ""
+        settings = (FORMAT, sha256, split, convert, tuple(ignore), on_error, base)
+        folder = Path(cache) / digest([*settings, *_about_system(system, params)])
+        if _is_whole(folder):
+            # Says when it was used, where that can be written.
+            with suppress(OSError):
+                os.utime(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Of several runs that begin together one makes the parts, and the others wait and take them.
+            with FileLock(folder / f".lock-{jax.process_index()}"):
+                reading.write(folder, jax.process_index(), jax.process_count())
+        return sha256, folder
+
+    sha256, folder = _by_all(written)
     return reading.open(folder, sha256, system if has_features else None)
 
 
@@ -222,8 +241,9 @@ def _about_system(system: CompoundSystem | None, params: Params | None) -> list[
     if system is None:
         return []
     nodes = [replace(node, weight=1.0) for node in system.nodes]
+    failing = [node.component.on_error for node in system.nodes if isinstance(node.component, Tool)]
     frozen = {} if params is None else fingerprints(system.frozen_params(params))
-    return [system.inputs, nodes, frozen]
+    return [system.inputs, nodes, failing, frozen]
 
 
 def _known_digest(source: str | Path, split: str, cache: Path) -> str:
@@ -262,11 +282,11 @@ def _write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _by_all(work: Callable[[], None]) -> None:
-    """Do the work on every process, and wait for all. Where one of them fails, all do."""
+def _by_all(work: Callable[[], T]) -> T:
+    """What the work gives, once it is done on every process. Where one of them fails, all do."""
     error: Exception | None = None
     try:
-        work()
+        made = work()
     except Exception as own:
         error = own
     if jax.process_count() > 1:
@@ -275,11 +295,12 @@ def _by_all(work: Callable[[], None]) -> None:
             raise RecordError(f"process {failed[0]} could not prepare its part of the preferences: see what it says")
     if error is not None:
         raise error
+    return made
 
 
 @dataclass
 class _Pass:
-    """One reading of the source. held: whether the first record of this process has intermediate values."""
+    """One reading of the source. held: whether the records so far have intermediate values, where all must have."""
 
     source: str | Path
     split: str
@@ -291,6 +312,17 @@ class _Pass:
     progress: Callable[[int], None]
     held: bool | None = None
     read: int = 0
+
+    @property
+    def paints(self) -> bool:
+        """Whether records name files of images."""
+        return self.system is not None and any(isinstance(node.component, TextToImage) for node in self.system.nodes)
+
+    @property
+    def folder(self) -> Path:
+        """Where paths of images begin, wherever a later run is started."""
+        path = Path(self.source)
+        return (path if path.is_dir() else path.parent if path.is_file() else Path()).resolve()
 
     def write(self, folder: Path, index: int, count: int) -> None:
         """Make the parts index, index + count, ... that are not there yet."""
@@ -320,7 +352,7 @@ class _Pass:
             first = f" ({counts.errors[0]})" if counts.errors else ""
             raise RecordError(f"{self.source} holds no record{first}: give a file with at least one that can be used")
         rows = PreparedRows(parts)
-        # Processes, and those who went on after a kill, began with a row of their own.
+        # All are as the first one is, whichever process made it.
         other = np.flatnonzero(rows.held != rows.held[0])
         for row in other.tolist():
             try:
@@ -341,19 +373,18 @@ class _Pass:
         self, rows: Iterable[Row], counts: Counts, images: dict[str, tuple[int, int]]
     ) -> Iterator[tuple[int, Prepared]]:
         """The records of these rows with their numbers, ready to be written; images: the files that they name."""
-        paints = self.system is not None and any(isinstance(n.component, TextToImage) for n in self.system.nodes)
-        together = TOGETHER_WITH_IMAGES if paints else TOGETHER
+        together = TOGETHER_WITH_IMAGES if self.paints else TOGETHER
         waiting: list[tuple[int, PreferenceRecord]] = []
         for row in rows:
             counts.read += 1
             self.read += 1
             try:
-                records = self._converted(row)
+                records = [self._placed(record, images) for record in self._converted(row)]
             except RecordError as error:
                 self._refuse(counts, row.number, error)
                 continue
             counts.ties += not records
-            waiting += [(row.number, self._placed(record, images)) for record in records]
+            waiting += [(row.number, record) for record in records]
             if len(waiting) >= together:
                 yield from self._passed(waiting, counts)
                 waiting = []
@@ -367,7 +398,8 @@ class _Pass:
             try:
                 if isinstance(made, RecordError):
                     raise made
-                if self.system is not None:
+                # What is left out for it is left out by `open`, which knows the first record of all.
+                if self.system is not None and not self.skip:
                     self.held = check_intermediates(self.system, record, self.held)
             except RecordError as error:
                 self._refuse(counts, number, error)
@@ -414,22 +446,30 @@ class _Pass:
 
     def _placed(self, record: PreferenceRecord, images: dict[str, tuple[int, int]]) -> PreferenceRecord:
         """The record with paths of images taken from the folder of the source."""
-        if self.system is None:
-            return record
-        names = {node.name for node in self.system.nodes if isinstance(node.component, TextToImage)}
-        path = Path(self.source)
-        folder = path if path.is_dir() else path.parent if path.is_file() else Path()
+        nodes = () if self.system is None else self.system.nodes
+        names = {node.name for node in nodes if isinstance(node.component, TextToImage)}
 
         def below(value: Any) -> Any:
             if isinstance(value, list):
                 return [below(item) for item in value]
+            if isinstance(value, Image.Image):
+                return open_picture(value, "an image of the reader")
             if not isinstance(value, str):
                 return value
-            found = str(folder / value)
+            found = str(self.folder / value)
             images[found] = file_state(found)
             return found
 
         sides = (
             {n: below(v) if n in names else v for n, v in side.items()} for side in (record.chosen, record.rejected)
         )
-        return PreferenceRecord(record.inputs, *sides)
+        placed = PreferenceRecord(record.inputs, *sides)
+        if is_users(self.convert):
+            try:
+                json.dumps(pack([placed.inputs, placed.chosen, placed.rejected], lambda leaf: 0))
+            except TypeError as error:
+                raise RecordError(
+                    f"the reader {name_of(self.convert)} gave a value that no file can hold ({error}): give texts, "
+                    "numbers, lists, objects, bytes, arrays of numbers or images"
+                ) from None
+        return placed

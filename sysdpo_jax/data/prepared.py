@@ -80,26 +80,30 @@ def write_part(
 
     about: JSON that is kept with them, asked for when all rows are written.
     """
-    numbers, held, sizes, kinds = list[int](), list[bool](), list[tuple[int, ...]](), list[str]()
+    numbers, held, sizes, kinds = list[int](), list[bool](), list[tuple[int, ...]](), list[int]()
     axes: tuple[Axis, ...] = ()
+    shapes: dict[str, int] = {}
 
     def noted() -> Iterable[Any]:
         nonlocal axes
         for number, row in rows:
-            if row.features is not None and system is not None and not numbers:
+            if row.features is not None and system is not None and not axes:
                 axes = size_axes(system, row.features[SIDES[0]])
             numbers.append(number)
             held.append(row.held)
             sizes.append(row.sizes)
-            kinds.append(_kind(system, row.features))
+            kinds.append(shapes.setdefault(_kind(system, row.features), len(shapes)))
             yield {"record": [row.record.inputs, row.record.chosen, row.record.rejected], "features": row.features}
 
     count = write_row_file(path, noted())
     partial = path.with_name(f"{path.name}.index.{os.getpid()}.partial")
     with partial.open("wb") as file:
         told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
-        columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool), "kinds": np.array(kinds, str)}
-        columns["sizes"] = np.array(sizes, np.int32).reshape(count, len(axes))
+        columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
+        columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
+        # Those without features have no sizes.
+        whole = [row or (0,) * len(axes) for row in sizes]
+        columns["sizes"] = np.array(whole, np.int32).reshape(count, len(axes))
         np.savez(file, allow_pickle=False, **columns, **told)
     partial.replace(path.with_name(f"{path.name}{INDEX}"))
 
@@ -135,11 +139,17 @@ class PreparedRows:
         self._paths, parts = list(paths), [_index(path) for path in paths]
         self._ends = np.cumsum([len(part["numbers"]) for part in parts])
         self.numbers, self.held = (np.concatenate([part[name] for part in parts]) for name in ("numbers", "held"))
-        # A part without rows does not know the axes.
-        full = [part for part in parts if len(part["numbers"])] or parts[:1]
-        self.axes: tuple[Axis, ...] = tuple((node, axis) for node, axis in json.loads(str(full[0]["axes"])))
-        self.sizes = np.concatenate([part["sizes"] for part in full])
-        self.shapes, self.kinds = np.unique(np.concatenate([part["kinds"] for part in parts]), return_inverse=True)
+        # A part without features does not know the axes.
+        axes = max((json.loads(str(part["axes"])) for part in parts), key=len)
+        self.axes: tuple[Axis, ...] = tuple((node, axis) for node, axis in axes)
+        sizes = (
+            part["sizes"] if part["sizes"].shape[1] else np.zeros((len(part["kinds"]), len(axes))) for part in parts
+        )
+        self.sizes = np.concatenate([*sizes]).astype(np.int32)
+        self.shapes, places = np.unique(np.concatenate([part["shapes"] for part in parts]), return_inverse=True)
+        ends = np.cumsum([0, *(len(part["shapes"]) for part in parts)])
+        kinds = [places[start + part["kinds"]] for start, part in zip(ends[:-1], parts, strict=True)]
+        self.kinds = np.concatenate(kinds)
         self._file = lru_cache(OPEN)(RowFile)
 
     def __len__(self) -> int:

@@ -1,0 +1,35 @@
+"""Prepares a file in parts of three rows: `python -m tests.data.prepared_run KIND FOLDER [KILLED]`.
+
+With KILLED the process kills itself where it prepares records for the KILLED-th time. It prints how many it prepared.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+
+from sysdpo_jax import load_preferences
+from sysdpo_jax.data import preferences
+from tests.data.prepared_systems import pictures, texts
+
+
+def main(kind: str, folder: Path, killed: int) -> None:
+    made, original = [], preferences.prepare_records
+
+    def prepare(system, params, records):
+        if len(made) + 1 == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(len(records))
+        return original(system, params, records)
+
+    preferences.PART, preferences.TOGETHER, preferences.TOGETHER_WITH_IMAGES = 3, 2, 2
+    preferences.prepare_records = prepare
+    system = {"texts": texts, "pictures": pictures}[kind]()
+    load_preferences(folder / f"{kind}.jsonl", system, params=system.init(jax.random.key(0)), cache=folder / "cache")
+    print(made)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int([*sys.argv, "0"][3]))
