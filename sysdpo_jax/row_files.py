@@ -144,7 +144,14 @@ class RowFile:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, row: int) -> Any:
-        return unpack(json.loads(self._rows["row"][row].as_py()), self._leaf)
+        return unpack(self._packed(row), self._leaf)
+
+    def entry(self, row: int, name: str) -> Any:
+        """One entry of a row that is an object; of the others nothing is read."""
+        return unpack(self._packed(row)[name], self._leaf)
+
+    def _packed(self, row: int) -> Any:
+        return json.loads(self._rows["row"][row].as_py())
 
     def _leaf(self, number: int) -> Any:
         data, kind = self._leaves["data"][number].as_buffer(), self._leaves["type"][number].as_py()
