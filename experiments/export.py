@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.common.compilation import keep_compilations
+from experiments.common.caches import keep_compilations
 from experiments.own.card import model_card
 from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config, write_whole

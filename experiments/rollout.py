@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 import sysdpo_jax as sj
-from experiments.common.compilation import keep_compilations
+from experiments.common.caches import keep_compilations
 from experiments.own.appended import AppendedFile, digest
 from experiments.own.command import bounded_exit, user_errors
 from experiments.own.config import ConfigError, Positive, parse_flags

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 import sysdpo_jax as sj
-from experiments.common.compilation import keep_compilations
+from experiments.common.caches import keep_compilations
 from experiments.own.command import Terminated, bounded_exit, user_errors
 from experiments.own.config import TrainConfig, parse
 from experiments.own.dry_run import describe_run
@@ -40,8 +40,8 @@ from sysdpo_jax.locks import locked_folder
 def train(config: TrainConfig, arguments: list[str]) -> None:
     """Train until the last step, from the newest checkpoint if there is one, and write report.html.
 
-    Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for prepared
-    preferences and what tools gave for them, and `Preempted` when asked to stop.
+    Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for what
+    tools gave for the preferences, and `Preempted` when asked to stop.
     """
     began, folder = time.monotonic(), Path(config.directory)
     keep_compilations(config.compilation_cache)

@@ -6,6 +6,7 @@ in JSON and of what JSON cannot hold, its leaves; both are written whole or not 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
 
     row_type = pa.schema([("row", pa.large_string())])
     leaf_type = pa.schema([("data", pa.large_binary()), ("type", pa.string()), ("shape", pa.list_(pa.int64()))])
-    partial = {ending: path.with_name(f"{path.name}{ending}.partial") for ending in (ROWS, LEAVES)}
+    partial = {ending: path.with_name(f"{path.name}{ending}.{os.getpid()}.partial") for ending in (ROWS, LEAVES)}
     number = 0
     try:
         with (
@@ -143,7 +144,14 @@ class RowFile:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, row: int) -> Any:
-        return unpack(json.loads(self._rows["row"][row].as_py()), self._leaf)
+        return unpack(self._packed(row), self._leaf)
+
+    def entry(self, row: int, name: str) -> Any:
+        """One entry of a row that is an object; of the others nothing is read."""
+        return unpack(self._packed(row)[name], self._leaf)
+
+    def _packed(self, row: int) -> Any:
+        return json.loads(self._rows["row"][row].as_py())
 
     def _leaf(self, number: int) -> Any:
         data, kind = self._leaves["data"][number].as_buffer(), self._leaves["type"][number].as_py()

@@ -215,8 +215,8 @@ class TrainConfig:
     directory: of checkpoints, metrics and report. dtype: of the computation; weights that are trained whole are kept in
     float32. remat: see `pretrained.load`. profile: steps (first, last) to trace. wandb: project of Weights & Biases,
     none by default. resume: False refuses a directory that holds a checkpoint. preempted_exit_code: after SIGTERM.
-    compilation_cache: of compiled programs, "user", "none" or a folder. dry_run: print what the run would be, and
-    stop before it.
+    compilation_cache: of compiled programs, "user", "none" or a folder. prepared_cache: of prepared preferences, "user"
+    or a folder. dry_run: print what the run would be, and stop before it.
     """
 
     directory: str = ""
@@ -236,6 +236,7 @@ class TrainConfig:
     resume: bool = True
     preempted_exit_code: int = 0
     compilation_cache: str = "user"
+    prepared_cache: str = "user"
     dry_run: bool = False
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
+from experiments.common.caches import prepared_folder
 from experiments.own.config import (
     ConfigError,
     DataConfig,
@@ -49,13 +50,12 @@ FREE = (
     "resume",
     "preempted_exit_code",
     "compilation_cache",
+    "prepared_cache",
 )
 # What the folder of a run says of it.
 CONFIG, DATA = "config.yaml", "data.json"
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
 TOOL_VALUES = "tool_values.jsonl"
-# The preferences as the step takes them, made once: a folder for each fingerprint of all that they depend on.
-PREPARED = "prepared"
 # Which evaluation's checkpoint is the best.
 BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 
@@ -197,7 +197,7 @@ def read_preferences(run: Run) -> sj.Preferences:
         on_error=data.on_error,
         ignore=data.ignore,
         params=sj.on_own_devices(run.system.frozen_params(run.params)),
-        cache=Path(run.config.directory) / PREPARED,
+        cache=prepared_folder(run.config.prepared_cache, Path(run.config.directory)),
         tool_values=Path(run.config.directory) / TOOL_VALUES,
         progress=_rate(),
     )

@@ -209,8 +209,12 @@ class LanguageModel(Component):
         return {"prompt": starts, "completion": np.asarray(features["lengths"]) - starts}
 
     def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
-        """The features with room for so many tokens of "prompt" and "completion". Raises `ValueError` for too few."""
-        own = self.sizes(features)
+        """The features with room for so many tokens of "prompt" and "completion", but no more than the model has.
+
+        Raises `ValueError` for too few.
+        """
+        own, most = self.sizes(features), {"prompt": self.max_prompt_length, "completion": self.max_new_tokens}
+        sizes = {name: min(room, most[name]) for name, room in sizes.items()}
         for name, room in sizes.items():
             longest = int(own[name].max(initial=0))
             if longest > room:

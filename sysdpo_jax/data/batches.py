@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -112,7 +113,8 @@ class Plan:
         # The smallest that each row fits in.
         self._fits = [_first_fit(sizes[rows], shapes) for rows, shapes in zip(self._rows, self._shapes, strict=True)]
         self._sizes = sizes
-        self._epoch = lru_cache(2)(self._shuffled)
+        # Threads that read ahead ask for it together.
+        self._epoch, self._lock = lru_cache(2)(self._shuffled), Lock()
 
     @property
     def shapes(self) -> list[Int[np.ndarray, "shapes axes"]]:
@@ -122,7 +124,8 @@ class Plan:
     def at(self, step: int) -> tuple[Int[np.ndarray, "block"], tuple[int, ...]]:
         """The rows of this shard in the batch of a step, and the sizes of the whole batch."""
         epoch, place = divmod(step, self.per_epoch)
-        rows, sizes = self._epoch(epoch)[place]
+        with self._lock:
+            rows, sizes = self._epoch(epoch)[place]
         return rows[self._block], sizes
 
     def _shuffled(self, epoch: int) -> list[tuple[Int[np.ndarray, "batch"], tuple[int, ...]]]:
@@ -131,10 +134,10 @@ class Plan:
         for rows, shapes, fits in zip(self._rows, self._shapes, self._fits, strict=True):
             order = random.permutation(len(rows))[: len(rows) // self._batch * self._batch]
             order = order[np.argsort(fits[order], kind="stable")]
-            for own in order.reshape(-1, self._batch):
-                # The largest of each axis: those whose rows lie between two shapes have the next one that fits all.
-                largest = self._sizes[rows[own]].max(0, keepdims=True)
-                batches.append((rows[own], tuple(shapes[_first_fit(largest, shapes)[0]].tolist())))
+            own = rows[order].reshape(-1, self._batch)
+            # The largest of each axis: a batch whose rows lie between two shapes has the next one that fits all.
+            fit = shapes[_first_fit(self._sizes[own].max(1), shapes)]
+            batches += zip(own, map(tuple, fit.tolist()), strict=True)
         # Batches of one shape are in a random order already.
         several = sum(map(len, self._shapes)) > 1
         return [batches[place] for place in random.permutation(len(batches))] if several else batches
@@ -234,7 +237,7 @@ class PreferenceBatches:
         self._settings = batch_size, seed, shard, shapes
         check_batches(len(records), batch_size, shard)
         self._rows: PreparedRows | None = None
-        if isinstance(records, Preferences) and records.system == system:
+        if isinstance(records, Preferences) and records.fits(system):
             require_intermediates(system, records.held)
             self._use(records.rows, records.chosen)
         elif not system.encodes:
@@ -255,11 +258,13 @@ class PreferenceBatches:
         return pair_batch(self.system, found, dict(zip(self._rows.axes, sizes, strict=True)))
 
     def prepare(self, params: Params) -> None:
-        """Prepare and encode the records where that has not been done. params: the system's, on this process's devices.
+        """Prepare and encode the records where that has not been done, or by other frozen parts.
 
+        params: the system's, on this process's devices.
         Raises `RecordError` naming the record that cannot be used, counted from 0.
         """
-        if self._rows is not None:
+        given = self._records if isinstance(self._records, Preferences) else None
+        if self._rows is not None and (given is None or self._rows is not given.rows or given.encoded_by(params)):
             return
         folder = Path(tempfile.mkdtemp(prefix="sysdpo_jax-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -268,10 +273,18 @@ class PreferenceBatches:
         rows = PreparedRows([path])
         self._use(rows, np.arange(len(rows)))
 
+    def fingerprint(self) -> dict[str, str]:
+        """What the rows of a step depend on, as a run that goes on must have it."""
+        batch_size, seed, _, shapes = self._settings
+        source = self._records.counts.sha256 if isinstance(self._records, Preferences) else "rows in memory"
+        return {"batches": f"{len(self._records)} rows, {batch_size=}, {seed=}, {shapes=}", "records": source}
+
     def describe(self) -> str:
         """The static shapes of the batches in a line, and what fills no batch."""
+        if self._rows is None:
+            return "batches whose frozen parts have still to encode"
         shapes = sum(map(len, self.plan.shapes))
-        axes = [f"{node} {axis}" for node, axis in self._rows.axes] if self._rows is not None else []
+        axes = [f"{node} {axis}" for node, axis in self._rows.axes]
         sizes = "; ".join(", ".join(map(str, row)) for kind in self.plan.shapes for row in kind.tolist())
         text = f"shapes of batches: {shapes}" + (f" ({', '.join(axes)}: {sizes})" if axes else "")
         return text + (f"; {self.plan.left_out} rows are of a kind that fills no batch" if self.plan.left_out else "")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -49,6 +50,33 @@ def source_digest(source: str | Path, split: str = "train") -> str:
         with _reading(source):
             about = [datasets.load_dataset_builder(str(source)).hash]
     return hashlib.sha256(repr((about, split)).encode()).hexdigest()
+
+
+def known_digest(source: str | Path, split: str, cache: Path) -> str:
+    """`source_digest`; a file that has not been touched since the last time is not read again."""
+    path, noted = Path(source), cache / "digests.json"
+    if not path.is_file():
+        return source_digest(source, split)
+    known = read_json(noted) if noted.exists() else {}
+    state, name = list(file_state(path)), str(path.resolve())
+    if known.get(name, [None])[0] != state:
+        known[name] = [state, source_digest(source, split)]
+        if jax.process_index() == 0:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_json(noted, known)
+    return str(known[name][1])
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.replace(path)
 
 
 def file_state(path: str | Path) -> tuple[int, int]:

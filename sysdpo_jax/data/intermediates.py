@@ -17,7 +17,14 @@ from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.batches import epoch_rows
-from sysdpo_jax.data.records import SIDES, PreferenceRecord, hold_intermediates, require_inputs, without_intermediates
+from sysdpo_jax.data.records import (
+    SIDES,
+    PreferenceRecord,
+    hold_intermediates,
+    prepare_sides,
+    require_inputs,
+    without_intermediates,
+)
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
 from sysdpo_jax.row_files import LEAVES, ROWS, RowFile, write_row_file
 from sysdpo_jax.typing import Params, Record
@@ -134,17 +141,15 @@ def sampled_batch(
 
     pairs = _completed(system, records, kept, {} if known is None else known)
 
-    def prepared(side: str, names: Sequence[str]) -> dict[str, Any]:
+    def prepared(names: Sequence[str]) -> list[dict[str, Any]]:
         # Of a row with fewer sets the first again: no tool is called for what fills the row up.
-        rows = [pair[side] for own in pairs for pair in [*own, *[own[0]] * (number - len(own))]]
-        try:
-            features = system.prepare(rows, names)
-        except RecordError as error:
-            raise RecordError(f"{side} runs (rows count intermediates, {number} a record): {error}") from error
-        return jax.tree.map(lambda x: np.reshape(x, (len(records), number, *x.shape[1:])), features)
+        rows = [pair for own in pairs for pair in [*own, *[own[0]] * (number - len(own))]]
+        what = f"runs (rows count intermediates, {number} a record)"
+        sides = prepare_sides(system, [[pair[side] for side in SIDES] for pair in rows], names, what=what)
+        return jax.tree.map(lambda x: np.reshape(x, (len(records), number, *x.shape[1:])), sides)
 
     def both() -> tuple[dict[str, Any], PairBatch]:
-        return prepared("chosen", inner), PairBatch(prepared("chosen", outer), prepared("rejected", outer))
+        return prepared(inner)[0], PairBatch(*prepared(outer))
 
     try:
         features, outputs = both()

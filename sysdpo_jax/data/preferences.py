@@ -1,84 +1,55 @@
 """Preferences from files: read, prepared, encoded and stored in one pass, once. Few rows are in memory at a time."""
 
 import json
-import re
+import os
 import shutil
 import tempfile
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 from filelock import FileLock
-from jax.experimental import multihost_utils
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.text_to_image import TextToImage
-from sysdpo_jax.components.tool import Tool, ToolError
-from sysdpo_jax.components.tool_values import Kept, ToolValues
-from sysdpo_jax.data.files import Row, file_state, read_rows, source_digest
+from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.components.tool_values import ToolValues
+from sysdpo_jax.data.files import Row, file_state, known_digest, read_json, read_rows, source_digest, write_json
 from sysdpo_jax.data.formats import READERS, Reader
-from sysdpo_jax.data.prepared import Prepared, PreparedRows, part_about, prepare_records, write_part
-from sysdpo_jax.data.records import PreferenceRecord, check_intermediates
-from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.data.prepared import (
+    Prepared,
+    PreparedRows,
+    about_system,
+    is_fresh,
+    part_about,
+    prepare_records,
+    with_kept_values,
+    write_part,
+)
+from sysdpo_jax.data.records import Counts, PreferenceRecord, check_intermediates
+from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.manifest import digest, fingerprints
+from sysdpo_jax.processes import by_all
 from sysdpo_jax.row_files import pack
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, shown, user_code
 
-T = TypeVar("T")
-
-# Rows of the source in a part, which a kill loses at most; records that are prepared together, with images and without.
-PART, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 128, 16
-# Errors that are kept to be shown, and reasons that are told apart.
-KEPT_ERRORS, KEPT_REASONS = 5, 20
+# Rows of the source in a part, which a kill loses at most; records that are prepared together: without and with images.
+PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
 # A folder of parts is another one when what is written changes.
 FORMAT = 1
 # Says how many parts there are, when all are there.
 WHOLE = "parts.json"
-
-
-@dataclass
-class Counts:
-    """read: rows; kept: records; ties: rows without a preference; skipped: what had errors, of which some are kept.
-
-    reasons: how many were skipped for what. sha256: of the file, or of what is known of a data set of many files.
-    """
-
-    read: int = 0
-    kept: int = 0
-    ties: int = 0
-    skipped: int = 0
-    errors: list[str] = field(default_factory=list)
-    reasons: dict[str, int] = field(default_factory=dict)
-    sha256: str = ""
-
-    def skip(self, message: str, error: RecordError) -> None:
-        """Count a row that is left out."""
-        self.skipped += 1
-        if len(self.errors) < KEPT_ERRORS:
-            self.errors.append(message)
-        # The numbers and long texts of a message are those of its row; a single word may name a node or a field.
-        short = re.sub(
-            r"'[^']*'|\"[^\"]*\"", lambda quoted: quoted[0] if quoted[0][1:-1].isidentifier() else "'...'", str(error)
-        )
-        reason = re.sub(r"\d+", "#", short)
-        reason = reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-
-    def add(self, other: "Counts") -> None:
-        """Count what another part counted."""
-        for name in ("read", "kept", "ties", "skipped"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.errors = (self.errors + other.errors)[:KEPT_ERRORS]
-        self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
+# Says which file the values of tools came from.
+TOOLS = "tool_values.json"
 
 
 class Preferences(Sequence[PreferenceRecord]):
@@ -89,9 +60,16 @@ class Preferences(Sequence[PreferenceRecord]):
     """
 
     def __init__(
-        self, rows: PreparedRows, chosen: np.ndarray, counts: Counts, source: str, system: CompoundSystem | None
+        self,
+        rows: PreparedRows,
+        chosen: np.ndarray,
+        counts: Counts,
+        source: str,
+        system: CompoundSystem | None,
+        about: tuple[str, dict[str, str]],
     ):
         self.rows, self.chosen, self.counts, self._source, self.system = rows, chosen, counts, source, system
+        self._about, self._frozen = about
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -113,6 +91,14 @@ class Preferences(Sequence[PreferenceRecord]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def fits(self, system: CompoundSystem) -> bool:
+        """Whether the features are there, and those that the system prepares: with these tokenizers and settings."""
+        return self.system is not None and digest(about_system(system)) == self._about
+
+    def encoded_by(self, params: Params) -> bool:
+        """Whether the frozen parts of these parameters are those that encoded the features."""
+        return self.system is not None and fingerprints(self.system.frozen_params(params)) == self._frozen
 
     @property
     def held(self) -> bool:
@@ -186,16 +172,19 @@ def load_preferences(
     if isinstance(reader, str) and reader not in READERS:
         raise ValueError(f"unknown reader {reader!r}: choose one of {', '.join(READERS)}")
     convert = READERS[reader] if isinstance(reader, str) else reader
-    called = system
+    called, kept = system, None
     if system is not None and tool_values is not None:
         called = with_kept_values(system, ToolValues(Path(tool_values)))
+        kept = Path(tool_values).resolve() if called != system else None
     reading = _Pass(source, split, convert, tuple(ignore), called, params, on_error == "skip", progress)
-    has_features = system is not None and (params is not None or not system.encodes)
+    featured = system if system is not None and (params is not None or not system.encodes) else None
+    frozen = {} if featured is None else fingerprints(featured.frozen_params(params or {}))
+    about = digest(about_system(system)), frozen
     if cache is None:
         sha256, folder = source_digest(source, split), Path(tempfile.mkdtemp(prefix="sysdpo_jax-"))
         try:
             reading.write(folder, 0, 1)
-            made = reading.open(folder, sha256, system if has_features else None)
+            made = reading.open(folder, sha256, featured, about)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -203,101 +192,42 @@ def load_preferences(
         return made
 
     def written() -> tuple[str, Path]:
-        sha256 = _known_digest(source, split, Path(cache))
-        settings = (
-            FORMAT,
-            PART,
-            sha256,
-            split,
-            convert,
-            tuple(ignore),
-            on_error,
-            str(reading.folder) if reading.paints else "",
-        )
-        folder = Path(cache) / digest([*settings, *_about_system(system, params)])
-        if not _is_whole(folder):
+        sha256 = known_digest(source, split, Path(cache))
+        base = str(reading.folder) if reading.paints else ""
+        settings = (FORMAT, reading.size, sha256, split, convert, tuple(ignore), on_error, base, str(kept))
+        folder = Path(cache) / digest([*settings, *about])
+        if kept is not None and (folder / TOOLS).exists() and _inode(kept) != read_json(folder / TOOLS):
+            # Whoever removes the file of what tools gave wants them asked again.
+            shutil.rmtree(folder)
+        if _is_whole(folder):
+            # Says when it was used, where that can be written.
+            with suppress(OSError):
+                os.utime(folder)
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             # Of several runs that begin together one makes the parts, and the others wait and take them.
             with FileLock(folder / f".lock-{jax.process_index()}"):
                 reading.write(folder, jax.process_index(), jax.process_count())
+            if kept is not None and jax.process_index() == 0:
+                write_json(folder / TOOLS, _inode(kept))
         return sha256, folder
 
-    sha256, folder = _by_all(written)
-    return reading.open(folder, sha256, system if has_features else None)
-
-
-def with_kept_values(system: CompoundSystem, values: ToolValues) -> CompoundSystem:
-    """The system with tools that ask `values` first, and add what they gave as soon as a call returns."""
-
-    def kept(node: Node) -> Node:
-        tool = node.component
-        if not isinstance(tool, Tool):
-            return node
-        return replace(node, component=replace(tool, function=Kept(node.name, tool.function, values)))
-
-    return replace(system, nodes=tuple(map(kept, system.nodes)))
-
-
-def _about_system(system: CompoundSystem | None, params: Params | None) -> list[Any]:
-    """What features depend on: the nodes but for their weights, and the parameters of the frozen parts."""
-    if system is None:
-        return []
-    nodes = [replace(node, weight=1.0) for node in system.nodes]
-    failing = [node.component.on_error for node in system.nodes if isinstance(node.component, Tool)]
-    frozen = {} if params is None else fingerprints(system.frozen_params(params))
-    return [system.inputs, nodes, failing, frozen]
-
-
-def _known_digest(source: str | Path, split: str, cache: Path) -> str:
-    """`source_digest`; a file that has not been touched since the last time is not read again."""
-    path, noted = Path(source), cache / "digests.json"
-    if not path.is_file():
-        return source_digest(source, split)
-    known = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
-    state, name = list(file_state(path)), str(path.resolve())
-    if known.get(name, [None])[0] != state:
-        known[name] = [state, source_digest(source, split)]
-        if jax.process_index() == 0:
-            cache.mkdir(parents=True, exist_ok=True)
-            _write_json(noted, known)
-    return str(known[name][1])
+    sha256, folder = by_all(written)
+    return reading.open(folder, sha256, featured, about)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether all parts are there, and made of files that are as they were."""
-    whole = folder / WHOLE
-    return whole.exists() and all(map(_is_fresh, _parts(folder, json.loads(whole.read_text(encoding="utf-8")))))
+    return (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder, read_json(folder / WHOLE))))
 
 
-def _is_fresh(part: Path) -> bool:
-    about = part_about(part)
-    return about is not None and all(file_state(path) == tuple(state) for path, state in about["files"])
+def _inode(path: Path) -> int:
+    """Tells a file from another one of that name; 0 where there is none."""
+    return path.stat().st_ino if path.exists() else 0
 
 
 def _parts(folder: Path, number: int) -> list[Path]:
     return [folder / f"part-{part:05d}" for part in range(number)]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    partial.replace(path)
-
-
-def _by_all(work: Callable[[], T]) -> T:
-    """What the work gives, once it is done on every process. Where one of them fails, all do."""
-    error: Exception | None = None
-    try:
-        made = work()
-    except Exception as own:
-        error = own
-    if jax.process_count() > 1:
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
-        if error is None and len(failed):
-            raise RecordError(f"process {failed[0]} could not prepare its part of the preferences: see what it says")
-    if error is not None:
-        raise error
-    return made
 
 
 @dataclass
@@ -321,6 +251,11 @@ class _Pass:
         return self.system is not None and any(isinstance(node.component, TextToImage) for node in self.system.nodes)
 
     @property
+    def size(self) -> int:
+        """Rows of the source in a part."""
+        return PART_WITH_IMAGES if self.paints else PART
+
+    @property
     def folder(self) -> Path:
         """Where paths of images begin, wherever a later run is started."""
         path = Path(self.source)
@@ -331,10 +266,10 @@ class _Pass:
         ids: dict[Any, int] = {}
         number = -1
         rows = enumerate(read_rows(self.source, self.split))
-        for number, numbered in groupby(rows, lambda pair: pair[0] // PART):
+        for number, numbered in groupby(rows, lambda pair: pair[0] // self.size):
             part = folder / f"part-{number:05d}"
             own = (self._identified(row, ids) for _, row in numbered)
-            if number % count == index and not _is_fresh(part):
+            if number % count == index and not is_fresh(part):
                 counts, images = Counts(), dict[str, tuple[int, int]]()
                 about = lambda c=counts, i=images: {"counts": asdict(c), "files": list(i.items())}  # noqa: E731
                 write_part(part, self.system, self._made(own, counts, images), about)
@@ -342,18 +277,20 @@ class _Pass:
             for _ in own:
                 pass
         if index == 0:
-            _write_json(folder / WHOLE, number + 1)
+            write_json(folder / WHOLE, number + 1)
 
-    def open(self, folder: Path, sha256: str, system: CompoundSystem | None) -> Preferences:
+    def open(
+        self, folder: Path, sha256: str, system: CompoundSystem | None, about: tuple[str, dict[str, str]]
+    ) -> Preferences:
         """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
         whole = folder / WHOLE
-        parts = _parts(folder, json.loads(whole.read_text(encoding="utf-8"))) if whole.exists() else []
+        parts = _parts(folder, read_json(whole)) if whole.exists() else []
         known = [part_about(part) for part in parts]
         if not whole.exists() or None in known:
             raise RecordError(f"{folder} lacks parts that another process made: give a cache that all processes share")
         counts = Counts(sha256=sha256)
-        for about in known:
-            counts.add(Counts(**about["counts"]))
+        for told in known:
+            counts.add(Counts(**told["counts"]))
         if not counts.kept:
             first = f" ({counts.errors[0]})" if counts.errors else ""
             raise RecordError(f"{self.source} holds no record{first}: give a file with at least one that can be used")
@@ -367,7 +304,8 @@ class _Pass:
             except RecordError as error:
                 counts.kept -= 1
                 self._refuse(counts, int(rows.numbers[row]), error)
-        return Preferences(rows, np.flatnonzero(rows.held == rows.held[0]), counts, str(self.source), system)
+        usable = np.flatnonzero(rows.held == rows.held[0])
+        return Preferences(rows, usable, counts, str(self.source), system, about)
 
     def _refuse(self, counts: Counts, number: int, error: RecordError) -> None:
         message = f"{self.source}, row {number}: {error}"

@@ -4,6 +4,7 @@ A record is usable if and only if features can be made of it here; nothing else 
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,9 @@ from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.components.text_to_image import TextToImage
-from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.components.tool import Tool, ToolError
+from sysdpo_jax.components.tool_values import Kept, ToolValues
+from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates, check_names
 from sysdpo_jax.graph import CompoundSystem, Known, Node
 from sysdpo_jax.row_files import RowFile, write_row_file
@@ -30,7 +33,7 @@ Sides = Mapping[str, Mapping[str, Features]]
 # (node, axis of `Component.sizes`).
 Axis = tuple[str, str]
 # Files of rows that are mapped at a time.
-OPEN = 64
+OPEN = 256
 # Ends the name of what says which rows a part has.
 INDEX = ".index.npz"
 
@@ -54,6 +57,27 @@ def size_axes(system: CompoundSystem, features: Mapping[str, Features]) -> tuple
     return tuple(
         (node.name, axis) for node in system.nodes for axis in sorted(node.component.sizes(features[node.name]))
     )
+
+
+def with_kept_values(system: CompoundSystem, values: ToolValues) -> CompoundSystem:
+    """The system with tools that ask `values` first, and add what they gave as soon as a call returns."""
+
+    def kept(node: Node) -> Node:
+        tool = node.component
+        if not isinstance(tool, Tool):
+            return node
+        return replace(node, component=replace(tool, function=Kept(node.name, tool.function, values)))
+
+    return replace(system, nodes=tuple(map(kept, system.nodes)))
+
+
+def about_system(system: CompoundSystem | None) -> list[Any]:
+    """What features depend on beside the frozen parts: the nodes but for their weights."""
+    if system is None:
+        return []
+    nodes = [replace(node, weight=1.0) for node in system.nodes]
+    failing = [node.component.on_error for node in system.nodes if isinstance(node.component, Tool)]
+    return [system.inputs, nodes, failing]
 
 
 def prepare_records(
@@ -95,7 +119,7 @@ def write_part(
             yield {"record": [row.record.inputs, row.record.chosen, row.record.rejected], "features": row.features}
 
     count = write_row_file(path, noted())
-    partial = path.with_name(f"{path.name}.index.partial")
+    partial = path.with_name(f"{path.name}.index.{os.getpid()}.partial")
     with partial.open("wb") as file:
         told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
         columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
@@ -111,6 +135,12 @@ def part_about(path: Path) -> Any:
     """What `write_part` was told about a part; None where it is not there, or not whole."""
     there = path.with_name(f"{path.name}{INDEX}").exists()
     return json.loads(str(_index(path)["about"])) if there else None
+
+
+def is_fresh(part: Path) -> bool:
+    """Whether a part is there, and made of images that are as they were."""
+    about = part_about(part)
+    return about is not None and all(file_state(path) == tuple(state) for path, state in about["files"])
 
 
 def _kind(system: CompoundSystem | None, features: Sides | None) -> str:
@@ -156,18 +186,17 @@ class PreparedRows:
 
     def record(self, row: int) -> PreferenceRecord:
         """The record of a row."""
-        return PreferenceRecord(*self._row(row)["record"])
+        return PreferenceRecord(*self._entry(row, "record"))
 
     def features(self, row: int) -> Sides:
         """The features of a row that has some."""
-        found: Sides = self._row(row)["features"]
+        found: Sides = self._entry(row, "features")
         return found
 
-    def _row(self, row: int) -> dict[str, Any]:
+    def _entry(self, row: int, name: str) -> Any:
         part = int(np.searchsorted(self._ends, row, "right"))
         first = int(self._ends[part - 1]) if part else 0
-        found: dict[str, Any] = self._file(self._paths[part])[row - first]
-        return found
+        return self._file(self._paths[part]).entry(row - first, name)
 
 
 def _index(path: Path) -> dict[str, np.ndarray]:

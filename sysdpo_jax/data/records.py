@@ -1,15 +1,23 @@
 """Preferences on whole runs of a system: what a record holds, whether it fits a system, and its features."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
+
+import jax
+import numpy as np
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.graph import CompoundSystem, Known, Node
+from sysdpo_jax.typing import Features, Record
 
 SIDES = ("chosen", "rejected")
+# Errors that are kept to be shown, and reasons that are told apart.
+KEPT_ERRORS, KEPT_REASONS = 5, 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,42 @@ class PreferenceRecord:
     def runs(self) -> list[dict[str, Any]]:
         """The chosen run and the rejected one, inputs included."""
         return [{**self.inputs, **self.chosen}, {**self.inputs, **self.rejected}]
+
+
+@dataclass
+class Counts:
+    """read: rows; kept: records; ties: rows without a preference; skipped: what had errors, of which some are kept.
+
+    reasons: how many were skipped for what. sha256: of the file, or of what is known of a data set of many files.
+    """
+
+    read: int = 0
+    kept: int = 0
+    ties: int = 0
+    skipped: int = 0
+    errors: list[str] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    sha256: str = ""
+
+    def skip(self, message: str, error: RecordError) -> None:
+        """Count a row that is left out."""
+        self.skipped += 1
+        if len(self.errors) < KEPT_ERRORS:
+            self.errors.append(message)
+        # The numbers and long texts of a message are those of its row; a single word may name a node or a field.
+        short = re.sub(
+            r"'[^']*'|\"[^\"]*\"", lambda quoted: quoted[0] if quoted[0][1:-1].isidentifier() else "'...'", str(error)
+        )
+        reason = re.sub(r"\d+", "#", short)
+        reason = reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def add(self, other: "Counts") -> None:
+        """Count what another part counted."""
+        for name in ("read", "kept", "ties", "skipped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.errors = (self.errors + other.errors)[:KEPT_ERRORS]
+        self.reasons = dict(Counter(self.reasons) + Counter(other.reasons))
 
 
 def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
@@ -152,10 +196,28 @@ def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord], k
         RecordError: As `prepare` does, and for records without intermediates.
     """
     require_intermediates(system, hold_intermediates(system, records))
-    prepared, known = [], {} if known is None else known
-    for name, side in zip(SIDES, zip(*(record.runs() for record in records), strict=True), strict=True):
-        try:
-            prepared.append(system.prepare(side, known=known))
-        except RecordError as error:
-            raise RecordError(f"{name} runs: {error}") from error
-    return PairBatch(*prepared)
+    return PairBatch(*prepare_sides(system, [record.runs() for record in records], known=known))
+
+
+def prepare_sides(
+    system: CompoundSystem,
+    pairs: Sequence[Sequence[Record]],
+    names: Sequence[str] | None = None,
+    known: Known | None = None,
+    what: str = "runs",
+) -> list[dict[str, Features]]:
+    """The features of the chosen runs and of the rejected ones, prepared together: images of both get one size.
+
+    names: of the nodes, all by default. what: runs are called so in errors. Raises `RecordError` naming the side.
+    """
+    sides, known = [[pair[place] for pair in pairs] for place in range(len(SIDES))], {} if known is None else known
+    try:
+        both = system.prepare([run for side in sides for run in side], names, known)
+    except RecordError:
+        for name, side in zip(SIDES, sides, strict=True):
+            try:
+                system.prepare(side, names, known)
+            except RecordError as error:
+                raise RecordError(f"{name} {what}: {error}") from error
+        raise
+    return [jax.tree.map(lambda x, side=side: np.split(x, 2)[side], both) for side in range(len(SIDES))]

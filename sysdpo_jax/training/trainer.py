@@ -314,6 +314,8 @@ class Trainer:
 
 def _describe_batches(batch_at: BatchSource | None) -> dict[str, str]:
     """What is known of the batches: of a function or a dataset nothing."""
+    if isinstance(batch_at, PreferenceBatches):
+        return batch_at.fingerprint()
     if not isinstance(batch_at, SearchedBatches):
         return {}
     return {**describe("batches", batch_at), "records": batch_at.fingerprint()}

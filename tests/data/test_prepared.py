@@ -37,9 +37,10 @@ from sysdpo_jax import (
 from sysdpo_jax.batch import encode_batch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.components.sampled_text import fingerprint
-from sysdpo_jax.data import preferences
+from sysdpo_jax.data import files, preferences
 from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.data.preferences import WHOLE, _Pass
+from sysdpo_jax.data.prepared import about_system
 from sysdpo_jax.manifest import digest
 from sysdpo_jax.objectives.log_ratio import as_rows, node_terms, repeated
 from sysdpo_jax.training import ComponentOptimizer
@@ -58,7 +59,6 @@ from tests.data.prepared_systems import (
     texts,
     tokenizer,
     weighted,
-    words,
     writer,
     written,
 )
@@ -273,7 +273,7 @@ def used(system):
 def test_what_features_depend_on(other, new):
     system = other()
     base = texts() if "question" in system.inputs else pictures(text=TextEncoder(Embedding(), word_tokenizer(), 5))
-    about = [digest(preferences._about_system(made, None)) for made in (base, system)]
+    about = [digest(about_system(made)) for made in (base, system)]
     assert (about[0] != about[1]) == new
 
 
@@ -322,7 +322,7 @@ def test_an_untouched_source_is_neither_hashed_nor_read(tmp_path, monkeypatch):
     # Written anew with the same content it is hashed, and no more.
     text_file(tmp_path, 3)
     alike(load(), first)
-    monkeypatch.setattr(preferences, "source_digest", forbidden)
+    monkeypatch.setattr(files, "source_digest", forbidden)
     alike(load(), first)
 
 
@@ -330,7 +330,8 @@ def test_an_untouched_source_is_neither_hashed_nor_read(tmp_path, monkeypatch):
 def prepared(monkeypatch):
     """The numbers of records that were prepared together, of parts of 3 rows."""
     sizes, original = [], preferences.prepare_records
-    monkeypatch.setattr(preferences, "PART", 3)
+    for name in ("PART", "PART_WITH_IMAGES"):
+        monkeypatch.setattr(preferences, name, 3)
 
     def counting(system, params, records):
         sizes.append(len(records))
@@ -450,7 +451,7 @@ def test_parts_by_process_are_those_of_one_process(kind, number, tmp_path, prepa
             prepared.clear()
             a_pass(path, system, params).write(folder, index, count)
             assert prepared == [3, 3, 2][index::count]
-        made.append(a_pass(path, system, params).open(folder, "", system))
+        made.append(a_pass(path, system, params).open(folder, "", system, ("", {})))
     alike(*made)
     names = [sorted(file.name for file in (tmp_path / str(count)).iterdir()) for count in (1, number)]
     assert names[0] == names[1]
@@ -460,9 +461,9 @@ def test_a_cache_that_is_not_shared_is_said(tmp_path, prepared):
     path, system = text_file(tmp_path, 8), texts()
     a_pass(path, system, {}).write(tmp_path, 1, 2)
     with pytest.raises(RecordError, match="lacks parts that another process made: give a cache that all processes"):
-        a_pass(path, system, {}).open(tmp_path, "", system)
+        a_pass(path, system, {}).open(tmp_path, "", system, ("", {}))
     a_pass(path, system, {}).write(tmp_path, 0, 2)
-    assert len(a_pass(path, system, {}).open(tmp_path, "", system)) == 8
+    assert len(a_pass(path, system, {}).open(tmp_path, "", system, ("", {}))) == 8
 
 
 def mixed_rows(held):
@@ -482,7 +483,7 @@ def test_records_of_two_kinds_are_those_of_the_first_one_whoever_makes_the_parts
     path, system = written(tmp_path / "p.jsonl", mixed_rows(whole)), texts()
     for index in range(count):
         a_pass(path, system, {}, skip=True).write(tmp_path, index, count)
-    kept = a_pass(path, system, {}, skip=True).open(tmp_path, "", system)
+    kept = a_pass(path, system, {}, skip=True).open(tmp_path, "", system, ("", {}))
     wanted = [row for row, own in enumerate(whole) if own == whole[0]]
     assert [record.inputs["question"] for record in kept] == [text_row(row)["inputs"]["question"] for row in wanted]
     counts = kept.counts

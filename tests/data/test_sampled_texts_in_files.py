@@ -13,7 +13,7 @@ from sysdpo_jax import CompoundSystem, LanguageModel, Node, PreferenceRecord, To
 from sysdpo_jax.columns import as_values, load_columns, save_columns
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import ImageFiles
-from sysdpo_jax.data.preferences import with_kept_values
+from sysdpo_jax.data.prepared import with_kept_values
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.row_files import RowFile, write_row_file
 from sysdpo_jax.values import SampledText, content, distinct, from_json, to_json

@@ -13,7 +13,7 @@ import pytest
 
 from sysdpo_jax import Categorical, CompoundSystem, Node, RecordError, Tool, load_preferences
 from sysdpo_jax.components.tool_values import ToolValues
-from sysdpo_jax.data.preferences import with_kept_values
+from sysdpo_jax.data.prepared import with_kept_values
 
 ROWS = 100
 

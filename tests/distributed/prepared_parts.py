@@ -42,7 +42,7 @@ def main(folder: Path, number: int, port: str, process: int) -> None:
         made.append(len(records))
         return original(system, params, records)
 
-    preferences.PART, preferences.prepare_records = 3, counting
+    preferences.PART_WITH_IMAGES, preferences.prepare_records = 3, counting
     system, mesh = pictures(), make_mesh(data=4)
     params = system.init(jax.random.key(0))
     optimizer = make_optimizer({"image": ComponentOptimizer(optax.sgd(1.0))})

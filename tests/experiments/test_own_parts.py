@@ -16,6 +16,7 @@ from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.pretrained import CheckpointError
 from sysdpo_jax.training.checkpoints import Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError, Evaluator
+from sysdpo_jax.training.state import TrainState
 from tests.components.stubs import word_tokenizer
 from tests.data.test_preference_files import SIZES
 
@@ -23,6 +24,7 @@ KEY = jax.random.key(0)
 DECODER = Decoder(DecoderConfig(**SIZES, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=20))
 # An evaluation without a best figure grades no checkpoint.
 UNUSED = object.__new__(Checkpoints)
+STATE = TrainState(jax.numpy.int32(2), {}, {}, None, {}, {})
 RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError, CancelledError)
 
 
@@ -145,7 +147,7 @@ def test_a_source_of_records_is_named_with_its_number(raised):
             raise raised("0")
 
     system = sj.CompoundSystem(("x",), (sj.Node("y", sj.Categorical(2, (2,)), ("x",)),))
-    with pytest.raises(sj.RecordError, match=r"Source\.__getitem__, for record \d, counted from 0, failed"):
+    with pytest.raises(sj.RecordError, match=r"Source.__getitem__, for record 0, counted from 0, failed"):
         sj.preference_dataset(system, Source(), 2, seed=0)[0]
 
 
@@ -156,7 +158,7 @@ def test_what_an_evaluation_measures_is_named_with_its_step(raised):
 
     evaluator = Evaluator(Evaluation(measure, 1), None, None, 4)
     with pytest.raises(EvaluationError, match=r"the evaluation at step 2, .*measure, failed .* the state is saved"):
-        evaluator.ends(2, {}, UNUSED, lambda: None)
+        evaluator.ends(2, STATE, UNUSED, lambda: None)
 
 
 def test_a_tool_error_inside_an_evaluation_keeps_its_words():
@@ -164,4 +166,4 @@ def test_a_tool_error_inside_an_evaluation_keeps_its_words():
         raise ToolError("node 'kind': the tool failed")
 
     with pytest.raises(ToolError, match=r"^node 'kind': the tool failed$"):
-        Evaluator(Evaluation(measure, 1), None, None, 4).ends(2, {}, UNUSED, lambda: None)
+        Evaluator(Evaluation(measure, 1), None, None, 4).ends(2, STATE, UNUSED, lambda: None)

@@ -14,6 +14,7 @@ from experiments import export, rollout, train
 from experiments.own.loading import load_system
 from experiments.own.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
+from sysdpo_jax.values import from_json
 from tests.experiments.test_runs import failure
 from tests.pretrained.checkpoints import write_decoder
 from tests.test_locks import held
@@ -94,7 +95,7 @@ def test_training_leaves_figures_runs_and_a_report(trained):
     runs = list(read_lines(trained / "run" / "evaluation" / "runs-00000004.jsonl"))
     assert len(runs) == 12
     # What is logged is what was run: the mean of the scores of the runs on disk, each recomputed from its text.
-    assert evaluations[4]["eval/score"] == pytest.approx(np.mean([red(run["outputs"]) for run in runs]))
+    assert evaluations[4]["eval/score"] == pytest.approx(np.mean([red(from_json(run["outputs"])) for run in runs]))
     report = (trained / "run" / "report.html").read_text()
     assert all(word in report for word in ("Evaluations on held-out prompts", "drafter", "SysDPO-Direct", "before"))
 

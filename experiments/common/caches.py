@@ -1,9 +1,11 @@
-"""Compiled programs on disk: a command that is given again does not compile for minutes."""
+"""What is kept on disk between commands: compiled programs, so that none compiles for minutes, and preferences."""
 
 import hashlib
 import logging
 import os
 import platform
+import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -13,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # Beyond them the programs that were not used for longest are dropped.
 MAX_BYTES = 10 * 2**30
+# Days after which prepared preferences are dropped that no command has used.
+MAX_DAYS = 30
 
 
 def keep_compilations(where: str) -> None:
@@ -41,11 +45,39 @@ def keep_compilations(where: str) -> None:
 
 def _user_folder() -> Path:
     """A folder for each kind of processor: programs for CPUs use the instructions of the one they were compiled on."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     kind = hashlib.sha256(features.encode()).hexdigest()[:8]
-    return base / "sysdpo_jax" / "compiled" / f"{platform.machine()}-{kind}"
+    return _user_cache() / "compiled" / f"{platform.machine()}-{kind}"
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sysdpo_jax"
+
+
+def prepared_folder(where: str, directory: Path) -> Path | None:
+    """Where prepared preferences are kept; None for nowhere, with a warning, where the user's cache cannot be written.
+
+    Args:
+        where: "user" for the user's cache, where all runs share them, or a folder.
+        directory: Of the run: several processes share it, and it is theirs in the place of the user's cache.
+    """
+    if not where:
+        raise ValueError("prepared_cache is empty: give user or a folder")
+    if where != "user":
+        return Path(where)
+    if jax.process_count() > 1:
+        return directory / "prepared"
+    try:
+        folder = _user_cache() / "prepared"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        logger.warning("prepared preferences are not kept: the user's cache cannot be made (%s)", error)
+        return None
+    for unused in folder.iterdir():
+        if unused.is_dir() and time.time() - unused.stat().st_mtime > MAX_DAYS * 24 * 3600:
+            shutil.rmtree(unused, ignore_errors=True)
+    return folder
