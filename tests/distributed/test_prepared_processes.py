@@ -36,4 +36,4 @@ def test_a_row_that_fails_in_one_process_ends_both(tmp_path):
     ended = started(2, [*COMMAND, tmp_path])
     assert all(code for code, _, _ in ended)
     assert "pictures.jsonl, row 5: chosen, node 'image': image: there is no file" in ended[1][2]
-    assert "process 1 could not prepare its part of the preferences: see what it says" in ended[0][2]
+    assert "process 1 failed: see what it says" in ended[0][2]
