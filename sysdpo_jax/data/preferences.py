@@ -191,28 +191,33 @@ def load_preferences(
         weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
         return made
 
-    def written() -> tuple[str, Path]:
+    def named() -> tuple[str, Path]:
         sha256 = known_digest(source, split, Path(cache))
         base = str(reading.folder) if reading.paints else ""
         settings = (FORMAT, reading.size, sha256, split, convert, tuple(ignore), on_error, base, str(kept))
         folder = Path(cache) / digest([*settings, *about])
-        if kept is not None and (folder / TOOLS).exists() and _inode(kept) != read_json(folder / TOOLS):
+        noted = folder / TOOLS
+        if kept is not None and jax.process_index() == 0 and noted.exists() and _inode(kept) != read_json(noted):
             # Whoever removes the file of what tools gave wants them asked again.
             shutil.rmtree(folder)
+        return sha256, folder
+
+    def write(folder: Path) -> None:
         if _is_whole(folder):
             # Says when it was used, where that can be written.
             with suppress(OSError):
                 os.utime(folder)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Of several runs that begin together one makes the parts, and the others wait and take them.
-            with FileLock(folder / f".lock-{jax.process_index()}"):
-                reading.write(folder, jax.process_index(), jax.process_count())
-            if kept is not None and jax.process_index() == 0:
-                write_json(folder / TOOLS, _inode(kept))
-        return sha256, folder
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of several runs that begin together one makes the parts, and the others wait and take them.
+        with FileLock(folder / f".lock-{jax.process_index()}"):
+            reading.write(folder, jax.process_index(), jax.process_count())
+        if kept is not None and jax.process_index() == 0:
+            write_json(folder / TOOLS, _inode(kept))
 
-    sha256, folder = by_all(written)
+    # What is removed is gone before any process looks for it.
+    sha256, folder = by_all(named)
+    by_all(lambda: write(folder))
     return reading.open(folder, sha256, featured, about)
 
 
