@@ -59,6 +59,7 @@ from tests.data.prepared_systems import (
     texts,
     tokenizer,
     weighted,
+    words,
     writer,
     written,
 )
