@@ -6,7 +6,6 @@ in JSON and of what JSON cannot hold, its leaves; both are written whole or not 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
 
     row_type = pa.schema([("row", pa.large_string())])
     leaf_type = pa.schema([("data", pa.large_binary()), ("type", pa.string()), ("shape", pa.list_(pa.int64()))])
-    partial = {ending: path.with_name(f"{path.name}{ending}.{os.getpid()}.partial") for ending in (ROWS, LEAVES)}
+    partial = {ending: path.with_name(f"{path.name}{ending}.partial") for ending in (ROWS, LEAVES)}
     number = 0
     try:
         with (

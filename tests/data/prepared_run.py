@@ -24,7 +24,8 @@ def main(kind: str, folder: Path, killed: int) -> None:
         made.append(len(records))
         return original(system, params, records)
 
-    preferences.PART, preferences.TOGETHER, preferences.TOGETHER_WITH_IMAGES = 3, 2, 2
+    preferences.PART = preferences.PART_WITH_IMAGES = 3
+    preferences.TOGETHER, preferences.TOGETHER_WITH_IMAGES = 2, 2
     preferences.prepare_records = prepare
     system = {"texts": texts, "pictures": pictures}[kind]()
     load_preferences(folder / f"{kind}.jsonl", system, params=system.init(jax.random.key(0)), cache=folder / "cache")

@@ -31,6 +31,8 @@ def writer(**settings):
 
 def asked(question):
     """A user's prompt function, which refuses some values as such functions do."""
+    if isinstance(question, list):
+        return question
     if question == "the left":
         raise KeyError("no such question")
     return [{"role": "user", "content": question}]

@@ -2,6 +2,7 @@
 
 import importlib
 import linecache
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 import sysdpo_jax.components.images
 from sysdpo_jax import (
+    CompoundSystem,
     DirectObjective,
     Node,
+    PreferenceRecord,
     Ranked,
     RecordError,
     TextEncoder,
@@ -29,16 +32,25 @@ from sysdpo_jax import (
     load_preferences,
     make_optimizer,
     preference_dataset,
+    prepare_pairs,
 )
-from sysdpo_jax.data import preferences
+from sysdpo_jax.batch import encode_batch
+from sysdpo_jax.components.base import row_keys
+from sysdpo_jax.components.sampled_text import fingerprint
+from sysdpo_jax.data import files, preferences
 from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.data.preferences import WHOLE, _Pass
+from sysdpo_jax.data.prepared import about_system
 from sysdpo_jax.manifest import digest
+from sysdpo_jax.objectives.log_ratio import as_rows, node_terms, repeated
 from sysdpo_jax.training import ComponentOptimizer
-from tests.components.painters import VAE, CountingCodec, encoded_since
+from sysdpo_jax.values import SampledText, to_json
+from tests.components.painters import VAE, CountingCodec, encoded_since, painter
 from tests.components.stubs import Embedding, word_tokenizer
 from tests.data.prepared_systems import (
     TEMPLATE,
+    asked,
+    illustrated,
     picture_file,
     picture_row,
     pictures,
@@ -261,7 +273,7 @@ def used(system):
 def test_what_features_depend_on(other, new):
     system = other()
     base = texts() if "question" in system.inputs else pictures(text=TextEncoder(Embedding(), word_tokenizer(), 5))
-    about = [digest(preferences._about_system(made, None)) for made in (base, system)]
+    about = [digest(about_system(made)) for made in (base, system)]
     assert (about[0] != about[1]) == new
 
 
@@ -310,7 +322,7 @@ def test_an_untouched_source_is_neither_hashed_nor_read(tmp_path, monkeypatch):
     # Written anew with the same content it is hashed, and no more.
     text_file(tmp_path, 3)
     alike(load(), first)
-    monkeypatch.setattr(preferences, "source_digest", forbidden)
+    monkeypatch.setattr(files, "source_digest", forbidden)
     alike(load(), first)
 
 
@@ -318,7 +330,8 @@ def test_an_untouched_source_is_neither_hashed_nor_read(tmp_path, monkeypatch):
 def prepared(monkeypatch):
     """The numbers of records that were prepared together, of parts of 3 rows."""
     sizes, original = [], preferences.prepare_records
-    monkeypatch.setattr(preferences, "PART", 3)
+    for name in ("PART", "PART_WITH_IMAGES"):
+        monkeypatch.setattr(preferences, name, 3)
 
     def counting(system, params, records):
         sizes.append(len(records))
@@ -375,7 +388,7 @@ def test_equal_files_in_two_folders_have_pictures_of_their_own(tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path):
+def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path, prepared):
     """Killed in the middle of its second part, of three: the first is there, and nothing of it is prepared again."""
     make, write = MAKERS[kind]
     path, system = write(tmp_path, 8), make()
@@ -391,7 +404,9 @@ def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path):
     assert second.stdout.splitlines() == ["[2, 1, 2]"], second.stderr[-2000:]
     assert list(folder.glob("*.partial")) == []
     load = partial(load_preferences, path, system, params=system.init(KEY))
-    alike(load(cache=tmp_path / "cache"), load())
+    made = load(cache=tmp_path / "cache")
+    assert prepared == []
+    alike(made, load())
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -436,10 +451,19 @@ def test_parts_by_process_are_those_of_one_process(kind, number, tmp_path, prepa
             prepared.clear()
             a_pass(path, system, params).write(folder, index, count)
             assert prepared == [3, 3, 2][index::count]
-        made.append(a_pass(path, system, params).open(folder, "", system))
+        made.append(a_pass(path, system, params).open(folder, "", system, ("", {})))
     alike(*made)
     names = [sorted(file.name for file in (tmp_path / str(count)).iterdir()) for count in (1, number)]
     assert names[0] == names[1]
+
+
+def test_a_cache_that_is_not_shared_is_said(tmp_path, prepared):
+    path, system = text_file(tmp_path, 8), texts()
+    a_pass(path, system, {}).write(tmp_path, 1, 2)
+    with pytest.raises(RecordError, match="lacks parts that another process made: give a cache that all processes"):
+        a_pass(path, system, {}).open(tmp_path, "", system, ("", {}))
+    a_pass(path, system, {}).write(tmp_path, 0, 2)
+    assert len(a_pass(path, system, {}).open(tmp_path, "", system, ("", {}))) == 8
 
 
 def mixed_rows(held):
@@ -459,7 +483,7 @@ def test_records_of_two_kinds_are_those_of_the_first_one_whoever_makes_the_parts
     path, system = written(tmp_path / "p.jsonl", mixed_rows(whole)), texts()
     for index in range(count):
         a_pass(path, system, {}, skip=True).write(tmp_path, index, count)
-    kept = a_pass(path, system, {}, skip=True).open(tmp_path, "", system)
+    kept = a_pass(path, system, {}, skip=True).open(tmp_path, "", system, ("", {}))
     wanted = [row for row, own in enumerate(whole) if own == whole[0]]
     assert [record.inputs["question"] for record in kept] == [text_row(row)["inputs"]["question"] for row in wanted]
     counts = kept.counts
@@ -473,3 +497,239 @@ def test_records_of_two_kinds_are_those_of_the_first_one_whoever_makes_the_parts
         same(*(preference_dataset(system, made, 2, seed=0)[1] for made in (kept, own)))
     with pytest.raises(RecordError, match=r"p\.jsonl, row \d: chosen (lacks|has) the intermediate values drafts"):
         load_preferences(path, system)
+
+
+def illustrated_row(row, folder):
+    """A row for `illustrated`, that can be used."""
+    rng, made = np.random.default_rng(row), picture_row(row, folder)
+    sides = {side: made[side] | {"caption": words(rng, 5)} for side in ("chosen", "rejected")}
+    return {"inputs": {"question": words(rng, 20)}} | sides
+
+
+def set_at(row, where, name, value):
+    return row | {where: row[where] | {name: value}}
+
+
+def without(row, name):
+    return row | {side: {n: v for n, v in row[side].items() if n != name} for side in ("chosen", "rejected")}
+
+
+def damaged(row, folder, number):
+    (folder / f"damaged-{number}.png").write_bytes(b"\x89PNG and no more")
+    return set_at(row, "rejected", "image", f"damaged-{number}.png")
+
+
+# What can be wrong with a row, twice each with other words, and what is said of it.
+WRONG = {
+    "caption of too many tokens": (
+        lambda row, folder, number: set_at(row, "chosen", "caption", "a red ball on the left" + " on" * (number % 5)),
+        "chosen, node 'image': caption has # tokens, more than the # of the text encoder: shorten '...'",
+    ),
+    "no image": (
+        lambda row, folder, number: set_at(row, "rejected", "image", f"no-{number}.png"),
+        "rejected, node 'image': image: there is no file '...'",
+    ),
+    "damaged image": (damaged, "rejected, node 'image': image: '...' cannot be read"),
+    "no room for the prompt": (
+        lambda row, folder, number: set_at(row, "inputs", "question", "a red ball " * (20 + number)),
+        "chosen, node 'caption': the prompt has # tokens, outside",
+    ),
+    "refused by the template": (
+        lambda row, folder, number: set_at(row, "inputs", "question", [{"role": "tool", "content": "a" * number}]),
+        "chosen, node 'caption': .*the chat template",
+    ),
+    "the prompt function": (
+        lambda row, folder, number: set_at(row, "inputs", "question", "the left"),
+        "chosen, node 'caption': the prompt function tests.data.prepared_systems:asked failed",
+    ),
+    "no intermediates": (lambda row, folder, number: without(row, "caption"), "chosen lacks the intermediate values"),
+    "a missing field": (lambda row, folder, number: without(row, "image"), "chosen lacks the field 'image'"),
+    "an unknown field": (
+        lambda row, folder, number: set_at(row, "chosen", "picture", "x"),
+        "chosen, field 'picture' is no name",
+    ),
+    "no value of the kind": (
+        lambda row, folder, number: set_at(row, "chosen", "caption", number),
+        "chosen, node 'caption'",
+    ),
+}
+
+
+def test_skip_leaves_out_exactly_what_cannot_be_prepared_and_counts_why(tmp_path):
+    rows, good, number = [], [], 0
+    for place, change in enumerate([None, *WRONG, *WRONG, None, None]):
+        made = illustrated_row(place, tmp_path)
+        if change is None:
+            good.append(place)
+        else:
+            number += 1
+            made = WRONG[change][0](made, tmp_path, number)
+        rows.append(made)
+    path, system = written(tmp_path / "p.jsonl", rows), illustrated()
+    params = system.init(KEY)
+    kept = load_preferences(path, system, params=params, on_error="skip")
+    assert [record.inputs["question"] for record in kept] == [rows[place]["inputs"]["question"] for place in good]
+    assert (kept.counts.read, kept.counts.kept, kept.counts.skipped) == (len(rows), len(good), number)
+    assert sum(kept.counts.reasons.values()) == number
+    assert {reason: number for reason, number in kept.counts.reasons.items() if number != 2} == {}
+    for name, (_, said) in WRONG.items():
+        assert [reason for reason in kept.counts.reasons if re.match(said, reason)], (name, kept.counts.reasons)
+    assert all(f"2 x {reason}" in kept.summary() for reason in kept.counts.reasons)
+    # What is kept can be prepared, whole and one by one, and trained on; of what is not nothing can be.
+    prepare_pairs(system, list(kept))
+    for place, row in enumerate(rows):
+        record = PreferenceRecord(**row)
+        sides = [{n: str(tmp_path / v) if n == "image" else v for n, v in s.items()} for s in record.runs()]
+        record = PreferenceRecord(record.inputs, *({n: v for n, v in s.items() if n != "question"} for s in sides))
+        if place in good:
+            prepare_pairs(system, [record])
+        else:
+            with pytest.raises(RecordError):
+                load_preferences(written(tmp_path / "one.jsonl", [rows[good[0]], row]), system)
+    optimizer = make_optimizer({name: ComponentOptimizer(optax.sgd(1e-3)) for name in system.param_keys})
+    dataset = preference_dataset(system, kept, 2, seed=0)
+    state = Trainer(system, DirectObjective(), optimizer, tmp_path / "run").fit(
+        create_state(system, params, optimizer), dataset, 1, KEY
+    )
+    assert int(state.step) == 1
+
+
+def plated():
+    """Pictures of two drafts, whose times are spread over the plate; drafts have lengths of their own."""
+    drafts = Node("drafts", writer(prompt=asked), ("question",), plate=2)
+    image = Node("image", painter(strata=2, caption_dropout=0.5), ("drafts",), plate=2)
+    return CompoundSystem(("question",), (drafts, image))
+
+
+def plated_row(row, folder):
+    rng, made = np.random.default_rng(row), [picture_row(2 * row + copy, folder) for copy in range(2)]
+
+    def side(name):
+        return {"drafts": [words(rng, 5) for _ in range(2)], "image": [copy[name]["image"] for copy in made]}
+
+    question = words(rng, int(rng.choice([2, 20])))
+    return {"inputs": {"question": question}, "chosen": side("chosen"), "rejected": side("rejected")}
+
+
+@partial(jax.jit, static_argnums=0)
+def ratios(system, params, reference, batch, keys):
+    """The policy's log-probabilities and its log-ratios, {node: [rows, 2]}, and the losses [rows]."""
+    terms = node_terms(system, params, reference, as_rows(batch.sides()), repeated(keys, (2,)), {})
+    policy = {name: term.policy.reshape(-1, 2) for name, term in terms.items()}
+    ratio = sum(term.ratio.reshape(-1, 2) for term in terms.values())
+    return policy, -jax.nn.log_sigmoid(0.1 * (ratio[:, 0] - ratio[:, 1]))
+
+
+@pytest.mark.parametrize("kind", ["texts", "plated"])
+def test_losses_of_batches_of_like_sizes_are_those_of_whole_rows(kind, tmp_path):
+    """1e-6 of each row's, for every shape: float32 adds the same numbers, in rows of other lengths."""
+    if kind == "texts":
+        system, path = texts(), text_file(tmp_path, 24)
+    else:
+        system = plated()
+        path = written(tmp_path / "p.jsonl", [plated_row(row, tmp_path) for row in range(12)])
+    params, reference = system.init(KEY), system.init(jax.random.key(1))
+    reference |= {name: tree | system.frozen_params(params).get(name, {}) for name, tree in reference.items()}
+    loaded = load_preferences(path, system, params=params)
+    whole = encode_batch(system, params, prepare_pairs(system, list(loaded)))
+    keys = row_keys(KEY, len(loaded))
+    expected = ratios(system, params, reference, whole, keys)
+    dataset, found = preference_dataset(system, loaded, 3, seed=0, shapes=4), set()
+    for step in range(dataset.plan.per_epoch):
+        (rows, sizes), batch = dataset.plan.at(step), dataset[step]
+        found.add(sizes)
+        made = ratios(system, params, reference, batch, keys[rows])
+        own = jax.tree.map(lambda x, rows=rows: x[rows], expected)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), made, own)
+    assert len(found) >= 2
+    assert {shape for own in dataset.plan.shapes for shape in map(tuple, own.tolist())} >= found
+
+
+def test_sampled_texts_keep_their_tokens_through_the_files(tmp_path):
+    """Tokens that no tokenizer would make of the text, and no end where it was cut."""
+    system = CompoundSystem(("question",), (Node("answer", writer(), ("question",)),))
+    model = system.node("answer").component
+    made = [SampledText("a red", (4, 5, 2), "end", fingerprint(model.tokenizer)),
+            SampledText("a red", (4, 5), "cut", fingerprint(model.tokenizer))]  # fmt: skip
+    rows = [{"inputs": {"question": "a ball"}, "chosen": {"answer": to_json(made[0])},
+             "rejected": {"answer": to_json(made[1])}}] * 2  # fmt: skip
+    loaded = load_preferences(written(tmp_path / "p.jsonl", rows), system, cache=tmp_path / "cache")
+    for side, text in zip(("chosen", "rejected"), made, strict=True):
+        kept = getattr(loaded[1], side)["answer"]
+        assert (kept, kept.tokens, kept.end) == (text, text.tokens, text.end)
+        features = loaded.rows.features(1)[side]["answer"]
+        assert features["tokens"][features["prompt_lengths"] : features["lengths"]].tolist() == list(text.tokens)
+    batch = preference_dataset(system, loaded, 2, seed=0)[0]
+    assert (batch.chosen["answer"]["lengths"] - batch.rejected["answer"]["lengths"]).tolist() == [1, 1]
+    assert batch.rejected["answer"]["retokenized"].tolist() == [0, 0]
+
+
+SIZES = ((4, 4), (4, 8), (8, 4))
+
+
+def test_a_batch_of_pictures_has_one_size_and_all_sizes_come(tmp_path):
+    """Wide, square and tall ones; of the tall ones there are too few for a batch."""
+    system = pictures(codec=CountingCodec(VAE, SIZES, 2))
+    params = system.init(KEY)
+    shapes = [(5, 10)] * 6 + [(9, 9)] * 5 + [(12, 6)] * 2
+    rows = [picture_row(row, tmp_path, shape) for row, shape in enumerate(shapes)]
+    # Sides of two shapes get one size: wide and tall are square together.
+    picture_row(90, tmp_path, (6, 12))
+    picture_row(91, tmp_path, (12, 6))
+    rows.append(rows[0] | {"chosen": {"image": "90-chosen.png"}, "rejected": {"image": "91-chosen.png"}})
+    loaded = load_preferences(written(tmp_path / "p.jsonl", rows), system, params=params)
+    assert len(loaded) == 14
+    sizes = []
+    for row in range(14):
+        features = loaded.rows.features(row)
+        chosen, rejected = (features[side]["image"]["latents"].shape for side in ("chosen", "rejected"))
+        assert chosen == rejected
+        sizes.append(chosen[:2])
+    assert sizes == [(4, 8)] * 6 + [(4, 4)] * 5 + [(8, 4)] * 2 + [(4, 4)]
+    dataset = preference_dataset(system, loaded, 3, seed=0)
+    traced = jax.jit(lambda batch: jax.tree.map(lambda x: 2 * x, batch))
+    epochs, found = 2 * dataset.plan.per_epoch, Counter()
+    for step in range(epochs):
+        batch = dataset[step]
+        traced(batch)
+        found[batch.chosen["image"]["latents"].shape] += 1
+        assert batch.chosen["image"]["latents"].shape == batch.rejected["image"]["latents"].shape
+    assert found == {(3, 4, 8, 2): 4, (3, 4, 4, 2): 4}
+    assert traced._cache_size() == 2
+    assert dataset.describe() == "shapes of batches: 2; 2 rows are of a kind that fills no batch"
+    with pytest.raises(ValueError, match="no kind of rows fills one batch of 7"):
+        preference_dataset(system, loaded, 7, seed=0)
+
+
+def test_shapes_of_texts_are_those_that_are_said(tmp_path):
+    system = texts()
+    loaded = load_preferences(text_file(tmp_path, 40), system)
+    for shapes in (1, 3, 8):
+        dataset = preference_dataset(system, loaded, 4, seed=0, shapes=shapes)
+        traced = jax.jit(lambda batch: jax.tree.map(jax.numpy.sum, batch))
+        for step in range(3 * dataset.plan.per_epoch):
+            traced(dataset[step])
+        said = int(
+            re.match(r"shapes of batches: (\d+) \(drafts completion, drafts prompt, answer", dataset.describe())[1]
+        )
+        assert traced._cache_size() <= said <= shapes
+        assert dataset.plan.left_out == 0
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_batches_are_a_function_of_the_step_and_shards_are_blocks(kind, tmp_path):
+    """Bit for bit, of a data set that is opened anew in the middle of an epoch."""
+    make, write = MAKERS[kind]
+    path, system = write(tmp_path, 14), make()
+    load = partial(load_preferences, path, system, params=system.init(KEY), cache=tmp_path / "cache")
+    whole = preference_dataset(system, load(), 4, seed=3)
+    batches = [whole[step] for step in range(8)]
+    again = preference_dataset(make(), load(), 4, seed=3)
+    for step in (5, 4, 7, 2):
+        same(again[step], batches[step])
+    shards = [preference_dataset(system, load(), 4, seed=3, shard=(index, 2)) for index in range(2)]
+    for step in range(8):
+        same(jax.tree.map(lambda *parts: np.concatenate(parts), *(shard[step] for shard in shards)), batches[step])
+    other = preference_dataset(system, load(), 4, seed=4)
+    with pytest.raises(AssertionError):
+        same([other[step] for step in range(3)], batches[:3])
