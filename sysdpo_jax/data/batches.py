@@ -158,9 +158,9 @@ def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -
     The rows are cut in two where that saves most, one group after the other. The largest size is always there: it takes
     the batches whose rows fit nowhere else together.
     """
-    groups = [sizes[:: -(-len(sizes) // LOOKED_AT)]]
-    whole = _rounded(sizes)
-    while len(groups) + 1 < number:
+    groups, whole = [sizes[:: -(-len(sizes) // LOOKED_AT)]], _rounded(sizes)
+    found = whole[None]
+    while True:
         cuts = [best_cut(group, batch) for group in groups]
         best = int(np.argmax([saved for saved, _, _ in cuts]))
         saved, axis, limit = cuts[best]
@@ -168,7 +168,10 @@ def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -
             break
         group = groups.pop(best)
         groups += [group[group[:, axis] <= limit], group[group[:, axis] > limit]]
-    found = np.unique([*(_rounded(group) for group in groups), whole], axis=0)
+        cut = np.unique([*(_rounded(group) for group in groups), whole], axis=0)
+        if len(cut) > number:
+            break
+        found = cut
     # What was not looked at may fit in no group's size but the largest.
     return found[np.argsort(found.sum(1), kind="stable")]
 
