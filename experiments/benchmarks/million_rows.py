@@ -225,10 +225,9 @@ def _watched() -> Iterator[list[int]]:
 def main(arguments: list[str]) -> None:
     """Print the figures as JSON."""
     config = tyro.cli(Config, args=arguments, description=__doc__)
-    result: dict[str, Any] = {
-        "texts": measure(language_system(), write_texts, config.rows),
-        "images": measure(picture_system(), write_pictures, config.images),
-    }
+    result: dict[str, Any] = {"texts": measure(language_system(), write_texts, config.rows)}
+    print(json.dumps(result), file=sys.stderr)
+    result["images"] = measure(picture_system(), write_pictures, config.images)
     result["made_by"] = {
         "command": " ".join(["python -m experiments.benchmarks.million_rows", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
