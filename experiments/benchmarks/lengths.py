@@ -3,6 +3,8 @@
     make benchmark-lengths
     python -m experiments.benchmarks.lengths > docs/benchmarks/lengths.json
 
+Expected on two idle cores: a ratio (TRL's mean seconds / ours) above 1.3, in about five minutes.
+
 Both sides train the same decoder (6 layers of width 384, a vocabulary of 16384, float32, nothing recomputed) with AdamW
 on the same words, 8 pairs a step, once over all of them. The lengths of prompts and answers are lognormal (sigma 0.8,
 medians 40, 30 and 30 tokens, 4 to 128), as those of real conversations are skewed: a batch that is padded to its
@@ -140,7 +142,9 @@ def trl(config: Config) -> dict[str, Any]:
 
     torch.manual_seed(0)
     shape, words = config.decoder, tokenizer(config.vocabulary)
-    llama = transformers.LlamaConfig(
+    # Any: transformers' annotations do not admit what its classes take and make.
+    llama_config: Any = transformers.LlamaConfig
+    llama = llama_config(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -153,7 +157,6 @@ def trl(config: Config) -> dict[str, Any]:
         pad_token_id=words.pad_token_id,
         attn_implementation="sdpa",
     )
-    # Any: transformers' annotations do not admit what its classes make.
     model: Any = transformers.LlamaForCausalLM(llama)
     reference: Any = transformers.LlamaForCausalLM(llama)
     reference.load_state_dict(model.state_dict())
