@@ -27,16 +27,12 @@ ROWS, LEAVES = ".rows.arrow", ".leaves.arrow"
 
 
 def pack(value: Any, leaf: Callable[[bytes | np.ndarray], int]) -> Any:
-<<<<<<< HEAD
     """The value as JSON has it. leaf: takes bytes and arrays away, and says the number that stands for them.
 
     Raises `TypeError` for an array that holds no numbers.
     """
-=======
-    """The value as JSON has it. leaf: takes bytes and arrays away, and says the number that stands for them."""
     if type(value) in AS_THEY_ARE:
         return value
->>>>>>> bench
     if isinstance(value, bytes):
         return {BYTES: leaf(value)}
     if isinstance(value, np.str_):
@@ -88,15 +84,9 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
             numbers: dict[Any, int] = {}
 
             def leaf(value: bytes | np.ndarray) -> int:
-<<<<<<< HEAD
-                data = value if isinstance(value, bytes) else value.tobytes()
-                kind, shape = ("bytes", []) if isinstance(value, bytes) else (value.dtype.name, list(value.shape))
-                key = hashlib.blake2b(f"{kind}{shape}".encode() + data, digest_size=16).digest()
-=======
                 kind, shape = (None, ()) if isinstance(value, bytes) else (value.dtype, value.shape)
                 data = value if isinstance(value, bytes) else value.tobytes()
                 key = kind, shape, data if len(data) <= SHORT else hashlib.blake2b(data, digest_size=16).digest()
->>>>>>> bench
                 if key not in numbers:
                     numbers[key] = len(numbers)
                     leaves.add((data, "bytes" if kind is None else kind.name, list(shape)), len(data))
@@ -172,7 +162,9 @@ class RowFile:
         data, kind = self._leaves["data"][number].as_buffer(), self._leaves["type"][number].as_py()
         if kind == "bytes":
             return data.to_pybytes()
-        return np.frombuffer(data, np.dtype(kind)).reshape(self._leaves["shape"][number].as_py())
+        array = np.frombuffer(data, np.dtype(kind)).reshape(self._leaves["shape"][number].as_py())
+        array.flags.writeable = False
+        return array
 
 
 def _mapped(path: Path) -> Any:

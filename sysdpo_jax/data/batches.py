@@ -163,14 +163,8 @@ def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -
     the batches whose rows fit nowhere else together.
     """
     groups, whole = [sizes[:: -(-len(sizes) // LOOKED_AT)]], _rounded(sizes)
-<<<<<<< HEAD
-    if number == 1:
-        return whole[None]
-    while len(groups) + 1 < number:
-=======
     found = whole[None]
     while True:
->>>>>>> bench
         cuts = [best_cut(group, batch) for group in groups]
         best = int(np.argmax([saved for saved, _, _ in cuts]))
         saved, axis, limit = cuts[best]
