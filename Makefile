@@ -16,7 +16,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
 # Most of the tests' time is compilation of programs that run once: level 0 compiles in half of it.
 QUICK := XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -m "not slow"
 
-.PHONY: demo demo-llm test parity test-slow benchmark gpu-check gpu-check-newest lint clean
+.PHONY: demo demo-llm test parity test-slow benchmark benchmark-lengths gpu-check gpu-check-newest lint clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,11 @@ test-slow: $(SLOW) $(READERS)/.transformers $(READERS)/.vllm
 # Speed beside transformers, with real weights; on an idle machine.
 benchmark: $(SLOW)
 	$(BIN)/python -m experiments.benchmarks.diverse_beam_search
+
+# Speed beside TRL on rows of unequal lengths; TRL comes without what it asks for, which is there.
+benchmark-lengths: $(DEV)
+	$(PIP) --no-deps trl==1.16.0
+	$(BIN)/python -m experiments.benchmarks.lengths
 
 # JAX for CUDA in the version that everything else is tested with.
 $(GPU): $(BASE)

@@ -11,6 +11,7 @@ without a plate sees the whole list of a plated parent. Log-probabilities are su
 import zlib
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import jax
@@ -58,7 +59,7 @@ class CompoundSystem:
         """The keys of the parameter trees, in topological order, without repeats."""
         return tuple(dict.fromkeys(node.params_key for node in self.nodes if not node.deterministic))
 
-    @property
+    @cached_property
     def intermediates(self) -> tuple[Node, ...]:
         """The generative nodes that another generative node depends on, directly or through tools."""
         read: set[str] = set()
@@ -77,7 +78,7 @@ class CompoundSystem:
                 drawn.add(node.name)
         return tuple(node for node in self.nodes if node.name not in drawn)
 
-    @property
+    @cached_property
     def outputs(self) -> tuple[Node, ...]:
         """The other generative nodes: the final values, which people judge."""
         inner = self.intermediates

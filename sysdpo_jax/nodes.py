@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 from sysdpo_jax.components.base import Component, RecordError
 from sysdpo_jax.components.text_to_image import TextToImage
@@ -37,7 +38,7 @@ class Node:
     def params_key(self) -> str:
         return self.name if self.params is None else self.params
 
-    @property
+    @cached_property
     def deterministic(self) -> bool:
         """Whether the node is a Tool: no parameters, recomputed when a record lacks its value."""
         return isinstance(self.component, Tool)

@@ -6,7 +6,6 @@ in JSON and of what JSON cannot hold, its leaves; both are written whole or not 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,10 @@ from sysdpo_jax.values import from_json, to_json
 TOGETHER, BYTES_TOGETHER = 1024, 2**26
 # What stands in JSON for bytes and arrays, with their number, and for a tuple.
 BYTES, ARRAY, TUPLE = "\0bytes", "\0array", "\0tuple"
+# Types of JSON's own; most values of a row are of one of them.
+AS_THEY_ARE = (str, int, float, bool, type(None))
+# Longer leaves are known by a digest.
+SHORT = 32
 # The two files' names.
 ROWS, LEAVES = ".rows.arrow", ".leaves.arrow"
 
@@ -28,6 +31,8 @@ def pack(value: Any, leaf: Callable[[bytes | np.ndarray], int]) -> Any:
 
     Raises `TypeError` for an array that holds no numbers.
     """
+    if type(value) in AS_THEY_ARE:
+        return value
     if isinstance(value, bytes):
         return {BYTES: leaf(value)}
     if isinstance(value, np.str_):
@@ -66,7 +71,7 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
 
     row_type = pa.schema([("row", pa.large_string())])
     leaf_type = pa.schema([("data", pa.large_binary()), ("type", pa.string()), ("shape", pa.list_(pa.int64()))])
-    partial = {ending: path.with_name(f"{path.name}{ending}.{os.getpid()}.partial") for ending in (ROWS, LEAVES)}
+    partial = {ending: path.with_name(f"{path.name}{ending}.partial") for ending in (ROWS, LEAVES)}
     number = 0
     try:
         with (
@@ -76,15 +81,15 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
             pa.ipc.new_file(leaf_sink, leaf_type) as leaf_writer,
         ):
             texts, leaves = _Waiting(row_writer, row_type), _Waiting(leaf_writer, leaf_type)
-            numbers: dict[bytes, int] = {}
+            numbers: dict[Any, int] = {}
 
             def leaf(value: bytes | np.ndarray) -> int:
+                kind, shape = (None, ()) if isinstance(value, bytes) else (value.dtype, value.shape)
                 data = value if isinstance(value, bytes) else value.tobytes()
-                kind, shape = ("bytes", []) if isinstance(value, bytes) else (value.dtype.name, list(value.shape))
-                key = hashlib.blake2b(f"{kind}{shape}".encode() + data, digest_size=16).digest()
+                key = kind, shape, data if len(data) <= SHORT else hashlib.blake2b(data, digest_size=16).digest()
                 if key not in numbers:
                     numbers[key] = len(numbers)
-                    leaves.add((data, kind, shape), len(data))
+                    leaves.add((data, "bytes" if kind is None else kind.name, list(shape)), len(data))
                 return numbers[key]
 
             for row in rows:
@@ -157,7 +162,9 @@ class RowFile:
         data, kind = self._leaves["data"][number].as_buffer(), self._leaves["type"][number].as_py()
         if kind == "bytes":
             return data.to_pybytes()
-        return np.frombuffer(data, np.dtype(kind)).reshape(self._leaves["shape"][number].as_py())
+        array = np.frombuffer(data, np.dtype(kind)).reshape(self._leaves["shape"][number].as_py())
+        array.flags.writeable = False
+        return array
 
 
 def _mapped(path: Path) -> Any:

@@ -221,9 +221,11 @@ class LanguageModel(Component):
                 raise ValueError(f"LanguageModel: a {name} has {longest} tokens, more than the {room} of its new size")
         tokens, width = np.asarray(features["tokens"]), sizes["prompt"] + sizes["completion"]
         kept = tokens[..., :width]
-        spare = [(0, 0)] * (tokens.ndim - 1) + [(0, width - kept.shape[-1])]
+        if kept.shape[-1] < width:
+            spare = [(0, 0)] * (tokens.ndim - 1) + [(0, width - kept.shape[-1])]
+            kept = np.pad(kept, spare, constant_values=self._pad)
         return features | {
-            "tokens": np.pad(kept, spare, constant_values=self._pad),
+            "tokens": kept,
             "completion": np.arange(sizes["completion"]) < own["completion"][..., None],
         }
 

@@ -163,9 +163,8 @@ def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -
     the batches whose rows fit nowhere else together.
     """
     groups, whole = [sizes[:: -(-len(sizes) // LOOKED_AT)]], _rounded(sizes)
-    if number == 1:
-        return whole[None]
-    while len(groups) + 1 < number:
+    found = whole[None]
+    while True:
         cuts = [best_cut(group, batch) for group in groups]
         best = int(np.argmax([saved for saved, _, _ in cuts]))
         saved, axis, limit = cuts[best]
@@ -173,7 +172,10 @@ def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -
             break
         group = groups.pop(best)
         groups += [group[group[:, axis] <= limit], group[group[:, axis] > limit]]
-    found = np.unique([*(_rounded(group) for group in groups), whole], axis=0)
+        cut = np.unique([*(_rounded(group) for group in groups), whole], axis=0)
+        if len(cut) > number:
+            break
+        found = cut
     # What was not looked at may fit in no group's size but the largest.
     return found[np.argsort(found.sum(1), kind="stable")]
 

@@ -4,7 +4,6 @@ A record is usable if and only if features can be made of it here; nothing else 
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -119,7 +118,7 @@ def write_part(
             yield {"record": [row.record.inputs, row.record.chosen, row.record.rejected], "features": row.features}
 
     count = write_row_file(path, noted())
-    partial = path.with_name(f"{path.name}.index.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.index.partial")
     with partial.open("wb") as file:
         told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
         columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}

@@ -25,7 +25,7 @@ def main(kind: str, folder: Path, killed: int) -> None:
         return original(system, params, records)
 
     preferences.PART = preferences.PART_WITH_IMAGES = 3
-    preferences.TOGETHER = preferences.TOGETHER_WITH_IMAGES = 2
+    preferences.TOGETHER, preferences.TOGETHER_WITH_IMAGES = 2, 2
     preferences.prepare_records = prepare
     system = {"texts": texts, "pictures": pictures}[kind]()
     load_preferences(folder / f"{kind}.jsonl", system, params=system.init(jax.random.key(0)), cache=folder / "cache")
