@@ -8,7 +8,7 @@ for a small latent diffusion model whose text encoder and autoencoder are frozen
 
 Memory is the most that the process holds of its own in the meantime (Linux's RssAnon, looked at every 20 ms), less what
 it held before; pages of memory-mapped files are the system's. The pass has a part of 4096 rows in memory at most, and
-of all rows some tens of bytes each that say where they are and how long: growth is to stay below MEMORY_MIB and
+of all rows what says where they are, how long, and in which batches: growth is to stay below MEMORY_MIB and
 BYTES_A_ROW for each row, or nothing is printed. A few rows are read before, so that libraries and compiled programs
 count neither as time nor as memory of the source.
 """
