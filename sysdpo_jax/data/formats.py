@@ -1,7 +1,7 @@
 """Rows of data sets that exist -> preference records. Readers refuse what they do not read, see `refuse_unread`."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from sysdpo_jax.components.conversations import (
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.user_code import is_users, name_of, shown, user_code
 from sysdpo_jax.values import from_json
 
 
@@ -159,6 +160,22 @@ READERS: dict[str, Reader] = {
     "ranked": Ranked(),
     "ranked_all": Ranked("all"),
 }
+
+
+def call_reader(convert: Reader, row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
+    """The records of a row. Raises `RecordError` where a reader of the user's fails, or returns something else."""
+    if not is_users(convert):
+        return convert(row, system)
+    with user_code(f"the reader {name_of(convert)}", RecordError, (RecordError,)):
+        made: Any = convert(row, system)
+        # Here, because a generator runs only now.
+        found = list(made) if isinstance(made, Iterable) else made
+    if not isinstance(found, list) or not all(isinstance(record, PreferenceRecord) for record in found):
+        raise RecordError(
+            f"the reader {name_of(convert)} returned {shown({'value': made})}: return a list of PreferenceRecord, none "
+            "for a tie"
+        )
+    return found
 
 
 def only_names(system: CompoundSystem | None) -> Names:

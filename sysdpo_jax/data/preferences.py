@@ -23,7 +23,7 @@ from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import Row, file_state, known_digest, read_json, read_rows, source_digest, write_json
-from sysdpo_jax.data.formats import READERS, Reader
+from sysdpo_jax.data.formats import READERS, Reader, call_reader
 from sysdpo_jax.data.prepared import (
     Prepared,
     PreparedRows,
@@ -40,7 +40,7 @@ from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.processes import by_all
 from sysdpo_jax.row_files import pack
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import is_users, name_of, shown, user_code
+from sysdpo_jax.user_code import is_users, name_of
 
 # Rows of the source in a part, which a kill loses at most; records that are prepared together: without and with images.
 PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
@@ -380,18 +380,7 @@ class _Pass:
         if isinstance(row.values, RecordError):
             raise row.values
         values = {name: value for name, value in row.values.items() if name not in self.ignore}
-        if not is_users(self.convert):
-            return self.convert(values, self.system)
-        with user_code(f"the reader {name_of(self.convert)}", RecordError, (RecordError,)):
-            made: Any = self.convert(values, self.system)
-            # Here, because a generator runs only now.
-            found = list(made) if isinstance(made, Iterable) else made
-        if not isinstance(found, list) or not all(isinstance(record, PreferenceRecord) for record in found):
-            raise RecordError(
-                f"the reader {name_of(self.convert)} returned {shown({'value': made})}: return a list of "
-                "PreferenceRecord, none for a tie"
-            )
-        return found
+        return call_reader(self.convert, values, self.system)
 
     def _placed(self, record: PreferenceRecord, images: dict[str, tuple[int, int]]) -> PreferenceRecord:
         """The record with paths of images taken from the folder of the source."""
