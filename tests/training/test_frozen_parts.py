@@ -76,7 +76,7 @@ def test_frozen_entries_are_not_trained_and_in_memory_once(system, params):
     for _ in range(2):
         state, metrics = step(state, batch, KEY)
     assert metrics["finite"]
-    reference = by_path(state.reference["image"])
+    reference = by_path(state.reference_params["image"])
     for path, leaf in by_path(state.params["image"]).items():
         frozen = not path.startswith("denoiser/")
         assert np.array_equal(leaf, before[path]) == frozen, path
@@ -87,7 +87,7 @@ def test_frozen_entries_are_not_trained_and_in_memory_once(system, params):
 def test_the_steps_operations_are_the_denoisers_alone(system, params):
     batch = encode_batch(system, params, prepare_pairs(system, records()))
     state = create_state(system, params, OPTIMIZER)
-    counted = step_flops(system, OPTIMIZER, state, batch)["image"]
+    counted = step_flops(system, state, batch)["image"]
     text = batch.chosen["image"]["text"]["encoded"][0]
     # Affine: latents [4, 6, 2] by a 2 x 2 matrix, and 5 tokens of width 4 by a 4 x 2 one.
     assert counted == 2 * 4 * len(text) * 2 * (4 * 6 * 2 * 2 + 5 * 4 * 2)
