@@ -241,7 +241,7 @@ class PreferenceBatches:
         self._rows: PreparedRows | None = None
         if isinstance(records, Preferences) and records.fits(system):
             require_intermediates(system, records.held)
-            self._use(records.rows, records.chosen)
+            self._use(records.rows, records.usable)
         elif not system.encodes:
             self.prepare({})
 
@@ -256,7 +256,7 @@ class PreferenceBatches:
                 "the dataset to Trainer.fit or their params to its method prepare"
             )
         rows, sizes = self.plan.at(step)
-        found = [self._rows.features(int(row)) for row in self._chosen[rows]]
+        found = [self._rows.features(int(row)) for row in self._usable[rows]]
         return pair_batch(self.system, found, dict(zip(self._rows.axes, sizes, strict=True)))
 
     def prepare(self, params: Params) -> None:
@@ -291,9 +291,9 @@ class PreferenceBatches:
         text = f"shapes of batches: {shapes}" + (f" ({', '.join(axes)}: {sizes})" if axes else "")
         return text + (f"; {self.plan.left_out} rows are of a kind that fills no batch" if self.plan.left_out else "")
 
-    def _use(self, rows: PreparedRows, chosen: Int[np.ndarray, "rows"]) -> None:
-        self._rows, self._chosen = rows, chosen
-        self.plan = Plan(rows.sizes[chosen], rows.kinds[chosen], *self._settings)
+    def _use(self, rows: PreparedRows, usable: Int[np.ndarray, "rows"]) -> None:
+        self._rows, self._usable = rows, usable
+        self.plan = Plan(rows.sizes[usable], rows.kinds[usable], *self._settings)
 
     def _prepared(self, params: Params) -> Iterator[tuple[int, Prepared]]:
         for start in range(0, len(self._records), TOGETHER):

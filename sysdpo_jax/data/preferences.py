@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -46,33 +47,30 @@ from sysdpo_jax.user_code import is_users, name_of
 PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
 # A folder of parts is another one when what is written changes.
 FORMAT = 1
-# Says how many parts there are, when all are there.
-WHOLE = "parts.json"
-# Says which file the values of tools came from.
-TOOLS = "tool_values.json"
+# Say how many parts there are, when all are there, and which file the values of tools came from.
+WHOLE, TOOLS = "parts.json", "tool_values.json"
+
+# The digest of a system and the fingerprints of its frozen parts; a record with its row's number; states of files.
+About, Numbered, States = tuple[str, dict[str, str]], tuple[int, PreferenceRecord], dict[str, tuple[int, int]]
 
 
+@dataclass(eq=False)
 class Preferences(Sequence[PreferenceRecord]):
     """Records by number, read from memory-mapped files when they are asked for, and their features where there are any.
 
-    Made by `load_preferences`. system: the one that the features are of, None where there are no features. rows: what
-    is on disk, of which `chosen` are the rows that count.
+    Made by `load_preferences`. rows: what is on disk, of which the `usable` ones count. system: the one that the
+    features are of, None where there are none; about: its digest, and fingerprints of what encoded them.
     """
 
-    def __init__(
-        self,
-        rows: PreparedRows,
-        chosen: np.ndarray,
-        counts: Counts,
-        source: str,
-        system: CompoundSystem | None,
-        about: tuple[str, dict[str, str]],
-    ):
-        self.rows, self.chosen, self.counts, self._source, self.system = rows, chosen, counts, source, system
-        self._about, self._frozen = about
+    rows: PreparedRows
+    usable: np.ndarray
+    counts: Counts
+    source: str
+    system: CompoundSystem | None
+    about: About
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.usable)
 
     @overload
     def __getitem__(self, row: int) -> PreferenceRecord: ...
@@ -85,7 +83,7 @@ class Preferences(Sequence[PreferenceRecord]):
             return [self[number] for number in range(*row.indices(len(self)))]
         if not -len(self) <= row < len(self):
             raise IndexError(f"record {row} of {len(self)}")
-        return self.rows.record(int(self.chosen[row]))
+        return self.rows.record(int(self.usable[row]))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -94,16 +92,16 @@ class Preferences(Sequence[PreferenceRecord]):
 
     def fits(self, system: CompoundSystem) -> bool:
         """Whether the features are there, and those that the system prepares: with these tokenizers and settings."""
-        return self.system is not None and digest(about_system(system)) == self._about
+        return self.system is not None and digest(about_system(system)) == self.about[0]
 
     def encoded_by(self, params: Params) -> bool:
         """Whether the frozen parts of these parameters are those that encoded the features."""
-        return self.system is not None and fingerprints(self.system.frozen_params(params)) == self._frozen
+        return self.system is not None and fingerprints(self.system.frozen_params(params)) == self.about[1]
 
     @property
     def held(self) -> bool:
         """Whether the records hold the system's intermediate values; True where no system is known."""
-        return bool(self.rows.held[self.chosen[0]])
+        return bool(self.rows.held[self.usable[0]])
 
     def summary(self) -> str:
         """The counts in a line, with the first of the errors and how many were left out for what."""
@@ -112,7 +110,7 @@ class Preferences(Sequence[PreferenceRecord]):
         skipped = f", {counts.skipped} skipped (the first: {counts.errors[0]})" if counts.skipped else ""
         if len(counts.reasons) > 1:
             skipped += "".join(f"\n  {number} x {reason}" for reason, number in counts.reasons.items())
-        return f"{self._source}: {counts.read} rows, {counts.kept} preferences{ties}{skipped}"
+        return f"{self.source}: {counts.read} rows, {counts.kept} preferences{ties}{skipped}"
 
 
 def load_preferences(
@@ -275,18 +273,15 @@ class _Pass:
             part = folder / f"part-{number:05d}"
             own = (self._identified(row, ids) for _, row in numbered)
             if number % count == index and not is_fresh(part):
-                counts, images = Counts(), dict[str, tuple[int, int]]()
+                counts, images = Counts(), States()
                 about = lambda c=counts, i=images: {"counts": asdict(c), "files": list(i.items())}  # noqa: E731
                 write_part(part, self.system, self._made(own, counts, images), about)
             # What is left of the rows says which ids there are.
-            for _ in own:
-                pass
+            deque(own, maxlen=0)
         if index == 0:
             write_json(folder / WHOLE, number + 1)
 
-    def open(
-        self, folder: Path, sha256: str, system: CompoundSystem | None, about: tuple[str, dict[str, str]]
-    ) -> Preferences:
+    def open(self, folder: Path, sha256: str, system: CompoundSystem | None, about: About) -> Preferences:
         """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
         whole = folder / WHOLE
         parts = _parts(folder, read_json(whole)) if whole.exists() else []
@@ -318,12 +313,10 @@ class _Pass:
             raise RecordError(message) from error.__cause__
         counts.skip(message, error)
 
-    def _made(
-        self, rows: Iterable[Row], counts: Counts, images: dict[str, tuple[int, int]]
-    ) -> Iterator[tuple[int, Prepared]]:
+    def _made(self, rows: Iterable[Row], counts: Counts, images: States) -> Iterator[tuple[int, Prepared]]:
         """The records of these rows with their numbers, ready to be written; images: the files that they name."""
         together = TOGETHER_WITH_IMAGES if self.paints else TOGETHER
-        waiting: list[tuple[int, PreferenceRecord]] = []
+        waiting: list[Numbered] = []
         for row in rows:
             counts.read += 1
             self.read += 1
@@ -339,9 +332,7 @@ class _Pass:
                 waiting = []
         yield from self._passed(waiting, counts)
 
-    def _passed(
-        self, waiting: Sequence[tuple[int, PreferenceRecord]], counts: Counts
-    ) -> Iterator[tuple[int, Prepared]]:
+    def _passed(self, waiting: Sequence[Numbered], counts: Counts) -> Iterator[tuple[int, Prepared]]:
         numbers, records = [number for number, _ in waiting], [record for _, record in waiting]
         for number, record, made in zip(numbers, records, self._prepared(records), strict=True):
             try:
@@ -382,7 +373,7 @@ class _Pass:
         values = {name: value for name, value in row.values.items() if name not in self.ignore}
         return call_reader(self.convert, values, self.system)
 
-    def _placed(self, record: PreferenceRecord, images: dict[str, tuple[int, int]]) -> PreferenceRecord:
+    def _placed(self, record: PreferenceRecord, images: States) -> PreferenceRecord:
         """The record with paths of images taken from the folder of the source."""
         nodes = () if self.system is None else self.system.nodes
         names = {node.name for node in nodes if isinstance(node.component, TextToImage)}
@@ -398,10 +389,10 @@ class _Pass:
             images[found] = file_state(found)
             return found
 
-        sides = (
-            {n: below(v) if n in names else v for n, v in side.items()} for side in (record.chosen, record.rejected)
-        )
-        placed = PreferenceRecord(record.inputs, *sides)
+        chosen, rejected = (dict(side) for side in (record.chosen, record.rejected))
+        for side in (chosen, rejected):
+            side |= {name: below(side[name]) for name in names & side.keys()}
+        placed = PreferenceRecord(record.inputs, chosen, rejected)
         if is_users(self.convert):
             try:
                 json.dumps(pack([placed.inputs, placed.chosen, placed.rejected], lambda leaf: 0))
