@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import numpy as np
@@ -51,7 +51,9 @@ FORMAT = 1
 WHOLE, TOOLS = "parts.json", "tool_values.json"
 
 # The digest of a system and the fingerprints of its frozen parts; a record with its row's number; states of files.
-About, Numbered, States = tuple[str, dict[str, str]], tuple[int, PreferenceRecord], dict[str, tuple[int, int]]
+About: TypeAlias = tuple[str, dict[str, str]]
+Numbered: TypeAlias = tuple[int, PreferenceRecord]
+States: TypeAlias = dict[str, tuple[int, int]]
 
 
 @dataclass(eq=False)
@@ -105,12 +107,7 @@ class Preferences(Sequence[PreferenceRecord]):
 
     def summary(self) -> str:
         """The counts in a line, with the first of the errors and how many were left out for what."""
-        counts = self.counts
-        ties = f", {counts.ties} without a preference" if counts.ties else ""
-        skipped = f", {counts.skipped} skipped (the first: {counts.errors[0]})" if counts.skipped else ""
-        if len(counts.reasons) > 1:
-            skipped += "".join(f"\n  {number} x {reason}" for reason, number in counts.reasons.items())
-        return f"{self.source}: {counts.read} rows, {counts.kept} preferences{ties}{skipped}"
+        return self.counts.summary(self.source)
 
 
 def load_preferences(

@@ -64,6 +64,14 @@ class Counts:
         reason = reason if reason in self.reasons or len(self.reasons) < KEPT_REASONS else "other reasons"
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
+    def summary(self, source: str) -> str:
+        """The counts in a line, with the first of the errors, and how many were left out for what."""
+        ties = f", {self.ties} without a preference" if self.ties else ""
+        skipped = f", {self.skipped} skipped (the first: {self.errors[0]})" if self.skipped else ""
+        if len(self.reasons) > 1:
+            skipped += "".join(f"\n  {number} x {reason}" for reason, number in self.reasons.items())
+        return f"{source}: {self.read} rows, {self.kept} preferences{ties}{skipped}"
+
     def add(self, other: "Counts") -> None:
         """Count what another part counted."""
         for name in ("read", "kept", "ties", "skipped"):
