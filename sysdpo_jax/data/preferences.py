@@ -263,8 +263,7 @@ class _Pass:
 
     def write(self, folder: Path, index: int, count: int) -> None:
         """Make the parts index, index + count, ... that are not there yet."""
-        ids: dict[Any, int] = {}
-        number = -1
+        ids, number = dict[Any, int](), -1
         rows = enumerate(read_rows(self.source, self.split))
         for number, numbered in groupby(rows, lambda pair: pair[0] // self.size):
             part = folder / f"part-{number:05d}"
@@ -280,10 +279,9 @@ class _Pass:
 
     def open(self, folder: Path, sha256: str, system: CompoundSystem | None, about: About) -> Preferences:
         """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
-        whole = folder / WHOLE
-        parts = _parts(folder, read_json(whole)) if whole.exists() else []
-        known = [part_about(part) for part in parts]
-        if not whole.exists() or None in known:
+        parts = _parts(folder, read_json(folder / WHOLE)) if (folder / WHOLE).exists() else None
+        known = [None] if parts is None else [part_about(part) for part in parts]
+        if parts is None or None in known:
             raise RecordError(f"{folder} lacks parts that another process made: give a cache that all processes share")
         counts = Counts(sha256=sha256)
         for told in known:
@@ -335,7 +333,7 @@ class _Pass:
             try:
                 if isinstance(made, RecordError):
                     raise made
-                # What is left out for it is left out by `open`, which knows the first record of all.
+                # Those that may be left out are left out by `open`, which knows the first record of all.
                 if self.system is not None and not self.skip:
                     self.held = check_intermediates(self.system, record, self.held)
             except RecordError as error:
