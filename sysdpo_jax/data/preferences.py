@@ -280,7 +280,7 @@ class _Pass:
     def open(self, folder: Path, sha256: str, system: CompoundSystem | None, about: About) -> Preferences:
         """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
         parts = _parts(folder, read_json(folder / WHOLE)) if (folder / WHOLE).exists() else None
-        known = [None] if parts is None else [part_about(part) for part in parts]
+        known: list[Any] = [None] if parts is None else [part_about(part) for part in parts]
         if parts is None or None in known:
             raise RecordError(f"{folder} lacks parts that another process made: give a cache that all processes share")
         counts = Counts(sha256=sha256)
