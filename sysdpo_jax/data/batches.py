@@ -99,6 +99,8 @@ class Plan:
         shard: tuple[int, int],
         shapes: int,
     ):
+        if shapes < 1:
+            raise ValueError(f"shapes {shapes} must be at least 1")
         block = batch_size // check_batches(len(kinds), batch_size, shard)
         self._seed, self._batch, self._block = seed, batch_size, slice(shard[0] * block, (shard[0] + 1) * block)
         every = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
@@ -146,6 +148,8 @@ class Plan:
 def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> int:
     """The number of shards. Raises `ValueError` where rows fill no batch or the batch is not cut as the shard says."""
     index, count = shard
+    if batch_size < 1:
+        raise ValueError(f"a batch of {batch_size} rows is none: give at least 1")
     if rows < batch_size:
         raise ValueError(f"{rows} rows do not fill one batch of {batch_size}: use a smaller batch or more data")
     if not 0 <= index < count or batch_size % count:

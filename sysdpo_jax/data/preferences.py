@@ -45,10 +45,8 @@ from sysdpo_jax.user_code import is_users, name_of
 
 # Rows of the source in a part, which a kill loses at most; records that are prepared together: without and with images.
 PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
-# A folder of parts is another one when what is written changes.
-FORMAT = 1
-# Say how many parts there are, when all are there, and which file the values of tools came from.
-WHOLE, TOOLS = "parts.json", "tool_values.json"
+# Raised when what is written changes; say how many parts there are, when all are there, and which file the values of tools came from.
+FORMAT, WHOLE, TOOLS = 1, "parts.json", "tool_values.json"
 
 # The digest of a system and the fingerprints of its frozen parts; a record with its row's number; states of files.
 About: TypeAlias = tuple[str, dict[str, str]]
@@ -56,7 +54,7 @@ Numbered: TypeAlias = tuple[int, PreferenceRecord]
 States: TypeAlias = dict[str, tuple[int, int]]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Preferences(Sequence[PreferenceRecord]):
     """Records by number, read from memory-mapped files when they are asked for, and their features where there are any.
 
@@ -148,10 +146,9 @@ def load_preferences(
             result, and each process makes all of them.
         tool_values: A file (JSON Lines) that keeps what tools gave, each value as soon as its call returns, and from
             which a later call takes it: whatever ends the reading, a kill included, loses the calls under way alone. A
-            value belongs to the node, the name of the function and the parents' values; one that JSON, with bytes, does
-            not give back as it is, or of parents that are no plain values or arrays, is not kept. Remove the file when
-            a function gives something else.
-        progress: Is told, as it goes, how many rows this process has read.
+            value belongs to the node, the name of the function and the parents' values; what JSON, with bytes, does not
+            give back as it is, or parents that are no plain values, is not kept. Remove it to have tools asked again.
+        progress: Is told how many rows this process has read.
 
     Returns:
         The records, and what was counted. A row may have an "id", which no other one has.
@@ -159,11 +156,12 @@ def load_preferences(
     Raises:
         RecordError: Names file, row and field.
         FileNotFoundError: There is no such file.
-        ValueError: For an unknown reader, for `ignore` without a list of names, and for `tool_values` that hold
-            something else.
+        ValueError: For a setting that there is not, and `tool_values` that hold something else.
     """
     if isinstance(ignore, str):
         raise ValueError(f"ignore {ignore!r} is one text: give the names of fields in a tuple, ({ignore!r},)")
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error {on_error!r} is neither 'stop' nor 'skip'")
     if isinstance(reader, str) and reader not in READERS:
         raise ValueError(f"unknown reader {reader!r}: choose one of {', '.join(READERS)}")
     convert = READERS[reader] if isinstance(reader, str) else reader
@@ -318,6 +316,9 @@ class _Pass:
             try:
                 records = [self._placed(record, images) for record in self._converted(row)]
             except RecordError as error:
+                # The first error is that of the first row that has one.
+                yield from self._passed(waiting, counts)
+                waiting = []
                 self._refuse(counts, row.number, error)
                 continue
             counts.ties += not records
@@ -329,11 +330,15 @@ class _Pass:
 
     def _passed(self, waiting: Sequence[Numbered], counts: Counts) -> Iterator[tuple[int, Prepared]]:
         numbers, records = [number for number, _ in waiting], [record for _, record in waiting]
-        for number, record, made in zip(numbers, records, self._prepared(records), strict=True):
+        if self.system is None:
+            prepared: Sequence[Prepared | RecordError] = [Prepared(record, True, None, ()) for record in records]
+        else:
+            prepared = prepare_records(self.system, self.params, records)
+        for number, record, made in zip(numbers, records, prepared, strict=True):
             try:
                 if isinstance(made, RecordError):
                     raise made
-                # Those that may be left out are left out by `open`, which knows the first record of all.
+                # `open` leaves out those that may be left out.
                 if self.system is not None and not self.skip:
                     self.held = check_intermediates(self.system, record, self.held)
             except RecordError as error:
@@ -342,11 +347,6 @@ class _Pass:
                 counts.kept += 1
                 yield number, made
         self.progress(self.read)
-
-    def _prepared(self, records: Sequence[PreferenceRecord]) -> Sequence[Prepared | RecordError]:
-        if self.system is None or not records:
-            return [Prepared(record, True, None, ()) for record in records]
-        return prepare_records(self.system, self.params, records)
 
     def _identified(self, row: Row, ids: dict[Any, int]) -> Row:
         """The row, or what is wrong with its id."""

@@ -87,6 +87,8 @@ def prepare_records(
     params: those whose frozen parts encode. Without them records are prepared but their features are not kept, if the
     system encodes anything.
     """
+    if not records:
+        return []
     # Of these records: prepared once more, or on both sides, a tool is not called again.
     known: Known = {}
     try:
