@@ -215,6 +215,23 @@ def test_a_row_that_a_reader_cannot_take(tmp_path, reader, row, message):
     assert message in str(error.value)
 
 
+def test_the_first_error_is_that_of_the_first_bad_row(tmp_path):
+    """A row that cannot be read stands behind one that cannot be prepared, and is found earlier."""
+    rows = [{"prompt": "a red", "chosen": "ball", "rejected": "cube"} for _ in range(3)]
+    path = lines(tmp_path / "pairs.jsonl", rows[0], {**rows[1], "prompt": "a red " * 9}, "{", rows[2])
+    with pytest.raises(RecordError, match=r"pairs\.jsonl, row 2: chosen, node 'answer': the prompt has 18 tokens"):
+        load_preferences(path, TEXT, "trl")
+    counts = load_preferences(path, TEXT, "trl", on_error="skip").counts
+    assert [error.split(": ")[0].rpartition(", ")[2] for error in counts.errors] == ["row 2", "row 3"]
+
+
+@pytest.mark.parametrize("settings", [{"on_error": "ignore"}, {"reader": "tlr"}, {"ignore": "id"}])
+def test_settings_that_there_are_not(tmp_path, settings):
+    path = lines(tmp_path / "pairs.jsonl", {"prompt": "a red", "chosen": "ball", "rejected": "cube"})
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        load_preferences(path, TEXT, **({"reader": "trl"} | settings))
+
+
 def test_ids_are_unique(tmp_path):
     row = {"inputs": {"x": 0}, "chosen": {"y": 0, "z": 1}, "rejected": {"y": 1, "z": 1}}
     path = lines(tmp_path / "pairs.jsonl", row | {"id": "a"}, row, row | {"id": "a"})
