@@ -45,7 +45,7 @@ from sysdpo_jax.user_code import is_users, name_of
 
 # Rows of the source in a part, which a kill loses at most; records that are prepared together: without and with images.
 PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
-# Raised when what is written changes; say how many parts there are, when all are there, and which file the values of tools came from.
+# Raised when what is written changes; files that say how many parts there are, and where values of tools came from.
 FORMAT, WHOLE, TOOLS = 1, "parts.json", "tool_values.json"
 
 # The digest of a system and the fingerprints of its frozen parts; a record with its row's number; states of files.

@@ -225,7 +225,7 @@ def test_the_first_error_is_that_of_the_first_bad_row(tmp_path):
     assert [error.split(": ")[0].rpartition(", ")[2] for error in counts.errors] == ["row 2", "row 3"]
 
 
-@pytest.mark.parametrize("settings", [{"on_error": "ignore"}, {"reader": "tlr"}, {"ignore": "id"}])
+@pytest.mark.parametrize("settings", [{"reader": "tlr"}, {"ignore": "id"}])
 def test_settings_that_there_are_not(tmp_path, settings):
     path = lines(tmp_path / "pairs.jsonl", {"prompt": "a red", "chosen": "ball", "rejected": "cube"})
     with pytest.raises(ValueError, match=next(iter(settings))):
