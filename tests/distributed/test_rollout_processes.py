@@ -71,6 +71,6 @@ def test_two_processes_make_the_runs_of_one(tmp_path, system):
         (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 2)
         train.main(["--config", str(tmp_path / "run.yaml")])
     lines = roll_out(tmp_path, system, 1)
-    assert len({json.loads(line)["outputs"]["caption"] for line in lines}) > 10
+    assert len({json.loads(line)["outputs"]["caption"]["text"] for line in lines}) > 10
     assert roll_out(tmp_path, system, 2) == lines
     assert len(list(tmp_path.glob(f"{system}2-0000?-of-00002.jsonl"))) == 2
