@@ -331,7 +331,7 @@ class _Pass:
     def _passed(self, waiting: Sequence[Numbered], counts: Counts) -> Iterator[tuple[int, Prepared]]:
         numbers, records = [number for number, _ in waiting], [record for _, record in waiting]
         if self.system is None:
-            prepared: Sequence[Prepared | RecordError] = [Prepared(record, True, None, ()) for record in records]
+            prepared: Iterable[Prepared | RecordError] = [Prepared(record, True, None, ()) for record in records]
         else:
             prepared = prepare_records(self.system, self.params, records)
         for number, record, made in zip(numbers, records, prepared, strict=True):

@@ -5,7 +5,7 @@ A record is usable if and only if features can be made of it here; nothing else 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -81,20 +81,21 @@ def about_system(system: CompoundSystem | None) -> list[Any]:
 
 def prepare_records(
     system: CompoundSystem, params: Params | None, records: Sequence[PreferenceRecord]
-) -> list[Prepared | RecordError]:
+) -> Iterator[Prepared | RecordError]:
     """Every record ready for the step, or why it cannot be used: naming the side, and the node or the field.
 
     params: those whose frozen parts encode. Without them records are prepared but their features are not kept, if the
     system encodes anything.
     """
     if not records:
-        return []
+        return iter(())
     # Of these records: prepared once more, or on both sides, a tool is not called again.
     known: Known = {}
     try:
-        return list(_together(system, params, records, known))
+        return iter(_together(system, params, records, known))
     except RecordError as error:
-        return [error] if len(records) == 1 else [_alone(system, params, record, known) for record in records]
+        # One after the other as they are asked for: who stops at an error calls no further tool.
+        return iter([error]) if len(records) == 1 else (_alone(system, params, record, known) for record in records)
 
 
 def write_part(

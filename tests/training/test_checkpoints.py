@@ -15,7 +15,6 @@ from sysdpo_jax.training.checkpoints import CorruptCheckpointError
 
 SYSTEM = CompoundSystem(("x",), (Node("a", Gaussian(64, 32), ("x",)), Node("b", Gaussian(1, 64), ("a",))))
 OPTIMIZER = make_optimizer({"a": ComponentOptimizer(optax.adam(0.1)), "b": FROZEN}, ema_decay=0.9)
-MASK = OPTIMIZER.mask(SYSTEM.init(jax.random.key(0)), SYSTEM)
 CONFIG = {"name": "value"}
 # A read that Orbax gave up leaves a coroutine with the same error.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
