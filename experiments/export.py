@@ -14,11 +14,12 @@ from pathlib import Path
 from experiments.common.caches import keep_compilations
 from experiments.own.card import model_card
 from experiments.own.command import bounded_exit, user_errors
-from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config, write_whole
+from experiments.own.config import ConfigError, MeshConfig, TrainConfig, parse_flags, read_config
 from experiments.own.exporting import write_component
 from experiments.own.loading import Which, restored
 from experiments.own.outcome import best_evaluation
 from experiments.own.run import CONFIG, assemble
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.training import read_metrics
 
 

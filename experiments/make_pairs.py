@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments.own.command import bounded_exit, user_errors
-from experiments.own.config import ConfigError, parse_flags, write_whole
+from experiments.own.config import ConfigError, parse_flags
 from experiments.own.runs_file import Run, moved, read_lines, run_lines
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.locks import locked_file
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sysdpo_jax.io import replacing
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 # numpy's own arguments are names too. Columns of sampled texts, or of lists of them, are texts in JSON.
@@ -31,24 +32,22 @@ def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
         if arrays[name].dtype.kind == "O":
             kinds = sorted({type(value).__name__ for value in column})
             raise ValueError(f"the values of {name!r} are of type {', '.join(kinds)}, so {path} cannot hold them")
-    partial = path.with_suffix(".partial.npz")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **{f"{PREFIX}{name}": array for name, array in arrays.items()})
         file.flush()
         # A checkpoint may count on it.
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_columns(path: Path) -> dict[str, np.ndarray]:
     """Undo `save_columns`."""
     with np.load(path, allow_pickle=False) as columns:
-        return dict(_loaded(name.removeprefix(PREFIX), column) for name, column in columns.items())
+        return dict(_loaded(name, column) for name, column in columns.items())
 
 
 def _loaded(name: str, column: np.ndarray) -> tuple[str, np.ndarray]:
     if not name.startswith(SAMPLED):
-        return name, column
+        return name.removeprefix(PREFIX), column
     values = np.empty(len(column), object)
     values[:] = [from_json(json.loads(text)) for text in column]
     return name.removeprefix(SAMPLED), values

@@ -98,9 +98,22 @@ def digest(value: Any) -> str:
     return hashlib.sha256(repr(_detailed(value)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
+    """All that texts and token ids depend on. Truncation and padding are settings of the last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        model = dict(sorted(tokenizer.get_vocab().items()))
+    else:
+        whole = json.loads(backend.to_str())
+        model = {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
+    names = ("special_tokens_map", "chat_template", "model_max_length", "clean_up_tokenization_spaces")
+    sides = ("padding_side", "truncation_side")
+    return model, *(getattr(tokenizer, name, None) for name in (*names, *sides))
+
+
 def _detailed(value: Any) -> Any:
     if hasattr(value, "get_vocab"):
-        return [sorted(value.get_vocab().items()), _cutting(value), str(value.chat_template)]
+        return repr(tokenizer_state(value))
     if isinstance(value, functools.partial):
         return [_detailed(value.func), _detailed(value.args), _detailed(value.keywords)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -134,15 +147,6 @@ def _around(code: Any) -> list[Any]:
         return [getattr(code, "__dict__", None)]
     cells = [cell.cell_contents for cell in code.__closure__ or () if cell.cell_contents is not code]
     return [code.__defaults__, code.__kwdefaults__, *cells]
-
-
-def _cutting(tokenizer: Any) -> dict[str, Any]:
-    """How a tokenizer cuts and pads texts; what a call leaves set in it, for the next one, is none of it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = {} if backend is None else json.loads(backend.to_str())
-    kept = {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
-    sides = [getattr(tokenizer, name, None) for name in ("padding_side", "truncation_side")]
-    return kept | {"sides": sides, "special": str(getattr(tokenizer, "special_tokens_map", {}))}
 
 
 def _source(code: Any) -> list[str]:

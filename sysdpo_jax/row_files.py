@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sysdpo_jax.io import replacing
 from sysdpo_jax.values import from_json, to_json
 
 # Rows and bytes that wait in memory to be written together. A file of many small parts is slow to open.
@@ -71,39 +72,34 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
 
     row_type = pa.schema([("row", pa.large_string())])
     leaf_type = pa.schema([("data", pa.large_binary()), ("type", pa.string()), ("shape", pa.list_(pa.int64()))])
-    partial = {ending: path.with_name(f"{path.name}{ending}.partial") for ending in (ROWS, LEAVES)}
     number = 0
-    try:
-        with (
-            pa.OSFile(str(partial[ROWS]), "wb") as row_sink,
-            pa.OSFile(str(partial[LEAVES]), "wb") as leaf_sink,
-            pa.ipc.new_file(row_sink, row_type) as row_writer,
-            pa.ipc.new_file(leaf_sink, leaf_type) as leaf_writer,
-        ):
-            texts, leaves = _Waiting(row_writer, row_type), _Waiting(leaf_writer, leaf_type)
-            numbers: dict[Any, int] = {}
+    # The rows end last: where they are, the leaves are too.
+    with (
+        replacing(path.with_name(f"{path.name}{ROWS}")) as row_path,
+        replacing(path.with_name(f"{path.name}{LEAVES}")) as leaf_path,
+        pa.OSFile(str(row_path), "wb") as row_sink,
+        pa.OSFile(str(leaf_path), "wb") as leaf_sink,
+        pa.ipc.new_file(row_sink, row_type) as row_writer,
+        pa.ipc.new_file(leaf_sink, leaf_type) as leaf_writer,
+    ):
+        texts, leaves = _Waiting(row_writer, row_type), _Waiting(leaf_writer, leaf_type)
+        numbers: dict[Any, int] = {}
 
-            def leaf(value: bytes | np.ndarray) -> int:
-                kind, shape = (None, ()) if isinstance(value, bytes) else (value.dtype, value.shape)
-                data = value if isinstance(value, bytes) else value.tobytes()
-                key = kind, shape, data if len(data) <= SHORT else hashlib.blake2b(data, digest_size=16).digest()
-                if key not in numbers:
-                    numbers[key] = len(numbers)
-                    leaves.add((data, "bytes" if kind is None else kind.name, list(shape)), len(data))
-                return numbers[key]
+        def leaf(value: bytes | np.ndarray) -> int:
+            kind, shape = (None, ()) if isinstance(value, bytes) else (value.dtype, value.shape)
+            data = value if isinstance(value, bytes) else value.tobytes()
+            key = kind, shape, data if len(data) <= SHORT else hashlib.blake2b(data, digest_size=16).digest()
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                leaves.add((data, "bytes" if kind is None else kind.name, list(shape)), len(data))
+            return numbers[key]
 
-            for row in rows:
-                text = json.dumps(pack(row, leaf))
-                texts.add((text,), len(text))
-                number += 1
-            texts.write()
-            leaves.write()
-        # The rows last: where they are, the leaves are too.
-        for ending in (LEAVES, ROWS):
-            partial[ending].replace(path.with_name(f"{path.name}{ending}"))
-    finally:
-        for left in partial.values():
-            left.unlink(missing_ok=True)
+        for row in rows:
+            text = json.dumps(pack(row, leaf))
+            texts.add((text,), len(text))
+            number += 1
+        texts.write()
+        leaves.write()
     return number
 
 

@@ -39,6 +39,8 @@ from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 
 VOCABULARY, PROMPT_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 300, 32, 128, 16
 SIDE = 64
+# Of every model that reads text.
+TINY: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 WORDS = ("the", "red", "ball", "on", "the", "left", "is", "larger", "than", "a", "small", "green", "cube") * 2
 BATCH = 8
 MEMORY_MIB, BYTES_A_ROW = 200, 256
@@ -72,28 +74,14 @@ def tokenizer(padding: bool = False) -> Any:
 
 def language_system() -> sj.CompoundSystem:
     """A question and an answer."""
-    decoder = DecoderConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    decoder = DecoderConfig(**TINY, num_hidden_layers=2, num_key_value_heads=2)
     model = sj.LanguageModel(Decoder(decoder), tokenizer(), PROMPT_TOKENS, ANSWER_TOKENS)
     return sj.CompoundSystem(("question",), (sj.Node("answer", model, ("question",)),))
 
 
 def picture_system() -> sj.CompoundSystem:
     """A caption and a picture, drawn by latent diffusion with frozen encoders."""
-    clip = CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=CAPTION_TOKENS,
-    )
+    clip = CLIPTextConfig(**TINY, num_hidden_layers=1, max_position_embeddings=CAPTION_TOKENS)
     autoencoder = AutoencoderKL(
         AutoencoderConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8)
     )

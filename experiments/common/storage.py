@@ -10,15 +10,15 @@ from safetensors.numpy import load_file, save_file
 
 from sysdpo_jax import PreferenceRecord
 from sysdpo_jax.columns import as_values, load_columns, save_columns
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.io import replacing
+from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
 
 
 def save_params(path: Path, params: Params) -> None:
     """Nested dicts of arrays as safetensors, under "/"-joined names."""
-    partial = path.with_suffix(".partial")
-    save_file({name: np.asarray(leaf) for name, leaf in by_path(params).items()}, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({name: np.asarray(leaf) for name, leaf in by_path(params).items()}, partial)
 
 
 def load_params(path: Path) -> Params:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.own.config import ConfigError, write_whole
+from experiments.own.config import ConfigError
+from sysdpo_jax.io import write_whole
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import tyro
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
+from sysdpo_jax.io import write_whole
+
 
 class ConfigError(ValueError):
     """A configuration cannot be used: the message names the file, the field and the remedy."""
@@ -289,17 +291,6 @@ def write_config(path: Path, config: Any) -> None:
     """Undo `read_config`; whole or not at all."""
     values = TypeAdapter(type(config)).dump_python(config, mode="json")
     write_whole(path, yaml.safe_dump(values, sort_keys=False))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def parse(arguments: Sequence[str], description: str | None) -> TrainConfig:

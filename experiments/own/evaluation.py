@@ -16,7 +16,7 @@ from jaxtyping import Float
 import sysdpo_jax as sj
 from experiments.own.appended import digest, note_of
 from experiments.own.begun import Begun, discard, fingerprint
-from experiments.own.config import ConfigError, write_whole
+from experiments.own.config import ConfigError
 from experiments.own.judge import Judge
 from experiments.own.prompts import read_prompts
 from experiments.own.run import BEST, Run
@@ -27,6 +27,7 @@ from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.evaluation import clustered_mean, interval_figures, paired_difference, too_few, win_rate
 from sysdpo_jax.evaluation.preferences import SHARE
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.distributed import gathered
 from sysdpo_jax.training.evaluation import EvaluationError

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import sysdpo_jax as sj
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.checkpoint import new_folder
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import name_of, user_code
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from experiments.own.config import write_whole
 from experiments.own.outcome import best_evaluation, evaluations, final_figures, interval_of, summary
 from experiments.own.run import DATA, Run
 from experiments.own.shown import compared_runs
 from sysdpo_jax.evaluation import Column, Ranged, Report, Row, Table, run_figures, run_warnings, write_report
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.training.metrics import read_metrics
 
 # Of these the last values say how training ended.

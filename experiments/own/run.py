@@ -22,12 +22,12 @@ from experiments.own.config import (
     as_dict,
     read_config,
     write_config,
-    write_whole,
 )
 from experiments.own.scoring import check_scorer, make_scorer
 from experiments.own.system import build_optimizer, build_system
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.data.intermediates import IntermediateSearch
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer

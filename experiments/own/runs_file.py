@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 import sysdpo_jax as sj
-from experiments.own.config import ConfigError, write_whole
+from experiments.own.config import ConfigError
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
 from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 Run = dict[str, Any]

@@ -111,17 +111,12 @@ class Plan:
         self.left_out = len(kinds) - sum(map(len, self._rows))
         # Each kind's static sizes [shapes, axes], the smallest first.
         number = max(1, shapes // len(self._rows))
-        self._shapes = [static_sizes(sizes[rows], number, batch_size) for rows in self._rows]
+        self.shapes = [static_sizes(sizes[rows], number, batch_size) for rows in self._rows]
         # The smallest that each row fits in.
-        self._fits = [_first_fit(sizes[rows], shapes) for rows, shapes in zip(self._rows, self._shapes, strict=True)]
+        self._fits = [_first_fit(sizes[rows], shapes) for rows, shapes in zip(self._rows, self.shapes, strict=True)]
         self._sizes = sizes
         # Threads that read ahead ask for it together.
         self._epoch, self._lock = lru_cache(2)(self._shuffled), Lock()
-
-    @property
-    def shapes(self) -> list[Int[np.ndarray, "shapes axes"]]:
-        """The static sizes of the batches of each kind."""
-        return self._shapes
 
     def at(self, step: int) -> tuple[Int[np.ndarray, "block"], tuple[int, ...]]:
         """The rows of this shard in the batch of a step, and the sizes of the whole batch."""
@@ -133,7 +128,7 @@ class Plan:
     def _shuffled(self, epoch: int) -> list[tuple[Int[np.ndarray, "batch"], tuple[int, ...]]]:
         random = np.random.default_rng((self._seed, epoch))
         batches: list[tuple[Int[np.ndarray, batch], tuple[int, ...]]] = []
-        for rows, shapes, fits in zip(self._rows, self._shapes, self._fits, strict=True):
+        for rows, shapes, fits in zip(self._rows, self.shapes, self._fits, strict=True):
             order = random.permutation(len(rows))[: len(rows) // self._batch * self._batch]
             order = order[np.argsort(fits[order], kind="stable")]
             own = rows[order].reshape(-1, self._batch)
@@ -141,7 +136,7 @@ class Plan:
             fit = shapes[_first_fit(self._sizes[own].max(1), shapes)]
             batches += zip(own, map(tuple, fit.tolist()), strict=True)
         # Batches of one shape are in a random order already.
-        several = sum(map(len, self._shapes)) > 1
+        several = sum(map(len, self.shapes)) > 1
         return [batches[place] for place in random.permutation(len(batches))] if several else batches
 
 

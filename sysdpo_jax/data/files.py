@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import MESSAGES
 from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.data.records import PreferenceRecord
+from sysdpo_jax.io import read_json, replacing, write_json
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)
@@ -57,26 +59,17 @@ def known_digest(source: str | Path, split: str, cache: Path) -> str:
     path, noted = Path(source), cache / "digests.json"
     if not path.is_file():
         return source_digest(source, split)
-    known = read_json(noted) if noted.exists() else {}
     state, name = list(file_state(path)), str(path.resolve())
-    if known.get(name, [None])[0] != state:
-        known[name] = [state, source_digest(source, split)]
-        if jax.process_index() == 0:
-            cache.mkdir(parents=True, exist_ok=True)
-            write_json(noted, known)
-    return str(known[name][1])
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    partial.replace(path)
+    known = read_json(noted).get(name) if noted.exists() else None
+    if known is not None and known[0] == state:
+        return str(known[1])
+    digest = source_digest(source, split)
+    if jax.process_index() == 0:
+        cache.mkdir(parents=True, exist_ok=True)
+        # Runs that begin together may share the folder.
+        with FileLock(cache / "digests.lock"):
+            write_json(noted, (read_json(noted) if noted.exists() else {}) | {name: [state, digest]})
+    return digest
 
 
 def file_state(path: str | Path) -> tuple[int, int]:
@@ -203,23 +196,18 @@ def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> N
     path = Path(path)
     if path.suffix not in (*LINES, *TABLE):
         raise ValueError(f"{path}: name a file that ends in {', '.join((*LINES, *TABLE))}")
-    partial = path.with_suffix(f"{path.suffix}.partial")
-    try:
+    with replacing(path) as partial:
         if path.suffix in TABLE:
             # Imported late: it takes a second.
             import datasets
 
             rows = [_row(_tabular(record), number, ImageFiles.inside) for number, record in enumerate(records)]
             datasets.Dataset.from_list(_of_one_kind(rows)).to_parquet(str(partial))
-        else:
-            images = ImageFiles(path)
-            with partial.open("w", encoding="utf-8") as file:
-                for number, record in enumerate(records):
-                    file.write(json.dumps(_row(record, number, images.beside)) + "\n")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            return
+        images = ImageFiles(path)
+        with partial.open("w", encoding="utf-8") as file:
+            for number, record in enumerate(records):
+                file.write(json.dumps(_row(record, number, images.beside)) + "\n")
 
 
 class ImageFiles:

@@ -26,6 +26,7 @@ from sysdpo_jax.data.records import (
     without_intermediates,
 )
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
+from sysdpo_jax.manifest import describe
 from sysdpo_jax.row_files import LEAVES, ROWS, RowFile, write_row_file
 from sysdpo_jax.typing import Params, Record
 from sysdpo_jax.values import content, distinct
@@ -270,10 +271,10 @@ class SearchedBatches:
         """The numbers of the records in this shard of the batch of a step."""
         return epoch_rows(len(self.records), self.batch_size, self.seed, self.shard)
 
-    def fingerprint(self) -> str:
-        """The same for records of the same inputs, in every process: final values may be mended between two starts."""
+    def fingerprint(self) -> dict[str, str]:
+        """What a run that goes on must have in every process: final values may be mended between two starts."""
         rows = [content(record.inputs) for record in self.records]
-        return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+        return {**describe("batches", self), "records": hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 
 
 class IntermediateSearch:

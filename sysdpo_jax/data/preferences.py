@@ -23,7 +23,7 @@ from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.components.tool_values import ToolValues
-from sysdpo_jax.data.files import Row, file_state, known_digest, read_json, read_rows, source_digest, write_json
+from sysdpo_jax.data.files import Row, file_state, known_digest, read_rows, source_digest
 from sysdpo_jax.data.formats import READERS, Reader, call_reader
 from sysdpo_jax.data.prepared import (
     Prepared,
@@ -37,6 +37,7 @@ from sysdpo_jax.data.prepared import (
 )
 from sysdpo_jax.data.records import Counts, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.processes import by_all
 from sysdpo_jax.row_files import pack
@@ -330,9 +331,8 @@ class _Pass:
 
     def _passed(self, waiting: Sequence[Numbered], counts: Counts) -> Iterator[tuple[int, Prepared]]:
         numbers, records = [number for number, _ in waiting], [record for _, record in waiting]
-        if self.system is None:
-            prepared: Iterable[Prepared | RecordError] = [Prepared(record, True, None, ()) for record in records]
-        else:
+        prepared: Iterable[Prepared | RecordError] = (Prepared(record, True, None, ()) for record in records)
+        if self.system is not None and records:
             prepared = prepare_records(self.system, self.params, records)
         for number, record, made in zip(numbers, records, prepared, strict=True):
             try:

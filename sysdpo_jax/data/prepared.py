@@ -23,6 +23,7 @@ from sysdpo_jax.components.tool_values import Kept, ToolValues
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates, check_names
 from sysdpo_jax.graph import CompoundSystem, Known, Node
+from sysdpo_jax.io import replacing
 from sysdpo_jax.row_files import RowFile, write_row_file
 from sysdpo_jax.typing import Features, Params, Record
 from sysdpo_jax.values import is_plain
@@ -87,8 +88,6 @@ def prepare_records(
     params: those whose frozen parts encode. Without them records are prepared but their features are not kept, if the
     system encodes anything.
     """
-    if not records:
-        return iter(())
     # Of these records: prepared once more, or on both sides, a tool is not called again.
     known: Known = {}
     try:
@@ -121,8 +120,7 @@ def write_part(
             yield {"record": [row.record.inputs, row.record.chosen, row.record.rejected], "features": row.features}
 
     count = write_row_file(path, noted())
-    partial = path.with_name(f"{path.name}.index.partial")
-    with partial.open("wb") as file:
+    with replacing(path.with_name(f"{path.name}{INDEX}")) as partial, partial.open("wb") as file:
         told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
         columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
         columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
@@ -130,7 +128,6 @@ def write_part(
         whole = [row or (0,) * len(axes) for row in sizes]
         columns["sizes"] = np.array(whole, np.int32).reshape(count, len(axes))
         np.savez(file, allow_pickle=False, **columns, **told)
-    partial.replace(path.with_name(f"{path.name}{INDEX}"))
 
 
 def part_about(path: Path) -> Any:
@@ -163,7 +160,7 @@ class PreparedRows:
     """The rows of parts that `write_part` made, by number; what says how to put them together is in memory.
 
     numbers: of the rows of the source [rows]; held: whether they hold intermediate values [rows]; sizes [rows, axes];
-    kinds: rows of one number can be in a batch [rows]; shapes: what the numbers of kinds stand for.
+    kinds: rows of one number can be in a batch [rows].
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -177,7 +174,7 @@ class PreparedRows:
             part["sizes"] if part["sizes"].shape[1] else np.zeros((len(part["kinds"]), len(axes))) for part in parts
         )
         self.sizes = np.concatenate([*sizes]).astype(np.int32)
-        self.shapes, places = np.unique(np.concatenate([part["shapes"] for part in parts]), return_inverse=True)
+        _, places = np.unique(np.concatenate([part["shapes"] for part in parts]), return_inverse=True)
         ends = np.cumsum([0, *(len(part["shapes"]) for part in parts)])
         kinds = [places[start + part["kinds"]] for start, part in zip(ends[:-1], parts, strict=True)]
         self.kinds = np.concatenate(kinds)

@@ -14,6 +14,7 @@ from sysdpo_jax.evaluation.style import STYLE
 from sysdpo_jax.evaluation.tables import Table, html_table
 from sysdpo_jax.evaluation.texts import TextTable, html_texts
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.io import write_whole
 
 # The page can load nothing: whatever text it shows, it makes no request.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -44,10 +45,7 @@ class Report:
 
 def write_report(path: str | Path, report: Report) -> None:
     """Write the page; a reader never finds half of one. Raises ValueError for pictures that are not finite."""
-    path = Path(path)
-    partial = path.with_suffix(".partial")
-    partial.write_text(_page(report), encoding="utf-8")
-    partial.replace(path)
+    write_whole(Path(path), _page(report))
 
 
 def _page(report: Report) -> str:

@@ -4,12 +4,12 @@ transformers 5 writes tokenizers that only version 5 reads (a class of its own, 
 those that it read from files that every version reads. What is written anew is put in the form that 4.57 reads too.
 """
 
-import json
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sysdpo_jax.components.source import Source
+from sysdpo_jax.manifest import tokenizer_state
 from sysdpo_jax.pretrained.base import read_json, write_json
 from sysdpo_jax.pretrained.handing_on import write_files
 
@@ -51,17 +51,7 @@ def _reads_as(tokenizer: Any, files: tuple[tuple[str, bytes], ...]) -> bool:
         # Whatever transformers says of files that it cannot read: a tokenizer was passed in their place then.
         except Exception:
             return False
-        return _state(again) == _state(tokenizer)
-
-
-def _state(tokenizer: Any) -> tuple[Any, ...]:
-    """All that texts and token ids depend on. Truncation and padding are settings of the last call."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    model = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    model.pop("truncation", None)
-    model.pop("padding", None)
-    names = ("special_tokens_map", "chat_template", "model_max_length", "clean_up_tokenization_spaces")
-    return model, *(getattr(tokenizer, name, None) for name in names)
+        return tokenizer_state(again) == tokenizer_state(tokenizer)
 
 
 def _as_every_version_reads(folder: Path) -> None:

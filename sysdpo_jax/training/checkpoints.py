@@ -24,10 +24,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from sysdpo_jax.io import write_json
 from sysdpo_jax.manifest import Identity, array_types, check_same, fingerprints
 from sysdpo_jax.training.progress import tell
-from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState
+from sysdpo_jax.trees import by_path
 
 # The name of a metric, and which of its values is the best.
 Best = tuple[str, Literal["min", "max"]]
@@ -168,9 +169,7 @@ class Checkpoints:
             # Where and as Orbax writes the metrics of a save.
             path = self.directory / str(step) / "metrics" / "metrics"
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({self._best[0]: metric}), encoding="utf-8")
-            partial.replace(path)
+            write_json(path, {self._best[0]: metric})
         multihost_utils.sync_global_devices("sysdpo_jax: the newest checkpoint is graded")
         self._manager.reload()
 

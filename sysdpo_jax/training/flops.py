@@ -17,8 +17,8 @@ from jaxtyping import PyTree
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.models.lora import is_lora, strip_lora
-from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.state import TrainState
+from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Features, Params
 
 # They contain products that a jaxpr does not show.

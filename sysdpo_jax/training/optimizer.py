@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.training.sharding import path_name
+from sysdpo_jax.trees import path_name
 from sysdpo_jax.typing import Params
 
 # Leaves that no training changes, whatever the pattern: an optimiser's weight decay would, without any gradient.

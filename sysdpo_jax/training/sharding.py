@@ -19,8 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import PyTree
 
 from sysdpo_jax.models.partitioning import logical_axes, num_parts
-from sysdpo_jax.trees import by_path as by_path
-from sysdpo_jax.trees import path_name as path_name
+from sysdpo_jax.trees import by_path, path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))

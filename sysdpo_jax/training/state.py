@@ -16,7 +16,8 @@ from jaxtyping import Array, PyTree
 
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.sharding import Rules, by_path, like_params, make_mesh, path_name, replicated, tree_shardings
+from sysdpo_jax.training.sharding import Rules, like_params, make_mesh, replicated, tree_shardings
+from sysdpo_jax.trees import by_path, path_name
 from sysdpo_jax.typing import Params
 
 

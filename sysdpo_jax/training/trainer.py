@@ -260,7 +260,8 @@ class Trainer:
 
         It is asked for the steps start, start + 1, ... while `stack` is open. params: whose frozen entries encode.
         """
-        encode = encoder(self.system, params)
+        own = on_own_devices(self.system.frozen_params(params))
+        encode = encoder(self.system, own)
         if isinstance(batch_at, SearchedBatches):
             search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
             drawn = lambda step, state: search.batch(step, lambda: on_own_devices(state.params))  # noqa: E731
@@ -269,7 +270,7 @@ class Trainer:
             given = encoded(batch_at, encode)
             return lambda step, state: given(step), lambda checkpoint: None
         if isinstance(batch_at, PreferenceBatches):
-            batch_at.prepare(on_own_devices(self.system.frozen_params(params)))
+            batch_at.prepare(own)
         batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
         return lambda step, state: encode(next(batches)), lambda checkpoint: None
 
@@ -314,11 +315,7 @@ class Trainer:
 
 def _describe_batches(batch_at: BatchSource | None) -> dict[str, str]:
     """What is known of the batches: of a function or a dataset nothing."""
-    if isinstance(batch_at, PreferenceBatches):
-        return batch_at.fingerprint()
-    if not isinstance(batch_at, SearchedBatches):
-        return {}
-    return {**describe("batches", batch_at), "records": batch_at.fingerprint()}
+    return batch_at.fingerprint() if isinstance(batch_at, PreferenceBatches | SearchedBatches) else {}
 
 
 def _first_cause(error: Exception, reader: MetricsReader) -> Exception:

@@ -79,11 +79,11 @@ def alike(left, right):
     assert len(left) == len(right) > 0
     for row in range(len(left)):
         assert left[row] == right[row]
-        features, others = (made.rows.features(int(made.chosen[row])) for made in (left, right))
+        features, others = (made.rows.features(int(made.usable[row])) for made in (left, right))
         assert jax.tree.structure(features) == jax.tree.structure(others)
         same(features, others)
     assert left.rows.axes == right.rows.axes
-    same(left.rows.sizes[left.chosen], right.rows.sizes[right.chosen])
+    same(left.rows.sizes[left.usable], right.rows.sizes[right.usable])
     assert left.counts == right.counts
 
 

@@ -31,8 +31,9 @@ from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 from sysdpo_jax.training import ComponentOptimizer, create_state, make_mesh, make_optimizer, make_train_step
 from sysdpo_jax.training.describe import device_bytes
-from sysdpo_jax.training.sharding import by_path, path_name, place_batch, replicated
+from sysdpo_jax.training.sharding import place_batch, replicated
 from sysdpo_jax.training.step import PROCEED
+from sysdpo_jax.trees import by_path, path_name
 from tests.components.stubs import WORDS, word_tokenizer
 
 ROWS, CAPTIONS = 8, 2

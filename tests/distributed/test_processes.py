@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from sysdpo_jax.training import distributed, read_metrics
-from tests.distributed.two_processes import BATCH, HEARTBEAT, PROCESSES, ROWS
+from tests.distributed.two_processes import HEARTBEAT, PROCESSES, ROWS
 
 # Starting several processes takes minutes where the machine is busy.
 pytestmark = pytest.mark.slow
@@ -214,12 +214,12 @@ def test_a_killed_process_ends_the_other_with_a_clear_error(tmp_path, start, kil
 
 
 def test_an_exception_in_one_process_ends_both(tmp_path, start):
-    run = start(tmp_path / "run", PROCESSES, LONG, bad=5 * BATCH // 2)
+    run = start(tmp_path / "run", PROCESSES, LONG, bad=5)
     run.wait_for_step(1)
     codes = run.codes(60 + HEARTBEAT + GRACE)
     assert codes[1] == 1
     assert codes[0] not in (0, -signal.SIGKILL)
-    assert "counted from 0" in run.text(1)
+    assert "the disk of step 5 is away" in run.text(1)
     assert "process 1 of 2 stops at the error above; the others are aborted within about 10 seconds" in run.text(1)
     assert UNHEALTHY in run.text(0) or "process 0 of 2 stops at the error above" in run.text(0)
 

@@ -1,7 +1,7 @@
 """One of the processes of a training run: `python two_processes.py DIRECTORY STEPS PAUSE [PORT ID [BAD]]`.
 
 Without PORT and ID the run has this process alone, on all its devices, or on the first one where it finds that the run
-is complete. PAUSE: seconds that a record takes to read. BAD: process ID cannot read any record after so many.
+is complete. PAUSE: seconds that a record takes to read. BAD: process ID has no batch from that step on.
 Writes rows-<ID>.json, the numbers of the records that it read; at the end final-<ID>.npz, all arrays of the state.
 """
 
@@ -62,8 +62,8 @@ OPTIMIZER = make_optimizer({name: ComponentOptimizer(optax.adam(1e-3)) for name 
 class Source:
     """Records made when asked for; it keeps the numbers it was asked for."""
 
-    def __init__(self, pause: float, bad: int | None):
-        self.pause, self.bad, self.rows = pause, bad, []
+    def __init__(self, pause: float):
+        self.pause, self.rows = pause, []
 
     def __len__(self):
         return ROWS
@@ -75,9 +75,18 @@ class Source:
         text = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 5)))  # noqa: E731
         side = lambda: {"caption": text(), "image": rng.uniform(size=(4, 6, 3)).astype(np.float32)}  # noqa: E731
         chosen, rejected = side(), side()
-        if self.bad is not None and len(self.rows) > self.bad:
-            del chosen["image"]
         return PreferenceRecord({"request": text()}, chosen, rejected)
+
+
+def failing(dataset, bad: int):
+    """The dataset's batches, the last of them before step `bad`."""
+
+    def batch_at(step):
+        if step >= bad:
+            raise OSError(f"the disk of step {step} is away")
+        return dataset[step]
+
+    return batch_at
 
 
 @contextmanager
@@ -93,12 +102,13 @@ def main(directory: Path, steps: int, pause: float, port: str | None, process: i
     # Every parameter and moment is cut over the devices of both processes.
     mesh = make_mesh() if restoring else make_mesh(fsdp=8)
     state = create_state(SYSTEM, SYSTEM.init(jax.random.key(0)), OPTIMIZER, mesh)
-    source = Source(pause, bad)
+    source = Source(pause)
     dataset = preference_dataset(SYSTEM, source, BATCH, SEED, shard=batch_shard(mesh))
     trainer = Trainer(
         SYSTEM, DirectObjective(), OPTIMIZER, directory, mesh, checkpoint_every=3, progress=steps_on_stdout
     )
-    state = trainer.fit(state, dataset, steps, jax.random.key(1))
+    batches = dataset if bad is None else failing(dataset, bad)
+    state = trainer.fit(state, batches, steps, jax.random.key(1))
     (directory / f"rows-{process}.json").write_text(json.dumps(source.rows))
     if not alone:
         (directory / f"placing-{process}.json").write_text(json.dumps(placing()))

@@ -14,7 +14,7 @@ import pytest
 from experiments.benchmarks.gpu import Config
 from experiments.benchmarks.gpu_cases import CASES
 from sysdpo_jax.models.lora import is_lora
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.trees import by_path
 
 ROOT = Path(__file__).parents[2]
 # Of the checkpoints on the Hugging Face hub, LoRA aside.

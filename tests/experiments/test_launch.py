@@ -24,8 +24,8 @@ from experiments.own.config import parse
 from experiments.own.run import assemble, make_batches, read_preferences
 from sysdpo_jax.models.lora import is_lora
 from sysdpo_jax.training import read_metrics
-from sysdpo_jax.training.sharding import by_path
 from sysdpo_jax.training.throughput import count_units
+from sysdpo_jax.trees import by_path
 from tests.pretrained.checkpoints import stable_diffusion_1, unet, write_decoder
 
 ROOT = Path(__file__).parents[2]

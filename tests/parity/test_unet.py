@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.trees import by_path
 from tests.parity.convert_diffusion import randomise, torch_gradients, torch_params
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"

@@ -24,6 +24,13 @@ KEY = jax.random.key(0)
 CAPTIONS = ["a red ball", "two blue cubes"]
 
 
+def pictures(pipe, component, **settings):
+    """Those of diffusers from the noise that the component draws with `KEY`."""
+    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
+    latents = torch.tensor(noise.transpose(0, 3, 1, 2))
+    return pipe(prompt=CAPTIONS, latents=latents, output_type="np", **settings).images
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """`{name: (diffusers' pipeline, its folder)}`, each built once."""
@@ -55,19 +62,9 @@ def test_pictures_equal_those_of_diffusers(name, made):
     component, params = pretrained.load(folder, num_steps=4, guidance_scale=3.0, negative_prompt="green")
     assert isinstance(component, FlowMatching if name.startswith("sd3") else Diffusion)
     ours = np.stack(component.sample(params, {"caption": CAPTIONS}, KEY))
-    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
     limit = {"max_sequence_length": 256} if name == "sd3" else {}
-    theirs = pipe(
-        prompt=CAPTIONS,
-        negative_prompt=["green"] * 2,
-        latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        height=16,
-        width=16,
-        output_type="np",
-        **limit,
-    ).images
+    settings = {"negative_prompt": ["green"] * 2, "num_inference_steps": 4, "guidance_scale": 3.0, **limit}
+    theirs = pictures(pipe, component, height=16, width=16, **settings)
     assert np.ptp(theirs) > 0.3
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
@@ -79,16 +76,7 @@ def test_pictures_that_are_not_square_equal_those_of_diffusers(name, made):
     component, params = pretrained.load(folder, num_steps=2, guidance_scale=1.0, image_size=[[16, 24], [16, 16]])
     assert component.codec.sizes == ((16, 24), (16, 16))
     ours = np.stack(component.sample(params, {"caption": CAPTIONS}, KEY))
-    noise = np.array(jax.random.normal(KEY, (2, *component.codec.latent_shape)))
-    theirs = pipe(
-        prompt=CAPTIONS,
-        latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        height=16,
-        width=24,
-        output_type="np",
-    ).images
+    theirs = pictures(pipe, component, height=16, width=24, num_inference_steps=2, guidance_scale=1.0)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
     raw = component.prepare([np.zeros((30, 50, 3), np.uint8)], {"caption": ["a"]})
     features = component.encode(params, raw)

@@ -26,7 +26,7 @@ from sysdpo_jax import (
 from sysdpo_jax.training import CheckpointMismatchError, ComponentOptimizer, make_mesh
 from sysdpo_jax.training.describe import device_bytes
 from sysdpo_jax.training.flops import step_flops
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.trees import by_path
 from tests.components.painters import encoded_since, images, painter
 from tests.distributed.test_meshes import printed
 from tests.training.systems import trained_rows

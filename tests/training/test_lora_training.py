@@ -20,7 +20,7 @@ from sysdpo_jax.training import (
     make_optimizer,
     make_train_step,
 )
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.trees import by_path
 from tests.components.stubs import WORDS, word_tokenizer
 
 SMALL = DecoderConfig(

@@ -22,7 +22,8 @@ from sysdpo_jax.training import (
     make_train_step,
     precompute_reference,
 )
-from sysdpo_jax.training.sharding import ShardingError, by_path
+from sysdpo_jax.training.sharding import ShardingError
+from sysdpo_jax.trees import by_path
 from tests.components.stubs import word_tokenizer
 from tests.objectives.mixtures import DECODER, KEY, start
 from tests.training.systems import CHAIN, pairs

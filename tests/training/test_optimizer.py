@@ -17,7 +17,7 @@ from sysdpo_jax.training import (
     make_optimizer,
     make_train_step,
 )
-from sysdpo_jax.training.sharding import by_path
+from sysdpo_jax.trees import by_path
 from tests.training.systems import CHAIN, pairs
 
 KEY = jax.random.key(2)
