@@ -12,7 +12,7 @@ from sysdpo_jax.io import replacing
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 # numpy's own arguments are names too. Columns of sampled texts, or of lists of them, are texts in JSON.
-PREFIX, SAMPLED = "column ", "sampled "
+COLUMN, SAMPLED = "column ", "sampled "
 
 
 def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
@@ -26,14 +26,14 @@ def save_columns(path: Path, columns: Mapping[str, Any]) -> None:
             arrays[f"{SAMPLED}{name}"] = np.array([json.dumps(to_json(value)) for value in column])
             continue
         try:
-            arrays[name] = np.asarray(column)
+            array = arrays[f"{COLUMN}{name}"] = np.asarray(column)
         except ValueError as error:
             raise ValueError(f"the values of {name!r} are not equally shaped, so {path} cannot hold them") from error
-        if arrays[name].dtype.kind == "O":
+        if array.dtype.kind == "O":
             kinds = sorted({type(value).__name__ for value in column})
             raise ValueError(f"the values of {name!r} are of type {', '.join(kinds)}, so {path} cannot hold them")
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **{f"{PREFIX}{name}": array for name, array in arrays.items()})
+        np.savez_compressed(file, allow_pickle=False, **arrays)
         file.flush()
         # A checkpoint may count on it.
         os.fsync(file.fileno())
@@ -47,7 +47,7 @@ def load_columns(path: Path) -> dict[str, np.ndarray]:
 
 def _loaded(name: str, column: np.ndarray) -> tuple[str, np.ndarray]:
     if not name.startswith(SAMPLED):
-        return name.removeprefix(PREFIX), column
+        return name.removeprefix(COLUMN), column
     values = np.empty(len(column), object)
     values[:] = [from_json(json.loads(text)) for text in column]
     return name.removeprefix(SAMPLED), values

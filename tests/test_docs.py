@@ -62,7 +62,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def commands(path):
     """[(module, flags)] of a page or of the comments of a configuration."""
     text = re.sub(r"\\\n\s*", "", (ROOT / path).read_text())
-    return [(module, shlex.split(flags.split(" > ")[0])) for module, flags in COMMAND.findall(text)]
+    return [(module, shlex.split(flags.split(" > ")[0], comments=True)) for module, flags in COMMAND.findall(text)]
 
 
 class Judge(BaseHTTPRequestHandler):

@@ -40,7 +40,7 @@ TOKENIZER = IdTokenizer()
 SYSTEM = CompoundSystem(
     ("x",),
     (
-        Node("text", LanguageModel(Decoder(CONFIG), TOKENIZER, 6, 6), ("x",), params="lm"),
+        Node("text", LanguageModel(Decoder(CONFIG), TOKENIZER, 5, LENGTH - 5), ("x",), params="lm"),
         Node("value", Gaussian(WIDTH, WIDTH, 8.0), ("text",)),
     ),
 )
