@@ -31,9 +31,9 @@ from experiments.scaling.chips import USABLE_HBM_GIB, topology
 from experiments.scaling.hlo import collectives_by_kind
 from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
 from sysdpo_jax import CompoundSystem, SampledBatch, make_mesh, make_train_step
+from sysdpo_jax.parallel.sharding import ShardingError, batch_parts
 from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.sharding import ShardingError, batch_parts
 from sysdpo_jax.training.state import TrainState, abstract_state
 
 GIB = 2**30

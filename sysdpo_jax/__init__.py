@@ -35,7 +35,7 @@ from sysdpo_jax.data import (
     save_preferences,
     without_intermediates,
 )
-from sysdpo_jax.generation.beam_search import BeamSearch
+from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.graph import CompoundSystem, GraphError, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_TRAINABLE
 from sysdpo_jax.models.lora import LoRA, add_lora

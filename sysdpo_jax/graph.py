@@ -8,20 +8,19 @@ values. A copy sees its own element of each parent that is a plate, and the whol
 without a plate sees the whole list of a plated parent. Log-probabilities are summed over the plate.
 """
 
-import zlib
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import RecordError, row_keys
 from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
 from sysdpo_jax.encoding import encode_sides, frozen_entries
+from sysdpo_jax.keys import named_key
 from sysdpo_jax.nodes import GraphError as GraphError
 from sysdpo_jax.nodes import Node as Node
 from sysdpo_jax.nodes import check_names, check_plates, check_static, naming, topological, users_part
@@ -100,7 +99,7 @@ class CompoundSystem:
             with users_part(node, "init", GraphError):
                 shape = jax.eval_shape(node.component.init, key)
                 if node.params_key not in params:
-                    params[node.params_key] = node.component.init(_named_key(key, node.params_key))
+                    params[node.params_key] = node.component.init(named_key(key, node.params_key))
                     continue
             if shape != jax.eval_shape(lambda tree: tree, params[node.params_key]):
                 raise GraphError(
@@ -192,7 +191,7 @@ class CompoundSystem:
         key) and the node's name only: policy and reference see the same.
         """
         keys = row_keys(key, jax.tree.leaves(features)[0].shape[0])
-        keys = jax.vmap(_named_key, in_axes=(0, None))(keys, node.name)
+        keys = jax.vmap(named_key, in_axes=(0, None))(keys, node.name)
         if node.plate is None:
             with users_part(node, "log_prob", GraphError):
                 log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
@@ -298,7 +297,7 @@ class CompoundSystem:
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
     ) -> tuple[dict[str, Sequence[Any]], Params, PRNGKeyArray]:
         parents = {name: columns[name] for name in node.parents}
-        return parents, node.tree(params), _named_key(key, node.name)
+        return parents, node.tree(params), named_key(key, node.name)
 
     def describe(self) -> str:
         """The graph as Mermaid text: boxes are inputs, rounded boxes components, hexagons tools."""
@@ -364,11 +363,6 @@ class CompoundSystem:
 
     def _is_plate(self, name: str) -> bool:
         return name not in self.inputs and self.node(name).plate is not None
-
-
-def _named_key(key: Keys, name: str) -> PRNGKeyArray:
-    """A key that depends on the name alone, so that adding a node does not change another's noise."""
-    return jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
 
 
 def _require(record: Record, names: Sequence[str], row: int, kind: str) -> None:

@@ -8,12 +8,19 @@ Keys:     one random key for all rows, or one a row
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from jaxtyping import Array, Key, PyTree
+from pydantic import ConfigDict, Field
 
 Params = PyTree
 Features = PyTree
 Record = Mapping[str, Any]
 Parents = Mapping[str, Sequence[Any]]
 Keys = Key[Array, "..."]
+
+# Of configurations.
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Natural: TypeAlias = Annotated[int, Field(ge=0)]
+# Unknown names are errors.
+STRICT = ConfigDict(extra="forbid")

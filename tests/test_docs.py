@@ -21,11 +21,10 @@ from PIL import Image
 
 import sysdpo_jax as sj
 from experiments.common.weights import smollm2_file
-from experiments.own.config import (
+from sysdpo_jax.cli.config import (
     ComponentConfig,
     DataConfig,
     EvaluationConfig,
-    JudgeConfig,
     MeshConfig,
     NodeConfig,
     ObjectiveConfig,
@@ -36,6 +35,7 @@ from experiments.own.config import (
     read_config,
 )
 from sysdpo_jax.data.formats import READERS
+from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
 from tests.training.systems import CHAIN, pairs
@@ -130,7 +130,7 @@ def test_the_quickstart_leads_to_a_report_and_models(place, judge):
 def test_the_quickstart_with_the_real_model_makes_answers_shorter(tmp_path, monkeypatch, judge):
     """As it stands, but for the weights, which come from a file. The win rate is 0.5 where nothing is learned."""
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
-    path = tmp_path / "experiments/configs/quickstart.yaml"
+    path = tmp_path / "sysdpo_jax/recipes/quickstart.yaml"
     path.write_text(path.read_text().replace(TEXT_MODELS[0], str(smollm2_file())))
     monkeypatch.chdir(tmp_path)
     for module, flags in commands("docs/quickstart.md"):
@@ -152,9 +152,9 @@ def test_the_worked_example_is_trained_and_exported(place, capsys):
 @pytest.mark.slow
 def test_the_chain_of_the_readme_with_a_configuration_of_ones_own(place):
     """The names in the commands stand for what a user has."""
-    own = (place / "experiments/configs/quickstart.yaml").read_text()
+    own = (place / "sysdpo_jax/recipes/quickstart.yaml").read_text()
     (place / "my_run.yaml").write_text(own.replace("runs/quickstart\n", "runs/my_run\n"))
-    shutil.copy(place / "experiments/examples/quickstart_prompts.txt", place / "prompts.txt")
+    shutil.copy(place / "sysdpo_jax/recipes/quickstart_prompts.txt", place / "prompts.txt")
     (place / "my_package").mkdir()
     (place / "my_package/judging.py").write_text("def score(run):\n    return len(run['answer'])\n")
     own = ("runs.jsonl", "my_run.yaml", "runs/my_run")
@@ -168,7 +168,7 @@ def test_the_chain_of_the_readme_with_a_configuration_of_ones_own(place):
 
 def _parse(module, flags):
     """As the command does before it begins."""
-    if module == "experiments.train":
+    if module == "sysdpo_jax.cli.train":
         return parse(flags, None)
     entry = import_module(module)
     return parse_flags(entry.Config, flags, None) if flags and hasattr(entry, "Config") else entry
@@ -202,7 +202,7 @@ def test_ready_configurations_run_dry(place, path, capsys):
     config = read_config(here, TrainConfig)
     (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in _pairs(config, place)))
     flags = ["--config", str(here), "--dry-run", "--data.source", "pairs.jsonl"]
-    import_module("experiments.train").main(flags)
+    import_module("sysdpo_jax.cli.train").main(flags)
     assert "loss at step 0: 0.69" in capsys.readouterr().out
 
 

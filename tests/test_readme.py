@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 from experiments.progressive.report import results_table
-from sysdpo_jax.evaluation import markdown_table
+from sysdpo_jax.report import markdown_table
 from tests.pretrained.checkpoints import stable_diffusion_1, write_decoder
 
 ROOT = Path(__file__).parent.parent

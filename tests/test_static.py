@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.own.importing import built
 from sysdpo_jax import (
     Categorical,
     CompoundSystem,
@@ -19,6 +18,7 @@ from sysdpo_jax import (
     TextEncoder,
     Tool,
 )
+from sysdpo_jax.importing import built
 from sysdpo_jax.static import hold_tuples, unhashable
 from tests.components.stubs import Affine, Embedding, word_tokenizer
 from tests.components.test_language_model import component

@@ -37,8 +37,8 @@ import tyro
 from jaxtyping import Float, Int
 
 from experiments.common.weights import smollm2_file
-from sysdpo_jax.generation.beam_decode import beam_generate
-from sysdpo_jax.generation.beam_search import Beams, BeamSearch
+from sysdpo_jax.decoding.beam_decode import beam_generate
+from sysdpo_jax.decoding.beam_search import Beams, BeamSearch
 from sysdpo_jax.pretrained.language import load_language_model
 
 REQUEST = [{"role": "user", "content": "Write one sentence about a red ball."}]

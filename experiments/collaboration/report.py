@@ -8,9 +8,9 @@ from typing import Any
 from experiments.collaboration.run import SeedRun
 from experiments.collaboration.task import ANSWER, DRAFT
 from experiments.common.runs import Figures
-from sysdpo_jax.evaluation import (
+from sysdpo_jax.evaluation import Estimate
+from sysdpo_jax.report import (
     Column,
-    Estimate,
     Report,
     Row,
     Table,

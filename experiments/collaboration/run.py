@@ -15,10 +15,11 @@ from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
 from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, Task
 from experiments.common.phases import Phases
-from experiments.common.runs import best_of, named_key, reported_rollout
+from experiments.common.runs import best_of, reported_rollout
 from experiments.common.storage import load_pairs, load_params, overlay, save_pairs, save_params
 from sysdpo_jax import PreferenceRecord, make_pairs
 from sysdpo_jax.columns import load_columns, save_columns
+from sysdpo_jax.keys import named_key
 from sysdpo_jax.training.progress import Board, Report
 from sysdpo_jax.training.state import partition
 from sysdpo_jax.typing import Params, Record

@@ -12,9 +12,9 @@ from experiments.collaboration.arithmetic import OPERATIONS, Question, World, ri
 from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Split
 from experiments.common.fit import FitConfig, fit
 from experiments.common.phases import Phases
-from experiments.common.runs import named_key
 from experiments.common.words import word_tokenizer
 from sysdpo_jax import BeamSearch, CompoundSystem, LanguageModel, Node
+from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.training.progress import Report
 from sysdpo_jax.typing import Features, Params, Record

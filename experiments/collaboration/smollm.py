@@ -9,9 +9,9 @@ import jax
 from experiments.collaboration import instructions
 from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Split
 from experiments.common.phases import Phases
-from experiments.common.runs import named_key
 from experiments.common.weights import smollm2_file
 from sysdpo_jax import LORA_TRAINABLE, BeamSearch, CompoundSystem, LanguageModel, LoRA, Node, add_lora, pretrained
+from sysdpo_jax.keys import named_key
 from sysdpo_jax.typing import Params, Record
 
 # Room for the prompts with their templates, and for a sentence of at most ten words.

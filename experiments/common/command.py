@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import tyro
 
-from experiments.common.caches import keep_compilations
+from sysdpo_jax.cli.caches import keep_compilations
 from sysdpo_jax.locks import InUseError, locked_folder
 from sysdpo_jax.training.progress import Board
 

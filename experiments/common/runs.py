@@ -1,10 +1,8 @@
-"""Runs of a system inside a phase: keys by name, progress, the best of several."""
+"""Runs of a system inside a phase: progress, the best of several."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -14,11 +12,6 @@ from sysdpo_jax.training.progress import Report
 from sysdpo_jax.typing import Params, Record
 
 Figures = Mapping[str, np.ndarray]
-
-
-def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
-    """A key that depends on the name alone, so that a new phase does not change another's noise."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def reported_rollout(

@@ -3,8 +3,8 @@
 import math
 
 from experiments.exact.study import Study
-from sysdpo_jax.evaluation.chart import ticks
-from sysdpo_jax.evaluation.markup import Markup, element
+from sysdpo_jax.report.chart import ticks
+from sysdpo_jax.report.markup import Markup, element
 
 # In units of the viewBox; the legend is to the right of the axes.
 WIDTH, HEIGHT = 680, 330

@@ -10,9 +10,9 @@ import numpy as np
 from experiments.common.runs import Figures
 from experiments.progressive.run import SeedRun
 from experiments.progressive.world import split_captions
-from sysdpo_jax.evaluation import (
+from sysdpo_jax.evaluation import Estimate
+from sysdpo_jax.report import (
     Column,
-    Estimate,
     ImageRow,
     ImageSequence,
     Report,

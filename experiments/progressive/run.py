@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from experiments.common.fit import FitConfig, fit
 from experiments.common.phases import Phases
-from experiments.common.runs import best_of, named_key, reported_rollout
+from experiments.common.runs import best_of, reported_rollout
 from experiments.common.storage import load_pairs, save_pairs
 from experiments.progressive import judge, pretrain
 from experiments.progressive.align import AlignConfig, align, image_part, language_part
@@ -20,6 +20,7 @@ from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, 
 from sysdpo_jax import PreferenceRecord, make_pairs, rollout
 from sysdpo_jax.columns import load_columns, save_columns
 from sysdpo_jax.evaluation.preferences import order_consistency, preference_score
+from sysdpo_jax.keys import named_key
 from sysdpo_jax.training.progress import Board, Report
 from sysdpo_jax.typing import Params, Record
 

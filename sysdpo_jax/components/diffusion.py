@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.text_to_image import Corrupted, TextToImage
-from sysdpo_jax.generation.samplers import DDIM, Denoiser, Sampler
-from sysdpo_jax.generation.schedules import NoiseSchedule, PredictionType, add_noise, target
-from sysdpo_jax.generation.weightings import Constant, Weighting
+from sysdpo_jax.diffusion.samplers import DDIM, Denoiser, Sampler
+from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, add_noise, target
+from sysdpo_jax.diffusion.weightings import Constant, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)

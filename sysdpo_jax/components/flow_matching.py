@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.text_to_image import Corrupted, TextToImage
-from sysdpo_jax.generation.samplers import Denoiser, FlowEuler
-from sysdpo_jax.generation.schedules import expand
+from sysdpo_jax.diffusion.samplers import Denoiser, FlowEuler
+from sysdpo_jax.diffusion.schedules import expand
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from sysdpo_jax.components.codec import Codec, FrozenCodec, whole_frames
 from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import FrozenText, TextConditioner
-from sysdpo_jax.generation.samplers import Denoiser, guided, guides
-from sysdpo_jax.generation.schedules import expand
+from sysdpo_jax.diffusion.samplers import Denoiser, guided, guides
+from sysdpo_jax.diffusion.schedules import expand
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 

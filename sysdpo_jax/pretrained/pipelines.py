@@ -14,7 +14,7 @@ import numpy as np
 from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText, LatentCodec, SD3Text, SDXLText, TextEncoder
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import CaptionTruncation, TextConditioner
-from sysdpo_jax.generation.samplers import FlowEuler
+from sysdpo_jax.diffusion.samplers import FlowEuler
 from sysdpo_jax.models.mmdit import MMDiT
 from sysdpo_jax.models.unet import UNet2DCondition
 from sysdpo_jax.pretrained import schedulers

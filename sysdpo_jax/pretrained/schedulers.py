@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sysdpo_jax.generation.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler, Sampler
-from sysdpo_jax.generation.schedules import FlowSchedule, NoiseSchedule, PredictionType
+from sysdpo_jax.diffusion.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler, Sampler
+from sysdpo_jax.diffusion.schedules import FlowSchedule, NoiseSchedule, PredictionType
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 
 

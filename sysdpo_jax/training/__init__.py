@@ -1,17 +1,17 @@
 """Training: state, step, placement on devices, checkpoints, and the loop that drives them."""
 
 from sysdpo_jax.manifest import CheckpointMismatchError
+from sysdpo_jax.parallel.distributed import initialize
+from sysdpo_jax.parallel.replicate import on_own_devices
+from sysdpo_jax.parallel.sharding import ShardingError, batch_shard, make_mesh, tree_shardings
 from sysdpo_jax.training.checkpoints import Checkpoints, CorruptCheckpointError
 from sysdpo_jax.training.describe import describe_sharding
-from sysdpo_jax.training.distributed import initialize
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
-from sysdpo_jax.training.own_devices import on_own_devices
 from sysdpo_jax.training.preemption import Preempted
 from sysdpo_jax.training.progress import Board, progress
 from sysdpo_jax.training.reference import precompute_reference
-from sysdpo_jax.training.sharding import ShardingError, batch_shard, make_mesh, tree_shardings
 from sysdpo_jax.training.state import TrainState, abstract_state, create_state, ema_params
 from sysdpo_jax.training.step import TrainStep, make_train_step
 from sysdpo_jax.training.trainer import NonFiniteError, Trainer

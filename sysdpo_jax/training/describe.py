@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax.training.sharding import BATCH_SPEC, activation_rules, replicated
+from sysdpo_jax.parallel.sharding import BATCH_SPEC, activation_rules, replicated
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import TrainStep
 from sysdpo_jax.typing import Params

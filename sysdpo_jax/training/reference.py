@@ -15,7 +15,7 @@ from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.columns import load_columns, save_columns
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.manifest import describe, fingerprints
-from sysdpo_jax.training.sharding import activation_rules, batch_parts, make_mesh, place_batch
+from sysdpo_jax.parallel.sharding import activation_rules, batch_parts, make_mesh, place_batch
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Features, Params
 

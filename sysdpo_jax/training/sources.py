@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from sysdpo_jax.batch import encode_batch
 from sysdpo_jax.data.batches import EpochBatches
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.training.own_devices import on_own_devices
+from sysdpo_jax.parallel.replicate import on_own_devices
 from sysdpo_jax.typing import Params
 
 

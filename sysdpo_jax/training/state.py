@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.parallel.sharding import Rules, like_params, make_mesh, replicated, tree_shardings
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.sharding import Rules, like_params, make_mesh, replicated, tree_shardings
 from sysdpo_jax.trees import by_path, path_name
 from sysdpo_jax.typing import Params
 

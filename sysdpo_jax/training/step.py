@@ -20,8 +20,7 @@ from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import trained_nodes
 from sysdpo_jax.objectives.objective import Aux, Objective, margin_shares
 from sysdpo_jax.objectives.preference import PreferenceObjective
-from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.sharding import (
+from sysdpo_jax.parallel.sharding import (
     BATCH_SPEC,
     ShardingError,
     activation_rules,
@@ -30,6 +29,7 @@ from sysdpo_jax.training.sharding import (
     place_batch,
     replicated,
 )
+from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.state import Mutable, TrainState
 from sysdpo_jax.typing import Keys, Params
 

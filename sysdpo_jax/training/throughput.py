@@ -14,8 +14,8 @@ from jaxtyping import PyTree
 
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.parallel.sharding import batch_shard
 from sysdpo_jax.training.flops import FlopsError, step_flops
-from sysdpo_jax.training.sharding import batch_shard
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.typing import Features
 

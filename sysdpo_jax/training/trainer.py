@@ -22,11 +22,11 @@ from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import as_text, describe
 from sysdpo_jax.objectives.direct import DirectObjective
 from sysdpo_jax.objectives.objective import Objective
+from sysdpo_jax.parallel.replicate import on_own_devices
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError, require_metric
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.own_devices import on_own_devices
 from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, stop_requests
 from sysdpo_jax.training.profiling import Profile
 from sysdpo_jax.training.progress import ProgressFactory, progress, tell

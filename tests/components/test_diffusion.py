@@ -13,9 +13,9 @@ from sysdpo_jax import Diffusion, PixelCodec, RecordError, TextEncoder
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.components.text import check_truncation
 from sysdpo_jax.components.text_to_image import _stratified
-from sysdpo_jax.generation.samplers import DDIM
-from sysdpo_jax.generation.schedules import NoiseSchedule
-from sysdpo_jax.generation.weightings import ELBO, Constant, MinSNR
+from sysdpo_jax.diffusion.samplers import DDIM
+from sysdpo_jax.diffusion.schedules import NoiseSchedule
+from sysdpo_jax.diffusion.weightings import ELBO, Constant, MinSNR
 from tests.components.stubs import Affine, Embedding, affine_by_hand, word_tokenizer
 
 KEY = jax.random.key(0)
@@ -199,7 +199,7 @@ def test_prepare_gives_latents_and_padded_tokens():
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_sample_is_guided_ddim_from_the_keys_noise(prediction_type):
-    """The sampler itself is compared with diffusers in tests/generation; here the caption, the guidance, the codec."""
+    """The sampler itself is compared with diffusers in tests/diffusion; here the caption, the guidance, the codec."""
     node = component(prediction_type=prediction_type, guidance_scale=3.0, sampler=DDIM(clip=1.0))
     params, captions = node.init(KEY), ["a red ball", "the cube"]
     made = node.sample(params, {"caption": captions}, KEY)

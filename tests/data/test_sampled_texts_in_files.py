@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
-from experiments.own.prompts import read_prompts
-from experiments.own.runs_file import as_row, lacks_images, moved, run_lines, with_images, write_rows
 from sysdpo_jax import CompoundSystem, LanguageModel, Node, PreferenceRecord, Tool, load_preferences, save_preferences
+from sysdpo_jax.cli.prompts import read_prompts
+from sysdpo_jax.cli.runs_file import as_row, lacks_images, moved, run_lines, with_images, write_rows
 from sysdpo_jax.columns import as_values, load_columns, save_columns
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import ImageFiles

@@ -12,16 +12,8 @@ import jax
 import optax
 
 from sysdpo_jax import DirectObjective
-from sysdpo_jax.training import (
-    FROZEN,
-    ComponentOptimizer,
-    Evaluation,
-    Trainer,
-    create_state,
-    distributed,
-    make_mesh,
-    make_optimizer,
-)
+from sysdpo_jax.parallel import distributed
+from sysdpo_jax.training import FROZEN, ComponentOptimizer, Evaluation, Trainer, create_state, make_mesh, make_optimizer
 from tests.training.systems import CHAIN, pairs
 
 FIGURES = {0: 0.1, 2: 0.7, 3: 0.6, 4: 0.3, 6: 0.9}

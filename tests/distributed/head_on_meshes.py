@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.scaling.hlo import Module
 from sysdpo_jax.components import token_log_probs as chunked
-from sysdpo_jax.training.sharding import BATCH_SPEC, activation_rules, make_mesh
+from sysdpo_jax.parallel.sharding import BATCH_SPEC, activation_rules, make_mesh
 
 ROWS, LENGTH, WIDTH, VOCAB = 16, 24, 8, 64
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "1x1x8": (1, 1, 8)}

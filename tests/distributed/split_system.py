@@ -24,14 +24,14 @@ from sysdpo_jax import (
     Tool,
     prepare_pairs,
 )
-from sysdpo_jax.generation.schedules import NoiseSchedule
-from sysdpo_jax.generation.weightings import Constant
+from sysdpo_jax.diffusion.schedules import NoiseSchedule
+from sysdpo_jax.diffusion.weightings import Constant
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.parallel.sharding import place_batch, replicated
 from sysdpo_jax.training import ComponentOptimizer, create_state, make_mesh, make_optimizer, make_train_step
 from sysdpo_jax.training.describe import device_bytes
-from sysdpo_jax.training.sharding import place_batch, replicated
 from sysdpo_jax.training.step import PROCEED
 from sysdpo_jax.trees import by_path, path_name
 from tests.components.stubs import WORDS, word_tokenizer

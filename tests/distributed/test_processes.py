@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sysdpo_jax.training import distributed, read_metrics
+from sysdpo_jax.parallel import distributed
+from sysdpo_jax.training import read_metrics
 from tests.distributed.two_processes import HEARTBEAT, PROCESSES, ROWS
 
 # Starting several processes takes minutes where the machine is busy.

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import train
+from sysdpo_jax.cli import train
 from tests.pretrained.checkpoints import write_decoder
 
 # Starting several processes takes minutes where the machine is busy.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# What `python -m experiments.rollout` does, where no cluster says who the other processes are.
+# What `python -m sysdpo_jax.cli.rollout` does, where no cluster says who the other processes are.
 PROGRAM = """
 import sys
 import sysdpo_jax as sj
-from experiments import rollout
+from sysdpo_jax.cli import rollout
 port, number, process, *flags = sys.argv[1:]
 if number != "1":
     sj.initialize(f"127.0.0.1:{port}", int(number), int(process))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.own.runs_file import read_lines
+from sysdpo_jax.cli.runs_file import read_lines
 from sysdpo_jax.columns import as_values, load_columns
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import write_decoder
@@ -21,11 +21,11 @@ from tests.pretrained.checkpoints import write_decoder
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# What `python -m experiments.train` does, where no cluster says who the other processes are.
+# What `python -m sysdpo_jax.cli.train` does, where no cluster says who the other processes are.
 TRAIN = """
 import sys
 import sysdpo_jax as sj
-from experiments import train
+from sysdpo_jax.cli import train
 number, port, process, *flags = sys.argv[1:]
 if number != "1":
     sj.initialize(f"127.0.0.1:{port}", int(number), int(process), heartbeat_timeout_seconds=10)

@@ -20,17 +20,17 @@ from jax.sharding import AxisType, Mesh
 from sysdpo_jax import CompoundSystem, Diffusion, DirectObjective, LanguageModel, Node, PixelCodec, TextEncoder
 from sysdpo_jax.data import PreferenceRecord, preference_dataset
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.parallel import distributed
+from sysdpo_jax.parallel.sharding import AXES, place_batch
 from sysdpo_jax.training import (
     ComponentOptimizer,
     ShardingError,
     Trainer,
     batch_shard,
     create_state,
-    distributed,
     make_mesh,
     make_optimizer,
 )
-from sysdpo_jax.training.sharding import AXES, place_batch
 from tests.components.stubs import WORDS, Affine, Embedding, word_tokenizer
 
 PROCESSES, HEARTBEAT, ROWS, BATCH, SEED = 2, 10, 48, 16, 4

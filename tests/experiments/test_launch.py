@@ -20,8 +20,8 @@ import yaml
 from PIL import Image
 
 import sysdpo_jax as sj
-from experiments.own.config import parse
-from experiments.own.run import assemble, make_batches, read_preferences
+from sysdpo_jax.cli.config import parse
+from sysdpo_jax.cli.run import assemble, make_batches, read_preferences
 from sysdpo_jax.models.lora import is_lora
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.training.throughput import count_units
@@ -31,7 +31,7 @@ from tests.pretrained.checkpoints import stable_diffusion_1, unet, write_decoder
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
 SCALING = (ROOT / "docs" / "scaling.md").read_text()
-MODULE = "experiments.train"
+MODULE = "sysdpo_jax.cli.train"
 
 NOTE = """#!{python}
 import json, sys

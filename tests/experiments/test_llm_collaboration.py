@@ -18,7 +18,7 @@ from experiments.common.fit import FitConfig
 from experiments.common.phases import Phases
 from experiments.common.storage import load_params, overlay
 from sysdpo_jax.columns import load_columns
-from sysdpo_jax.evaluation import markdown_table
+from sysdpo_jax.report import markdown_table
 from sysdpo_jax.training.progress import Board
 
 DOCS = Path(__file__).parents[2] / "docs" / "llm_collaboration"

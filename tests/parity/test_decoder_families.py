@@ -11,7 +11,7 @@ import torch
 from jaxtyping import PyTree
 from transformers import PreTrainedModel
 
-from sysdpo_jax.generation.decode import generate
+from sysdpo_jax.decoding.decode import generate
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig, init_cache
 from sysdpo_jax.models.rotary import RopeScaling, frequencies
 from tests.parity.convert import llama_params, torch_decoder

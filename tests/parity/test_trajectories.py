@@ -20,8 +20,8 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from sysdpo_jax.generation.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler
-from sysdpo_jax.generation.schedules import FlowSchedule, NoiseSchedule
+from sysdpo_jax.diffusion.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler
+from sysdpo_jax.diffusion.schedules import FlowSchedule, NoiseSchedule
 
 NOISE = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
 KEY = jax.random.key(7)

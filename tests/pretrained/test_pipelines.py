@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sysdpo_jax import pretrained
 from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText
 from sysdpo_jax.components.codec import whole_frames
-from sysdpo_jax.generation.samplers import Euler
+from sysdpo_jax.diffusion.samplers import Euler
 from sysdpo_jax.pretrained import CheckpointError
 from tests.components.painters import arrays_in
 from tests.pretrained.checkpoints import PIPELINES

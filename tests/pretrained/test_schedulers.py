@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sysdpo_jax.generation.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler
-from sysdpo_jax.generation.schedules import FlowSchedule, NoiseSchedule
+from sysdpo_jax.diffusion.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler
+from sysdpo_jax.diffusion.schedules import FlowSchedule, NoiseSchedule
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.schedulers import DiffusionScheduler, read, write
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sysdpo_jax import LanguageModel
-from sysdpo_jax.generation.decode import generate
+from sysdpo_jax.decoding.decode import generate
 from sysdpo_jax.pretrained.language import load_language_model
 
 # Found but not imported: the package itself wants llama.cpp, and only its file is needed.

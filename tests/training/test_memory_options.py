@@ -11,6 +11,7 @@ import pytest
 
 from sysdpo_jax import CompoundSystem, DirectObjective, LanguageModel, Node, epoch_batches
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.parallel.sharding import ShardingError
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
@@ -22,7 +23,6 @@ from sysdpo_jax.training import (
     make_train_step,
     precompute_reference,
 )
-from sysdpo_jax.training.sharding import ShardingError
 from sysdpo_jax.trees import by_path
 from tests.components.stubs import word_tokenizer
 from tests.objectives.mixtures import DECODER, KEY, start

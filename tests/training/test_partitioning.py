@@ -17,7 +17,7 @@ from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from sysdpo_jax.models.partitioning import constrain, logical_axes
 from sysdpo_jax.models.t5 import T5Config, T5Encoder
 from sysdpo_jax.models.unet import UNet2DCondition
-from sysdpo_jax.training.sharding import AXES, ShardingError, activation_rules, make_mesh, tree_shardings
+from sysdpo_jax.parallel.sharding import AXES, ShardingError, activation_rules, make_mesh, tree_shardings
 from sysdpo_jax.trees import by_path
 
 # Fewer of the layers that are not stacked: one is like another.

@@ -28,7 +28,7 @@ from sysdpo_jax import (
     make_optimizer,
 )
 from sysdpo_jax.data.intermediates import IntermediateSearch
-from sysdpo_jax.generation import beam_decode
+from sysdpo_jax.decoding import beam_decode
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.row_files import RowFile
 from sysdpo_jax.training import CheckpointMismatchError, read_metrics

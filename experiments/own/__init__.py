@@ -1,1 +1,0 @@
-"""What the entry points for a system of your own share."""

@@ -1,0 +1,124 @@
+"""What people see of an entry point that cannot go on: one line on standard error, exit code 1."""
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import jax
+
+import sysdpo_jax
+from sysdpo_jax import NonFiniteError
+from sysdpo_jax.parallel.distributed import leave
+from sysdpo_jax.training.checkpoints import CorruptCheckpointError
+
+OURS = str(Path(sysdpo_jax.__path__[0]))
+
+# Seconds that Python and other libraries may take to end their threads, once the command has done its work.
+EXIT = 10.0
+
+# Seconds after a SIGTERM in which another one is of the same request: some senders reach a process twice.
+SAME = 2.0
+
+# Of Orbax, about what is meant: saving before the evaluation has its figure, looking at a run from outside.
+EXPECTED = ("Requested `tracked_metric`", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: a stop like Ctrl-C, which users' code lets through. code: what the process exits with."""
+
+    def __init__(self, code: int = 128 + signal.SIGTERM):
+        super().__init__("stopped by SIGTERM: what was finished is kept")
+        self.code = code
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End with a line and code 1 where what the user gave cannot be used, a full disk included.
+
+    After Ctrl-C the code is 130, after SIGTERM that of `Terminated`; locks and half-made things are gone then.
+    What other libraries raise, and we did not expect, is a fault of the program: it shows where it happened.
+    """
+    logging.getLogger("absl").addFilter(_is_news)
+    try:
+        with _terminable():
+            yield
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted: what was finished is kept", file=sys.stderr, flush=True)
+        code = stop.code if isinstance(stop, Terminated) else 130
+        if jax.distributed.is_initialized():
+            leave(code)
+        raise SystemExit(code) from None
+    except (ValueError, OSError, ImportError, NonFiniteError, CorruptCheckpointError) as error:
+        if isinstance(error, ValueError | ImportError) and not _is_ours(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            leave(1)
+        raise SystemExit(1) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the block; `Trainer.fit` has handlers of its own inside, and gives this one back.
+
+    Of several processes JAX's preemption service has the signal, and in another than the main thread nobody.
+    """
+    if jax.distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = -SAME
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal taken
+        if time.monotonic() - taken >= SAME:
+            taken = time.monotonic()
+            raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def bounded_exit() -> Iterator[None]:
+    """Around all that a process does: threads of others, such as a tool's, hold up its end for `EXIT` seconds alone.
+
+    Of several processes the end is JAX's business, which waits for the others.
+    """
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        if not jax.distributed.is_initialized():
+            # The work is done, and its code is known: a SIGTERM that comes again on the way out must not change it.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            threading.Thread(target=_end, args=(code,), daemon=True).start()
+
+
+def _end(code: int) -> None:
+    time.sleep(EXIT)
+    print("warning: something in the background does not end and is left alone", file=sys.stderr, flush=True)
+    leave(code)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(EXPECTED)
+
+
+def _is_ours(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(OURS)

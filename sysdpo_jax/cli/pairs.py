@@ -1,0 +1,123 @@
+"""Turn scored runs into preferences.
+
+    python -m sysdpo_jax.cli.pairs --runs runs.jsonl --scores scores.jsonl --output preferences.jsonl
+
+Runs of the same prompt form a group; of each the best is preferred to the worst or, with --pairs all, every run to
+every other of a lower score. The output is what sysdpo_jax.cli.train reads; paths of images begin at its folder.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sysdpo_jax.cli.config import parse_flags
+from sysdpo_jax.cli.ending import bounded_exit, user_errors
+from sysdpo_jax.cli.runs_file import Run, moved, read_lines, run_lines
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.data.formats import refuse_unread
+from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.io import write_whole
+from sysdpo_jax.locks import locked_file
+
+
+@dataclass(frozen=True)
+class Config:
+    """runs, scores: files of `sysdpo rollout` and `sysdpo score`. min_margin: smallest difference of scores kept.
+
+    ties: of equal scores. Dropped by default: a preference between equals teaches noise. Kept, their order is that in
+    which the runs were made, which is a fair coin: train on them with label smoothing.
+    """
+
+    runs: tuple[Path, ...]
+    scores: tuple[Path, ...]
+    output: Path
+    pairs: Pairs = "best_worst"
+    min_margin: float = 0.0
+    ties: Ties = "drop"
+
+
+def make_pairs(config: Config) -> str:
+    """Write the preferences. Returns the counts in words.
+
+    Runs that `sysdpo score` skipped are left out. Raises `ConfigError` naming a run without a score, a score without
+    a run, and either that is there twice.
+    """
+    scores, skipped = _scores(config.scores)
+    groups: dict[str, list[tuple[float, Run]]] = {}
+    ids: set[str] = set()
+    for path in config.runs:
+        for run in run_lines(path):
+            name = run["id"]
+            if name in ids:
+                raise ConfigError(f"{path}: the run {name!r} is there twice: give every file of runs once")
+            if name not in scores and name not in skipped:
+                raise ConfigError(f"{path}: the run {name!r} has no score: score these runs first")
+            ids.add(name)
+            if name in skipped:
+                continue
+            sides = {part: moved(run[part], path, config.output) for part in ("inputs", "outputs")}
+            groups.setdefault(json.dumps(run["inputs"], sort_keys=True), []).append((scores[name], sides))
+    left = next((name for name in scores if name not in ids), None)
+    if left is not None:
+        raise ConfigError(f"the score of {left!r} is of no run in --runs: give all files of runs that were scored")
+    lines, lone, tied = [], 0, 0
+    for group in groups.values():
+        values = np.array([value for value, _ in group], np.float64)
+        chosen = preferred(values, config.pairs, config.min_margin, config.ties)
+        lone += not chosen
+        for better, worse in chosen:
+            tied += values[better] == values[worse]
+            first, second = group[better][1], group[worse][1]
+            lines.append({"inputs": first["inputs"], "chosen": first["outputs"], "rejected": second["outputs"]})
+    if not lines:
+        without = f" ({len(skipped)} runs have no score)" if skipped else ""
+        raise ConfigError(
+            f"no two runs of a prompt differ by {config.min_margin:g} or more{without}: sample more, or lower it"
+        )
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(config.output, "".join(f"{json.dumps(line)}\n" for line in lines))
+    ties = f" ({tied} ties)" if config.ties == "keep" else ""
+    said = f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of which have none"
+    return said + (f"; {len(skipped)} runs have no score" if skipped else "")
+
+
+def _scores(paths: tuple[Path, ...]) -> tuple[dict[str, float], set[str]]:
+    """{id: score}, and the ids that have an error instead."""
+    scores: dict[str, float] = {}
+    failed: set[str] = set()
+    for path in paths:
+        for row in read_lines(path):
+            try:
+                refuse_unread(row, ("id", "score", "error"), remedy="leave it out")
+            except RecordError as error:
+                raise ConfigError(f"{path}: the score of {row.get('id')!r}: {error}") from None
+            if row.get("id") is None:
+                raise ConfigError(f"{path}: the score {row.get('score')!r} has no 'id': name the run that it is of")
+            if row.get("error") is not None:
+                failed.add(str(row["id"]))
+                continue
+            value = row.get("score")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+                raise ConfigError(f"{path}: the score of {row.get('id')!r} is {value!r}: give a finite number")
+            if str(row.get("id")) in scores:
+                raise ConfigError(f"{path}: the run {row['id']!r} has two scores: give every file of scores once")
+            scores[str(row.get("id"))] = float(value)
+    # A later start may have found what an earlier one did not.
+    return scores, failed - scores.keys()
+
+
+def main(arguments: list[str]) -> None:
+    """Make the pairs, and print the counts."""
+    with user_errors():
+        config = parse_flags(Config, arguments, __doc__)
+        with locked_file(config.output):
+            print(make_pairs(config))
+
+
+if __name__ == "__main__":
+    with bounded_exit():
+        main(sys.argv[1:])

@@ -1,0 +1,119 @@
+"""Score runs, with a function of your own or a judge behind HTTP.
+
+    python -m sysdpo_jax.cli.score --runs runs.jsonl --scorer my_package.judging:score --output scores.jsonl
+    python -m sysdpo_jax.cli.score --runs runs.jsonl --judge.url http://localhost:8000/v1 --judge.model my-judge \\
+        --judge.template question.txt --output scores.jsonl
+
+A scorer takes a run, {input or node: value} with images as arrays in [0, 1], and returns a number, higher is better. A
+judge is any server with OpenAI's chat completions; its template is a file with the run's values in braces. Lines are
+{"id", "score"}, in the order in which scores come; given again, the command scores what has no score. A file of another
+scorer or of other runs is refused.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sysdpo_jax.cli.config import parse_flags
+from sysdpo_jax.cli.ending import bounded_exit, user_errors
+from sysdpo_jax.cli.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.evaluation.judge_config import JudgeConfig
+from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer, scores
+from sysdpo_jax.evaluation.unscored import ScoreError, counted
+from sysdpo_jax.io import file_digest
+from sysdpo_jax.locks import locked_file
+from sysdpo_jax.resumable_jsonl import ResumableJsonl, note_of
+from sysdpo_jax.training import Board
+
+# So many runs without a score, and none with one, are no accident.
+ENOUGH = 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """runs: files of sysdpo_jax.cli.rollout. scorer: module:function; or judge.
+
+    on_error: of a run that the scorer fails on or finds no number for: stop, or skip it with a line {"id", "error"}.
+    """
+
+    runs: tuple[Path, ...]
+    output: Path
+    scorer: str = ""
+    judge: JudgeConfig = JudgeConfig()
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+def score(config: Config) -> Path:
+    """Score the runs that have none yet. Raises `ConfigError`, with all scores before it kept."""
+    scorer, runs = make_scorer(config.scorer, config.judge, "--"), _runs(config.runs)
+    checked = set[tuple[str, ...]]()
+    for name, (path, run) in runs.items():
+        names = tuple(values_of(run))
+        # Runs mostly have the same values.
+        if names not in checked:
+            check_scorer(scorer, names, f"run {name} of {path}")
+            checked.add(names)
+    file = ResumableJsonl(config.output, _about(config))
+    # A line that a killed process left half-written has no end.
+    file.cut(file.count())
+    lines = list(read_lines(config.output)) if config.output.exists() else []
+    known, noted = {row.get("id") for row in lines if "score" in row}, noted_errors(lines)
+    waiting = [name for name in runs if name not in known]
+
+    def values(name: str) -> Run:
+        path, run = runs[name]
+        # Opened one by one: all images of a rollout would fill the memory.
+        return values_of(with_images(run, path))
+
+    before, failed = len(runs) - len(waiting), list[ScoreError]()
+    found = scores(scorer, waiting, values, config.judge.parallel, config.on_error == "skip")
+    with closing(found), Board() as board, board.phase("scores", before, len(runs)) as report:
+        for done, (name, outcome) in enumerate(found, before + 1):
+            if isinstance(outcome, ScoreError):
+                failed.append(outcome)
+                if (name, str(outcome)) not in noted:
+                    file.append([{"id": name, "error": str(outcome)}])
+            else:
+                file.append([{"id": name, "score": outcome}])
+            if len(failed) == done >= min(ENOUGH, len(runs)):
+                raise ConfigError(f"none of the first {done} runs has a score ({counted(failed)}); the last: {outcome}")
+            report(done, f"{len(failed)} without a score" if failed else "")
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs have no score: {counted(failed)}", file=sys.stderr)
+    return config.output
+
+
+def _runs(paths: Sequence[Path]) -> dict[str, tuple[Path, Run]]:
+    """{id: (file, run)}. Raises `ConfigError` naming a run that is there twice, and for no runs."""
+    runs: dict[str, tuple[Path, Run]] = {}
+    for path in paths:
+        for run in run_lines(path):
+            if run["id"] in runs:
+                raise ConfigError(f"{path}: the run {run['id']!r} is there twice: give every file of runs once")
+            runs[run["id"]] = path, run
+    if not runs:
+        raise ConfigError("there is no run in --runs: give files of sysdpo_jax.cli.rollout")
+    return runs
+
+
+def _about(config: Config) -> dict[str, str]:
+    """What the scores depend on. Files of several processes have notes that say the same."""
+    sources = {file_digest(note_of(path)) if note_of(path).exists() else path.name for path in config.runs}
+    return {"runs": ", ".join(sorted(sources))} | about_scorer(config.scorer, config.judge)
+
+
+def main(arguments: list[str]) -> None:
+    """Score, and print the file."""
+    with user_errors():
+        config = parse_flags(Config, arguments, __doc__)
+        with locked_file(config.output):
+            print(score(config))
+
+
+if __name__ == "__main__":
+    with bounded_exit():
+        main(sys.argv[1:])

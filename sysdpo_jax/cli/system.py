@@ -1,0 +1,171 @@
+"""The system that a configuration describes, with its parameters and their optimiser."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from string import Formatter
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+import sysdpo_jax as sj
+from sysdpo_jax.cli.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.importing import built, call, import_function
+from sysdpo_jax.keys import named_key
+from sysdpo_jax.models.lora import LoRAError
+from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import name_of, shown, user_code
+
+Model = tuple[sj.Component, Params]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt made of the parents' values. chat: as the message of a user, which the chat template frames."""
+
+    text: str
+    names: tuple[str, ...]
+    chat: bool
+
+    def __call__(self, *values: Any) -> Any:
+        given = dict(zip(self.names, values, strict=True))
+        messages = [name for name, value in given.items() if not isinstance(value, str | int | float)]
+        if len(values) == 1 and messages and self.text == f"{{{self.names[0]}}}":
+            # Messages as they are.
+            return values[0]
+        if messages:
+            raise sj.RecordError(
+                f"{messages[0]!r} is no text, which the prompt {self.text!r} needs: leave the prompt out, or give text"
+            )
+        prompt = self.text.format(**given)
+        return [{"role": "user", "content": prompt}] if self.chat else prompt
+
+
+def build_system(config: TrainConfig, mesh: Mesh) -> tuple[sj.CompoundSystem, Params]:
+    """The system and its parameters on the mesh, LoRA factors included.
+
+    Raises `ConfigError` naming the field, `GraphError`, and `CheckpointError` for a checkpoint that cannot be read.
+    """
+    system = config.system
+    _check(system)
+    # The graph first: its errors should not wait for weights to be read.
+    sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+    models = {name: _model(name, component, config, mesh) for name, component in system.components.items()}
+    nodes = [_node(name, node, _component(name, node, models)) for name, node in system.nodes.items()]
+    return sj.CompoundSystem(system.inputs, tuple(nodes)), {name: params for name, (_, params) in models.items()}
+
+
+def build_optimizer(config: TrainConfig) -> SystemOptimizer:
+    """AdamW for every component that is trained; those with a learning rate of their own have it."""
+    components = config.system.components
+    return sj.make_optimizer({name: _optimizer(component, config.schedule) for name, component in components.items()})
+
+
+def _check(system: SystemConfig) -> None:
+    if not system.nodes:
+        raise ConfigError(
+            "system.nodes is empty: give --config my_run.yaml, or name the system's values and what each comes from"
+        )
+    for name, node in system.nodes.items():
+        if (node.component is None) == (node.tool is None):
+            raise ConfigError(f"system.nodes.{name}: give either a component or a tool")
+        if node.component is not None and node.component not in system.components:
+            known = ", ".join(system.components) or "none"
+            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {known}")
+    used = {node.component for node in system.nodes.values()}
+    for name, component in system.components.items():
+        if name not in used:
+            raise ConfigError(f"system.components.{name} is the component of no node: use it, or leave it out")
+        if (component.checkpoint is None) == (component.factory is None):
+            raise ConfigError(f"system.components.{name}: give either a checkpoint or a factory")
+
+
+def _node(name: str, node: NodeConfig, component: sj.Component) -> sj.Node:
+    return sj.Node(name, component, node.parents, node.component, node.plate, node.weight)
+
+
+def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.Component:
+    """The node's component, with its prompt where it has one."""
+    field = f"system.nodes.{name}"
+    if node.component is None:
+        if node.prompt is not None or node.chat or node.weight != 1.0:
+            raise ConfigError(f"{field} is a tool, which has no prompt, chat or weight: leave them out")
+        calls = {name: getattr(node, name) for name in CALLS}
+        return sj.Tool(import_function(node.tool or "", f"{field}.tool"), **calls)
+    given = [name for name in CALLS if getattr(node, name) != getattr(NodeConfig(), name)]
+    if given:
+        raise ConfigError(f"{field} is no tool, which alone has {', '.join(given)}: leave that out")
+    component = models[node.component][0]
+    if node.prompt is None and not node.chat:
+        return component
+    if not isinstance(component, sj.LanguageModel):
+        raise ConfigError(f"{field}: only a language model takes a prompt or chat, not a {type(component).__name__}")
+    if node.prompt is None and len(node.parents) != 1:
+        raise ConfigError(f"{field} has {len(node.parents)} parents: give a prompt that joins them")
+    text = f"{{{node.parents[0]}}}" if node.prompt is None else node.prompt
+    try:
+        wanted = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
+    except ValueError as error:
+        raise ConfigError(f"{field}.prompt {text!r} is no template ({error}): write braces as {{{{ and }}}}") from None
+    if not wanted or not wanted <= set(node.parents):
+        raise ConfigError(
+            f"{field}.prompt {text!r} must name parents in braces ({', '.join(node.parents)}): it names "
+            f"{', '.join(map(repr, sorted(wanted))) or 'none'}"
+        )
+    return replace(component, prompt=Template(text, node.parents, node.chat))
+
+
+def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> Model:
+    field = f"system.components.{name}"
+    settings = built(config.settings, f"{field}.settings")
+    key = named_key(jax.random.key(run.seed), name)
+    if config.checkpoint is None:
+        component, params = _of_factory(config.factory or "", settings, field, key)
+    else:
+        precision = {"dtype": run.dtype, "param_dtype": "float32" if config.mode == "full" else run.dtype}
+        common = {**precision, "remat": run.remat, "shardings": partial(sj.tree_shardings, mesh)}
+        try:
+            component, params = sj.pretrained.load(config.checkpoint, **(common | settings))
+        except TypeError as error:
+            # A setting that the component does not have.
+            raise ConfigError(f"{field}.settings: {error}") from error
+    if config.mode == "lora":
+        lora = sj.LoRA(config.lora.rank, config.lora.alpha, config.lora.targets)
+        try:
+            params = sj.add_lora(params, lora, key)
+        except LoRAError as error:
+            raise ConfigError(f"{field} (mode lora): {error}; or train it in mode full") from error
+    return component, params
+
+
+def _of_factory(factory: str, settings: Mapping[str, Any], field: str, key: PRNGKeyArray) -> Model:
+    """What a factory returns, with fresh parameters where it gives none."""
+    made = call(factory, settings, f"{field}.settings", f"{field}.factory")
+    pair = isinstance(made, tuple) and len(made) == 2
+    component, params = made if pair else (made, None)
+    if not isinstance(component, sj.Component) or isinstance(component, type) or (pair and params is None):
+        raise ConfigError(
+            f"{field}.factory: {factory} returned {shown({'value': made})}: return a component, or a pair of a "
+            "component and its parameters"
+        )
+    if not pair:
+        with user_code(f"{field}.factory: {name_of(type(component))}.init", ConfigError):
+            params = component.init(key)
+    return component, params
+
+
+def _optimizer(component: ComponentConfig, schedule: ScheduleConfig) -> sj.ComponentOptimizer:
+    if component.mode == "frozen":
+        return sj.FROZEN
+    peak = schedule.learning_rate if component.learning_rate is None else component.learning_rate
+    if schedule.warmup >= schedule.steps:
+        raise ConfigError(f"schedule.warmup {schedule.warmup} must be below schedule.steps {schedule.steps}: lower it")
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, schedule.warmup, schedule.steps)
+    adamw = optax.adamw(rate, weight_decay=schedule.weight_decay)
+    trainable = sj.LORA_TRAINABLE if component.mode == "lora" else ".*"
+    return sj.ComponentOptimizer(adamw, clip_norm=schedule.clip_norm, trainable=trainable)

@@ -1,0 +1,1 @@
+"""Diffusion and flow: noise schedules, weightings of timesteps, samplers."""

@@ -1,0 +1,285 @@
+"""Requests to an endpoint that speaks OpenAI's chat completions: their limits, and which are made again."""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import httpx
+import tenacity
+
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.evaluation.unscored import ScoreError
+
+# Worth another try, as all faults of the server (5xx) are: timeout, conflict, too early, too many requests.
+TRANSIENT = (408, 409, 425, 429)
+# Of one question: it is too long, or the server's filter does not let it through.
+OF_THE_QUESTION = (400, 413, 422)
+REMEDIES = {
+    401: "give a valid key in the environment variable {key}",
+    402: "pay the provider's account",
+    403: "give a key that may do this in the environment variable {key}",
+    404: "check judge.url and judge.model",
+    405: "check judge.url",
+}
+# What servers write in the place of a status, in `code` or `type` of an error: small letters, without "_" and "error".
+WORDS = {
+    "invalidrequest": 400,
+    "badrequest": 400,
+    "invalidargument": 400,
+    "invalidprompt": 400,
+    "contextlengthexceeded": 400,
+    "exceedcontextsize": 400,
+    "stringabovemaxlength": 400,
+    "contentfilter": 400,
+    "contentpolicyviolation": 400,
+    "requesttoolarge": 413,
+    "unprocessableentity": 422,
+    "authentication": 401,
+    "unauthorized": 401,
+    "unauthenticated": 401,
+    "invalidapikey": 401,
+    "insufficientquota": 402,
+    "billing": 402,
+    "permission": 403,
+    "permissiondenied": 403,
+    "notfound": 404,
+    "modelnotfound": 404,
+    "deploymentnotfound": 404,
+    "ratelimit": 429,
+    "ratelimitexceeded": 429,
+}
+# Bytes of an answer after decompression. A hundred thousand words of reasoning have less than a quarter of them.
+LONGEST_ANSWER = 4 * 2**20
+# Servers of which it was said in this process that they are waited for.
+_ANNOUNCED: set[str] = set()
+ENCODINGS = ("", "identity", "gzip", "deflate")
+# Seconds before the second try of a question, about twice as many before each next one, and at most.
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
+# Seconds after the first try of a question at which no other one begins.
+PATIENCE = 120.0
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Again(Exception):
+    """Worth another try, after `wait` seconds at the earliest. final: what is raised where no other one is made."""
+
+    def __init__(self, reason: str, wait: float = 0.0, final: ConfigError | None = None):
+        super().__init__(reason)
+        self.wait, self.final = wait, final
+
+
+class NoCompletionError(Exception):
+    """What came is no chat completion."""
+
+
+@dataclass(frozen=True)
+class ChatClient:
+    """Asks the server at `url`.
+
+    key: sent as it is, "" for none; it is replaced in all errors. key_name: the environment variable that it is from.
+    timeout: seconds in which a request must be answered whole. retries: of a question, which end after `PATIENCE`.
+    """
+
+    url: str
+    key: str = field(repr=False)
+    key_name: str
+    timeout: float
+    retries: int
+
+    def __post_init__(self) -> None:
+        try:
+            url = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"judge.url {self.url!r} is no address ({error}): mend it") from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ConfigError(f"judge.url is {self.url!r}: begin it with http:// or https:// and a host")
+        if not self.key.isascii() or not self.key.isprintable():
+            raise ConfigError(f"the environment variable {self.key_name} holds characters that no API key has")
+
+    @property
+    def endpoint(self) -> httpx.URL:
+        """Where questions go: below the address that OpenAI's client would be given."""
+        url = httpx.URL(self.url)
+        path = url.path.rstrip("/")
+        return url.copy_with(
+            path=path if path.endswith("/chat/completions") else f"{path or '/v1'}/chat/completions", fragment=None
+        )
+
+    def connections(self, parallel: int) -> httpx.AsyncClient:
+        """The connections that `ask` takes, to be closed. parallel: questions at a time."""
+        try:
+            return httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
+                # `ask` has one limit for the whole request.
+                timeout=None,
+                # They would take key and question to another server.
+                follow_redirects=False,
+                limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
+            )
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"the judge cannot be asked ({error}): check the variables of the proxy") from None
+
+    async def ask(self, connections: httpx.AsyncClient, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the answer, a JSON object. Where `read` raises `Again` the question is asked again.
+
+        Raises `ScoreError` for a question that the server refuses, and `ConfigError` for a server that fails.
+        """
+        data = json.dumps(body).encode()
+        backoff = tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT)
+        tries = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(Again),
+            wait=lambda state: max(backoff(state), _asked_wait(state)),
+            stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_before_delay(PATIENCE),
+            before_sleep=self._announce,
+        )
+        try:
+            return await tries(self._once, connections, data, read)
+        except tenacity.RetryError as error:
+            failed = self._failed(error.last_attempt)
+        except ConfigError as error:
+            failed = error
+        failed.args = (self._without_key(str(failed)),)
+        raise failed from None
+
+    def _announce(self, state: tenacity.RetryCallState) -> None:
+        """Say once of a client that it waits; what its tries come to in the end says an error."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        if self._shown not in _ANNOUNCED:
+            _ANNOUNCED.add(self._shown)
+            said = self._without_key(str(error))
+            logger.warning("the judge at %s does not answer (%s): asked again for up to two minutes", self._shown, said)
+
+    async def _once(self, connections: httpx.AsyncClient, data: bytes, read: Callable[[Any], T]) -> T:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        request = connections.stream("POST", self.endpoint, content=data, headers=headers)
+        try:
+            async with asyncio.timeout(self.timeout), request as response:
+                answer = await _whole(response)
+        except TimeoutError:
+            raise Again(f"no whole answer within {self.timeout:g} seconds, judge.timeout") from None
+        except httpx.RequestError as error:
+            raise Again(f"{type(error).__name__}: {error}".rstrip(": ")) from None
+        if not response.is_success:
+            raise self._fault(response.status_code, f"{response.status_code} {_said(answer)}", response.headers)
+        try:
+            completion = _as_object(answer)
+            if fault := completion.get("error"):
+                raise self._fault(_code(fault), f"an error as its answer, {_said(answer)}", response.headers)
+            return read(completion)
+        except NoCompletionError:
+            kind = response.headers.get("Content-Type", "of no type")
+            raise Again(f"what answers is no chat completion, but {kind}: {_said(answer)}; check judge.url") from None
+
+    def _fault(self, status: int, said: str, headers: Mapping[str, str]) -> Exception:
+        """What to raise for a status that is no success."""
+        if status in TRANSIENT or status >= 500:
+            wait = _retry_after(headers.get("Retry-After", ""))
+            return Again(said + (f", it asks to wait {wait:.0f} seconds" if wait > 0 else ""), wait)
+        if status < 400:
+            target = headers.get("Location", "nowhere")
+            return ConfigError(
+                f"the judge at {self._shown} redirects to {target!r}, where the key is not sent: give that address "
+                "as judge.url, if it is the judge's"
+            )
+        if status in OF_THE_QUESTION:
+            return ScoreError(
+                f"the judge at {self._shown} refuses the question: {said}; shorten or change what the template shows, "
+                "or check judge.model",
+                "the judge refused the question",
+            )
+        remedy = REMEDIES.get(status, "check judge.url, judge.model and the key").format(key=self.key_name)
+        return ConfigError(f"the judge at {self._shown} refuses: {said}; {remedy}")
+
+    def _failed(self, attempt: Any) -> ConfigError:
+        again, tries = attempt.exception(), attempt.attempt_number
+        if again.final is not None:
+            return again.final
+        return ConfigError(
+            f"the judge at {self._shown} fails after {tries} {'try' if tries == 1 else 'tries'} ({again}): try later, "
+            "scores are kept"
+        )
+
+    @property
+    def _shown(self) -> str:
+        """The address without what may be secret."""
+        return str(httpx.URL(self.url).copy_with(username=None, password=None, query=None, fragment=None))
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self.key, "...") if self.key else text
+
+
+async def _whole(response: httpx.Response) -> bytes:
+    encoding = response.headers.get("Content-Encoding", "").lower()
+    if encoding not in ENCODINGS:
+        raise Again(f"the answer is encoded as {encoding!r}, which was not asked for")
+    answer = bytearray()
+    async for part in response.aiter_bytes():
+        answer += part
+        if len(answer) > LONGEST_ANSWER:
+            raise ScoreError(
+                f"the judge's answer has more than {LONGEST_ANSWER} bytes and begins with {_said(bytes(answer))}: "
+                "limit it by judge.max_tokens, or check judge.url",
+                "the answer was too long",
+            )
+    return bytes(answer)
+
+
+def _as_object(answer: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        raise NoCompletionError from None
+    if not isinstance(found, dict):
+        raise NoCompletionError
+    # As some servers write errors: without an object of their own.
+    return {"error": found} if "choices" not in found and "message" in found else found
+
+
+def _code(error: Any) -> int:
+    """The status that an error inside a 200 names as a number or in a word, 500 where it names none."""
+    # A code says more than a type: "model_not_found", which is an "invalid_request_error".
+    names = (error.get("code"), error.get("type")) if isinstance(error, dict) else (error,)
+    for name in map(str, names):
+        if re.fullmatch("[45][0-9]{2}", name):
+            return int(name)
+        word = re.sub("[^a-z]", "", name.lower()).removesuffix("error")
+        if word in WORDS:
+            return WORDS[word]
+    return 500
+
+
+def _said(answer: bytes) -> str:
+    """The server's own words, where it has any, else the beginning of what came."""
+    try:
+        found = json.loads(answer)
+        error = found.get("error") or found
+        said = error if isinstance(error, str) else error["message"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        said = answer[:1000].decode(errors="replace")
+    return repr(str(said)[:300])
+
+
+def _asked_wait(state: tenacity.RetryCallState) -> float:
+    error = None if state.outcome is None else state.outcome.exception()
+    return error.wait if isinstance(error, Again) else 0.0
+
+
+def _retry_after(value: str) -> float:
+    """Seconds of the header, which has seconds or a date; 0 for one that is past or cannot be read."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    zoned = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max(0.0, (zoned - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,1 @@
+"""Placement on devices: the mesh, the rules of partitioning, several processes."""
