@@ -19,7 +19,7 @@ from experiments.collaboration.results import summarise
 from experiments.collaboration.run import RunConfig, SeedRun
 from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
-from experiments.common.command import claimed, parse, provenance, run_seeds
+from experiments.common.command import experiment_folder, parse, provenance, run_seeds
 from experiments.common.fit import FitConfig
 
 
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and table.md, print the table."""
     began = time.monotonic()
     config = parse(PRESETS, arguments, __doc__)
-    with claimed(config.folder, config.run):
+    with experiment_folder(config.folder, config.run):
         runs, figures = run_seeds(
             config.seeds, lambda seed, board: SeedRun(config.run, seed, config.folder / f"seed-{seed}", board)
         )

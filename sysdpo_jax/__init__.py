@@ -37,7 +37,7 @@ from sysdpo_jax.data import (
 )
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.graph import CompoundSystem, GraphError, Node
-from sysdpo_jax.models.lora import TRAINABLE as LORA_TRAINABLE
+from sysdpo_jax.models.lora import TRAINABLE as LORA_PARAMS
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
 from sysdpo_jax.training import (
@@ -56,8 +56,8 @@ from sysdpo_jax.training import (
     make_mesh,
     make_optimizer,
     make_train_step,
-    on_own_devices,
     precompute_reference,
+    replicate_per_process,
     tree_shardings,
 )
 
@@ -65,7 +65,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FROZEN",
-    "LORA_TRAINABLE",
+    "LORA_PARAMS",
     "Aux",
     "BeamSearch",
     "Categorical",
@@ -116,11 +116,11 @@ __all__ = [
     "make_optimizer",
     "make_pairs",
     "make_train_step",
-    "on_own_devices",
     "precompute_reference",
     "preference_dataset",
     "prepare_pairs",
     "pretrained",
+    "replicate_per_process",
     "rollout",
     "sampled_batch",
     "save_preferences",

@@ -171,7 +171,7 @@ class CompoundSystem:
         What is equal (a caption, an image) is encoded once. What is encoded already, and what has nothing to encode,
         comes back as it is. Further axes may lie before the rows' own: plates, both sides of a pair, intermediates.
         params: `frozen_params` at least, on one device or a mesh of this process. Of several processes each encodes its
-        own rows, with what `on_own_devices(system.frozen_params(params))` gives it.
+        own rows, with what `replicate_per_process(system.frozen_params(params))` gives it.
         """
         return encode_sides(self.nodes, params, [features])[0]
 

@@ -1,4 +1,4 @@
-"""One writer for a folder or a file: another is refused by name, and a dead one leaves nothing that must be mended."""
+"""One writer for a folder or a file: another is refused by name, and a dead one leaves nothing that must be fixed."""
 
 import errno
 import json

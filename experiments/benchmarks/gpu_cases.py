@@ -20,7 +20,7 @@ from experiments.scaling.shapes import (
     writer,
 )
 from sysdpo_jax import (
-    LORA_TRAINABLE,
+    LORA_PARAMS,
     Component,
     ComponentOptimizer,
     CompoundSystem,
@@ -89,7 +89,7 @@ class Case:
     @property
     def optimizer(self) -> SystemOptimizer:
         if self.lora_rank:
-            component = ComponentOptimizer(self.transformation, trainable=LORA_TRAINABLE)
+            component = ComponentOptimizer(self.transformation, trainable=LORA_PARAMS)
         else:
             component = ComponentOptimizer(self.transformation, master_weights=True)
         return make_optimizer({self.name: component})

@@ -1,4 +1,4 @@
-"""The small size: two tiny decoders, trained from scratch on arithmetic over facts, whose faults only both can mend."""
+"""The small size: two tiny decoders, trained from scratch on arithmetic over facts, whose faults only both can fix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -10,7 +10,7 @@ from experiments.collaboration import instructions
 from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Split
 from experiments.common.phases import Phases
 from experiments.common.weights import smollm2_file
-from sysdpo_jax import LORA_TRAINABLE, BeamSearch, CompoundSystem, LanguageModel, LoRA, Node, add_lora, pretrained
+from sysdpo_jax import LORA_PARAMS, BeamSearch, CompoundSystem, LanguageModel, LoRA, Node, add_lora, pretrained
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.typing import Params, Record
 
@@ -43,7 +43,7 @@ class SmolLMTask:
             every=1,
             min_margin=0.3,
             chunk_size=1,
-            trainable=LORA_TRAINABLE,
+            trainable=LORA_PARAMS,
         )
     )
 

@@ -47,7 +47,7 @@ def parse(presets: Mapping[str, C], arguments: Sequence[str], description: str |
 
 
 @contextmanager
-def claimed(folder: Path, run: Any) -> Iterator[None]:
+def experiment_folder(folder: Path, run: Any) -> Iterator[None]:
     """The folder belongs to one configuration, a dataclass: phases of another must not be taken for this one's.
 
     For the block it is this process's alone. Compilations are kept in it too: methods, seeds and starts compile the

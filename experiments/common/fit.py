@@ -40,8 +40,8 @@ def fit(
     def step(carry: PyTree, features: Features, index: Array) -> tuple[PyTree, Array]:
         params, state, average = carry
         batch_key, noise_key = jax.random.split(jax.random.fold_in(loop_key, index))
-        chosen = jax.random.randint(batch_key, (config.batch_size,), 0, rows)
-        batch = jax.tree.map(lambda x: x[chosen], features)
+        picked = jax.random.randint(batch_key, (config.batch_size,), 0, rows)
+        batch = jax.tree.map(lambda x: x[picked], features)
         loss, gradients = jax.value_and_grad(lambda p: -component.log_prob(p, batch, noise_key).mean())(params)
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)

@@ -1,4 +1,4 @@
-"""Supervised training of the reference system, on data with the faults that alignment is to mend.
+"""Supervised training of the reference system, on data with the faults that alignment is to fix.
 
 The language model sees only requests of the training split, and only a share of its answers is in order. The image
 model learns to draw adverbs too close to the middle, with noise, and with two of them exchanged.
@@ -61,20 +61,20 @@ def pictures(world: World, faults: Faults, number: int, seed: int) -> tuple[np.n
     shown = np.arange(len(ADVERBS))
     shown[list(faults.exchanged)] = shown[list(faults.exchanged[::-1])]
     shapes = rng.integers(len(world.objects), size=number)
-    chosen = rng.integers(len(world.attributes), size=number)
+    picked = rng.integers(len(world.attributes), size=number)
     levels = rng.integers(len(ADVERBS), size=number)
     values = {name: 0.5 + rng.uniform(-0.1, 0.1, number) for name in ATTRIBUTES}
     wanted = 0.5 + faults.contrast * (shown[levels] / (len(ADVERBS) - 1) - 0.5)
     drawn = np.clip(wanted + faults.noise * rng.standard_normal(number), 0, 1)
     for index, name in enumerate(world.attributes):
-        values[name] = np.where(chosen == index, drawn, values[name])
+        values[name] = np.where(picked == index, drawn, values[name])
     images = np.zeros((number, *render(world.objects[0], {name: np.zeros(1) for name in ATTRIBUTES}).shape[1:]))
     for index, shape in enumerate(world.objects):
         rows = shapes == index
         images[rows] = render(shape, {name: value[rows] for name, value in values.items()})
     articles = rng.choice(ARTICLES, number)
     captions = [
-        Caption(str(articles[i]), ADVERBS[levels[i]], world.attributes[chosen[i]], world.objects[shapes[i]]).text
+        Caption(str(articles[i]), ADVERBS[levels[i]], world.attributes[picked[i]], world.objects[shapes[i]]).text
         for i in range(number)
     ]
     return images, captions

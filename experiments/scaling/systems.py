@@ -21,7 +21,7 @@ from experiments.scaling.shapes import (
     writer,
 )
 from sysdpo_jax import (
-    LORA_TRAINABLE,
+    LORA_PARAMS,
     ComponentOptimizer,
     CompoundSystem,
     DirectObjective,
@@ -145,7 +145,7 @@ def fine_tuning(mode: Literal["full", "lora"], params: Params, state_dtype: Dtyp
     factors = {
         key: jax.eval_shape(partial(add_lora, lora=LORA), tree, key=jax.random.key(0)) for key, tree in params.items()
     }
-    component = ComponentOptimizer(optax.adamw(1e-5), trainable=LORA_TRAINABLE, state_dtype=state_dtype)
+    component = ComponentOptimizer(optax.adamw(1e-5), trainable=LORA_PARAMS, state_dtype=state_dtype)
     return factors, make_optimizer(dict.fromkeys(params, component))
 
 

@@ -236,7 +236,7 @@ def read_config(path: str | Path, kind: type[C]) -> C:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: give the YAML file of the run") from None
     except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is no YAML file ({' '.join(str(error).split())}): mend it") from None
+        raise ConfigError(f"{path} is no YAML file ({' '.join(str(error).split())}): fix it") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no mapping of fields: begin with, for example, 'system:'")
     _leave_out_unused(values)

@@ -51,7 +51,7 @@ def _count(tree: Params) -> int:
 def _decoded(run: Run, batch: PyTree, folder: Path) -> Iterator[str]:
     """The first values of a batch, turned back from what the models are given."""
     pair, sides = batch, []
-    frozen = sj.on_own_devices(run.system.frozen_params(run.params))
+    frozen = sj.replicate_per_process(run.system.frozen_params(run.params))
     if isinstance(batch, sj.SampledBatch):
         pair, sides = batch.outputs, [("intermediate", batch.intermediates)]
     for side, features in (*sides, ("chosen", pair.chosen), ("rejected", pair.rejected)):

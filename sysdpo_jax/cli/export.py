@@ -45,8 +45,8 @@ def export(config: Config) -> list[Path]:
     if not (config.directory / CONFIG).is_file():
         raise ConfigError(f"{config.directory} is no folder of a run ({CONFIG} is missing): give what it trained in")
     train = read_config(config.directory / CONFIG, TrainConfig)
-    chosen = [name for name, component in train.system.components.items() if component.mode != "frozen"]
-    if not chosen:
+    trained = [name for name, component in train.system.components.items() if component.mode != "frozen"]
+    if not trained:
         raise ConfigError(f"{config.directory}: no component of the run was trained")
     # On the devices that are here, whatever it was trained on, and where the folder is now.
     run = assemble(replace(train, directory=str(config.directory), mesh=MeshConfig()))
@@ -59,7 +59,7 @@ def export(config: Config) -> list[Path]:
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
     about = model_card(config.directory, run, step)
     written = []
-    for name in chosen:
+    for name in trained:
         folder = config.output / name
         # Nodes that share the model differ in their prompts only.
         model = next(node.component for node in run.system.nodes if node.params_key == name)

@@ -84,7 +84,7 @@ class HeldOut:
     def _own_runs(self, step: int, params: Params) -> list[tuple[int, Any]]:
         """(place, row) of the runs that this process makes; their images are written."""
         index, count = shard = jax.process_index(), jax.process_count()
-        own = sj.on_own_devices(params)
+        own = sj.replicate_per_process(params)
         about = {**self.about, "seed": str(self.seed), "made_by": self.made_by, "parameters": fingerprint(own)}
         begun = Begun(self.path(step), about)
         size, names = self.batch_size, [f"{p}-{s}" for p in range(len(self.prompts)) for s in range(self.samples)]
@@ -206,7 +206,7 @@ def _too_few_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
     unscored = len(pairs) - number - len(errors)
     said = [f"only {number} of {len(pairs)} runs have a score, and runs of two prompts are needed"]
     if errors:
-        said.append(f"a tool left {len(errors)} out (the first: {errors[0]}): mend the tool, or evaluation.prompts")
+        said.append(f"a tool left {len(errors)} out (the first: {errors[0]}): fix the tool, or evaluation.prompts")
     if unscored:
-        said.append(f"{unscored} were made and have no score: mend the scorer or the judge's template")
+        said.append(f"{unscored} were made and have no score: fix the scorer or the judge's template")
     return "; ".join(said)

@@ -51,7 +51,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
         config = replace(read_config(path / CONFIG, TrainConfig), directory=spec, mesh=MeshConfig())
         run = assemble(config)
         params, step = restored(run, checkpoint)
-        return Loaded(run.system, sj.on_own_devices(params), f"{_hash(identity_of(config))} step {step}")
+        return Loaded(run.system, sj.replicate_per_process(params), f"{_hash(identity_of(config))} step {step}")
     if not path.exists() and ":" in spec:
         return Loaded(*_made_by(spec), spec)
     config = read_config(path, TrainConfig)

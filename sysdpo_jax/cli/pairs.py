@@ -67,9 +67,9 @@ def make_pairs(config: Config) -> str:
     lines, lone, tied = [], 0, 0
     for group in groups.values():
         values = np.array([value for value, _ in group], np.float64)
-        chosen = preferred(values, config.pairs, config.min_margin, config.ties)
-        lone += not chosen
-        for better, worse in chosen:
+        pairs = preferred(values, config.pairs, config.min_margin, config.ties)
+        lone += not pairs
+        for better, worse in pairs:
             tied += values[better] == values[worse]
             first, second = group[better][1], group[worse][1]
             lines.append({"inputs": first["inputs"], "chosen": first["outputs"], "rejected": second["outputs"]})

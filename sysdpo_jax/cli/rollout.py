@@ -119,7 +119,7 @@ def _chunk(
 ) -> list[tuple[str, Any]]:
     """`run_batches` of one chunk, with the ids of the runs; of prompts that a tool refuses, the refusal alone.
 
-    Those prompts are to be mended, to which a file of runs would hold the command. Raises `RecordError` naming the
+    Those prompts are to be fixed, to which a file of runs would hold the command. Raises `RecordError` naming the
     chunk.
     """
     part, size = prompts[start : start + config.chunk], config.chunk * config.samples

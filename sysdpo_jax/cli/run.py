@@ -125,7 +125,7 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
         _refuse_others(folder / DATA, asdict(DataConfig()) | noted, about)
 
 
-def claim(run: Run, about: Mapping[str, Any]) -> None:
+def check_run_dir(run: Run, about: Mapping[str, Any]) -> None:
     """Note the configuration and the data in the run's folder: once nothing can refuse the run any more."""
     folder = Path(run.config.directory)
     write_config(folder / CONFIG, run.config)
@@ -190,7 +190,7 @@ def read_preferences(run: Run) -> sj.Preferences:
         split=data.split,
         on_error=data.on_error,
         ignore=data.ignore,
-        params=sj.on_own_devices(run.system.frozen_params(run.params)),
+        params=sj.replicate_per_process(run.system.frozen_params(run.params)),
         cache=prepared_folder(run.config.prepared_cache, Path(run.config.directory)),
         tool_values=Path(run.config.directory) / TOOL_VALUES,
         progress=_rate(),

@@ -167,5 +167,5 @@ def _optimizer(component: ComponentConfig, schedule: ScheduleConfig) -> sj.Compo
         raise ConfigError(f"schedule.warmup {schedule.warmup} must be below schedule.steps {schedule.steps}: lower it")
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, schedule.warmup, schedule.steps)
     adamw = optax.adamw(rate, weight_decay=schedule.weight_decay)
-    trainable = sj.LORA_TRAINABLE if component.mode == "lora" else ".*"
+    trainable = sj.LORA_PARAMS if component.mode == "lora" else ".*"
     return sj.ComponentOptimizer(adamw, clip_norm=schedule.clip_norm, trainable=trainable)

@@ -26,7 +26,7 @@ from sysdpo_jax.cli.run import (
     Run,
     assemble,
     check_first,
-    claim,
+    check_run_dir,
     describe_data,
     make_batches,
     make_trainer,
@@ -64,7 +64,7 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
 
     def accepted() -> None:
         nonlocal begun
-        claim(run, about)
+        check_run_dir(run, about)
         begun = True
 
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)

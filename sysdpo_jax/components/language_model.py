@@ -108,7 +108,7 @@ class LanguageModel(Component):
         end is there already or the completion fills max_new_tokens, where `sample` stops too. After messages that is
         the token that closes a turn of the chat template if there is one, else the end-of-sequence token.
         Raises `RecordError` for a text of another kind, one without room, what the chat template refuses, and tokens
-        that the decoder has not.
+        that the decoder does not have.
         """
         prompts = self._prompts(parents, len(values))
         tokens = np.full((len(values), self.max_prompt_length + self.max_new_tokens), self._pad, np.int32)

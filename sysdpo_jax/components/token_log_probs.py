@@ -64,8 +64,8 @@ def number_of_chunks(rows: int, width: int, vocab: int) -> int:
 def _log_probs(head: Head, params: PyTree, hidden: Array, targets: Array) -> Array:
     logits = head(params, hidden)
     # A comparison: a gather's gradient scatters into another array of logits, and a mesh may cut the vocabulary.
-    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
+    return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _cut(x: Array, size: int) -> Array:

@@ -50,8 +50,8 @@ class EpochBatches:
     rows_at: Callable[[int], Int[np.ndarray, "batch"]]
 
     def __call__(self, step: int) -> PyTree:
-        chosen = self.rows_at(step)
-        return jax.tree.map(lambda x: x[chosen], self.data)
+        rows = self.rows_at(step)
+        return jax.tree.map(lambda x: x[rows], self.data)
 
 
 def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> EpochBatches:

@@ -149,8 +149,8 @@ class Ranked:
                 raise RecordError(f"the field 'scores' has {score!r} at place {place}: give finite numbers")
         inputs = row["inputs"] if isinstance(row["inputs"], Mapping) else {only_names(system).input: row["inputs"]}
         sides = [side if isinstance(side, Mapping) else {only_names(system).output: side} for side in outputs]
-        chosen = preferred(np.array(scores, np.float64), self.pairs, self.min_margin)
-        return [PreferenceRecord(_present(inputs), _present(sides[a]), _present(sides[b])) for a, b in chosen]
+        pairs = preferred(np.array(scores, np.float64), self.pairs, self.min_margin)
+        return [PreferenceRecord(_present(inputs), _present(sides[a]), _present(sides[b])) for a, b in pairs]
 
 
 READERS: dict[str, Reader] = {

@@ -230,8 +230,8 @@ class SearchedBatches:
     in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is longer than
     an epoch.
     shard: (index, count) as `batch_shard(mesh)` says for this process, which draws for its own rows on its own devices
-    (see `on_own_devices`); a run may go on with another count. Draws without noise, such as a language model's beams,
-    are the same for every count.
+    (see `replicate_per_process`); a run may go on with another count. Draws without noise, such as a language model's
+    beams, are the same for every count.
     Values must be strings, numbers, or arrays of one shape. Raises `RecordError` naming the row for records that hold
     intermediates or lack an input or a final value, `GraphError` for a system without intermediates, and `ValueError`
     for a number below 1, fewer rows than a batch, or processes that do not have a shard each.
@@ -272,7 +272,7 @@ class SearchedBatches:
         return epoch_rows(len(self.records), self.batch_size, self.seed, self.shard)
 
     def fingerprint(self) -> dict[str, str]:
-        """What a run that goes on must have in every process: final values may be mended between two starts."""
+        """What a run that goes on must have in every process: final values may be fixed between two starts."""
         rows = [content(record.inputs) for record in self.records]
         return {**describe("batches", self), "records": hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 

@@ -135,7 +135,7 @@ def load_preferences(
         reader: A name in `formats.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
             "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
         params: Of the system, `{params_key: tree}`: its frozen parts encode. Of several processes each gives the whole
-            frozen parts on its own devices, see `on_own_devices`.
+            frozen parts on its own devices, see `replicate_per_process`.
         split: Of a folder or hub name.
         on_error: "skip" leaves rows with errors out and counts them by reason, as a tool's own on_error does for rows
             that it fails.

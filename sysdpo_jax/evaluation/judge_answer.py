@@ -122,13 +122,13 @@ class Form:
                 else "a number"
             )
             raise ScoreError(
-                f"the judge's answer has no score; it ends with {_end(answer)}, expected is {expected}: mend the "
+                f"the judge's answer has no score; it ends with {_end(answer)}, expected is {expected}: fix the "
                 "template, or see judge.answer",
                 "the answer had no score",
             )
         if not self.low <= score <= self.high:
             raise ScoreError(
-                f"the judge's score is {score:g}, outside of {self.low:g} to {self.high:g}: mend the template or "
+                f"the judge's score is {score:g}, outside of {self.low:g} to {self.high:g}: fix the template or "
                 "judge.range",
                 "the score was out of range",
             )

@@ -99,7 +99,7 @@ class ChatClient:
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"judge.url {self.url!r} is no address ({error}): mend it") from None
+            raise ConfigError(f"judge.url {self.url!r} is no address ({error}): fix it") from None
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(f"judge.url is {self.url!r}: begin it with http:// or https:// and a host")
         if not self.key.isascii() or not self.key.isprintable():

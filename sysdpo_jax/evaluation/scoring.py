@@ -52,9 +52,9 @@ def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
         number = float(score)
     except Exception:
         # Whatever it is, it has a way of its own to become a number.
-        raise ScoreError(f"the score of run {name} is {score!r}, no number: mend the scorer") from None
+        raise ScoreError(f"the score of run {name} is {score!r}, no number: fix the scorer") from None
     if not np.isfinite(number):
-        raise ScoreError(f"the score of run {name} is {number}: mend the scorer, or leave the run out")
+        raise ScoreError(f"the score of run {name} is {number}: fix the scorer, or leave the run out")
     return number
 
 

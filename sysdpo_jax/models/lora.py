@@ -66,7 +66,7 @@ class LoRA:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise LoRAError(f"LoRA target {pattern!r} is no regular expression ({error}): mend it") from None
+                raise LoRAError(f"LoRA target {pattern!r} is no regular expression ({error}): fix it") from None
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -90,8 +90,8 @@ def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "
     for a layer that has factors already.
     """
     flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
-    chosen = _targets(flat, lora)
-    for path, layer_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+    matched = _targets(flat, lora)
+    for path, layer_key in zip(matched, jax.random.split(key, len(matched)), strict=True):
         if f"{path}/lora_a" in flat:
             raise LoRAError(f"{path} carries LoRA already: merge_lora or strip_lora first, or target other layers")
         *stack, width, features = flat[f"{path}/kernel"].shape
@@ -137,7 +137,7 @@ def _targets(flat: Mapping[str, Any], lora: LoRA) -> list[str]:
     """The sorted paths of the dense layers that the patterns find."""
     dense = [path.removesuffix("/kernel") for path, leaf in flat.items() if _is_dense(path, leaf)]
     apart = APART if any(path.startswith("denoiser/") for path in flat) else ()
-    chosen: set[str] = set()
+    matched: set[str] = set()
     for pattern in lora.patterns:
         regex = TARGETS.get(pattern, pattern)
         left = tuple(entry for entry in apart if not pattern.startswith(f"^{entry}"))
@@ -151,8 +151,8 @@ def _targets(flat: Mapping[str, Any], lora: LoRA) -> list[str]:
                 f"LoRA target {pattern!r} finds no dense layer{carried}. Dense layers here are, for example, "
                 f"{', '.join(sorted(examples.values())[:8]) or 'none at all'}; the named sets are {', '.join(TARGETS)}"
             )
-        chosen |= set(found)
-    return sorted(chosen)
+        matched |= set(found)
+    return sorted(matched)
 
 
 def _is_dense(path: str, leaf: Any) -> bool:

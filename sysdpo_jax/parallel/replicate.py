@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from sysdpo_jax.parallel.sharding import AXES, ShardingError, tree_shardings
 
 
-def on_own_devices(params: PyTree) -> PyTree:
+def replicate_per_process(params: PyTree) -> PyTree:
     """The same numbers where this process alone can compute with them; in one process `params` as they are.
 
     Of arrays that lie on several processes each process gets the whole, cut over its own devices of the mesh as their

@@ -176,8 +176,8 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
         rows = shape[0] if rows is None else rows
         if shape[0] != rows:
             raise ShardingError(
-                f"batch leaf {name!r} of shape {list(shape)} has not the {rows} rows of those before it: give all "
-                "leaves the same rows"
+                f"batch leaf {name!r} of shape {list(shape)} does not have the {rows} rows of those before it: give "
+                "all leaves the same rows"
             )
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)

@@ -60,6 +60,6 @@ def trained_beside(
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise CheckpointError(
             f"an adapter has no place for what was trained beside its factors: {', '.join(refused[:3])}{more} differ "
-            f"from {source.path}. Write the whole model with save, or train the factors alone (LORA_TRAINABLE)"
+            f"from {source.path}. Write the whole model with save, or train the factors alone (LORA_PARAMS)"
         )
     return kept

@@ -106,9 +106,9 @@ class GGUFTensors:
         tensor = self._tensors[name]
         rows, rest = (index[0], index[1:]) if index else (slice(None), ())
         projection = re.search(r"self_attn\.([qk])_proj", name)
-        chosen = rows if projection is None else _hf_rows(len(tensor.data), self._heads[projection[1]])[rows]
+        picked = rows if projection is None else _hf_rows(len(tensor.data), self._heads[projection[1]])[rows]
         try:
-            values = self._package.dequantize(tensor.data[chosen], tensor.tensor_type)
+            values = self._package.dequantize(tensor.data[picked], tensor.tensor_type)
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise CheckpointError(

@@ -190,13 +190,13 @@ def _block(
     if parts[0].layer is None:
         [tensor] = parts
         return tensor.to_ours(source.read(stored[tensor.name], tensor.index(index))).astype(dtype, copy=False)
-    chosen = parts[index[0]]
+    layers = parts[index[0]]
     made: np.ndarray | None = None
-    for place, tensor in enumerate(chosen):
+    for place, tensor in enumerate(layers):
         # Layer by layer: each may be stored in a precision of its own.
         layer = tensor.to_ours(source.read(stored[tensor.name], tensor.index(index[1:])))
         if made is None:
-            made = np.empty((len(chosen), *layer.shape), dtype)
+            made = np.empty((len(layers), *layer.shape), dtype)
         made[place] = layer
     assert made is not None
     return made

@@ -2,7 +2,7 @@
 
 from sysdpo_jax.manifest import CheckpointMismatchError
 from sysdpo_jax.parallel.distributed import initialize
-from sysdpo_jax.parallel.replicate import on_own_devices
+from sysdpo_jax.parallel.replicate import replicate_per_process
 from sysdpo_jax.parallel.sharding import ShardingError, batch_shard, make_mesh, tree_shardings
 from sysdpo_jax.training.checkpoints import Checkpoints, CorruptCheckpointError
 from sysdpo_jax.training.describe import describe_sharding
@@ -43,9 +43,9 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_train_step",
-    "on_own_devices",
     "precompute_reference",
     "progress",
     "read_metrics",
+    "replicate_per_process",
     "tree_shardings",
 ]

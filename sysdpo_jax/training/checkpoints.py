@@ -206,7 +206,7 @@ class Checkpoints:
         if damaged or self.set_aside:
             names = [*map(str, damaged), *(path.name for path in self.set_aside)]
             raise CorruptCheckpointError(
-                f"{self.directory} has no checkpoint that can be used, {', '.join(names)} are damaged: mend one and "
+                f"{self.directory} has no checkpoint that can be used, {', '.join(names)} are damaged: fix one and "
                 "give it its number as name, or train in another directory"
                 + "".join(f"\n  {problem}" for problem in damaged.values())
             )

@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from sysdpo_jax.training.events import Events
+from sysdpo_jax.training.metric_warnings import MetricWarnings
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.throughput import Meter, Throughput
 from sysdpo_jax.training.tracker import Tracker
-from sysdpo_jax.training.watch import Watch
 
 # How the names of figures begin that an evaluation measured.
 EVALUATED = "eval/"
@@ -55,11 +55,11 @@ class MetricsLog:
 
     start: the step that the run continues with; rows of it and later ones, left by a run that was killed after its last
     checkpoint, are removed, and TensorBoard is told to hide them; what was evaluated at a saved `start` stays.
-    A value that is not finite is written as null. What `Watch` warns of is in the row, as "warnings", and on standard
-    error.
+    A value that is not finite is written as null. What `MetricWarnings` warns of is in the row, as "warnings", and on
+    standard error.
     wandb: what wandb.init takes, such as {"project": "aligned"}, to send the scalars to Weights & Biases too: a run
     that goes on does so there. None: wandb is not imported. Raises `ImportError` when it is asked for and absent.
-    nodes: the system's, of which `Watch` looks at the figures.
+    nodes: the system's, of which `MetricWarnings` looks at the figures.
     metrics.jsonl is what counts: a row that it does not take is a `MetricsWriteError`. The other two end with a warning
     where they fail, see `Events` and `Tracker`.
     """
@@ -72,7 +72,7 @@ class MetricsLog:
         self._tracker = None if wandb is None else Tracker(path.parent, wandb)
         rows = _truncate(path, start)
         self.evaluations = [row for row in rows if _evaluated(row)]
-        self._watch = Watch(nodes, rows)
+        self._watch = MetricWarnings(nodes, rows)
         # Without a buffer: what a full disk did not take must not be written again when the file is closed.
         self._file = path.open("ab", buffering=0)
         self._events = Events(path.parent, start)

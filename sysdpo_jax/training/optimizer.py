@@ -111,7 +111,7 @@ class SystemOptimizer:
             if component.mode != "frozen" and not any(jax.tree.leaves(masks[key])):
                 besides = f" beside its frozen parts {', '.join(frozen)}" if frozen else ""
                 raise OptimizerError(
-                    f"trainable={component.trainable!r} matches no parameter of {key!r}{besides}: mend the pattern or "
+                    f"trainable={component.trainable!r} matches no parameter of {key!r}{besides}: fix the pattern or "
                     "use FROZEN"
                 )
         return masks

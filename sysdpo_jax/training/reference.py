@@ -90,8 +90,8 @@ def _log_probs(
     slices = []
     for start in range(0, rows, batch_size):
         # Padded with the last row, so that one shape is compiled.
-        chosen = np.minimum(np.arange(start, start + batch_size), rows - 1)
-        part = place_batch(mesh, jax.tree.map(lambda x, chosen=chosen: x[chosen], features))
+        picked = np.minimum(np.arange(start, start + batch_size), rows - 1)
+        part = place_batch(mesh, jax.tree.map(lambda x, picked=picked: x[picked], features))
         slices.append(np.asarray(_log_prob(system, node, mesh, params, part, jax.random.key(0))))
     return np.concatenate(slices)[:rows].astype(np.float32)
 

@@ -9,13 +9,13 @@ from jaxtyping import PyTree
 from sysdpo_jax.batch import encode_batch
 from sysdpo_jax.data.batches import EpochBatches
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.parallel.replicate import on_own_devices
+from sysdpo_jax.parallel.replicate import replicate_per_process
 from sysdpo_jax.typing import Params
 
 
 def encoder(system: CompoundSystem, params: Params) -> Callable[[PyTree], PyTree]:
     """`encode_batch` by the frozen entries of `params`, on this process's own devices; all processes must call this."""
-    return partial(encode_batch, system, on_own_devices(system.frozen_params(params)))
+    return partial(encode_batch, system, replicate_per_process(system.frozen_params(params)))
 
 
 def encoded(batch_at: Callable[[int], PyTree], encode: Callable[[PyTree], PyTree]) -> Callable[[int], PyTree]:

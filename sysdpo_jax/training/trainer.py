@@ -22,7 +22,7 @@ from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import as_text, describe
 from sysdpo_jax.objectives.direct import DirectObjective
 from sysdpo_jax.objectives.objective import Objective
-from sysdpo_jax.parallel.replicate import on_own_devices
+from sysdpo_jax.parallel.replicate import replicate_per_process
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError, require_metric
@@ -260,11 +260,11 @@ class Trainer:
 
         It is asked for the steps start, start + 1, ... while `stack` is open. params: whose frozen entries encode.
         """
-        own = on_own_devices(self.system.frozen_params(params))
+        own = replicate_per_process(self.system.frozen_params(params))
         encode = encoder(self.system, own)
         if isinstance(batch_at, SearchedBatches):
             search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
-            drawn = lambda step, state: search.batch(step, lambda: on_own_devices(state.params))  # noqa: E731
+            drawn = lambda step, state: search.batch(step, lambda: replicate_per_process(state.params))  # noqa: E731
             return lambda step, state: encode(drawn(step, state)), search.forget
         if callable(batch_at):
             given = encoded(batch_at, encode)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from experiments.common.command import claimed
+from experiments.common.command import experiment_folder
 from experiments.progressive.align import AlignConfig
 from sysdpo_jax.cli import pairs as make_pairs
 from sysdpo_jax.cli import rollout, score
@@ -34,7 +34,10 @@ def test_an_output_that_another_process_writes_is_refused(tmp_path, capsys, comm
 def test_an_experiments_folder_is_one_commands(tmp_path):
     config = AlignConfig(steps=1)
     with held("locked_folder", tmp_path / "a") as process:
-        with pytest.raises(SystemExit, match=f"is in use by process {process.pid}"), claimed(tmp_path / "a", config):
+        with (
+            pytest.raises(SystemExit, match=f"is in use by process {process.pid}"),
+            experiment_folder(tmp_path / "a", config),
+        ):
             pass
         assert not (tmp_path / "a" / "config.json").exists()
 

@@ -87,7 +87,7 @@ def test_the_ready_configurations_are_valid(path):
         "twice": (
             "system: {nodes: {a: {}, a: {}}}",
             "{} is no YAML file ('a' stands there twice in \"<unicode string>\", line 1, column 17: "
-            "system: {nodes: {a: {}, a: {}}} ^): mend it",
+            "system: {nodes: {a: {}, a: {}}} ^): fix it",
         ),
         "list": ("- 1", "{} holds no mapping of fields: begin with, for example, 'system:'"),
     }.values(),

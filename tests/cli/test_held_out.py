@@ -104,10 +104,10 @@ def test_runs_without_a_score_leave_their_pair_out(tmp_path):
     assert 0 < both.sum() < 32
     assert found["score"] == pytest.approx(after[both].mean())
     assert (found["runs"], found["unscored"]) == (both.sum(), 32 - both.sum())
-    with pytest.raises(ScoreError, match="is nan: mend the scorer"):
+    with pytest.raises(ScoreError, match="is nan: fix the scorer"):
         held_out(tmp_path / "stop", even).measure(0, params(0))
     said = (
-        r"only 0 of 32 runs have a score, .*; 32 were made and have no score: mend the scorer or the judge's template$"
+        r"only 0 of 32 runs have a score, .*; 32 were made and have no score: fix the scorer or the judge's template$"
     )
     with pytest.raises(ScoreError, match=said):
         held_out(tmp_path / "none", lambda run: None, skip=True).measure(0, params(0))

@@ -290,8 +290,8 @@ def test_an_evaluation_with_too_few_scores_says_who_left_runs_out(place, monkeyp
     said = capsys.readouterr().err
     assert "the evaluation at step 0: only 1 of 5 runs have a score, and runs of two prompts are needed; " in said
     tools = "node 'kind': the tool users_own:kind for q='a' failed (ValueError: 0)"
-    assert re.search(rf"a tool left 4 out \(the first: .*{re.escape(tools)}.*\): mend the tool, or evaluation", said)
-    assert "mend the scorer" not in said
+    assert re.search(rf"a tool left 4 out \(the first: .*{re.escape(tools)}.*\): fix the tool, or evaluation", said)
+    assert "fix the scorer" not in said
 
 
 def test_how_a_tool_is_called_may_change_when_training_goes_on(place):

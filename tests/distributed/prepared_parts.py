@@ -21,8 +21,8 @@ from sysdpo_jax import (
     load_preferences,
     make_mesh,
     make_optimizer,
-    on_own_devices,
     preference_dataset,
+    replicate_per_process,
 )
 from sysdpo_jax.data import preferences
 from tests.data.prepared_systems import pictures
@@ -47,7 +47,7 @@ def main(folder: Path, number: int, port: str, process: int) -> None:
     params = system.init(jax.random.key(0))
     optimizer = make_optimizer({"image": ComponentOptimizer(optax.sgd(1.0))})
     state = create_state(system, params, optimizer, mesh)
-    own = on_own_devices(system.frozen_params(state.params))
+    own = replicate_per_process(system.frozen_params(state.params))
     found = load_preferences(folder / "pictures.jsonl", system, params=own, cache=folder / f"cache-{number}")
     features = [found.rows.features(row) for row in range(len(found))]
     whole = preference_dataset(system, found, 4, seed=0)

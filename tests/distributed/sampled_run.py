@@ -28,7 +28,7 @@ from sysdpo_jax import (
     initialize,
     make_mesh,
     make_optimizer,
-    on_own_devices,
+    replicate_per_process,
     tree_shardings,
 )
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -65,14 +65,14 @@ def compared(params) -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = {}
     for name, mesh in meshes.items():
         placed = jax.tree.map(placed_on, params, tree_shardings(mesh, params))
-        own = on_own_devices(placed)
+        own = replicate_per_process(placed)
         pairs = list(zip(jax.tree.leaves(own), jax.tree.leaves(placed), strict=True))
         kernel = own["draft"]["embed_tokens"]["embedding"]
         found[name] = {
             "same": all(np.array_equal(x, multihost_utils.process_allgather(y, tiled=True)) for x, y in pairs),
             "own": all(x.sharding.device_set <= set(jax.local_devices()) for x, _ in pairs),
             "part": list(kernel.addressable_shards[0].data.shape),
-            "again": on_own_devices(own) is own,
+            "again": replicate_per_process(own) is own,
         }
     return found
 

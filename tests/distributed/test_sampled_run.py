@@ -195,5 +195,5 @@ def test_a_scorer_that_fails_in_one_process_ends_both(material, tmp_path):
     scorer = "tests.distributed.sampled_run:red_on_process_0"
     ended = started(2, ["-c", TRAIN], [*flags, "--evaluation.scorer", scorer])
     assert ended[1][0] == 1
-    assert "the score of run 1-1 is 'no score', no number: mend the scorer" in ended[1][2]
+    assert "the score of run 1-1 is 'no score', no number: fix the scorer" in ended[1][2]
     assert ended[0][0] != 0

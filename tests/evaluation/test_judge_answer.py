@@ -88,7 +88,7 @@ def test_answers_without_a_score(answer):
 @pytest.mark.parametrize("answer", ["-3", "\N{MINUS SIGN}3", "10.5", "1e400", '{"score": 1e400}'])
 @pytest.mark.parametrize("form", ["stated", "last_number"])
 def test_scores_out_of_range(answer, form):
-    with pytest.raises(ScoreError, match=r"outside of 0 to 10: mend the template or judge\.range"):
+    with pytest.raises(ScoreError, match=r"outside of 0 to 10: fix the template or judge\.range"):
         Form(form, 0.0, 10.0).score(answer)
 
 

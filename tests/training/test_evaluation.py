@@ -154,7 +154,7 @@ def test_a_bad_step_is_found_before_the_state_is_measured(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_figure_that_is_not_finite_is_named(tmp_path, value):
-    with pytest.raises(EvaluationError, match=f"the evaluation at step 2 gave {value} for 'eval/score': mend"):
+    with pytest.raises(EvaluationError, match=f"the evaluation at step 2 gave {value} for 'eval/score': fix"):
         trainer(tmp_path, Measured([0.1, value])).fit(fresh(), BATCH_AT, 4, KEY)
     assert evaluated(tmp_path) == {0: 0.1}
     assert steps_of(tmp_path) == [0, 2]

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from sysdpo_jax import (
     FROZEN,
-    LORA_TRAINABLE,
+    LORA_PARAMS,
     ComponentOptimizer,
     CompoundSystem,
     LanguageModel,
@@ -195,7 +195,7 @@ def test_lora_needs_no_gradients_of_the_other_weights():
         grow = lambda tree: add_lora(tree, LoRA(rank, 4.0, "mlp"), jax.random.key(0))  # noqa: E731
         return params | {"draft": jax.eval_shape(grow, params["draft"])}
 
-    lora = ComponentOptimizer(optax.sgd(0.1), trainable=LORA_TRAINABLE)
+    lora = ComponentOptimizer(optax.sgd(0.1), trainable=LORA_PARAMS)
     counted = step({"draft": lora, "other": FROZEN}, PairBatch(side, side), add)["draft"]
     # Two thin products at each of the three layers of the feed-forward.
     widths = 3 * (CONFIG.hidden_size + CONFIG.intermediate_size)

@@ -22,7 +22,7 @@ from sysdpo_jax.training import (
     make_train_step,
     read_metrics,
 )
-from sysdpo_jax.training.watch import SHARE, WINDOW, Watch
+from sysdpo_jax.training.metric_warnings import SHARE, WINDOW, MetricWarnings
 from tests.training.systems import CHAIN, pairs
 
 KEY = jax.random.key(3)
@@ -79,7 +79,7 @@ def row(step, a=1.0, b=1.0, chosen=0.5):
 
 
 def given(rows, watch=None):
-    watch = watch or Watch("ab")
+    watch = watch or MetricWarnings("ab")
     return {r["step"]: texts for r in rows if (texts := watch.see(r))}
 
 
@@ -107,8 +107,8 @@ def test_falling_likelihood_is_told_once_it_stays_below_zero():
         "probability than the reference does, in 'b': add an sft term for the node, lower the learning rate, or raise "
         "beta"
     ]
-    assert given(rows[20:], Watch("ab", rows[:20])) == {}
-    assert list(given(rows[10:], Watch("ab", rows[:10]))) == [14]
+    assert given(rows[20:], MetricWarnings("ab", rows[:20])) == {}
+    assert list(given(rows[10:], MetricWarnings("ab", rows[:10]))) == [14]
     unknown = [row(k, chosen=-0.1) | ({"rewards/chosen": None} if k == 5 else {}) for k in range(WINDOW)]
     assert given([*unknown, {"step": 10, "eval/x": 1.0}]) == {}
 

@@ -116,5 +116,5 @@ def test_nodes_that_share_a_tree_keep_what_either_of_them_declares_frozen():
 
 def test_a_pattern_of_frozen_parts_alone_is_refused_with_their_names():
     optimizer = make_optimizer({"a": ComponentOptimizer(optax.sgd(0.1), trainable="^codec/"), "b": FROZEN, "c": FROZEN})
-    with pytest.raises(OptimizerError, match="'a' beside its frozen parts codec: mend the pattern"):
+    with pytest.raises(OptimizerError, match="'a' beside its frozen parts codec: fix the pattern"):
         create_state(CODED, CODED.init(KEY), optimizer)

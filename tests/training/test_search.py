@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from sysdpo_jax import (
-    LORA_TRAINABLE,
+    LORA_PARAMS,
     BeamSearch,
     Categorical,
     ComponentOptimizer,
@@ -258,7 +258,7 @@ def test_language_models_compile_once_and_resume_bit_for_bit(tmp_path):
     start["draft"] = add_lora(start["draft"], LoRA(rank=2, alpha=4.0, targets="attention"), jax.random.key(1))
     optimizer = make_optimizer(
         {
-            "draft": ComponentOptimizer(optax.adam(0.01), trainable=LORA_TRAINABLE),
+            "draft": ComponentOptimizer(optax.adam(0.01), trainable=LORA_PARAMS),
             "answer": ComponentOptimizer(optax.adam(0.01)),
         }
     )

@@ -9,10 +9,10 @@ import numpy as np
 # Rows that a warning looks back on, and the share of the margin that a node may carry.
 WINDOW = 10
 SHARE = 0.95
-MARGINS, WINNERS = "rewards/margins/", "rewards/chosen/"
+MARGINS, CHOSEN = "rewards/margins/", "rewards/chosen/"
 
 
-class Watch:
+class MetricWarnings:
     """Looks at the last rows and gives each warning once in a run.
 
     nodes: whose figures to look for in the rows. history: the rows of the run so far.
@@ -57,7 +57,7 @@ class Watch:
         values = self._values("rewards/chosen")
         if not (values < 0).all():
             return None
-        nodes = [name for name in self._with(WINNERS) if self._values(f"{WINNERS}{name}").mean() < 0]
+        nodes = [name for name in self._with(CHOSEN) if self._values(f"{CHOSEN}{name}").mean() < 0]
         return (
             f"{self._where}: rewards/chosen is below 0, {values.mean():.3g} in the mean: the policy gives the chosen "
             f"values less probability than the reference does, in {', '.join(map(repr, nodes)) or 'no single node'}: "
