@@ -9,7 +9,7 @@ from jaxtyping import Array
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.objectives.log_ratio import as_rows, node_terms, repeated
+from sysdpo_jax.objectives.log_ratio import as_rows, node_log_probs, repeated
 from sysdpo_jax.objectives.objective import Aux
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Keys, Params
@@ -30,8 +30,11 @@ class DirectObjective(PreferenceObjective):
         rows, sides = jax.tree.leaves(batch)[0].shape[0], batch.sides()
         precomputed = {name: jnp.stack(values, axis=1).reshape(-1) for name, values in (batch.reference or {}).items()}
         keys = repeated(row_keys(key, rows), (2,))
-        terms = node_terms(system, params, reference, as_rows(sides), keys, precomputed)
-        terms = jax.tree.map(lambda x: x.reshape(rows, 2).T, terms)
-        require_trained(terms)
-        ratios, logps = total(term.ratio for term in terms.values()), total(term.policy for term in terms.values())
-        return self.mean_loss(ratios, terms), self.aux(ratios, logps, terms)
+        node_logps = node_log_probs(system, params, reference, as_rows(sides), keys, precomputed)
+        node_logps = jax.tree.map(lambda x: x.reshape(rows, 2).T, node_logps)
+        require_trained(node_logps)
+        log_ratios, logps = (
+            total(term.log_ratio for term in node_logps.values()),
+            total(term.policy for term in node_logps.values()),
+        )
+        return self.mean_loss(log_ratios, node_logps), self.aux(log_ratios, logps, node_logps)

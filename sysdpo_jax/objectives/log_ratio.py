@@ -12,10 +12,10 @@ from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.typing import Features, Keys, Params
 
 
-class NodeTerms(NamedTuple):
+class NodeLogps(NamedTuple):
     """One node under policy and reference, each [batch]: log-probabilities, metrics, and the weighted log-ratio."""
 
-    ratio: Array
+    log_ratio: Array
     policy: Array
     reference: Array
     policy_metrics: Mapping[str, Array]
@@ -27,22 +27,22 @@ def trained_nodes(system: CompoundSystem, reference: Params) -> tuple[Node, ...]
     return tuple(node for node in system.nodes if not node.deterministic and node.params_key in reference)
 
 
-def node_terms(
+def node_log_probs(
     system: CompoundSystem,
     params: Params,
     reference: Params,
     features: Mapping[str, Features],
     key: Keys,
     precomputed: Mapping[str, Array] | None = None,
-) -> dict[str, NodeTerms]:
-    """`{node: NodeTerms}` of every trained node. No gradient flows into the reference; both see the same noise.
+) -> dict[str, NodeLogps]:
+    """`{node: NodeLogps}` of every trained node. No gradient flows into the reference; both see the same noise.
 
     precomputed: `{node: log-probabilities [batch]}` under the reference, of the nodes whose reference tree is None.
     """
     system.check_params(params)
     given = precomputed or {}
     return {
-        node.name: terms_of_node(system, node, params, reference, features[node.name], key, given.get(node.name))
+        node.name: log_probs_of_node(system, node, params, reference, features[node.name], key, given.get(node.name))
         for node in trained_nodes(system, reference)
     }
 
@@ -61,7 +61,7 @@ def repeated(keys: Keys, counts: tuple[int, ...]) -> Keys:
     return jnp.broadcast_to(keys.reshape(-1, *(1 for _ in counts)), (len(keys), *counts)).reshape(-1)
 
 
-def terms_of_node(
+def log_probs_of_node(
     system: CompoundSystem,
     node: Node,
     params: Params,
@@ -69,14 +69,14 @@ def terms_of_node(
     features: Features,
     key: Keys,
     precomputed: Array | None = None,
-) -> NodeTerms:
-    """The terms of one trained node. precomputed: its log-probabilities [batch] under the reference.
+) -> NodeLogps:
+    """The log-probabilities of one trained node. precomputed: its log-probabilities [batch] under the reference.
 
     Raises `ValueError` when the node's reference tree is None and nothing was precomputed.
     """
     policy, policy_metrics = system.node_log_prob(node, node.tree(params), features, key)
     if precomputed is not None:
-        return NodeTerms(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
+        return NodeLogps(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
     if reference[node.params_key] is None:
         raise ValueError(
             f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
@@ -84,7 +84,7 @@ def terms_of_node(
         )
     frozen = jax.lax.stop_gradient(reference[node.params_key])
     base, base_metrics = system.node_log_prob(node, frozen, features, key)
-    return NodeTerms(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
+    return NodeLogps(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
 
 
 def log_ratio(
@@ -95,6 +95,8 @@ def log_ratio(
     Their plain sum is the system's log-ratio (arXiv 2502.17721, section 4). A key absent from `reference` is a frozen
     component: its nodes, like tools, contribute exactly 0 and are not evaluated.
     """
-    terms = node_terms(system, params, reference, features, key)
+    node_logps = node_log_probs(system, params, reference, features, key)
     batch = jax.tree.leaves(features)[0].shape[0]
-    return {n.name: terms[n.name].ratio if n.name in terms else jax.numpy.zeros(batch) for n in system.nodes}
+    return {
+        n.name: node_logps[n.name].log_ratio if n.name in node_logps else jax.numpy.zeros(batch) for n in system.nodes
+    }

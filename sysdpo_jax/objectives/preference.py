@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sysdpo_jax.graph import GraphError
-from sysdpo_jax.objectives.log_ratio import NodeTerms
+from sysdpo_jax.objectives.log_ratio import NodeLogps
 from sysdpo_jax.objectives.losses import LOSSES, SMOOTHED
 from sysdpo_jax.objectives.objective import Aux
 from sysdpo_jax.static import hold_tuples
@@ -41,14 +41,14 @@ class PreferenceObjective:
         if self.label_smoothing and self.loss not in SMOOTHED:
             raise ValueError(f"loss {self.loss!r} does not use label_smoothing: set it to 0")
 
-    def mean_loss(self, ratios: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]) -> Float[Array, ""]:
+    def mean_loss(self, log_ratios: Float[Array, "2 batch"], node_logps: Mapping[str, NodeLogps]) -> Float[Array, ""]:
         """The loss on the system's log-ratios of the chosen and the rejected side, plus the nodes' sft terms.
 
-        terms: of every trained node, each array [2, batch]. Raises `GraphError` as `check`.
+        node_logps: of every trained node, each array [2, batch]. Raises `GraphError` as `check`.
         """
-        self.check(terms)
-        losses = LOSSES[self.loss](ratios[0], ratios[1], self.beta, self.label_smoothing)
-        return jnp.mean(losses) + self._sft(terms)
+        self.check(node_logps)
+        losses = LOSSES[self.loss](log_ratios[0], log_ratios[1], self.beta, self.label_smoothing)
+        return jnp.mean(losses) + self._sft(node_logps)
 
     def check(self, trained: Collection[str]) -> None:
         """Raise `GraphError` where the loss names others than the trained nodes, which are given."""
@@ -56,14 +56,14 @@ class PreferenceObjective:
             if name not in trained:
                 raise GraphError(f"sft names the node {name!r}, which is not a trained node: {', '.join(trained)} are")
 
-    def _sft(self, terms: Mapping[str, NodeTerms]) -> Array:
+    def _sft(self, node_logps: Mapping[str, NodeLogps]) -> Array:
         total = jnp.zeros(())
         for name, coefficient in self.sft:
-            total = total - coefficient * jnp.mean(terms[name].policy[0])
+            total = total - coefficient * jnp.mean(node_logps[name].policy[0])
         return total
 
     def aux(
-        self, ratios: Float[Array, "2 batch"], logps: Float[Array, "2 batch"], terms: Mapping[str, NodeTerms]
+        self, log_ratios: Float[Array, "2 batch"], logps: Float[Array, "2 batch"], node_logps: Mapping[str, NodeLogps]
     ) -> Aux:
         """The nodes' margins; as metrics TRL's of the system and by node, drift, and the components' own by model.
 
@@ -71,9 +71,9 @@ class PreferenceObjective:
         rise of the squared error, of a node whose component reports one; else "kl", the mean of (log p - log p_ref)^2 /
         2 in nats, which is a KL divergence to second order in the log-ratio where the values are like the reference's
         own (k2 of J. Schulman, http://joschu.net/blog/kl-approx.html) and above it further away. k1, the plain mean,
-        cancels where the chosen rise as the rejected fall; k3 overflows on the log-ratios of whole texts.
+        cancels where the chosen rise as the rejected fall; k3 overflows on the log-log_ratios of whole texts.
         """
-        chosen, rejected = self.beta * ratios
+        chosen, rejected = self.beta * log_ratios
         margins = {}
         metrics = {
             "rewards/chosen": chosen.mean(),
@@ -84,8 +84,8 @@ class PreferenceObjective:
             "logps/chosen": logps[0].mean(),
             "logps/rejected": logps[1].mean(),
         }
-        for name, term in terms.items():
-            reward = self.beta * term.ratio
+        for name, term in node_logps.items():
+            reward = self.beta * term.log_ratio
             margins[name] = (reward[0] - reward[1]).mean()
             metrics[f"rewards/chosen/{name}"] = reward[0].mean()
             metrics[f"rewards/margins/{name}"] = margins[name]
@@ -106,13 +106,13 @@ def require_batch(batch: Any, kind: type, source: str) -> None:
         )
 
 
-def require_trained(terms: Mapping[str, NodeTerms]) -> None:
+def require_trained(node_logps: Mapping[str, NodeLogps]) -> None:
     """Raise `GraphError` when no node is trained."""
-    if not terms:
+    if not node_logps:
         raise GraphError("every component is frozen: train at least one (its key must be in the reference)")
 
 
-def _drift(term: NodeTerms) -> dict[str, Array]:
+def _drift(term: NodeLogps) -> dict[str, Array]:
     if "mse" not in term.policy_metrics:
         return {"kl": jnp.square(term.policy - term.reference) / 2}
     # A reference that was evaluated before left no error behind.
@@ -120,6 +120,6 @@ def _drift(term: NodeTerms) -> dict[str, Array]:
     return {"mse": term.policy_metrics["mse"] - term.reference_metrics["mse"]} if known else {}
 
 
-def total(terms: Iterable[Array]) -> Array:
+def total(values: Iterable[Array]) -> Array:
     """Sum over nodes, in float32 whatever precision a component reports in."""
-    return sum((term.astype(jnp.promote_types(term.dtype, jnp.float32)) for term in terms), start=jnp.zeros(()))
+    return sum((value.astype(jnp.promote_types(value.dtype, jnp.float32)) for value in values), start=jnp.zeros(()))

@@ -10,18 +10,18 @@ from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.objectives.log_ratio import (
-    NodeTerms,
+    NodeLogps,
     as_rows,
+    log_probs_of_node,
     repeated,
-    terms_of_node,
     trained_nodes,
 )
 from sysdpo_jax.objectives.objective import Aux
 from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Features, Keys, Params
 
-# {node: terms}, each array [M, 2, batch]: intermediates, sides, rows.
-Terms = dict[str, NodeTerms]
+# {node: its log-probabilities}, each array [M, 2, batch]: intermediates, sides, rows.
+Terms = dict[str, NodeLogps]
 
 
 @dataclass(frozen=True)
@@ -59,50 +59,50 @@ class SamplingObjective(PreferenceObjective):
         """
         require_batch(batch, SampledBatch, "SearchedBatches")
         system.check_params(params)
-        terms = self._terms(system, params, reference, batch, key)
-        trained = {node.name: terms[node.name] for node in trained_nodes(system, reference)}
+        node_logps = self._node_logps(system, params, reference, batch, key)
+        trained = {node.name: node_logps[node.name] for node in trained_nodes(system, reference)}
         require_trained(trained)
-        base = total(node.weight * terms[node.name].reference for node in _generative(system))
+        base = total(node.weight * node_logps[node.name].reference for node in _generative(system))
         # What the reference cannot give has no weight, and no difference to it.
         valid = batch.valid.T[:, None, :] & (base > -jnp.inf)
-        change = jnp.where(valid, total(term.ratio for term in trained.values()), 0)
+        change = jnp.where(valid, total(term.log_ratio for term in trained.values()), 0)
         prior = jax.lax.stop_gradient(jax.nn.log_softmax(jnp.where(valid, base, -jnp.inf), axis=0))
-        ratios = jax.nn.logsumexp(prior + change, axis=0)
-        posterior = jax.lax.stop_gradient(jnp.exp(prior + change - ratios))
+        log_ratios = jax.nn.logsumexp(prior + change, axis=0)
+        posterior = jax.lax.stop_gradient(jnp.exp(prior + change - log_ratios))
         means = jax.tree.map(lambda x: jnp.sum(posterior * jnp.where(valid, x, 0), axis=0), trained)
         logps = jax.nn.logsumexp(jnp.where(valid, base + change, -jnp.inf), axis=0)
         effective = 1 / jnp.sum(posterior**2, axis=0)
-        aux = self.aux(ratios, logps, means)
+        aux = self.aux(log_ratios, logps, means)
         searched = {
             "intermediates/effective/chosen": effective[0].mean(),
             "intermediates/effective/rejected": effective[1].mean(),
             "intermediates/distinct": batch.valid.sum(axis=1).mean(dtype=jnp.float32),
             "intermediates/staleness": batch.staleness.mean(dtype=jnp.float32),
         }
-        return self.mean_loss(ratios, means), aux._replace(metrics={**aux.metrics, **searched})
+        return self.mean_loss(log_ratios, means), aux._replace(metrics={**aux.metrics, **searched})
 
-    def _terms(
+    def _node_logps(
         self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: Keys
     ) -> Terms:
         keys = row_keys(key, batch.valid.shape[0])
 
         def evaluated(intermediates: Features, outputs: PairBatch) -> Terms:
-            """The terms [m, 2, batch] with m intermediates for every row, features [batch, m, ...]."""
+            """The log-probabilities [m, 2, batch] with m intermediates for every row, features [batch, m, ...]."""
             number = jax.tree.leaves(intermediates)[0].shape[1]
             # [batch, 2, m, ...] -> [batch, m, 2, ...]
             sides = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), outputs.sides())
-            terms = {}
+            node_logps = {}
             for node in _generative(system):
                 inner = node.name in intermediates
                 counts = (number,) if inner else (number, 2)
                 features = as_rows(intermediates[node.name] if inner else sides[node.name], 1 + len(counts))
-                values = _terms_of_node(system, node, params, reference, features, repeated(keys, counts))
+                values = _log_probs_of_node(system, node, params, reference, features, repeated(keys, counts))
                 # An intermediate is the same on both sides.
                 by_row = jax.tree.map(lambda x, last=1 if inner else 2: x.reshape(len(keys), number, last), values)
-                terms[node.name] = jax.tree.map(
+                node_logps[node.name] = jax.tree.map(
                     lambda x: jnp.broadcast_to(x, (len(keys), number, 2)).transpose(1, 2, 0), by_row
                 )
-            return terms
+            return node_logps
 
         features, total_number, size = (batch.intermediates, batch.outputs), batch.valid.shape[1], self.chunk_size
         if size is None or size >= total_number:
@@ -112,23 +112,23 @@ class SamplingObjective(PreferenceObjective):
         whole = total_number // size
         cut = lambda x: jnp.moveaxis(x[:, : whole * size].reshape(len(x), whole, size, *x.shape[2:]), 1, 0)  # noqa: E731
         made = jax.lax.map(lambda chunk: again(*chunk), jax.tree.map(cut, features))
-        terms = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), made)
+        node_logps = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), made)
         if whole * size == total_number:
-            return terms
+            return node_logps
         rest = again(*jax.tree.map(lambda x: x[:, whole * size :], features))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), terms, rest)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), node_logps, rest)
 
 
 def _generative(system: CompoundSystem) -> tuple[Node, ...]:
     return tuple(node for node in system.nodes if not node.deterministic)
 
 
-def _terms_of_node(
+def _log_probs_of_node(
     system: CompoundSystem, node: Node, params: Params, reference: Params, features: Features, key: Keys
-) -> NodeTerms:
-    """The terms [batch] of a trained node, or of a frozen one, which is evaluated once and without gradient."""
+) -> NodeLogps:
+    """[batch] of a trained node, or of a frozen one, which is evaluated once and without gradient."""
     if node.params_key in reference:
-        return terms_of_node(system, node, params, reference, features, key)
+        return log_probs_of_node(system, node, params, reference, features, key)
     frozen = jax.lax.stop_gradient(node.tree(params))
     log_prob, metrics = system.node_log_prob(node, frozen, features, key)
-    return NodeTerms(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)
+    return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)

@@ -42,7 +42,7 @@ from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.data.preferences import WHOLE, _Pass
 from sysdpo_jax.data.prepared import about_system
 from sysdpo_jax.manifest import digest
-from sysdpo_jax.objectives.log_ratio import as_rows, node_terms, repeated
+from sysdpo_jax.objectives.log_ratio import as_rows, node_log_probs, repeated
 from sysdpo_jax.training import ComponentOptimizer
 from sysdpo_jax.values import SampledText, to_json
 from tests.components.painters import VAE, CountingCodec, encoded_since, painter
@@ -615,9 +615,9 @@ def plated_row(row, folder):
 @partial(jax.jit, static_argnums=0)
 def ratios(system, params, reference, batch, keys):
     """The policy's log-probabilities and its log-ratios, {node: [rows, 2]}, and the losses [rows]."""
-    terms = node_terms(system, params, reference, as_rows(batch.sides()), repeated(keys, (2,)), {})
+    terms = node_log_probs(system, params, reference, as_rows(batch.sides()), repeated(keys, (2,)), {})
     policy = {name: term.policy.reshape(-1, 2) for name, term in terms.items()}
-    ratio = sum(term.ratio.reshape(-1, 2) for term in terms.values())
+    ratio = sum(term.log_ratio.reshape(-1, 2) for term in terms.values())
     return policy, -jax.nn.log_sigmoid(0.1 * (ratio[:, 0] - ratio[:, 1]))
 
 
