@@ -8,10 +8,10 @@ Keys:     one random key for all rows, or one a row
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from jaxtyping import Array, Key, PyTree
-from pydantic import ConfigDict, Field
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 Params = PyTree
 Features = PyTree
@@ -20,7 +20,5 @@ Parents = Mapping[str, Sequence[Any]]
 Keys = Key[Array, "..."]
 
 # Of configurations.
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
-Natural: TypeAlias = Annotated[int, Field(ge=0)]
-# Unknown names are errors.
-STRICT = ConfigDict(extra="forbid")
+Positive: TypeAlias = PositiveInt
+Natural: TypeAlias = NonNegativeInt

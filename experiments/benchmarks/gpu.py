@@ -36,7 +36,7 @@ import jaxlib
 from experiments.benchmarks.gpu_cases import CASES, Case
 from experiments.common.command import parse
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
-from sysdpo_jax.cli.caches import keep_compilations
+from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.training.flops import step_flops
 from sysdpo_jax.training.throughput import count_units, memory, peak_flops
 

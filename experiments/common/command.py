@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 import jax
 import tyro
 
-from sysdpo_jax.cli.caches import keep_compilations
 from sysdpo_jax.locks import InUseError, locked_folder
+from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.training.progress import Board
 
 C = TypeVar("C")
