@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse as parse_docstring
@@ -65,7 +65,7 @@ def from_mapping(kind: type[C], values: Any, place: str = "") -> C:
     Raises:
         ConfigError: Naming the field, and the nearest known name or what its value should be.
     """
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is {values!r}: give a mapping of {', '.join(hints)}")
     for name in values:
@@ -153,7 +153,7 @@ def parse_flags(config: type[C] | C, arguments: Sequence[str], positional: str =
 def fields_of(config: Any, prefix: str = "") -> Iterator[Field]:
     """All flags of a dataclass or, with its values as defaults, of an instance. Their help is that of its docstring."""
     kind = config if isinstance(config, type) else type(config)
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     texts = {entry.arg_name: entry.description or "" for entry in parse_docstring(kind.__doc__ or "").params}
     for field in dataclasses.fields(kind):
         default = field.default if isinstance(config, type) else getattr(config, field.name)
@@ -195,7 +195,7 @@ def _find(config: Any, path: Sequence[str], flag: str) -> tuple[list[str], Any]:
     kind = type(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
     if not dataclasses.is_dataclass(kind):
         raise ConfigError(f"{flag} is no flag: what it begins with has no fields")
-    hints, name, rest = get_type_hints(kind), path[0].replace("-", "_"), path[1:]
+    hints, name, rest = _hints(kind), path[0].replace("-", "_"), path[1:]
     if name not in hints:
         raise ConfigError(f"{flag} is no flag: {_meant(path[0], hints, flag)}")
     hint, value = hints[name], None if isinstance(config, type) else getattr(config, name)
@@ -266,6 +266,20 @@ def _of_words(kind: Any, words: Sequence[str], flag: str) -> Any:
         except yaml.YAMLError:
             raise ConfigError(f"{flag} is {last!r}, which is no YAML: give {_expected(kind)}") from None
     return _converted(kind, last, flag)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with the bounds that annotations hold."""
+    return {name: _bounded(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+
+def _bounded(hint: Any) -> Any:
+    if get_origin(hint) is Annotated:
+        return get_args(hint)[1]
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(map(_bounded, get_args(hint)))]  # noqa: UP007
+    return hint
 
 
 def _item(kind: Any) -> Any:

@@ -8,10 +8,10 @@ Keys:     one random key for all rows, or one a row
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from jaxtyping import Array, Key, PyTree
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 Params = PyTree
 Features = PyTree
@@ -19,6 +19,7 @@ Record = Mapping[str, Any]
 Parents = Mapping[str, Sequence[Any]]
 Keys = Key[Array, "..."]
 
-# Of configurations.
-Positive: TypeAlias = PositiveInt
-Natural: TypeAlias = NonNegativeInt
+# Of configurations: what a file or a flag is held to.
+Positive: TypeAlias = Annotated[int, PositiveInt]
+Natural: TypeAlias = Annotated[int, NonNegativeInt]
+AboveZero: TypeAlias = Annotated[float, PositiveFloat]

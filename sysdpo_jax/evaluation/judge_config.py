@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import PositiveFloat
-
-from sysdpo_jax.typing import Natural, Positive
+from sysdpo_jax.typing import AboveZero, Natural, Positive
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,6 @@ class JudgeConfig:
     key: str = "OPENAI_API_KEY"
     temperature: float | None = 0.0
     max_tokens: Positive | None = None
-    timeout: PositiveFloat = 60.0
+    timeout: AboveZero = 60.0
     retries: Natural = 5
     parallel: Positive = 4

@@ -3,10 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from jsonargparse.typing import PositiveFloat
-
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
-from sysdpo_jax.typing import Natural, Positive
+from sysdpo_jax.typing import AboveZero, Natural, Positive
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class NodeConfig:
     weight: float = 1.0
     concurrency: Positive = 1
     retries: Natural = 0
-    timeout: PositiveFloat | None = None
+    timeout: AboveZero | None = None
     on_error: Literal["stop", "skip"] = "stop"
 
 

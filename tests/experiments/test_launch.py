@@ -249,7 +249,7 @@ def test_a_slurm_job_is_preempted_requeued_and_goes_on(tmp_path, material, tasks
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "SYSDPO": str(Path(sys.executable).with_name("sysdpo")),
+        "PYTHON": sys.executable,
         "CONFIG": str(material / "run.yaml"),
         "DIRECTORY": str(run),
         "FLAGS": f"--mesh.data {tasks} --schedule.steps {STEPS} --checkpoint-every {SAVED_EVERY}",
