@@ -167,7 +167,7 @@ def test_the_image_has_what_the_command_needs():
 def test_the_documented_commands_are_accepted(tmp_path):
     """Every command line of the entry point in docs/scaling.md, XPK's among them."""
     flat = SCALING.replace("\\\n", " ")
-    commands = re.findall(rf"{COMMAND}([^\"`\n]*)", flat)
+    commands = re.findall(rf"{COMMAND} ([^\"`\n]+)", flat)
     assert len(commands) >= 2
     for command in commands:
         assert parsed(shlex.split(command), tmp_path).directory
