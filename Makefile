@@ -9,6 +9,7 @@ SLOW := $(VENV)/.slow
 LLM := $(VENV)/.llm
 GPU := $(VENV)/.gpu
 NEWEST := $(VENV)-newest
+OLDEST := $(VENV)-oldest
 READERS := $(VENV)/readers
 
 # One process a core; the tests of a file stay together, because they share what they build.
@@ -16,7 +17,12 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
 # Most of the tests' time is compilation of programs that run once: level 0 compiles in half of it.
 QUICK := XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -m "not slow"
 
-.PHONY: demo demo-llm test parity test-slow benchmark benchmark-lengths gpu-check gpu-check-newest lint clean
+# What setup.py asks for, as it is installed; torch is asked for apart, see below.
+UV := $(VENV)/tools
+COMPILE := echo torch | $(UV)/bin/uv pip compile setup.py --quiet --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command "make lock" --excludes /dev/stdin
+
+.PHONY: demo demo-llm test parity test-slow test-oldest benchmark benchmark-lengths gpu-check gpu-check-newest lint lock clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +80,25 @@ parity: $(DEV)
 test-slow: $(SLOW) $(READERS)/.transformers $(READERS)/.vllm
 	$(PYTEST) -m slow
 
+$(UV)/bin/uv:
+	$(PYTHON) -m venv $(UV)
+	$(UV)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+
+# Write the lock files again: the newest versions within the ranges of setup.py.
+lock: $(UV)/bin/uv
+	$(COMPILE) --upgrade --output-file requirements.txt
+	$(COMPILE) --upgrade --constraints requirements.txt --extra test --output-file requirements-test.txt
+
+# The quick tests with the lowest versions that setup.py promises.
+test-oldest: $(UV)/bin/uv
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(COMPILE) --resolution lowest-direct --extra test --output-file $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(OLDEST)/.base $(OLDEST)/.dev
+	$(MAKE) VENV=$(OLDEST) test
+
 # Speed beside transformers, with real weights; on an idle machine.
 benchmark: $(SLOW)
 	$(BIN)/python -m experiments.benchmarks.diverse_beam_search
@@ -104,4 +129,4 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

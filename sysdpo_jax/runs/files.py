@@ -119,7 +119,9 @@ def configure(kind: type[C], arguments: Sequence[str]) -> C:
     config = kind(**vars(read_config(find_config(files[0]))))
     # The names of nodes and components are known now.
     _, flags = read_flags(config, arguments)
-    return with_flags(config, [flag._replace(words=_located(flag.words, Path(), ".".join(flag.path))) for flag in flags])
+    return with_flags(
+        config, [flag._replace(words=_located(flag.words, Path(), ".".join(flag.path))) for flag in flags]
+    )
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
