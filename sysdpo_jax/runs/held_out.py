@@ -14,10 +14,6 @@ import numpy as np
 from jaxtyping import Float
 
 import sysdpo_jax as sj
-from sysdpo_jax.runs.begun import Begun, discard, fingerprint
-from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.run import BEST, Run
-from sysdpo_jax.runs.runs_file import read_lines, write_rows
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
@@ -29,6 +25,10 @@ from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.io import file_digest, write_whole
 from sysdpo_jax.parallel.distributed import gathered
 from sysdpo_jax.resumable_jsonl import note_of
+from sysdpo_jax.runs.begun import Begun, discard, fingerprint
+from sysdpo_jax.runs.prompts import read_prompts
+from sysdpo_jax.runs.run import BEST, Run
+from sysdpo_jax.runs.runs_file import read_lines, write_rows
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.evaluation import EvaluationError
 from sysdpo_jax.training.progress import Lines

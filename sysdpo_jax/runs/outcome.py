@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sysdpo_jax.runs.run import BEST
 from sysdpo_jax.evaluation import Interval, too_few
+from sysdpo_jax.runs.run import BEST
 
 EVALUATED = "eval/"
 # Of these the last values say how training ended.
