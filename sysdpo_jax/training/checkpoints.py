@@ -11,6 +11,7 @@ complete: a process that is killed leaves the older checkpoints and nothing else
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,10 +77,8 @@ class Checkpoints:
         self._read_only = read_only
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} does not exist: the run has saved nothing yet")
-        for path in self.directory.glob("*") if jax.process_index() == 0 and not read_only else ():
-            problem = _missing(path) if path.name.isdigit() else None
-            if problem is not None:
-                _set_aside(path, problem)
+        if jax.process_index() == 0 and not read_only:
+            self._set_partial_aside()
         multihost_utils.sync_global_devices("sysdpo_jax: partial checkpoints are set aside")
         self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best, read_only))
         # The step that the background is writing, None when it has written all.
@@ -128,6 +127,19 @@ class Checkpoints:
     def set_aside(self) -> tuple[Path, ...]:
         """Where the checkpoints are that could not be used."""
         return tuple(sorted(self.directory.glob("*.corrupt-*")))
+
+    def _set_partial_aside(self) -> None:
+        """Of what a kill left of a checkpoint that newer ones had replaced the deletion is finished."""
+        paths = sorted((path for path in self.directory.glob("*") if path.name.isdigit()), key=lambda p: int(p.name))
+        whole = 0
+        for path in reversed(paths):
+            problem = _missing(path)
+            if problem is None:
+                whole += 1
+            elif self._best is None and whole >= self._keep:
+                shutil.rmtree(path)
+            else:
+                _set_aside(path, problem)
 
     def save(self, state: TrainState, metric: float | None = None) -> None:
         """Write the state unless its step is the newest already. Returns once the state may be donated.
