@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sysdpo_jax.cli.runs_file import read_lines
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.row_files import ROWS, RowFile
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import write_decoder
@@ -21,15 +21,15 @@ from tests.pretrained.checkpoints import write_decoder
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# What `python -m sysdpo_jax.cli.train` does, where no cluster says who the other processes are.
+# What `sysdpo train` does, where no cluster says who the other processes are.
 TRAIN = """
 import sys
 import sysdpo_jax as sj
-from sysdpo_jax.cli import train
+from sysdpo_jax.cli.main import dispatch
 number, port, process, *flags = sys.argv[1:]
 if number != "1":
     sj.initialize(f"127.0.0.1:{port}", int(number), int(process), heartbeat_timeout_seconds=10)
-train.main(flags)
+dispatch(["train", *flags])
 """
 WORDS = ("a", "red", "green", "ball", "cube", "small", "large", "on", "the", "left")
 
@@ -174,7 +174,7 @@ def test_two_processes_evaluate_as_one_does(material):
     found = {}
     for number in (1, 2):
         directory = material / f"run{number}"
-        finished(number, ["-c", TRAIN], ["--config", material / "run.yaml", "--directory", directory])
+        finished(number, ["-c", TRAIN], [material / "run.yaml", "--directory", directory])
         assert (directory / "report.html").exists()
         rows = [row for row in read_metrics(directory / "metrics.jsonl") if "eval/score" in row]
         figures = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows]
@@ -189,7 +189,7 @@ def test_two_processes_evaluate_as_one_does(material):
 
 
 def test_a_scorer_that_fails_in_one_process_ends_both(material, tmp_path):
-    flags = ["--config", material / "run.yaml", "--directory", tmp_path / "run"]
+    flags = [material / "run.yaml", "--directory", tmp_path / "run"]
     scorer = "tests.distributed.sampled_run:red_on_process_0"
     ended = started(2, ["-c", TRAIN], [*flags, "--evaluation.scorer", scorer])
     assert ended[1][0] == 1
