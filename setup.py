@@ -36,6 +36,7 @@ setup(
         "jax>=0.10",
         "jaxtyping>=0.3.7",
         "jinja2>=3.1",
+        "matplotlib>=3.9",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",

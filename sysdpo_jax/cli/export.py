@@ -7,20 +7,24 @@ the weights or, with --adapters, as the factors alone. A component of your own w
 method `save(path, params)`; of others the parameters are written, as parameters.safetensors.
 """
 
+import json
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import sysdpo_jax as sj
 from sysdpo_jax.cli.caches import keep_compilations
-from sysdpo_jax.cli.card import model_card
 from sysdpo_jax.cli.config import MeshConfig, TrainConfig, parse_flags, read_config
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
 from sysdpo_jax.cli.exporting import write_component
 from sysdpo_jax.cli.loading import Which, restored
-from sysdpo_jax.cli.outcome import best_evaluation
-from sysdpo_jax.cli.run import CONFIG, assemble
+from sysdpo_jax.cli.run import CONFIG, DATA, Run, assemble
+from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.report.model_card import ModelCard, Part, Training
+from sysdpo_jax.report.outcome import best_evaluation
 from sysdpo_jax.training import read_metrics
 
 
@@ -57,7 +61,6 @@ def export(config: Config) -> list[Path]:
         raise ConfigError(f"{config.directory} {why}, so that there is nothing aligned to export: train on")
     if config.checkpoint == "newest" and best not in (None, 0, step):
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
-    about = model_card(config.directory, run, step)
     written = []
     for name in trained:
         folder = config.output / name
@@ -65,9 +68,38 @@ def export(config: Config) -> list[Path]:
         model = next(node.component for node in run.system.nodes if node.params_key == name)
         adapter = config.adapters and train.system.components[name].mode == "lora"
         library = write_component(folder, model, params[name], adapter, train.system.components[name].checkpoint)
-        write_whole(folder / "README.md", about(name, library))
+        write_whole(folder / "README.md", _card(run, name, library, step))
         written.append(folder)
     return written
+
+
+def _card(run: Run, name: str, library: str | None, step: int) -> str:
+    """The model card of a component; library: what loads its files, None for none. step: of the exported checkpoint."""
+    folder = Path(run.config.directory)
+    data = json.loads((folder / DATA).read_text(encoding="utf-8"))
+    components, objective, schedule = run.config.system.components, run.config.objective, run.config.schedule
+    parts = {key: Part(key, str(each.checkpoint or each.factory), each.mode) for key, each in components.items()}
+    component = components[name]
+    named = {"base_model": component.checkpoint, "datasets": data["source"]}
+    return ModelCard(
+        part=parts[name],
+        rate=schedule.learning_rate if component.learning_rate is None else component.learning_rate,
+        rank=component.lora.rank if component.mode == "lora" else None,
+        library=library,
+        hub={field: source for field, source in named.items() if source is not None and _on_hub(source)},
+        step=step,
+        system=run.system,
+        parts=tuple(parts.values()),
+        training=Training(objective.kind, objective.loss, objective.beta, schedule.batch_size, sj.__version__, data),
+        rows=[row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step],
+    ).text()
+
+
+def _on_hub(source: str) -> bool:
+    """The hub links names of its own, and refuses others."""
+    path = Path(source)
+    named = re.fullmatch(r"([\w.-]+/)?[\w.-]+", source) is not None
+    return named and not path.exists() and path.suffix not in (*LINES, *TABLE, ".gguf")
 
 
 def main(arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 import sysdpo_jax as sj
 from sysdpo_jax.cli.begun import Begun, discard, fingerprint
 from sysdpo_jax.cli.prompts import read_prompts
-from sysdpo_jax.cli.run import BEST, Run
+from sysdpo_jax.cli.run import Run
 from sysdpo_jax.cli.runs_file import read_lines, write_rows
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
@@ -28,6 +28,7 @@ from sysdpo_jax.evaluation.scoring import Scorer, about_scorer, make_scorer, sco
 from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.io import file_digest, write_whole
 from sysdpo_jax.parallel.distributed import gathered
+from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.resumable_jsonl import note_of
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.evaluation import EvaluationError

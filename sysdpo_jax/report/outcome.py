@@ -1,12 +1,15 @@
 """What a run came to, in numbers for results.json and in sentences for the terminal and the report."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from sysdpo_jax.cli.run import BEST
 from sysdpo_jax.evaluation import Interval, too_few
 
+# Which evaluation is the best.
+BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 EVALUATED = "eval/"
+# Of these the last values say how training ended.
+ENDED = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 Row = Mapping[str, Any]
 
 
@@ -38,6 +41,12 @@ def final_figures(rows: Sequence[Row]) -> dict[str, float]:
     row = next(row for row in made if row["step"] == (best or made[-1]["step"]))
     figures = {name.removeprefix(EVALUATED): value for name, value in row.items() if name.startswith(EVALUATED)}
     return {"step": row["step"], **figures, "score_before": figures["score"] - figures["score_difference"]}
+
+
+def last_figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """How training ended: "step" and the figures of its last row; empty where there is none."""
+    trained = [row for row in rows if "loss" in row]
+    return {name: trained[-1].get(name) for name in ("step", *ENDED)} if trained else {}
 
 
 def interval_of(figures: Mapping[str, float], name: str) -> Interval | None:
