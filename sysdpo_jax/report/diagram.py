@@ -35,12 +35,12 @@ class Box:
 class Place:
     """Left edge, width and vertical middle."""
 
-    left: float
-    width: float
+    left: int
+    width: int
     middle: float
 
     @property
-    def right(self) -> float:
+    def right(self) -> int:
         return self.left + self.width
 
 
@@ -51,8 +51,8 @@ class Diagram:
     boxes: Mapping[str, Box]
     places: Mapping[str, Place]
     edges: tuple[tuple[Place, ...], ...]
-    width: float
-    height: float
+    width: int
+    height: int
 
 
 def diagram(system: CompoundSystem) -> Diagram:

@@ -28,6 +28,7 @@ from sysdpo_jax.report import (
     run_warnings,
     write_report,
 )
+from sysdpo_jax.report.charts import COLOURS, chart_svg
 
 TABLE = Table(
     "Held-out runs",

@@ -1,0 +1,88 @@
+"""The model card of a component: what it says, and that no name or path breaks its form."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from sysdpo_jax import Categorical, CompoundSystem, Node
+from sysdpo_jax.report.model_card import ModelCard, Part, Training
+
+DATA = {"source": "owner/data", "kept": 100, "sha256": "ab12"}
+INTERVAL = {"eval/win_rate/low": 0.5, "eval/win_rate/high": 0.7}
+EVALUATED = {"eval/win_rate": 0.6, "eval/score": 2.0, "eval/score_difference": 0.5, "eval/runs": 48, "eval/unscored": 0}
+CARD = ModelCard(
+    part=Part("head", "org/model", "lora"),
+    rate=1e-5,
+    rank=8,
+    library="transformers",
+    hub={"base_model": "org/model", "datasets": "owner/data"},
+    step=4,
+    system=CompoundSystem(("x",), (Node("head", Categorical(2, (2,)), ("x",)),)),
+    parts=(Part("head", "org/model", "lora"), Part("judge", "mine:judge", "frozen")),
+    training=Training("sampling", "sigmoid", 0.1, 8, "1.2.3", DATA),
+    rows=(
+        {"step": 0, "loss": 0.7, "rewards/margins": 0.0},
+        {"step": 3, "loss": 0.5, "rewards/margins": None},
+        {"step": 4, "eval/prompts": 24, **EVALUATED, **INTERVAL},
+    ),
+)
+HOSTILE = "a | b`` ` <script>alert(1)</script>\n---\n# *c* [d](javascript:e) \\ {{ f }}"
+
+
+def test_a_card_says_what_was_trained_on_what_and_how_it_did():
+    _, head, body = CARD.text().split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sysdpo", "dpo", "compound-system"],
+        "base_model": "org/model", "datasets": "owner/data",
+    }  # fmt: skip
+    lines = body.splitlines()
+    for line in (
+        "# `head`, aligned as a part of a compound system",
+        "| `head` | `org/model` | lora |",
+        "| `judge` | `mine:judge` | frozen |",
+        "Loss sigmoid, beta 0.1; 8 pairs a step, AdamW at 1e-05, LoRA of rank 8; sysdpo_jax 1.2.3.",
+        "Data: `owner/data`, 100 preferences, SHA-256 ab12.",
+        "| eval/win_rate | 0.6 [0.5, 0.7] | 4 |",
+        "| eval/score_before | 1.5 | 4 |",
+        # The last value of each, where it has one.
+        "| loss | 0.5 | 3 |",
+        "| rewards/margins | 0 | 0 |",
+        "Evaluated on 24 prompts x 2 samples; brackets hold 95% intervals.",
+    ):
+        assert line in lines
+    assert "after 4 steps of SysDPO-Sampling" in body
+    assert f"```mermaid\n{CARD.system.describe()}\n```\n" in body
+
+
+def test_what_there_is_none_of_is_left_out():
+    text = replace(CARD, rank=None, library=None, hub={}, rows=()).text()
+    assert "LoRA" not in text
+    assert "valuat" not in text
+    assert yaml.safe_load(text.split("---\n")[1]) == {"tags": ["sysdpo", "dpo", "compound-system"]}
+
+
+def parts_of(text):
+    """The front matter, and the lines of the rest without the block of code."""
+    _, head, body = re.split(r"^---$\n", text, maxsplit=2, flags=re.MULTILINE)
+    rest = re.sub(r"^(`{3,})mermaid\n.*?\n\1\n", "", body, flags=re.MULTILINE | re.DOTALL)
+    return yaml.safe_load(head), rest.splitlines()
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "`", "``", "", "\ud800"])
+def test_no_name_breaks_the_form(name):
+    """Whatever it holds, it is code in one line, and a table's rows have as many cells as the header."""
+    part = Part(name, name, "full")
+    system = CompoundSystem(("x",), (Node(f"head\n```\n{name}", Categorical(2, (2,)), ("x",)),))
+    training = replace(CARD.training, data=DATA | {"source": name})
+    hub = {"base_model": name.replace("\ud800", "")}
+    card = replace(CARD, part=part, parts=(part, part), hub=hub, system=system, training=training)
+    head, lines = parts_of(card.text())
+    assert head["base_model"] == hub["base_model"]
+    usual = parts_of(CARD.text())[1]
+    assert len(lines) == len(usual)
+    cells = [line.replace("\\|", "").count("|") for line in lines if line.startswith("|")]
+    assert cells == [line.count("|") for line in usual if line.startswith("|")]
+    plain = [re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", line) for line in lines]
+    assert not re.search("[<*]", "".join(plain))
