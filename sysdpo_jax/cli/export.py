@@ -10,7 +10,7 @@ method `save(path, params)`; of others the parameters are written, as parameters
 import json
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sysdpo_jax as sj
@@ -19,11 +19,11 @@ from sysdpo_jax.cli.config import MeshConfig, TrainConfig, parse_flags, read_con
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
 from sysdpo_jax.cli.exporting import write_component
 from sysdpo_jax.cli.loading import Which, restored
-from sysdpo_jax.cli.run import CONFIG, DATA, Run, assemble
+from sysdpo_jax.cli.run import CONFIG, DATA, assemble
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
-from sysdpo_jax.report.model_card import ModelCard, Part, Training
+from sysdpo_jax.report.model_card import model_card
 from sysdpo_jax.report.outcome import best_evaluation
 from sysdpo_jax.training import read_metrics
 
@@ -55,44 +55,28 @@ def export(config: Config) -> list[Path]:
     # On the devices that are here, whatever it was trained on, and where the folder is now.
     run = assemble(replace(train, directory=str(config.directory), mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
-    best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
+    rows = read_metrics(config.directory / "metrics.jsonl")
+    best = best_evaluation(rows)
     if step == 0:
         why = "has not trained yet" if config.checkpoint == "newest" else "was never better than before training"
         raise ConfigError(f"{config.directory} {why}, so that there is nothing aligned to export: train on")
     if config.checkpoint == "newest" and best not in (None, 0, step):
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
+    data = json.loads((config.directory / DATA).read_text(encoding="utf-8"))
+    about = (run.system, asdict(train), data, [row for row in rows if row["step"] <= step], step, sj.__version__)
     written = []
     for name in trained:
         folder = config.output / name
         # Nodes that share the model differ in their prompts only.
         model = next(node.component for node in run.system.nodes if node.params_key == name)
         adapter = config.adapters and train.system.components[name].mode == "lora"
-        library = write_component(folder, model, params[name], adapter, train.system.components[name].checkpoint)
-        write_whole(folder / "README.md", _card(run, name, library, step))
+        start = train.system.components[name].checkpoint
+        library = write_component(folder, model, params[name], adapter, start)
+        named = {"base_model": start, "datasets": data["source"]}
+        hub = {field: source for field, source in named.items() if source is not None and _on_hub(source)}
+        write_whole(folder / "README.md", model_card(name, library, hub, *about))
         written.append(folder)
     return written
-
-
-def _card(run: Run, name: str, library: str | None, step: int) -> str:
-    """The model card of a component; library: what loads its files, None for none. step: of the exported checkpoint."""
-    folder = Path(run.config.directory)
-    data = json.loads((folder / DATA).read_text(encoding="utf-8"))
-    components, objective, schedule = run.config.system.components, run.config.objective, run.config.schedule
-    parts = {key: Part(key, str(each.checkpoint or each.factory), each.mode) for key, each in components.items()}
-    component = components[name]
-    named = {"base_model": component.checkpoint, "datasets": data["source"]}
-    return ModelCard(
-        part=parts[name],
-        rate=schedule.learning_rate if component.learning_rate is None else component.learning_rate,
-        rank=component.lora.rank if component.mode == "lora" else None,
-        library=library,
-        hub={field: source for field, source in named.items() if source is not None and _on_hub(source)},
-        step=step,
-        system=run.system,
-        parts=tuple(parts.values()),
-        training=Training(objective.kind, objective.loss, objective.beta, schedule.batch_size, sj.__version__, data),
-        rows=[row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= step],
-    ).text()
 
 
 def _on_hub(source: str) -> bool:

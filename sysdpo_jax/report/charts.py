@@ -32,14 +32,7 @@ VARIABLES = {colour: f"var(--c{number})" for number, colour in enumerate(COLOURS
     FAINT: "var(--faint)",
     RULE: "var(--rule)",
 }
-STYLE = {
-    "axes.labelcolor": FAINT,
-    "font.size": 11,
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-}
+TEXT = {"axes.labelcolor": FAINT, "font.size": 11, "svg.fonttype": "none", "xtick.color": FAINT, "ytick.color": FAINT}
 METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 # matplotlib's settings belong to the process.
 SETTINGS = threading.Lock()
@@ -48,7 +41,7 @@ SETTINGS = threading.Lock()
 def chart_svg(figure: Figure) -> Markup:
     """The drawing of a figure that changes. Its curves are of the classes curve, raw, mean or band, and c0 to c7."""
     file = io.BytesIO()
-    with SETTINGS, mpl.rc_context(STYLE | {"svg.hashsalt": repr(figure)}):
+    with SETTINGS, mpl.rc_context(TEXT | {"svg.hashsalt": repr(figure)}):
         drawn = mpl.figure.Figure(SIZE, layout="constrained")
         axes = drawn.add_subplot()
         for box in (drawn.patch, axes.patch, axes.spines[:]):

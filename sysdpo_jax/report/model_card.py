@@ -1,7 +1,6 @@
 """The model card of an exported component: what it is part of, what it was trained on, and how it did."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -13,79 +12,56 @@ from sysdpo_jax.report.templates import render
 
 # Of an evaluation, as `final_figures` names them.
 EVALUATED = ("win_rate", "score_before", "score", "score_difference")
+Rows = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A component of the system. start: the checkpoint or the factory that it came from; mode: how it was trained."""
+def model_card(
+    name: str,
+    library: str | None,
+    hub: Mapping[str, str],
+    system: CompoundSystem,
+    configuration: Mapping[str, Any],
+    data: Mapping[str, Any],
+    rows: Rows,
+    step: int,
+    version: str,
+) -> str:
+    """The text of the README.md of a component.
 
-    name: str
-    start: str
-    mode: str
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a system was aligned with. version: of the library; data: has "source", "kept" and "sha256"."""
-
-    kind: str
-    loss: str
-    beta: float
-    batch_size: int
-    version: str
-    data: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """A card of one of the parts.
-
-    rate, rank: its learning rate, and the rank of its LoRA, None for none. library: what loads the files, None for
-    none. hub: names on the hub, as the fields "base_model" and "datasets" of the head. rows: the metrics of the run up
-    to `step`.
+    Args:
+        name: of the component.
+        library: what loads its files, None for none.
+        hub: names on the hub, as the fields "base_model" and "datasets" of the head.
+        system: what was aligned.
+        configuration: of the run, as it is written in its folder.
+        data: "source", "kept" and "sha256" of the preferences.
+        rows: the metrics of the run up to the step.
+        step: of the exported checkpoint.
+        version: of the library.
     """
-
-    part: Part
-    rate: float
-    rank: int | None
-    library: str | None
-    hub: Mapping[str, str]
-    step: int
-    system: CompoundSystem
-    parts: tuple[Part, ...]
-    training: Training
-    rows: Sequence[Mapping[str, Any]]
-
-    @property
-    def head(self) -> str:
-        """The front matter, as YAML."""
-        tag = "text-to-image" if self.library == "diffusers" else "text-generation"
-        loaded = {} if self.library is None else {"library_name": self.library, "pipeline_tag": tag}
-        return yaml.safe_dump(loaded | {"tags": ["sysdpo", "dpo", "compound-system"]} | self.hub, sort_keys=False)
-
-    @property
-    def figures(self) -> list[tuple[str, str, int]]:
-        """Name, value and step: of the best evaluation, then the last of each figure of training."""
-        final = final_figures(self.rows)
-        figures = [(f"eval/{name}", _ranged(final, name), int(final["step"])) for name in EVALUATED if name in final]
-        last = {name: row for row in self.rows for name in ENDED if row.get(name) is not None}
-        return figures + [(name, f"{last[name][name]:.4g}", last[name]["step"]) for name in sorted(last)]
-
-    @property
-    def evaluated(self) -> str:
-        """What the figures of the evaluation are of, in a sentence; empty without an evaluation."""
-        final = final_figures(self.rows)
-        if not final:
-            return ""
-        intervals = any(interval_of(final, name) for name in EVALUATED)
-        brackets = "brackets hold 95% intervals" if intervals else None
-        return "; ".join(filter(None, (f"Evaluated on {over(final)}", brackets, too_few(int(final["prompts"]))))) + "."
-
-    def text(self) -> str:
-        """The README.md."""
-        return render("model_card.md.jinja", card=self)
+    tag = "text-to-image" if library == "diffusers" else "text-generation"
+    loaded = {} if library is None else {"library_name": library, "pipeline_tag": tag}
+    head = yaml.safe_dump({**loaded, "tags": ["sysdpo", "dpo", "compound-system"], **hub}, sort_keys=False)
+    run = {"system": system, "configuration": configuration, "data": data, "step": step, "version": version}
+    figures, evaluated = tuple(_figures(rows)), _evaluated(final_figures(rows))
+    return render("model_card.md.jinja", name=name, head=head, figures=figures, evaluated=evaluated, **run)
 
 
-def _ranged(figures: Mapping[str, float], name: str) -> str:
-    ends = interval_of(figures, name)
-    return f"{figures[name]:.4g}" + ("" if ends is None else f" [{ends.low:.3g}, {ends.high:.3g}]")
+def _figures(rows: Rows) -> Iterator[tuple[str, str, int]]:
+    """Name, value and step: of the best evaluation, then the last of each figure of training."""
+    final = final_figures(rows)
+    for name in EVALUATED if final else ():
+        ends = interval_of(final, name)
+        shown = "" if ends is None else f" [{ends.low:.3g}, {ends.high:.3g}]"
+        yield f"eval/{name}", f"{final[name]:.4g}{shown}", int(final["step"])
+    last = {name: row for row in rows for name in ENDED if row.get(name) is not None}
+    for name in sorted(last):
+        yield name, f"{last[name][name]:.4g}", last[name]["step"]
+
+
+def _evaluated(final: Mapping[str, float]) -> str:
+    """What the figures of the evaluation are of, in a sentence; empty without an evaluation."""
+    if not final:
+        return ""
+    brackets = "brackets hold 95% intervals" if any(interval_of(final, name) for name in EVALUATED) else None
+    return "; ".join(filter(None, (f"Evaluated on {over(final)}", brackets, too_few(int(final["prompts"]))))) + "."

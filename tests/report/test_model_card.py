@@ -1,38 +1,41 @@
 """The model card of a component: what it says, and that no name or path breaks its form."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import yaml
 
 from sysdpo_jax import Categorical, CompoundSystem, Node
-from sysdpo_jax.report.model_card import ModelCard, Part, Training
+from sysdpo_jax.report.model_card import model_card
 
-DATA = {"source": "owner/data", "kept": 100, "sha256": "ab12"}
 INTERVAL = {"eval/win_rate/low": 0.5, "eval/win_rate/high": 0.7}
 EVALUATED = {"eval/win_rate": 0.6, "eval/score": 2.0, "eval/score_difference": 0.5, "eval/runs": 48, "eval/unscored": 0}
-CARD = ModelCard(
-    part=Part("head", "org/model", "lora"),
-    rate=1e-5,
-    rank=8,
-    library="transformers",
-    hub={"base_model": "org/model", "datasets": "owner/data"},
-    step=4,
-    system=CompoundSystem(("x",), (Node("head", Categorical(2, (2,)), ("x",)),)),
-    parts=(Part("head", "org/model", "lora"), Part("judge", "mine:judge", "frozen")),
-    training=Training("sampling", "sigmoid", 0.1, 8, "1.2.3", DATA),
-    rows=(
+PART = {"checkpoint": "org/model", "factory": None, "mode": "lora", "learning_rate": 1e-5, "lora": {"rank": 8}}
+OTHER = PART | {"factory": "a:b", "checkpoint": None, "mode": "full"}
+CARD = {
+    "name": "head",
+    "library": "transformers",
+    "hub": {"base_model": "org/model", "datasets": "owner/data"},
+    "system": CompoundSystem(("x",), (Node("head", Categorical(2, (2,)), ("x",)),)),
+    "configuration": {
+        "system": {"components": {"head": PART, "judge": OTHER}},
+        "objective": {"kind": "sampling", "loss": "sigmoid", "beta": 0.1},
+        "schedule": {"batch_size": 8, "learning_rate": 1e-4},
+    },
+    "data": {"source": "owner/data", "kept": 100, "sha256": "ab12"},
+    "rows": [
         {"step": 0, "loss": 0.7, "rewards/margins": 0.0},
         {"step": 3, "loss": 0.5, "rewards/margins": None},
         {"step": 4, "eval/prompts": 24, **EVALUATED, **INTERVAL},
-    ),
-)
+    ],
+    "step": 4,
+    "version": "1.2.3",
+}
 HOSTILE = "a | b`` ` <script>alert(1)</script>\n---\n# *c* [d](javascript:e) \\ {{ f }}"
 
 
 def test_a_card_says_what_was_trained_on_what_and_how_it_did():
-    _, head, body = CARD.text().split("---\n", 2)
+    _, head, body = model_card(**CARD).split("---\n", 2)
     assert yaml.safe_load(head) == {
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sysdpo", "dpo", "compound-system"],
         "base_model": "org/model", "datasets": "owner/data",
@@ -41,7 +44,7 @@ def test_a_card_says_what_was_trained_on_what_and_how_it_did():
     for line in (
         "# `head`, aligned as a part of a compound system",
         "| `head` | `org/model` | lora |",
-        "| `judge` | `mine:judge` | frozen |",
+        "| `judge` | `a:b` | full |",
         "Loss sigmoid, beta 0.1; 8 pairs a step, AdamW at 1e-05, LoRA of rank 8; sysdpo_jax 1.2.3.",
         "Data: `owner/data`, 100 preferences, SHA-256 ab12.",
         "| eval/win_rate | 0.6 [0.5, 0.7] | 4 |",
@@ -53,11 +56,11 @@ def test_a_card_says_what_was_trained_on_what_and_how_it_did():
     ):
         assert line in lines
     assert "after 4 steps of SysDPO-Sampling" in body
-    assert f"```mermaid\n{CARD.system.describe()}\n```\n" in body
+    assert f"```mermaid\n{CARD['system'].describe()}\n```\n" in body
 
 
 def test_what_there_is_none_of_is_left_out():
-    text = replace(CARD, rank=None, library=None, hub={}, rows=()).text()
+    text = model_card(**CARD | {"name": "judge", "library": None, "hub": {}, "rows": []})
     assert "LoRA" not in text
     assert "valuat" not in text
     assert yaml.safe_load(text.split("---\n")[1]) == {"tags": ["sysdpo", "dpo", "compound-system"]}
@@ -73,14 +76,14 @@ def parts_of(text):
 @pytest.mark.parametrize("name", [HOSTILE, "`", "``", "", "\ud800"])
 def test_no_name_breaks_the_form(name):
     """Whatever it holds, it is code in one line, and a table's rows have as many cells as the header."""
-    part = Part(name, name, "full")
+    parts = {name: PART | {"checkpoint": name or "x"}, f"{name}2": PART}
+    configuration = CARD["configuration"] | {"system": {"components": parts}}
     system = CompoundSystem(("x",), (Node(f"head\n```\n{name}", Categorical(2, (2,)), ("x",)),))
-    training = replace(CARD.training, data=DATA | {"source": name})
+    changed = {"name": name, "configuration": configuration, "system": system, "data": CARD["data"] | {"source": name}}
     hub = {"base_model": name.replace("\ud800", "")}
-    card = replace(CARD, part=part, parts=(part, part), hub=hub, system=system, training=training)
-    head, lines = parts_of(card.text())
+    head, lines = parts_of(model_card(**CARD | changed | {"hub": hub}))
     assert head["base_model"] == hub["base_model"]
-    usual = parts_of(CARD.text())[1]
+    usual = parts_of(model_card(**CARD))[1]
     assert len(lines) == len(usual)
     cells = [line.replace("\\|", "").count("|") for line in lines if line.startswith("|")]
     assert cells == [line.count("|") for line in usual if line.startswith("|")]
