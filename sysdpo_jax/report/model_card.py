@@ -7,7 +7,7 @@ import yaml
 
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.report.outcome import ENDED, final_figures, interval_of, over
+from sysdpo_jax.report.outcome import ENDED, Figures, final_figures, interval_of, over
 from sysdpo_jax.report.templates import render
 
 # Of an evaluation, as `final_figures` names them.
@@ -59,7 +59,7 @@ def _figures(rows: Rows) -> Iterator[tuple[str, str, int]]:
         yield name, f"{last[name][name]:.4g}", last[name]["step"]
 
 
-def _evaluated(final: Mapping[str, float]) -> str:
+def _evaluated(final: Figures) -> str:
     """What the figures of the evaluation are of, in a sentence; empty without an evaluation."""
     if not final:
         return ""

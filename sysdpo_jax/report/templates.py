@@ -6,9 +6,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-def render(name: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
     """The template of this name, filled in. A value that it lacks is an error; half of a character is shown escaped."""
-    return ENVIRONMENT.get_template(name).render(values).encode("utf-8", "backslashreplace").decode("utf-8")
+    return ENVIRONMENT.get_template(template).render(values).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def code(text: str) -> str:
