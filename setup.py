@@ -45,6 +45,7 @@ setup(
         "jaxtyping>=0.3.7",
         "jinja2>=3.1",
         "jsonargparse>=4.53",
+        "matplotlib>=3.9",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",

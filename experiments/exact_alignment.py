@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> None:
     (config.folder / "results.json").write_text(json.dumps(results, indent=1))
     curves = {name: {m: point._asdict() for m, point in curve.items()} for name, curve in study.curves.items()}
     (config.folder / "intermediates.json").write_text(json.dumps({"before": study.before, "curves": curves}, indent=1))
-    (config.folder / "intermediates.svg").write_text(draw_study(study))
+    draw_study(study, config.folder / "intermediates.svg")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from sysdpo_jax.report import (
     image_grid,
     learning_figures,
     markdown_table,
-    write_png,
     write_report,
 )
 from sysdpo_jax.training.metrics import read_metrics
@@ -63,7 +62,7 @@ def write(
     )
     write_report(folder / "report.html", report)
     (folder / "table.md").write_text(markdown_table(results_table(results)) + "\n", encoding="utf-8")
-    write_png(folder / "sequences.png", image_grid(rows[:6]))
+    image_grid(rows[:6]).save(folder / "sequences.png")
 
 
 def print_table(results: Mapping[str, Any]) -> None:

@@ -22,13 +22,10 @@ SHARE: Bounds = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n runs and its standard error.
-
-    interval: the 95% confidence interval, None for a figure of which no more than the error is known.
-    """
+    """A mean over n runs, its standard error, and its 95% confidence interval; None where they are not known."""
 
     value: float
-    standard_error: float
+    standard_error: float | None
     n: int
     interval: Interval | None = None
 

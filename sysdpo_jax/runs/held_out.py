@@ -16,7 +16,8 @@ from jaxtyping import Float
 import sysdpo_jax as sj
 from sysdpo_jax.runs.begun import Begun, discard, fingerprint
 from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.run import BEST, Run
+from sysdpo_jax.report.outcome import BEST
+from sysdpo_jax.runs.run import Run
 from sysdpo_jax.runs.runs_file import read_lines, write_rows
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches

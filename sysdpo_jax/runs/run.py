@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -26,6 +26,7 @@ from sysdpo_jax.evaluation.scoring import check_scorer, make_scorer
 from sysdpo_jax.io import write_whole
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.objectives import Objective
+from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import LINE_EVERY, tell
@@ -53,8 +54,6 @@ FREE = (
 DATA = "data.json"
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
 TOOL_VALUES = "tool_values.jsonl"
-# Which evaluation's checkpoint is the best.
-BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 
 
 @dataclass(frozen=True)
