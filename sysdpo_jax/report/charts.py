@@ -32,7 +32,13 @@ VARIABLES = {colour: f"var(--c{number})" for number, colour in enumerate(COLOURS
     FAINT: "var(--faint)",
     RULE: "var(--rule)",
 }
-TEXT = {"axes.labelcolor": FAINT, "font.size": 11, "svg.fonttype": "none", "xtick.color": FAINT, "ytick.color": FAINT}
+TEXT: dict[Any, Any] = {
+    "axes.labelcolor": FAINT,
+    "font.size": 11,
+    "svg.fonttype": "none",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+}
 METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 # matplotlib's settings belong to the process.
 SETTINGS = threading.Lock()
@@ -51,7 +57,7 @@ def chart_svg(figure: Figure) -> Markup:
         axes.tick_params(left=False, bottom=False)
         axes.set_xlabel("step")
         whole = all(float(step).is_integer() for curve in figure.curves for step in curve.steps)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole))
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=whole))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -78,7 +84,8 @@ def _draw(axes: Any, curve: Curve, number: int) -> None:
         axes.fill_between(steps[seen], low[seen], high[seen], gid=f"curve band {named}", **look)
     # A long curve is drawn at some of its points; the average has seen all of them.
     rows = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int))
-    pale, strong = {"linewidth": 1, "alpha": 0.25}, {"linewidth": 1.8, "linestyle": (0, (3, 2)) if dashed else "solid"}
+    pale: dict[str, Any] = {"linewidth": 1, "alpha": 0.25}
+    strong: dict[str, Any] = {"linewidth": 1.8, "linestyle": (0, (3, 2)) if dashed else "solid"}
     for kind, shown, look in (("raw", values, pale), ("mean", _smooth(values), strong)):
         look |= {"color": colour, "marker": "o", "markersize": 2.5, "clip_on": False}
         axes.plot(steps[rows], shown[rows], gid=f"curve {kind} {named}", markevery=_alone(shown[rows]), **look)
