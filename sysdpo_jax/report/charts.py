@@ -80,7 +80,7 @@ def _draw(axes: Any, curve: Curve, number: int) -> None:
     dashed = number >= len(COLOURS)
     if curve.band is not None:
         seen = np.isfinite(low) & np.isfinite(high)
-        look = {"color": colour, "alpha": 0.18, "linewidth": 0, "clip_on": False}
+        look: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0, "clip_on": False}
         axes.fill_between(steps[seen], low[seen], high[seen], gid=f"curve band {named}", **look)
     # A long curve is drawn at some of its points; the average has seen all of them.
     rows = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int))
