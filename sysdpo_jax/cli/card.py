@@ -1,6 +1,5 @@
 """The model card of an exported component: what it is part of, what it was trained on, and how it did."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from sysdpo_jax.cli.report import ENDED
 from sysdpo_jax.cli.run import DATA, Run
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.evaluation import too_few
+from sysdpo_jax.io import read_json
 from sysdpo_jax.training.metrics import read_metrics
 
 # Of an evaluation, as `final_figures` names them.
@@ -26,7 +26,7 @@ def model_card(directory: Path, run: Run, step: int) -> Callable[[str, str | Non
 
     directory: of the run. step: of the exported checkpoint. library: what loads the files, None for none.
     """
-    data = json.loads((directory / DATA).read_text(encoding="utf-8"))
+    data = read_json(directory / DATA)
     rows = [row for row in read_metrics(directory / "metrics.jsonl") if row["step"] <= step]
     return lambda name, library: "\n".join(_lines(run, name, library, step, data, rows)) + "\n"
 

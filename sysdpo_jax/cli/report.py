@@ -1,6 +1,5 @@
 """report.html and results.json of a run: what changed since the first evaluation, and how training went."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ import jax
 from sysdpo_jax.cli.outcome import best_evaluation, evaluations, final_figures, interval_of, summary
 from sysdpo_jax.cli.run import DATA, Run
 from sysdpo_jax.cli.shown import compared_runs
-from sysdpo_jax.io import write_whole
+from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.report import Column, Ranged, Report, Row, Table, run_figures, run_warnings, write_report
 from sysdpo_jax.training.metrics import read_metrics
 
@@ -49,10 +48,10 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
         "seconds of this start": round(time.monotonic() - began, 1),
     }
     results = _results(rows, said) | {
-        "data": json.loads((folder / DATA).read_text(encoding="utf-8")),
+        "data": read_json(folder / DATA),
         "made_by": made_by,
     }
-    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(folder / "results.json", results)
     report = Report(
         title=f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system",
         headline=tuple(f"{text[0].upper()}{text[1:]}." for text in said),

@@ -4,16 +4,15 @@ import copy
 import json
 import pickle
 
-import numpy as np
 import pytest
 
 from sysdpo_jax import CompoundSystem, LanguageModel, Node, PreferenceRecord, Tool, load_preferences, save_preferences
 from sysdpo_jax.cli.prompts import read_prompts
-from sysdpo_jax.cli.runs_file import as_row, lacks_images, moved, run_lines, with_images, write_rows
-from sysdpo_jax.columns import as_values, load_columns, save_columns
+from sysdpo_jax.cli.runs_file import as_row, lacks_images, moved, run_lines, with_images
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.prepared import with_kept_values
+from sysdpo_jax.io import write_json_lines
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.row_files import RowFile, write_row_file
 from sysdpo_jax.values import SampledText, content, distinct, from_json, to_json
@@ -99,20 +98,13 @@ def test_files_of_runs(tmp_path):
     node, path = system(), tmp_path / "runs.jsonl"
     like_a_path = SampledText("runs_images/a.png", (4,), "cut", "f")
     run = {"x": "a", "drafts": [MADE, like_a_path], "answer": CUT}
-    write_rows(path, [as_row(node, run, "0-0", ImageFiles(path))])
+    write_json_lines(path, [as_row(node, run, "0-0", ImageFiles(path))])
     [line] = run_lines(path)
     assert not lacks_images(line, path)
     assert remembered(with_images(line, path)["outputs"]) == remembered({"drafts": run["drafts"], "answer": CUT})
     assert moved(line["outputs"], path, tmp_path / "other" / "pairs.jsonl") == line["outputs"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"x": to_json(MADE)}) + "\n")
     assert remembered(read_prompts(tmp_path / "prompts.jsonl", node)) == [{"x": remembered(MADE)}]
-
-
-def test_columns_of_drawn_values(tmp_path):
-    columns = {"one": [MADE, CUT, "a"], "lists": [[MADE, "a"], ["a", "b"], [CUT, CUT]], "plain": ["a", "b", "c"]}
-    save_columns(tmp_path / "c.npz", columns | {"numbers": np.arange(3)})
-    found = {name: as_values(column) for name, column in load_columns(tmp_path / "c.npz").items()}
-    assert remembered(found) == remembered(columns) | {"numbers": [0, 1, 2]}
 
 
 def passed_on(text):
