@@ -75,7 +75,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def read_arrays(path: Path, remedy: str = "restore it, or remove it") -> dict[str, np.ndarray]:
     """What `write_arrays` wrote. Raises `DamagedFileError`."""
-    with reading(path, remedy), np.load(path, allow_pickle=False) as arrays:
+    with reading(path, remedy), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 

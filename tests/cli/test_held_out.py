@@ -200,9 +200,7 @@ def test_scores_of_two_scorers_are_not_compared(tmp_path):
     measured.check()
     measured.measure(0, params(0))
     measured.check()
-    with pytest.raises(
-        ConfigError, match=r"evaluation\.scorer was a, now b\): .* choose another directory"
-    ):
+    with pytest.raises(ConfigError, match=r"evaluation\.scorer was a, now b\): .* choose another directory"):
         replace(measured, about={"scorer": "b"}).check()
 
 
