@@ -45,21 +45,9 @@ def pairs(path, text):
 # The name of what is written, how a text is written into it, and how one reads that text.
 USERS = {
     "JSON": ("a.json", write_json, read_json),
-    "JSON Lines": (
-        "a.jsonl",
-        lambda path, text: write_json_lines(path, [text]),
-        lambda path: json.loads(path.read_text()),
-    ),
-    "arrays": (
-        "a.npz",
-        lambda path, text: write_arrays(path, {"x": np.array(text)}),
-        lambda p: str(read_arrays(p)["x"]),
-    ),
-    "rows": (
-        f"a{ROWS}",
-        lambda p, text: write_row_file(p.with_name("a"), [text]),
-        lambda p: RowFile(p.with_name("a"))[0],
-    ),
+    "JSON Lines": ("a.jsonl", lambda path, text: write_json_lines(path, [text]), lambda p: json.loads(p.read_text())),
+    "arrays": ("a.npz", lambda path, text: write_arrays(path, {"x": np.array(text)}), lambda p: read_arrays(p)["x"]),
+    "rows": (f"a{ROWS}", lambda p, text: write_row_file(p.parent / "a", [text]), lambda p: RowFile(p.parent / "a")[0]),
     "image": (
         "a_images/one.png",
         lambda path, text: ImageFiles(path.parents[1] / "a.jsonl").beside("one", text.encode()),
@@ -121,9 +109,14 @@ def test_a_kill_leaves_no_part_of_a_folder(tmp_path):
     path = tmp_path / "a"
     killed(folder, path, "never")
     assert [left.name for left in tmp_path.iterdir()] == ["a.partial"]
-    with pytest.raises(KeyError), new_folder(path) as made:
-        (made / "a.json").write_text("half")
-        raise KeyError
+
+    def failing():
+        with new_folder(path) as made:
+            (made / "a.json").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
     assert list(tmp_path.iterdir()) == []
     folder(path, "after")
     assert [left.name for left in tmp_path.rglob("*")] == ["a", "a.json"]
@@ -143,9 +136,14 @@ def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_what_fails_leaves_what_was_there(tmp_path):
     write_json(tmp_path / "a.json", "before")
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a.json") as partial:
-        partial.write_text("half")
-        raise KeyboardInterrupt
+
+    def stopped():
+        with replacing(tmp_path / "a.json") as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert read_json(tmp_path / "a.json") == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -225,8 +223,8 @@ def test_of_long_values_the_part_is_shown_that_differs(tmp_path):
     assert len(said) < 300
     assert "old" in said
     assert "new" in said
+    many = [{f"n{number}": value for number in range(25)} for value in (0, 1)]
     with pytest.raises(KeyError, match=r"it is of another run \(n0 was 0, now 1; .*; and 5 more\): do this"):
-        many = [{f"n{number}": value for number in range(25)} for value in (0, 1)]
         check_same("it", *many, "do this", KeyError)
 
 

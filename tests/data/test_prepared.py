@@ -274,14 +274,20 @@ def with_decoder(**settings):
     return changed(texts(), lambda own: replace(own, decoder=Decoder(replace(own.decoder.config, **settings))))
 
 
+def other_sampler():
+    base = pictures(text=TextEncoder(Embedding(), word_tokenizer(), 5))
+    return changed(base, lambda own: replace(own, num_steps=9, guidance_scale=2.0))
+
+
 class Own(LanguageModel):
     """What its `prepare` reads is not known."""
 
 
 def own_writers(temperature):
-    return changed(
-        texts(temperature=temperature), lambda own: Own(**{f.name: getattr(own, f.name) for f in fields(own)})
-    )
+    def own(model):
+        return Own(**{field.name: getattr(model, field.name) for field in fields(model)})
+
+    return changed(texts(temperature=temperature), own)
 
 
 def test_all_of_a_component_of_the_users_own_counts_unless_it_says_what_does(monkeypatch):
@@ -325,10 +331,7 @@ def test_a_damaged_cache_is_named_with_the_remedy(ending, tmp_path):
         "temperature": (lambda: texts(temperature=0.5, top_p=0.9), False),
         "beam search": (lambda: texts(search=BeamSearch(length_penalty=2.0)), False),
         "recomputation": (lambda: with_decoder(remat="full"), False),
-        "steps of the sampler": (
-            lambda: pictures(text=TextEncoder(Embedding(), word_tokenizer(), 5), num_steps=9),
-            False,
-        ),
+        "steps of the sampler": (other_sampler, False),
         "ends": (lambda: texts(stop_tokens=(5,)), True),
         "a smaller vocabulary": (lambda: with_decoder(vocab_size=200), True),
         "a model of the user's own": (lambda: own_writers(0.5), True),
