@@ -21,6 +21,7 @@ from sysdpo_jax.cli.outcome import best_evaluation
 from sysdpo_jax.cli.run import CONFIG, assemble
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.locks import locked_file
 from sysdpo_jax.training import read_metrics
 
 
@@ -64,8 +65,9 @@ def export(config: Config) -> list[Path]:
         # Nodes that share the model differ in their prompts only.
         model = next(node.component for node in run.system.nodes if node.params_key == name)
         adapter = config.adapters and train.system.components[name].mode == "lora"
-        library = write_component(folder, model, params[name], adapter, train.system.components[name].checkpoint)
-        write_whole(folder / "README.md", about(name, library))
+        with locked_file(folder):
+            library = write_component(folder, model, params[name], adapter, train.system.components[name].checkpoint)
+            write_whole(folder / "README.md", about(name, library))
         written.append(folder)
     return written
 
