@@ -70,7 +70,7 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
 
 
 def check_same(
-    what: str, noted: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str, kind: type[Exception] = ConfigError
+    what: str, noted: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str, kind: type[BaseException] = ConfigError
 ) -> None:
     """Raise an error of that kind where the description that `what` carries is not the wanted one.
 
@@ -87,18 +87,19 @@ def check_same(
 
 
 def differences(noted: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """ "field was old, now new" of all in which two descriptions differ, fields of nested ones "."-joined.
+    """All in which two descriptions differ, as "field was old, now new"; fields of nested ones are "."-joined.
 
     Values are what JSON makes of them: a list is a tuple. Of a value whose kind differs the fields are left out.
     """
-    found: dict[str, str] = {}
+    found, changed = list[str](), list[str]()
     for name in sorted({*noted, *wanted}):
         old, new = noted.get(name, NOTHING), wanted.get(name, NOTHING)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found |= {f"{name}.{number}": f"{name}.{line}" for number, line in enumerate(differences(old, new))}
-        elif _json(old) != _json(new) and not any(name.startswith(f"{other}.") for other in found):
-            found[name] = f"{name} was {_shown(old, new)}, now {_shown(new, old)}"
-    return list(found.values())
+            found += [f"{name}.{line}" for line in differences(old, new)]
+        elif _json(old) != _json(new) and not any(name.startswith(f"{other}.") for other in changed):
+            changed.append(name)
+            found.append(f"{name} was {_shown(old, new)}, now {_shown(new, old)}")
+    return found
 
 
 def _json(value: Any) -> str:
@@ -109,7 +110,8 @@ def _shown(value: Any, other: Any) -> str:
     """A value beside another one: of long ones the part in which they differ."""
     if value is NOTHING:
         return "nothing"
-    texts = isinstance(value, str) and isinstance(other, str) and value and other
+    # Quoted where it would not be clear what is a text.
+    texts = isinstance(value, str) and value and (other is NOTHING or (isinstance(other, str) and other))
     said, beside = (x if texts else repr(list(x) if isinstance(x, tuple) else x) for x in (value, other))
     if len(said) <= LONG:
         return said

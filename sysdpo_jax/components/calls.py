@@ -74,7 +74,7 @@ def side_by_side(call: Callable[[T], R], items: Sequence[T], threads: int, ends:
     pool, ended = DaemonExecutor(min(threads, len(items)), "call"), False
     try:
         while True:
-            for place, item in () if ended else islice(waiting, threads - len(running)):
+            for place, item in islice(waiting, 0 if ended else threads - len(running)):
                 running[pool.submit(call, item)] = place
             if not running:
                 return results
