@@ -39,6 +39,7 @@ from experiments.common.command import parse
 from experiments.common.weights import smollm2_file
 from sysdpo_jax.decoding.beam_decode import beam_generate
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch
+from sysdpo_jax.io import write_json
 from sysdpo_jax.pretrained.language import load_language_model
 
 REQUEST = [{"role": "user", "content": "Write one sentence about a red ball."}]
@@ -191,8 +192,7 @@ def main(arguments: list[str]) -> None:
             },
         },
     }
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(config.folder / "results.json", results)
     for name, median in medians.items():
         print(f"{name:<28} {median:6.2f} s  (fastest {min(seconds[name]):.2f}, slowest {max(seconds[name]):.2f})")
     print(f"ratio {results['ratio']:.2f}, of plain beams {results['ratio_of_plain_beams']:.2f}")

@@ -11,6 +11,7 @@ from experiments.common.runs import Figures
 from experiments.progressive.run import SeedRun
 from experiments.progressive.world import split_captions
 from sysdpo_jax.evaluation import Estimate
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.report import (
     Column,
     ImageRow,
@@ -61,7 +62,7 @@ def write(
         made_by={name: str(value) for name, value in results["made_by"].items()},
     )
     write_report(folder / "report.html", report)
-    (folder / "table.md").write_text(markdown_table(results_table(results)) + "\n", encoding="utf-8")
+    write_whole(folder / "table.md", markdown_table(results_table(results)) + "\n")
     image_grid(rows[:6]).save(folder / "sequences.png")
 
 

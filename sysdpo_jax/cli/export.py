@@ -18,6 +18,7 @@ import sysdpo_jax as sj
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.locks import locked_file
 from sysdpo_jax.report.model_card import model_card
 from sysdpo_jax.report.outcome import best_evaluation
 from sysdpo_jax.runs.caches import keep_compilations
@@ -76,10 +77,11 @@ def export(config: Config) -> list[Path]:
         model = next(node.component for node in run.system.nodes if node.params_key == name)
         adapter = config.adapters and train.system.components[name].mode == "lora"
         start = train.system.components[name].checkpoint
-        library = write_component(folder, model, params[name], adapter, start)
         named = {"base_model": start, "datasets": data["source"]}
         hub = {field: source for field, source in named.items() if source is not None and _on_hub(source)}
-        write_whole(folder / "README.md", model_card(name, library, hub, *about))
+        with locked_file(folder):
+            library = write_component(folder, model, params[name], adapter, start)
+            write_whole(folder / "README.md", model_card(name, library, hub, *about))
         written.append(folder)
     return written
 

@@ -6,7 +6,6 @@ example:
 The figures are those in the run's folder; nothing is sampled or scored. A run that is going on is left as it is.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ import jax
 
 from sysdpo_jax.cli import command_line
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import write_whole
+from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import ComparedRuns, write_report
 from sysdpo_jax.report.outcome import summary
@@ -50,7 +49,7 @@ def run(config: Config) -> None:
     began, results = time.monotonic(), config.directory / "results.json"
     with locked_folder(config.directory):
         made = assemble(replace(read_config(path), directory=str(config.directory.absolute()), mesh=MeshConfig()))
-        known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        known = read_json(results) if results.is_file() else {}
         print(write_run_report(made, known.get("made_by") or made_by(time.monotonic() - began)))
 
 
@@ -75,9 +74,9 @@ def write_run_report(run: Run, made_by: Mapping[str, Any]) -> Path:
     Raises what reading the runs of evaluations and writing raise.
     """
     folder, rows = Path(run.config.directory), _metrics(run)
-    data = json.loads((folder / DATA).read_text(encoding="utf-8"))
+    data = read_json(folder / DATA)
     results = run_results(rows, run.config.schedule.steps) | {"data": data, "made_by": dict(made_by)}
-    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(folder / "results.json", results)
     title = f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system"
     configuration = {name: value for name, value in asdict(run.config).items() if name != "directory"}
     runs = tuple(_compared_runs(run, compared_steps(rows)))

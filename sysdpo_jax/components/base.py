@@ -48,6 +48,15 @@ class Component(Protocol):
         ...
 
     @property
+    def prepared_by(self) -> Any:
+        """All of the component that `prepare`, `encode`, `sizes` and `resize` read, beside the frozen parameters.
+
+        Features that are kept on disk are made anew where it changes. By default the component as a whole; leave out
+        what only `log_prob` and `sample` read.
+        """
+        return self
+
+    @property
     def several_sizes(self) -> bool:
         """Whether the values of a call of `prepare` choose, together, among several sizes the one they all get.
 

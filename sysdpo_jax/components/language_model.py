@@ -92,6 +92,12 @@ class LanguageModel(Component):
                 "to the decoder"
             )
 
+    @property
+    def prepared_by(self) -> Any:
+        lengths = self.max_prompt_length, self.max_new_tokens
+        own = self.tokenizer, self.prompt, self.truncation, self.stop_tokens
+        return *own, *lengths, self.decoder.config.vocab_size
+
     def init(self, key: PRNGKeyArray) -> Params:
         return self.decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 

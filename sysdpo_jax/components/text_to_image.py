@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, Metrics, Raw, RecordError, row_keys
 from sysdpo_jax.components.codec import Codec, FrozenCodec, whole_frames
+from sysdpo_jax.components.conversations import kind
 from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import FrozenText, TextConditioner
@@ -87,6 +88,11 @@ class TextToImage(Component):
         self, predict: Denoiser, noise: Float[Array, "batch h w c"], key: PRNGKeyArray
     ) -> Float[Array, "batch h w c"]:
         """Run the sampler from pure noise to clean latents."""
+
+    @property
+    def prepared_by(self) -> Any:
+        # Of a dropout there are features of no caption.
+        return self.text, self.codec, self.caption_dropout > 0
 
     @property
     def several_sizes(self) -> bool:
@@ -234,7 +240,7 @@ def _captions(parents: Parents) -> list[str]:
     [(name, captions)] = parents.items()
     for row, caption in enumerate(captions):
         if not isinstance(caption, str):
-            raise RecordError(f"{name!r} in row {row} must be a string (a caption), not {type(caption).__name__}")
+            raise RecordError(f"{name!r} in row {row} must be a string (a caption), not {kind(caption)}")
     return list(captions)
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Int, PyTree
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.preferences import Preferences
-from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_records, write_part
+from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_in_groups, write_part
 from sysdpo_jax.data.records import PreferenceRecord, require_intermediates
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.threads import DaemonExecutor
@@ -295,15 +295,13 @@ class PreferenceBatches:
         self.plan = Plan(rows.sizes[usable], rows.kinds[usable], *self._settings)
 
     def _prepared(self, params: Params) -> Iterator[tuple[int, Prepared]]:
-        for start in range(0, len(self._records), TOGETHER):
-            numbers = range(start, min(start + TOGETHER, len(self._records)))
-            made = prepare_records(self.system, params, [self._record(number) for number in numbers])
-            for number, row in zip(numbers, made, strict=True):
-                if isinstance(row, RecordError):
-                    raise RecordError(f"record {number}, counted from 0: {row}") from row
-                require_intermediates(self.system, row.held)
-                # Records may hold what no file can, and are there already.
-                yield number, row._replace(record=PreferenceRecord({}, {}, {}))
+        found = ((number, self._record(number)) for number in range(len(self._records)))
+        for number, row in prepare_in_groups(self.system, params, found, TOGETHER):
+            if isinstance(row, RecordError):
+                raise RecordError(f"record {number}, counted from 0: {row}") from row
+            require_intermediates(self.system, row.held)
+            # Records may hold what no file can, and are there already.
+            yield number, row._replace(record=PreferenceRecord({}, {}, {}))
 
     def _record(self, number: int) -> PreferenceRecord:
         read = f"{name_of(self._records)}.__getitem__" if is_users(self._records) else "reading"

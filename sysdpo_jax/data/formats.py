@@ -14,6 +14,7 @@ from sysdpo_jax.components.conversations import (
     MESSAGES,
     TOOLS,
     is_messages,
+    kind,
     read_arguments,
     read_messages,
     read_tools,
@@ -205,7 +206,7 @@ def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
     if is_messages(value):
         return read_messages(value, f"the field {name!r}")
     other = "; objects of named values are for the reader records" if isinstance(value, Mapping) else ""
-    raise RecordError(f"the field {name!r} must be a string or a list of messages, not {type(value).__name__}{other}")
+    raise RecordError(f"the field {name!r} must be a string or a list of messages, not {kind(value)}{other}")
 
 
 def _with_extras(prompt: str | list[Any], row: Mapping[str, Any]) -> Any:

@@ -1,6 +1,5 @@
 """The intermediates of SysDPO-Sampling: drawn from the policy, anew every few steps, and joined to final values."""
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -26,7 +25,7 @@ from sysdpo_jax.data.records import (
     without_intermediates,
 )
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
-from sysdpo_jax.manifest import describe
+from sysdpo_jax.manifest import describe, digest
 from sysdpo_jax.row_files import LEAVES, ROWS, RowFile, write_row_file
 from sysdpo_jax.typing import Params, Record
 from sysdpo_jax.values import content, distinct
@@ -274,7 +273,7 @@ class SearchedBatches:
     def fingerprint(self) -> dict[str, str]:
         """What a run that goes on must have in every process: final values may be fixed between two starts."""
         rows = [content(record.inputs) for record in self.records]
-        return {**describe("batches", self), "records": hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
+        return {**describe("batches", self), "records": digest(rows)}
 
 
 class IntermediateSearch:
@@ -352,7 +351,6 @@ class IntermediateSearch:
         for path in [path for path, its_count in self._files(step).items() if its_count != count and index == 0]:
             for ending in (ROWS, LEAVES):
                 path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
-        self._directory.mkdir(parents=True, exist_ok=True)
         write_row_file(self._path(step), ({"record": row, "sets": own} for row, own in zip(rows, sets, strict=True)))
 
     def _given(self, row: int) -> dict[str, Any]:
@@ -367,8 +365,9 @@ class IntermediateSearch:
                 "was: restore the file, or train in another directory"
             )
         self._sets, self._drawn_at = {}, step
+        remedy = "restore it, or train in another directory"
         for part in [path] if path in present else present:
-            self._sets |= {row["record"]: row["sets"] for row in RowFile(part)}
+            self._sets |= {row["record"]: row["sets"] for row in RowFile(part, remedy)}
 
     def _path(self, step: int) -> Path:
         index, count = self._batches.shard

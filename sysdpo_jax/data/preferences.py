@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
@@ -31,13 +30,15 @@ from sysdpo_jax.data.prepared import (
     about_system,
     is_fresh,
     part_about,
-    prepare_records,
+    prepare_in_groups,
+    remedy,
     with_kept_values,
     write_part,
 )
 from sysdpo_jax.data.records import Counts, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import read_json, write_json
+from sysdpo_jax.locks import locked_file
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.processes import by_all
 from sysdpo_jax.row_files import pack
@@ -49,9 +50,8 @@ PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
 # Raised when what is written changes; files that say how many parts there are, and where values of tools came from.
 FORMAT, WHOLE, TOOLS = 1, "parts.json", "tool_values.json"
 
-# The digest of a system and the fingerprints of its frozen parts; a record with its row's number; states of files.
+# The digest of a system and the fingerprints of its frozen parts; states of files.
 About: TypeAlias = tuple[str, dict[str, str]]
-Numbered: TypeAlias = tuple[int, PreferenceRecord]
 States: TypeAlias = dict[str, tuple[int, int]]
 
 
@@ -191,7 +191,12 @@ def load_preferences(
         settings = (FORMAT, reading.size, sha256, split, convert, tuple(ignore), on_error, base, str(kept))
         folder = Path(cache) / digest([*settings, *about])
         noted = folder / TOOLS
-        if kept is not None and jax.process_index() == 0 and noted.exists() and _inode(kept) != read_json(noted):
+        if (
+            kept is not None
+            and jax.process_index() == 0
+            and noted.exists()
+            and _inode(kept) != read_json(noted, remedy(noted))
+        ):
             # Whoever removes the file of what tools gave wants them asked again.
             shutil.rmtree(folder)
         return sha256, folder
@@ -202,9 +207,8 @@ def load_preferences(
             with suppress(OSError):
                 os.utime(folder)
             return
-        folder.mkdir(parents=True, exist_ok=True)
         # Of several runs that begin together one makes the parts, and the others wait and take them.
-        with FileLock(folder / f".lock-{jax.process_index()}"):
+        with locked_file(folder / f"writer-{jax.process_index()}", wait=True):
             reading.write(folder, jax.process_index(), jax.process_count())
         if kept is not None and jax.process_index() == 0:
             write_json(folder / TOOLS, _inode(kept))
@@ -217,7 +221,7 @@ def load_preferences(
 
 def _is_whole(folder: Path) -> bool:
     """Whether all parts are there, and made of files that are as they were."""
-    return (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder, read_json(folder / WHOLE))))
+    return (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder)))
 
 
 def _inode(path: Path) -> int:
@@ -225,8 +229,8 @@ def _inode(path: Path) -> int:
     return path.stat().st_ino if path.exists() else 0
 
 
-def _parts(folder: Path, number: int) -> list[Path]:
-    return [folder / f"part-{part:05d}" for part in range(number)]
+def _parts(folder: Path) -> list[Path]:
+    return [folder / f"part-{part:05d}" for part in range(read_json(folder / WHOLE, remedy(folder / WHOLE)))]
 
 
 @dataclass
@@ -278,7 +282,7 @@ class _Pass:
 
     def open(self, folder: Path, sha256: str, system: CompoundSystem | None, about: About) -> Preferences:
         """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
-        parts = _parts(folder, read_json(folder / WHOLE)) if (folder / WHOLE).exists() else None
+        parts = _parts(folder) if (folder / WHOLE).exists() else None
         known: list[Any] = [None] if parts is None else [part_about(part) for part in parts]
         if parts is None or None in known:
             raise RecordError(f"{folder} lacks parts that another process made: give a cache that all processes share")
@@ -310,43 +314,38 @@ class _Pass:
     def _made(self, rows: Iterable[Row], counts: Counts, images: States) -> Iterator[tuple[int, Prepared]]:
         """The records of these rows with their numbers, ready to be written; images: the files that they name."""
         together = TOGETHER_WITH_IMAGES if self.paints else TOGETHER
-        waiting: list[Numbered] = []
-        for row in rows:
-            counts.read += 1
-            self.read += 1
-            try:
-                records = [self._placed(record, images) for record in self._converted(row)]
-            except RecordError as error:
-                # The first error is that of the first row that has one.
-                yield from self._passed(waiting, counts)
-                waiting = []
-                self._refuse(counts, row.number, error)
-                continue
-            counts.ties += not records
-            waiting += [(row.number, record) for record in records]
-            if len(waiting) >= together:
-                yield from self._passed(waiting, counts)
-                waiting = []
-        yield from self._passed(waiting, counts)
-
-    def _passed(self, waiting: Sequence[Numbered], counts: Counts) -> Iterator[tuple[int, Prepared]]:
-        numbers, records = [number for number, _ in waiting], [record for _, record in waiting]
-        prepared: Iterable[Prepared | RecordError] = (Prepared(record, True, None, ()) for record in records)
-        if self.system is not None and records:
-            prepared = prepare_records(self.system, self.params, records)
-        for number, record, made in zip(numbers, records, prepared, strict=True):
+        found = self._records(rows, counts, images)
+        for number, made in prepare_in_groups(self.system, self.params, found, together):
+            self.progress(self.read)
             try:
                 if isinstance(made, RecordError):
                     raise made
                 # `open` leaves out those that may be left out.
                 if self.system is not None and not self.skip:
-                    self.held = check_intermediates(self.system, record, self.held)
+                    self.held = check_intermediates(self.system, made.record, self.held)
             except RecordError as error:
                 self._refuse(counts, number, error)
             else:
                 counts.kept += 1
                 yield number, made
         self.progress(self.read)
+
+    def _records(
+        self, rows: Iterable[Row], counts: Counts, images: States
+    ) -> Iterator[tuple[int, PreferenceRecord | RecordError]]:
+        for row in rows:
+            counts.read += 1
+            self.read += 1
+            try:
+                if isinstance(row.values, RecordError):
+                    raise row.values
+                values = {name: value for name, value in row.values.items() if name not in self.ignore}
+                found = [self._placed(record, images) for record in call_reader(self.convert, values, self.system)]
+            except RecordError as error:
+                yield row.number, error
+            else:
+                counts.ties += not found
+                yield from ((row.number, record) for record in found)
 
     def _identified(self, row: Row, ids: dict[Any, int]) -> Row:
         """The row, or what is wrong with its id."""
@@ -361,12 +360,6 @@ class _Pass:
             return Row(row.number, RecordError(said))
         ids[own] = row.number
         return row
-
-    def _converted(self, row: Row) -> list[PreferenceRecord]:
-        if isinstance(row.values, RecordError):
-            raise row.values
-        values = {name: value for name, value in row.values.items() if name not in self.ignore}
-        return call_reader(self.convert, values, self.system)
 
     def _placed(self, record: PreferenceRecord, images: States) -> PreferenceRecord:
         """The record with paths of images taken from the folder of the source."""

@@ -1,8 +1,5 @@
 """`load` and `save`: whole components from and to Hugging Face's folders."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any
 import jax
 
 from sysdpo_jax.components import Component, Diffusion, FlowMatching, LanguageModel
+from sysdpo_jax.io import replacing
 from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.beside import trained_beside, whole_modules
@@ -154,13 +152,6 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists: choose another folder, or empty it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with replacing(path) as folder:
+        folder.mkdir()
         yield folder
-        # mkdtemp makes it private.
-        folder.chmod(0o755)
-        os.replace(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

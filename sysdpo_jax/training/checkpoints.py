@@ -24,7 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from sysdpo_jax.io import write_json
-from sysdpo_jax.manifest import Identity, array_types, check_same, fingerprints
+from sysdpo_jax.manifest import CheckpointMismatchError, Identity, array_types, check_same, fingerprints
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.trees import by_path
@@ -182,9 +182,7 @@ class Checkpoints:
         self.wait()
         if jax.process_index() == 0:
             # Where and as Orbax writes the metrics of a save.
-            path = self.directory / str(step) / "metrics" / "metrics"
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {self._best[0]: metric})
+            write_json(self.directory / str(step) / "metrics" / "metrics", {self._best[0]: metric})
         multihost_utils.sync_global_devices("sysdpo_jax: the newest checkpoint is graded")
         self._manager.reload()
 
@@ -253,7 +251,8 @@ class Checkpoints:
         if self._read_only:
             known = self._identity["configuration"]
             identity["configuration"] = {name: identity["configuration"].get(name, "nothing") for name in known}
-        check_same(identity, self._identity, f"the checkpoint {path}")
+        remedy = "choose another directory, or restore what differs"
+        check_same(f"the checkpoint {path}", identity, self._identity, remedy, CheckpointMismatchError)
         mutable = by_path(state.mutable)
         wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in mutable.items()}
         with _reading(path):

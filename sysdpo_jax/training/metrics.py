@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from sysdpo_jax.io import append_whole, write_json_lines
 from sysdpo_jax.training.events import Events
 from sysdpo_jax.training.metric_warnings import MetricWarnings
 from sysdpo_jax.training.progress import tell
@@ -116,13 +117,9 @@ class MetricsLog:
         self._events.flush()
 
     def _append(self, step: int, line: str) -> None:
-        end, rest = os.fstat(self._file.fileno()).st_size, line.encode()
         try:
-            while rest:
-                rest = rest[self._file.write(rest) or 0 :]
+            append_whole(self._file, line.encode())
         except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._file.fileno(), end)
             raise MetricsWriteError(
                 f"{self._path} does not take the row of step {step}, which will be missing ({error.strerror}): {REMEDY}"
             ) from error
@@ -232,12 +229,9 @@ def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
         return []
     kept = 0 if start == 0 else start + 1
     rows = [row for row in read_metrics(path) if row["step"] < (kept if _evaluated(row) else start)]
-    shorter = path.with_suffix(".tmp")
     try:
-        shorter.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        shorter.replace(path)
+        write_json_lines(path, rows)
     except OSError as error:
-        shorter.unlink(missing_ok=True)
         raise MetricsWriteError(f"{path} cannot be written ({error.strerror}): {REMEDY}") from error
     return rows
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sysdpo_jax.row_files import ROWS, RowFile
+from sysdpo_jax.row_files import LEAVES, ROWS, RowFile
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import write_decoder
@@ -74,8 +74,8 @@ def drawn(directory, step):
     """{record: its sets} of all files of a step."""
     found = {}
     for path in (directory / "intermediates").glob(f"{step:08d}*{ROWS}"):
-        for row in RowFile(path.with_name(path.name.removesuffix(ROWS))):
-            found[row["record"]] = [own["draft"] for own in row["sets"]]
+        rows = RowFile(path.with_name(path.name.removesuffix(ROWS)))
+        found |= {row["record"]: [own["draft"] for own in row["sets"]] for row in rows}
     return found
 
 
@@ -115,8 +115,8 @@ def test_parameters_come_whole_to_the_devices_of_each_process(half):
 def test_what_two_processes_drew_is_gone_on_with(alone, half, tmp_path, number):
     """1e-5: the devices add in another order, in float32, and Adam carries the difference on."""
     directory = shutil.copytree(half[0], tmp_path / "run")
-    assert sorted(path.name for path in (directory / "intermediates").glob(f"*{ROWS}")) == [
-        f"00000002-0000{process}-of-00002{ROWS}" for process in (1, 2)
+    assert sorted(path.name for path in (directory / "intermediates").iterdir()) == [
+        f"00000002-0000{process}-of-00002{ending}" for process in (1, 2) for ending in (LEAVES, ROWS)
     ]
     finished(number, ["-m", "tests.distributed.sampled_run", directory, 6])
     whole = losses(alone)
