@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sysdpo_jax.cli.config import TrainConfig, read_config, write_config
 
 from experiments.common.storage import load_pairs, load_params, save_pairs, save_params
 from sysdpo_jax import PreferenceRecord, io, load_preferences, save_preferences
@@ -20,6 +19,8 @@ from sysdpo_jax.locks import locked_file
 from sysdpo_jax.manifest import check_same, differences
 from sysdpo_jax.pretrained.checkpoint import new_folder
 from sysdpo_jax.row_files import ROWS, RowFile, write_row_file
+from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.files import read_config, write_config
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 
 
@@ -66,7 +67,7 @@ USERS = {
     "configuration": (
         "config.yaml",
         lambda path, text: write_config(path, TrainConfig(directory=text)),
-        lambda path: read_config(path, TrainConfig).directory,
+        lambda path: read_config(path).directory,
     ),
     "metrics": ("metrics.jsonl", metrics, lambda path: read_metrics(path)[0]["loss"]),
     "parameters": (

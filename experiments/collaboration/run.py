@@ -20,8 +20,7 @@ from sysdpo_jax import PreferenceRecord, make_pairs
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.row_files import ROWS
-from sysdpo_jax.training.progress import Board, Report
-from sysdpo_jax.training.state import partition
+from sysdpo_jax.training import Board, Report, partition
 from sysdpo_jax.typing import Params, Record
 
 METHODS = (

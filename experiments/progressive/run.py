@@ -18,11 +18,11 @@ from experiments.progressive.align import AlignConfig, align, image_part, langua
 from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, diffusion, language_model
 from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Request, World, well_formed
 from sysdpo_jax import PreferenceRecord, make_pairs, rollout
-from sysdpo_jax.evaluation.preferences import order_consistency, preference_score
+from sysdpo_jax.evaluation import order_consistency, preference_score
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.row_files import ROWS
-from sysdpo_jax.training.progress import Board, Report
+from sysdpo_jax.training import Board, Report
 from sysdpo_jax.typing import Params, Record
 
 METHODS = (

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 import sysdpo_jax as sj
-from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import ResumableJsonl, note_of
+from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
 
 
 class Begun:

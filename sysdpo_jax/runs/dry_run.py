@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 import sysdpo_jax as sj
-from sysdpo_jax.runs.run import Run, first_batch
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.report import to_image
+from sysdpo_jax.runs.run import Run, first_batch
 from sysdpo_jax.training.state import partition
 from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Features, Params

@@ -12,11 +12,6 @@ import numpy as np
 from jaxtyping import Float
 
 import sysdpo_jax as sj
-from sysdpo_jax.report.outcome import BEST
-from sysdpo_jax.runs.begun import Begun, discard
-from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.run import Run
-from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
@@ -28,6 +23,11 @@ from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.io import file_digest, note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same, digest, fingerprints
 from sysdpo_jax.parallel.distributed import gathered
+from sysdpo_jax.report.outcome import BEST
+from sysdpo_jax.runs.begun import Begun, discard
+from sysdpo_jax.runs.prompts import read_prompts
+from sysdpo_jax.runs.run import Run
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.evaluation import EvaluationError
 from sysdpo_jax.training.progress import Lines

@@ -7,14 +7,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 
 import sysdpo_jax as sj
-from sysdpo_jax.runs.config import MeshConfig, TrainConfig, as_dict
-from sysdpo_jax.runs.files import CONFIG, find_config, read_config
-from sysdpo_jax.runs.run import Run, assemble, identity_of, make_trainer
-from sysdpo_jax.runs.system import build_system
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.importing import import_function
 from sysdpo_jax.manifest import digest
+from sysdpo_jax.runs.config import MeshConfig, TrainConfig, as_dict
+from sysdpo_jax.runs.files import CONFIG, find_config, read_config
+from sysdpo_jax.runs.run import Run, assemble, identity_of, make_trainer
+from sysdpo_jax.runs.system import build_system
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import shown, user_code
 

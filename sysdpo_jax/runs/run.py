@@ -13,10 +13,6 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
-from sysdpo_jax.runs.caches import prepared_folder
-from sysdpo_jax.runs.config import DataConfig, TrainConfig, as_dict
-from sysdpo_jax.runs.files import CONFIG, read_config, write_config
-from sysdpo_jax.runs.system import build_optimizer, build_system
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
@@ -27,6 +23,10 @@ from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
+from sysdpo_jax.runs.caches import prepared_folder
+from sysdpo_jax.runs.config import DataConfig, TrainConfig, as_dict
+from sysdpo_jax.runs.files import CONFIG, read_config, write_config
+from sysdpo_jax.runs.system import build_optimizer, build_system
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import LINE_EVERY, tell

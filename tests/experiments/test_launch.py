@@ -18,11 +18,11 @@ import jax
 import pytest
 import yaml
 from PIL import Image
-from sysdpo_jax.runs.files import configure
 
 import sysdpo_jax as sj
 from sysdpo_jax.models.lora import is_lora
 from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.files import configure
 from sysdpo_jax.runs.run import assemble, make_batches, read_preferences
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.training.throughput import count_units
@@ -167,7 +167,7 @@ def test_the_image_has_what_the_command_needs():
 def test_the_documented_commands_are_accepted(tmp_path):
     """Every command line of the entry point in docs/scaling.md, XPK's among them."""
     flat = SCALING.replace("\\\n", " ")
-    commands = re.findall(rf"{COMMAND}([^\"`\n]*)", flat)
+    commands = re.findall(rf"{COMMAND} ([^\"`\n]+)", flat)
     assert len(commands) >= 2
     for command in commands:
         assert parsed(shlex.split(command), tmp_path).directory

@@ -1,0 +1,5 @@
+"""A run as a configuration describes it: its fields, the system and the trainer made of them, its folder."""
+
+from sysdpo_jax.runs.caches import keep_compilations
+
+__all__ = ["keep_compilations"]
