@@ -32,17 +32,19 @@ class Penalties(NamedTuple):
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Settings of the search, under transformers' names.
+    """Settings of diverse beam search (arXiv 1610.02424), under transformers' names.
 
-    num_beam_groups: by default one group for every beam, as arXiv 1610.02424, section 5, recommends; 1 is plain
-        beam search.
-    diversity_penalty: the strength lambda, what a group's candidate loses for every time an earlier group has chosen
-        its token at the same step (Hamming diversity, section 4).
-    length_penalty: finished sequences are ranked by log p / length ** length_penalty.
-    early_stopping: a group is done as soon as all its places are taken, instead of when its running beams, at their
-        present length, score no better than the worst of them.
+    Args:
+        num_beam_groups: By default one group for every beam, as section 5 of the paper recommends; 1 is plain beam
+            search.
+        diversity_penalty: The strength lambda, what a group's candidate loses for every time an earlier group has
+            chosen its token at the same step (Hamming diversity, section 4).
+        length_penalty: Finished sequences are ranked by log p / length ** length_penalty.
+        early_stopping: A group is done as soon as all its places are taken, instead of when its running beams, at their
+            present length, score no better than the worst of them.
 
-    Raises ValueError for a number of groups below 1 and a diversity_penalty that is negative or not finite.
+    Raises:
+        ValueError: For a number of groups below 1 and a diversity_penalty that is negative or not finite.
     """
 
     num_beam_groups: int | None = None
@@ -57,7 +59,17 @@ class BeamSearch:
             raise ValueError(f"BeamSearch: diversity_penalty {self.diversity_penalty} must be >= 0 and finite.")
 
     def groups(self, num_beams: int) -> int:
-        """The number of groups of so many beams. Raises ValueError if they cannot be divided evenly."""
+        """Divide beams into groups.
+
+        Args:
+            num_beams: How many there are.
+
+        Returns:
+            The number of groups.
+
+        Raises:
+            ValueError: If they cannot be divided evenly.
+        """
         groups = num_beams if self.num_beam_groups is None else self.num_beam_groups
         if num_beams < 1 or num_beams % groups:
             raise ValueError(
@@ -66,7 +78,11 @@ class BeamSearch:
         return groups
 
     def penalties(self) -> Penalties:
-        """The settings beside the number of groups, as arrays."""
+        """The settings beside the number of groups.
+
+        Returns:
+            Them as arrays, so that other values do not compile anew.
+        """
         settings = jnp.float32(self.diversity_penalty), jnp.float32(self.length_penalty)
         return Penalties(*settings, jnp.bool_(self.early_stopping))
 
