@@ -9,6 +9,8 @@ from importlib import import_module
 import pytest
 from griffe import Docstring, DocstringSectionKind
 
+from sysdpo_jax import components
+
 PACKAGES = (
     "sysdpo_jax",
     "sysdpo_jax.components",
@@ -21,6 +23,15 @@ PACKAGES = (
     "sysdpo_jax.evaluation",
     "sysdpo_jax.report",
 )
+# What these say of their methods stands in the protocol that they keep without inheriting from it.
+KEPT = {
+    "PixelCodec": components.Codec,
+    "LatentCodec": components.Codec,
+    "TextEncoder": components.TextConditioner,
+    "SDXLText": components.TextConditioner,
+    "SD3Text": components.TextConditioner,
+    "FrozenText": components.TextConditioner,
+}
 NAMED = (DocstringSectionKind.parameters, DocstringSectionKind.attributes)
 GIVEN = (DocstringSectionKind.returns, DocstringSectionKind.yields)
 
@@ -36,8 +47,13 @@ def public():
                 continue
             full = f"{thing.__module__}.{thing.__qualname__}"
             found[full] = (thing, ())
-            if inspect.isclass(thing):
-                found |= {f"{full}.{key}": (method, thing.__mro__[1:]) for key, method in methods(thing).items()}
+            for base in thing.__mro__ if inspect.isclass(thing) else ():
+                if base.__module__.startswith("sysdpo_jax"):
+                    name, above = (
+                        f"{base.__module__}.{base.__qualname__}",
+                        (*base.__mro__[1:], *filter(None, [KEPT.get(base.__name__)])),
+                    )
+                    found |= {f"{name}.{key}": (method, above) for key, method in methods(base).items()}
     return found
 
 

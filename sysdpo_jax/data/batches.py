@@ -55,12 +55,23 @@ class EpochBatches:
 
 
 def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> EpochBatches:
-    """`batch_at(step)`: rows of `data` (arrays with one leading axis), shuffled anew every epoch by (seed, epoch).
+    """Batches of arrays in memory, shuffled anew every epoch by (seed, epoch).
 
-    Rows that do not fill a last batch are left out of that epoch. shard: (index, count) gives the index-th of count
-    equal blocks of each batch, as `batch_shard(mesh)` says for this process; `data` are all rows nevertheless.
-    `Trainer.fit` encodes what of the data is raw once, before its first step.
-    Raises `ValueError` for fewer rows than a batch or a batch that count does not divide.
+    Rows that do not fill a last batch are left out of that epoch. `Trainer.fit` encodes what of the data is raw once,
+    before its first step.
+
+    Args:
+        data: Arrays with one leading axis, of all rows, such as those of `prepare_pairs`.
+        batch_size: Rows of the global batch.
+        seed: Of the order.
+        shard: (index, count) gives the index-th of count equal blocks of each batch, as `batch_shard(mesh)` says for
+            this process.
+
+    Returns:
+        `batch_at(step)`.
+
+    Raises:
+        ValueError: For fewer rows than a batch or a batch that count does not divide.
     """
     return EpochBatches(data, epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard))
 
@@ -328,12 +339,17 @@ def preference_dataset(
     and padded to few static sizes. Rows that do not fill a last batch are left out of that epoch.
 
     Args:
+        system: What the records are prepared for.
         records: A list, what `load_preferences` returns, or anything with a length whose rows are found by number.
         batch_size: Rows of the global batch.
+        seed: Of the order.
         shard: (index, count) gives the index-th of count equal blocks of its rows, as `batch_shard(mesh)` says for this
             process.
         shapes: How many shapes of batches there are at most, each of which is compiled once; images of several sizes
             have at least one each.
+
+    Returns:
+        The batches by step.
 
     Raises:
         RecordError: Names the record that cannot be used, counted from 0.

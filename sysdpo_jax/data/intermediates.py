@@ -49,16 +49,28 @@ def draw_intermediates(
     size: int | None = None,
     known: Known | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """From 1 to `number` distinct likely sets `{intermediate node: value}` for every row of inputs.
+    """Search for likely sets of intermediate values.
 
     The first node spreads into `number` candidates (a language model's by its diverse beam search), each of which the
-    next ones continue with their likeliest value, or with more while no row has `number` sets. A row of inputs may hold
-    values of `system.given` too. Sets that a tool refuses, or skips, are left out.
-    size: rows that components draw at a time, the others of which are thrown away; as many as inputs by default.
-    known: see `CompoundSystem.complete`; by default a tool is called for each set.
-    Raises `GraphError` for a system without intermediates, `RecordError` for a row that lacks an input, a tool that
-    fails or leaves a row without a set, and `ValueError` for parameters that do not belong to the system or a number
-    below 1.
+    next ones continue with their likeliest value, or with more while no row has `number` sets. Sets that a tool
+    refuses, or skips, are left out.
+
+    Args:
+        system: The graph.
+        params: `{params_key: tree}`.
+        inputs: `{name: value}` each; a row may hold values of `system.given` too.
+        number: Size of a row's set of sets.
+        key: Of the draws.
+        size: Rows that components draw at a time, the others of which are thrown away; as many as inputs by default.
+        known: See `CompoundSystem.complete`; by default a tool is called for each set.
+
+    Returns:
+        From 1 to `number` distinct sets `{intermediate node: value}` for every row.
+
+    Raises:
+        GraphError: For a system without intermediates.
+        RecordError: For a row that lacks an input, a tool that fails or leaves a row without a set.
+        ValueError: For parameters that do not belong to the system or a number below 1.
     """
     system.check_params(params)
     wanted = [node.name for node in system.intermediates]
@@ -126,13 +138,24 @@ def sampled_batch(
     staleness: int = 0,
     known: Known | None = None,
 ) -> SampledBatch:
-    """The features of both sides with every distinct set of intermediates, padded to `number` sets a row.
+    """The features of both sides with every distinct set of intermediates.
 
-    records: as `without_intermediates` returns them. staleness: steps since the policy drew the sets.
-    known: see `CompoundSystem.complete`.
     Sets that no final value can be prepared with (a tool or a prompt refuses them, a tool skips them) are left out.
-    Raises `RecordError` as `prepare` does where a row keeps no set, for a tool that fails, and for a row with no set or
-    more than `number`.
+
+    Args:
+        system: The graph.
+        records: As `without_intermediates` returns them.
+        intermediates: As `draw_intermediates` returns them.
+        number: Sets that a row is padded to.
+        staleness: Steps since the policy drew them.
+        known: See `CompoundSystem.complete`.
+
+    Returns:
+        The batch, raw.
+
+    Raises:
+        RecordError: As `prepare` does where a row keeps no set, for a tool that fails, and for a row with no set or
+            more than `number`.
     """
     inner, outer = ([node.name for node in nodes] for nodes in (system.intermediates, system.outputs))
     kept = [distinct({name: y[name] for name in inner} for y in sets) for sets in intermediates]
@@ -224,17 +247,25 @@ def _by_turns(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]
 class SearchedBatches:
     """Batches for `SamplingObjective`: rows as `epoch_batches` takes them, intermediates from the current policy.
 
-    records: preferences on final values, without intermediates. seed: of the rows' order and of the draws.
-    num_intermediates: size of Y(x); of a single one, the same on both sides, the nodes that draw it learn nothing.
-    every: at the steps 0, every, 2 * every ... the policy draws for all rows of the `every` batches that follow; 1 as
-    in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is longer than
-    an epoch.
-    shard: (index, count) as `batch_shard(mesh)` says for this process, which draws for its own rows on its own devices
-    (see `replicate_per_process`); a run may go on with another count. Draws without noise, such as a language model's
-    beams, are the same for every count.
-    Values must be strings, numbers, or arrays of one shape. Raises `RecordError` naming the row for records that hold
-    intermediates or lack an input or a final value, `GraphError` for a system without intermediates, and `ValueError`
-    for a number below 1, fewer rows than a batch, or processes that do not have a shard each.
+    Draws without noise, such as a language model's beams, are the same for every number of processes.
+
+    Args:
+        system: The graph.
+        records: Preferences on final values, without intermediates. Values must be strings, numbers, or arrays of one
+            shape.
+        batch_size: Rows of a batch, of all processes together.
+        seed: Of the rows' order and of the draws.
+        num_intermediates: Size of Y(x); of a single one, the same on both sides, the nodes that draw it learn nothing.
+        every: At the steps 0, every, 2 * every ... the policy draws for all rows of the `every` batches that follow; 1
+            as in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is
+            longer than an epoch.
+        shard: (index, count) as `batch_shard(mesh)` says for this process, which draws for its own rows on its own
+            devices (see `replicate_per_process`); a run may go on with another count.
+
+    Raises:
+        RecordError: Naming the row, for records that hold intermediates or lack an input or a final value.
+        GraphError: For a system without intermediates.
+        ValueError: For a number below 1, fewer rows than a batch, or processes that do not have a shard each.
     """
 
     system: CompoundSystem = field(compare=False)
@@ -272,7 +303,11 @@ class SearchedBatches:
         return epoch_rows(len(self.records), self.batch_size, self.seed, self.shard)
 
     def fingerprint(self) -> dict[str, str]:
-        """What a run that goes on must have in every process: final values may be fixed between two starts."""
+        """What a run that goes on must have in every process: final values may be fixed between two starts.
+
+        Returns:
+            `{what: digest}`.
+        """
         rows = [content(record.inputs) for record in self.records]
         return {**describe("batches", self), "records": hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
 

@@ -59,8 +59,13 @@ States: TypeAlias = dict[str, tuple[int, int]]
 class Preferences(Sequence[PreferenceRecord]):
     """Records by number, read from memory-mapped files when they are asked for, and their features where there are any.
 
-    Made by `load_preferences`. rows: what is on disk, of which the `usable` ones count. system: the one that the
-    features are of, None where there are none; about: its digest, and fingerprints of what encoded them.
+    Args:
+        rows: What is on disk; `load_preferences` makes it.
+        usable: The numbers of the rows that count.
+        counts: Of the rows that were read, and of those left out.
+        source: Where they come from.
+        system: The one that the features are of; None where there are none.
+        about: Its digest, and fingerprints of what encoded them.
     """
 
     rows: PreparedRows
@@ -92,11 +97,25 @@ class Preferences(Sequence[PreferenceRecord]):
     __hash__ = None  # type: ignore[assignment]
 
     def fits(self, system: CompoundSystem) -> bool:
-        """Whether the features are there, and those that the system prepares: with these tokenizers and settings."""
+        """Whether the features are there, and those that the system prepares: with these tokenizers and settings.
+
+        Args:
+            system: To compare with.
+
+        Returns:
+            Whether they are.
+        """
         return self.system is not None and digest(about_system(system)) == self.about[0]
 
     def encoded_by(self, params: Params) -> bool:
-        """Whether the frozen parts of these parameters are those that encoded the features."""
+        """Whether the frozen parts of these parameters are those that encoded the features.
+
+        Args:
+            params: `{params_key: tree}`.
+
+        Returns:
+            Whether they are.
+        """
         return self.system is not None and fingerprints(self.system.frozen_params(params)) == self.about[1]
 
     @property
@@ -105,7 +124,11 @@ class Preferences(Sequence[PreferenceRecord]):
         return bool(self.rows.held[self.usable[0]])
 
     def summary(self) -> str:
-        """The counts in a line, with the first of the errors and how many were left out for what."""
+        """The counts in a line.
+
+        Returns:
+            With the first of the errors and how many were left out for what.
+        """
         return self.counts.summary(self.source)
 
 
