@@ -148,7 +148,7 @@ class Checkpoints:
         Raises:
             CheckpointWriteError: Where this checkpoint, or the one before it, which was still being written, cannot be
                 written.
-            RuntimeError: Where the step is older than the newest.
+            RuntimeError: Where Orbax does not take it.
         """
         self.wait()
         step = int(state.step)
