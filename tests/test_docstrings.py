@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 from griffe import Docstring, DocstringSectionKind
 
-from sysdpo_jax import components
+from sysdpo_jax import components, diffusion
 
 PACKAGES = (
     "sysdpo_jax",
@@ -31,6 +31,8 @@ KEPT = {
     "SDXLText": components.TextConditioner,
     "SD3Text": components.TextConditioner,
     "FrozenText": components.TextConditioner,
+    **dict.fromkeys(("Constant", "MinSNR", "ELBO"), diffusion.Weighting),
+    **dict.fromkeys(("DDIM", "DDPM", "PNDM", "DPMSolver", "Euler"), diffusion.Sampler),
 }
 NAMED = (DocstringSectionKind.parameters, DocstringSectionKind.attributes)
 GIVEN = (DocstringSectionKind.returns, DocstringSectionKind.yields)

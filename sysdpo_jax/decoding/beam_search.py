@@ -90,10 +90,13 @@ class BeamSearch:
 class Beams(NamedTuple):
     """What a search found, the best score first; no two valid sequences of a row are equal.
 
-    tokens: [B, R, N], padded after the end.  lengths: [B, R], counting a stop token produced.
-    log_probs: float32 [B, R], the model's own, without penalties.  scores: log_probs / lengths ** length_penalty.
-    valid: bool [B, R], False in the last places of a row with fewer distinct sequences than beams: log_probs and
-        scores are -inf there, lengths 0.
+    Attributes:
+        tokens: [batch, beams, tokens], padded after the end.
+        lengths: [batch, beams], counting a stop token produced.
+        log_probs: float32 [batch, beams], the model's own, without penalties.
+        scores: log_probs / lengths ** length_penalty.
+        valid: bool [batch, beams], False in the last places of a row with fewer distinct sequences than beams:
+            log_probs and scores are -inf there, lengths 0.
     """
 
     tokens: Array

@@ -79,6 +79,7 @@ class MasterState(NamedTuple):
 
 
 FROZEN = ComponentOptimizer(optax.set_to_zero(), mode="frozen")
+"""Of a component that is not trained."""
 
 
 @dataclass(frozen=True)
