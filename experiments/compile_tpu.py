@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from experiments.common.command import parse
 from experiments.scaling.chips import USABLE_HBM_GIB, topology
 from experiments.scaling.hlo import collectives_by_kind
 from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
@@ -207,7 +207,7 @@ def _commit() -> str | None:
 
 def main(arguments: list[str]) -> None:
     """Print the account. Raises SystemExit with code 1 when the step does not fit."""
-    config = tyro.cli(Config, args=arguments, description=__doc__)
+    config = parse(Config(), arguments, __doc__)
     # No device of this machine is needed, and one that is busy would be in the way.
     jax.config.update("jax_platforms", "cpu")
     if config.level != "default":

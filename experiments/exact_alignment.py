@@ -35,9 +35,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 from jaxtyping import Array, Float
 
+from experiments.common.command import parse
 from experiments.exact.drawing import draw_study
 from experiments.exact.outcomes import outcome_population, sampling_loss
 from experiments.exact.preferences import local_populations, population_loss, system_population
@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> None:
 
     results.json, `{system: {gap: nats}}`; intermediates.json and intermediates.svg, the study's figures; config.json.
     """
-    config = tyro.cli(Config, args=arguments, description=__doc__)
+    config = parse(Config(), arguments, __doc__)
     # In float64 the solvers can go to the end: what gap is left is the method's or the graph's, not rounding's.
     with jax.enable_x64(True):
         results = {exact.name: verify(exact, config) for exact in SYSTEMS}

@@ -19,7 +19,7 @@ from experiments.collaboration.results import summarise
 from experiments.collaboration.run import RunConfig, SeedRun
 from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
-from experiments.common.command import experiment_folder, parse, provenance, run_seeds
+from experiments.common.command import experiment_folder, parse_preset, provenance, run_seeds
 from experiments.common.fit import FitConfig
 
 
@@ -64,7 +64,7 @@ PRESETS = {
 def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and table.md, print the table."""
     began = time.monotonic()
-    config = parse(PRESETS, arguments, __doc__)
+    config = parse_preset(PRESETS, arguments, __doc__)
     with experiment_folder(config.folder, config.run):
         runs, figures = run_seeds(
             config.seeds, lambda seed, board: SeedRun(config.run, seed, config.folder / f"seed-{seed}", board)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.common.command import experiment_folder, parse, provenance, run_seeds
+from experiments.common.command import experiment_folder, parse_preset, provenance, run_seeds
 from experiments.common.fit import FitConfig
 from experiments.progressive.align import AlignConfig
 from experiments.progressive.report import print_table, write
@@ -54,7 +54,7 @@ PRESETS = {
 def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and the picture, print the table."""
     began = time.monotonic()
-    config = parse(PRESETS, arguments, __doc__)
+    config = parse_preset(PRESETS, arguments, __doc__)
     with experiment_folder(config.folder, config.run):
         runs, figures = run_seeds(
             config.seeds, lambda seed, board: SeedRun(config.run, seed, config.folder / f"seed-{seed}", board)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
 from jaxtyping import Array, Key, PyTree
-from pydantic import ConfigDict, Field
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 Params = PyTree
 Features = PyTree
@@ -19,8 +19,7 @@ Record = Mapping[str, Any]
 Parents = Mapping[str, Sequence[Any]]
 Keys = Key[Array, "..."]
 
-# Of configurations.
-Positive: TypeAlias = Annotated[int, Field(ge=1)]
-Natural: TypeAlias = Annotated[int, Field(ge=0)]
-# Unknown names are errors.
-STRICT = ConfigDict(extra="forbid")
+# Of configurations: what a file or a flag is held to.
+Positive: TypeAlias = Annotated[int, PositiveInt]
+Natural: TypeAlias = Annotated[int, NonNegativeInt]
+AboveZero: TypeAlias = Annotated[float, PositiveFloat]

@@ -21,7 +21,9 @@ from PIL import Image
 
 import sysdpo_jax as sj
 from experiments.common.weights import smollm2_file
-from sysdpo_jax.cli.config import (
+from sysdpo_jax.data.formats import READERS
+from sysdpo_jax.evaluation.judge_config import JudgeConfig
+from sysdpo_jax.runs.config import (
     ComponentConfig,
     DataConfig,
     EvaluationConfig,
@@ -34,8 +36,6 @@ from sysdpo_jax.cli.config import (
     parse_flags,
     read_config,
 )
-from sysdpo_jax.data.formats import READERS
-from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
 from tests.training.systems import CHAIN, pairs
@@ -201,7 +201,7 @@ def test_ready_configurations_run_dry(place, path, capsys):
             here.write_text(text.replace(hub, "painter"))
     config = read_config(here, TrainConfig)
     (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in _pairs(config, place)))
-    flags = ["--config", str(here), "--dry-run", "--data.source", "pairs.jsonl"]
+    flags = [str(here), "--dry-run", "--data.source", "pairs.jsonl"]
     import_module("sysdpo_jax.cli.train").main(flags)
     assert "loss at step 0: 0.69" in capsys.readouterr().out
 

@@ -33,9 +33,9 @@ import jax
 import numpy as np
 import torch
 import transformers
-import tyro
 from jaxtyping import Float, Int
 
+from experiments.common.command import parse
 from experiments.common.weights import smollm2_file
 from sysdpo_jax.decoding.beam_decode import beam_generate
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch
@@ -157,7 +157,7 @@ def _others_seconds() -> float:
 
 def main(arguments: list[str]) -> None:
     """Write results.json and print it."""
-    config = tyro.cli(Config, args=arguments, description=__doc__)
+    config = parse(Config(), arguments, __doc__)
     # Before JAX and torch start their threads, which are as many as the process may use cores.
     cores = sorted(os.sched_getaffinity(0))[: config.cores]
     os.sched_setaffinity(0, cores)

@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import jaxlib
 
 from experiments.benchmarks.gpu_cases import CASES, Case
-from experiments.common.command import parse
+from experiments.common.command import parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
-from sysdpo_jax.cli.caches import keep_compilations
+from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.training.flops import step_flops
 from sysdpo_jax.training.throughput import count_units, memory, peak_flops
 
@@ -180,7 +180,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure the roofline and each case, write results.json after each and print the table."""
-    config = parse(PRESETS, arguments, __doc__)
+    config = parse_preset(PRESETS, arguments, __doc__)
     # The parent holds no device memory; a child may have nearly all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     results: dict[str, Any] = {

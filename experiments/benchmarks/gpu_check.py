@@ -33,11 +33,11 @@ import jaxlib
 
 from experiments.benchmarks.gpu_cases import Case
 from experiments.benchmarks.gpu_families import ATTENTION, STEPS, AttentionShape
-from experiments.common.command import parse
+from experiments.common.command import parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
-from sysdpo_jax.cli.caches import keep_compilations
 from sysdpo_jax.models.attention import attend, choose
 from sysdpo_jax.models.attention_request import AttentionRequest
+from sysdpo_jax.runs.caches import keep_compilations
 
 TOLERANCE, LOSS_TOLERANCE = 0.02, 0.01
 COMMANDS = {
@@ -185,7 +185,7 @@ def rows(config: Config) -> Iterator[Row]:
 
 def main(arguments: list[str]) -> None:
     """Check, print the table row by row, write results.json, and end with 1 where a row failed."""
-    config = parse(PRESETS, arguments, __doc__)
+    config = parse_preset(PRESETS, arguments, __doc__)
     # The commands need the GPU's memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_compilations(str(config.folder / "compiled"))

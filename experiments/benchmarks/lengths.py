@@ -31,9 +31,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-import tyro
 
 import sysdpo_jax as sj
+from experiments.common.command import parse
 from sysdpo_jax.data.batches import PreferenceBatches, read_ahead
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 
@@ -237,7 +237,7 @@ def summary(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Print the figures as JSON."""
-    config = tyro.cli(Config, args=arguments, description=__doc__)
+    config = parse(Config(), arguments, __doc__)
     if config.side != "both":
         print(json.dumps(ours(config) if config.side == "ours" else trl(config)))
         return

@@ -28,10 +28,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image
 
 import sysdpo_jax as sj
+from experiments.common.command import parse
 from sysdpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -212,7 +212,7 @@ def _watched() -> Iterator[list[int]]:
 
 def main(arguments: list[str]) -> None:
     """Print the figures as JSON."""
-    config = tyro.cli(Config, args=arguments, description=__doc__)
+    config = parse(Config(), arguments, __doc__)
     result: dict[str, Any] = {"texts": measure(language_system(), write_texts, config.rows)}
     print(json.dumps(result), file=sys.stderr)
     result["images"] = measure(picture_system(), write_pictures, config.images)

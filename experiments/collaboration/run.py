@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from tyro.conf import AvoidSubcommands
 
 from experiments.collaboration.align import ALIGNMENTS, align, number_of_steps, optimizer_of
 from experiments.collaboration.small import SmallTask
@@ -46,7 +45,7 @@ class RunConfig:
     best-of-n. batch_runs: runs made at once.
     """
 
-    task: AvoidSubcommands[SmallTask | SmolLMTask]
+    task: SmallTask | SmolLMTask
     shared: bool = False
     evaluate_on: Literal["validation", "test"] = "test"
     test_samples: int = 4

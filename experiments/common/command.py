@@ -1,6 +1,5 @@
 """The command line of an experiment: presets, a folder that belongs to one configuration, seeds side by side."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
-import tyro
 
-from sysdpo_jax.cli.caches import keep_compilations
+from sysdpo_jax.flags import fields_of, help_parser, parse_flags
 from sysdpo_jax.locks import InUseError, locked_folder
+from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.training.progress import Board
 
 C = TypeVar("C")
@@ -38,12 +37,25 @@ class SeedRun(Protocol):
 R = TypeVar("R", bound=SeedRun)
 
 
-def parse(presets: Mapping[str, C], arguments: Sequence[str], description: str | None) -> C:
-    """The configuration: the values of the preset (the first one by default), replaced by any flag."""
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset", choices=tuple(presets), default=next(iter(presets)))
-    default = presets[early.parse_known_args(arguments)[0].preset]
-    return tyro.cli(type(default), args=arguments, default=default, description=description)
+def parse(default: C, arguments: Sequence[str], description: str | None) -> C:
+    """The configuration with any flag's value in place of its own. Raises SystemExit after --help, and for no flag."""
+    usage, _, about = (description or "").partition("\n\n")
+    if {"-h", "--help"} & {*arguments}:
+        help_parser("python -m MODULE [--FLAG VALUE ...]", usage, list(fields_of(default)), about).print_help()
+        raise SystemExit(0)
+    try:
+        return parse_flags(default, arguments)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def parse_preset(presets: Mapping[str, C], arguments: Sequence[str], description: str | None) -> C:
+    """As `parse`, with the values of the preset that --preset names, of the first one without it."""
+    words = [word for each in arguments for word in each.split("=", 1)]
+    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else next(iter(presets))
+    if name not in presets:
+        raise SystemExit(f"error: --preset is {name!r}: give {' or '.join(presets)}")
+    return parse(presets[name], arguments, description)
 
 
 @contextmanager

@@ -20,14 +20,14 @@ set -euo pipefail
 
 : "${CONFIG:?the YAML file of the run}" "${DIRECTORY:?on a file system that all nodes see}"
 PYTHON=${PYTHON:-.venv/bin/python}
-# Anything else that sysdpo_jax.cli.train takes.
+# Anything else that `sysdpo train` takes.
 FLAGS=${FLAGS:-}
 
 code=0
 # The first process that has saved and exits must not have the others killed while they save; where one dies, JAX ends the
 # others. FLAGS is split into words on purpose.
 # shellcheck disable=SC2086
-srun --kill-on-bad-exit=0 "$PYTHON" -m sysdpo_jax.cli.train --config "$CONFIG" --directory "$DIRECTORY" \
+srun --kill-on-bad-exit=0 "$PYTHON" -m sysdpo_jax train "$CONFIG" --directory "$DIRECTORY" \
   --preempted-exit-code 75 $FLAGS || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice: every host of it runs sysdpo_jax.cli.train as a systemd unit.
+# A run on a Cloud TPU slice: every host of it runs `sysdpo train` as a systemd unit.
 #
 #   export PROJECT=... ZONE=us-west4-a BUCKET=my-bucket CONFIG=/mnt/runs/my_run.yaml
 #   experiments/launch/tpu_pod.sh create     # a queued resource, spot by default; wait until `status` says ACTIVE
@@ -20,7 +20,7 @@ RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
 SPOT=${SPOT---spot}
 MOUNT=${MOUNT:-/mnt/runs}
 RUN=${RUN:-aligned}
-# Anything else that sysdpo_jax.cli.train takes.
+# Anything else that `sysdpo train` takes.
 FLAGS=${FLAGS:-}
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -51,7 +51,7 @@ case "${1:-help}" in
     # 75 (EX_TEMPFAIL) marks a preempted run as not finished. A unit that failed keeps its name until it is reset.
     on_all "sudo systemctl reset-failed $NAME 2> /dev/null || true; sudo systemd-run --unit=$NAME --uid=\$USER --working-directory=\$HOME/sysdpo --setenv=HOME=\$HOME \
       --property=Restart=on-failure --property=RestartSec=30 --property=TimeoutStopSec=90 \
-      \$HOME/sysdpo/.venv/bin/python -m sysdpo_jax.cli.train --config $CONFIG --directory $MOUNT/$RUN \
+      \$HOME/sysdpo/.venv/bin/sysdpo train $CONFIG --directory $MOUNT/$RUN \
       --preempted-exit-code 75 $FLAGS"
     ;;
   logs) on_all "journalctl --unit=$NAME --lines=50 --no-pager" ;;

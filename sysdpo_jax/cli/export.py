@@ -1,6 +1,7 @@
 """Write the aligned components of a run, each with a model card.
 
-    python -m sysdpo_jax.cli.export --directory runs/my_run --output aligned
+example:
+  sysdpo export --directory runs/my_run --output aligned
 
 Every component that was trained gets a folder of its name, which transformers or diffusers load: with LoRA merged into
 the weights or, with --adapters, as the factors alone. A component of your own writes its own files where it has a
@@ -11,25 +12,29 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sysdpo_jax.cli.caches import keep_compilations
-from sysdpo_jax.cli.card import model_card
-from sysdpo_jax.cli.config import MeshConfig, TrainConfig, parse_flags, read_config
-from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.cli.exporting import write_component
-from sysdpo_jax.cli.loading import Which, restored
-from sysdpo_jax.cli.outcome import best_evaluation
-from sysdpo_jax.cli.run import CONFIG, assemble
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.runs.caches import keep_compilations
+from sysdpo_jax.runs.card import model_card
+from sysdpo_jax.runs.config import MeshConfig
+from sysdpo_jax.runs.exporting import write_component
+from sysdpo_jax.runs.files import CONFIG, read_config
+from sysdpo_jax.runs.loading import Which, restored
+from sysdpo_jax.runs.outcome import best_evaluation
+from sysdpo_jax.runs.run import assemble
 from sysdpo_jax.training import read_metrics
 
 
 @dataclass(frozen=True)
 class Config:
-    """directory: of the run. output: a new folder. checkpoint: the newest, or the one that evaluation found best.
+    """What to write.
 
-    adapters: write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers. compilation_cache:
-    of compiled programs, user, none or a folder.
+    Args:
+        directory: Of the run.
+        output: A new folder.
+        checkpoint: The newest, or the one that evaluation found best.
+        adapters: Write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers.
+        compilation_cache: Of compiled programs, user, none or a folder.
     """
 
     directory: Path
@@ -44,12 +49,12 @@ def export(config: Config) -> list[Path]:
     keep_compilations(config.compilation_cache)
     if not (config.directory / CONFIG).is_file():
         raise ConfigError(f"{config.directory} is no folder of a run ({CONFIG} is missing): give what it trained in")
-    train = read_config(config.directory / CONFIG, TrainConfig)
+    train = read_config(config.directory / CONFIG)
     trained = [name for name, component in train.system.components.items() if component.mode != "frozen"]
     if not trained:
         raise ConfigError(f"{config.directory}: no component of the run was trained")
     # On the devices that are here, whatever it was trained on, and where the folder is now.
-    run = assemble(replace(train, directory=str(config.directory), mesh=MeshConfig()))
+    run = assemble(replace(train, directory=str(config.directory.absolute()), mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
     best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
     if step == 0:
@@ -70,14 +75,7 @@ def export(config: Config) -> list[Path]:
     return written
 
 
-def main(arguments: list[str]) -> None:
+def run(config: Config) -> None:
     """Export, and print the folders."""
-    with user_errors():
-        config = parse_flags(Config, arguments, __doc__)
-        for folder in export(config):
-            print(folder)
-
-
-if __name__ == "__main__":
-    with bounded_exit():
-        main(sys.argv[1:])
+    for folder in export(config):
+        print(folder)

@@ -1,35 +1,41 @@
 """Turn scored runs into preferences.
 
-    python -m sysdpo_jax.cli.pairs --runs runs.jsonl --scores scores.jsonl --output preferences.jsonl
+example:
+  sysdpo pairs --runs runs.jsonl --scores scores.jsonl --output preferences.jsonl
 
 Runs of the same prompt form a group; of each the best is preferred to the worst or, with --pairs all, every run to
-every other of a lower score. The output is what sysdpo_jax.cli.train reads; paths of images begin at its folder.
+every other of a lower score. The output is what `sysdpo train` reads; paths of images begin at its folder.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sysdpo_jax.cli.config import parse_flags
-from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.cli.runs_file import Run, moved, read_lines, run_lines
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
 from sysdpo_jax.locks import locked_file
+from sysdpo_jax.runs.runs_file import Run, moved, read_lines, run_lines
 
 
 @dataclass(frozen=True)
 class Config:
-    """runs, scores: files of `sysdpo rollout` and `sysdpo score`. min_margin: smallest difference of scores kept.
+    """What to compare.
 
-    ties: of equal scores. Dropped by default: a preference between equals teaches noise. Kept, their order is that in
-    which the runs were made, which is a fair coin: train on them with label smoothing.
+    A preference between equals teaches noise. Ties that are kept have the order in which the runs were made, which is
+    a fair coin: train on them with label smoothing.
+
+    Args:
+        runs: Files of `sysdpo rollout`.
+        scores: Files of `sysdpo score`.
+        output: The file of preferences.
+        pairs: Of a prompt's runs, the best and the worst, or all pairs.
+        min_margin: Smallest difference of scores that is kept.
+        ties: Of equal scores: drop or keep.
     """
 
     runs: tuple[Path, ...]
@@ -110,14 +116,7 @@ def _scores(paths: tuple[Path, ...]) -> tuple[dict[str, float], set[str]]:
     return scores, failed - scores.keys()
 
 
-def main(arguments: list[str]) -> None:
+def run(config: Config) -> None:
     """Make the pairs, and print the counts."""
-    with user_errors():
-        config = parse_flags(Config, arguments, __doc__)
-        with locked_file(config.output):
-            print(make_pairs(config))
-
-
-if __name__ == "__main__":
-    with bounded_exit():
-        main(sys.argv[1:])
+    with locked_file(config.output):
+        print(make_pairs(config))

@@ -1,23 +1,32 @@
-"""report.html and results.json of a run: what changed since the first evaluation, and how training went."""
+"""Write a run's report.html again: what changed since the first evaluation, and how training went.
+
+example:
+  sysdpo report --directory runs/my_run
+
+The figures are those in the run's folder; nothing is sampled or scored. A run that is going on is left as it is.
+"""
 
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from sysdpo_jax.cli.outcome import best_evaluation, evaluations, final_figures, interval_of, summary
-from sysdpo_jax.cli.run import DATA, Run
-from sysdpo_jax.cli.shown import compared_runs
+from sysdpo_jax.cli import command_line
+from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import Column, Ranged, Report, Row, Table, run_figures, run_warnings, write_report
+from sysdpo_jax.runs.config import MeshConfig
+from sysdpo_jax.runs.files import CONFIG, read_config
+from sysdpo_jax.runs.outcome import ENDED, best_evaluation, evaluations, final_figures, interval_of, summary
+from sysdpo_jax.runs.run import DATA, Run, assemble
+from sysdpo_jax.runs.shown import compared_runs
 from sysdpo_jax.training.metrics import read_metrics
 
-# Of these the last values say how training ended.
-ENDED = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 DESCRIPTION = """
 The system was aligned from {pairs} preferences on its runs with SysDPO-{kind} (arXiv 2502.17721): one loss for all
 components that are trained.
@@ -31,26 +40,53 @@ prompts, evenly spaced over the file.
 """
 
 
+@dataclass(frozen=True)
+class Config:
+    """Of which run.
+
+    Args:
+        directory: Of the run.
+    """
+
+    directory: Path
+
+
+def run(config: Config) -> None:
+    """Write the report, and print its path. Raises `ConfigError` where the folder holds no run."""
+    path = config.directory / CONFIG
+    if not path.is_file() or not (config.directory / DATA).is_file():
+        raise ConfigError(f"{config.directory} is no folder of a run ({CONFIG} is missing): give what it trained in")
+    began, results = time.monotonic(), config.directory / "results.json"
+    with locked_folder(config.directory):
+        made = assemble(replace(read_config(path), directory=str(config.directory.absolute()), mesh=MeshConfig()))
+        known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        print(write_run_report(made, known.get("made_by") or made_by(time.monotonic() - began)))
+
+
 def result_lines(run: Run) -> list[str]:
     """The result in sentences, as the terminal and the report have it."""
     return list(summary(_metrics(run), run.config.schedule.steps))
 
 
-def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
-    """Write report.html, whose path is returned, and results.json into the run's folder, in one process.
-
-    began: `time.monotonic()` of the start. Raises what reading the runs of evaluations and writing raise.
-    """
-    folder, rows, said = Path(run.config.directory), _metrics(run), result_lines(run)
-    made_by = {
-        "command": " ".join(["python -m sysdpo_jax.cli.train", *arguments]),
+def made_by(seconds: float) -> dict[str, Any]:
+    """What a report says of the command that made it. seconds: that it took."""
+    return {
+        "command": command_line(),
         "date": time.strftime("%Y-%m-%d"),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "seconds of this start": round(time.monotonic() - began, 1),
+        "seconds of this start": round(seconds, 1),
     }
+
+
+def write_run_report(run: Run, made_by: Mapping[str, Any]) -> Path:
+    """Write report.html, whose path is returned, and results.json into the run's folder, in one process.
+
+    Raises what reading the runs of evaluations and writing raise.
+    """
+    folder, rows, said = Path(run.config.directory), _metrics(run), result_lines(run)
     results = _results(rows, said) | {
         "data": json.loads((folder / DATA).read_text(encoding="utf-8")),
-        "made_by": made_by,
+        "made_by": dict(made_by),
     }
     write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     report = Report(
@@ -64,7 +100,7 @@ def write_run_report(run: Run, arguments: Sequence[str], began: float) -> Path:
         runs=tuple(compared_runs(run, _compared(rows))),
         system=run.system,
         configuration={name: value for name, value in asdict(run.config).items() if name != "directory"},
-        made_by=made_by,
+        made_by=dict(made_by),
     )
     write_report(folder / "report.html", report)
     return folder / "report.html"

@@ -1,13 +1,12 @@
 """Sample whole runs of a system on a file of prompts, with all intermediate values.
 
-    python -m sysdpo_jax.cli.rollout --system my_run.yaml --prompts prompts.jsonl --samples 4 --output runs.jsonl
+example:
+  sysdpo rollout --system quickstart --prompts prompts.txt --samples 4 --output runs.jsonl
 
-`--system` is the YAML file of a run, the folder of a run that has trained, or "module:function" of a function that
-returns (system, parameters). Prompts: objects with the system's inputs, or a .txt file. Every line
-of the output is {"id", "inputs", "outputs"}; images lie beside it. A run that a tool with `on_error: skip` fails has
-the line {"id", "inputs", "error"}. Given again, the command makes what is missing, these runs included; a file of
-another system, other prompts or another seed is refused. Several processes, found as in training, write a file each and
-make the same runs as one.
+Every line of the output is {"id", "inputs", "outputs"}; images lie beside it. A run that a tool with `on_error: skip`
+fails has the line {"id", "inputs", "error"}. Given again, the command makes what is missing, these runs included; a
+file of another system, other prompts or another seed is refused. Several processes, found as in training, write a file
+each and make the same runs as one.
 """
 
 import sys
@@ -19,12 +18,6 @@ from typing import Any
 import jax
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.caches import keep_compilations
-from sysdpo_jax.cli.config import parse_flags
-from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.cli.loading import Which, load_system
-from sysdpo_jax.cli.prompts import read_prompts
-from sysdpo_jax.cli.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
@@ -33,16 +26,28 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.resumable_jsonl import ResumableJsonl
+from sysdpo_jax.runs.caches import keep_compilations
+from sysdpo_jax.runs.loading import Which, load_system
+from sysdpo_jax.runs.prompts import read_prompts
+from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.training import Board
 from sysdpo_jax.typing import Params, Positive
 
 
 @dataclass(frozen=True)
 class Config:
-    """samples: runs of each prompt. chunk: prompts that are sampled and written together; part of what is drawn.
+    """What to sample.
 
-    checkpoint: of a run's folder, the newest or the one that evaluation found best. compilation_cache:
-    of compiled programs, user, none or a folder. ignore: fields of prompts that are left unread.
+    Args:
+        system: A recipe, the YAML file or the folder of a run, or "module:function" that returns (system, parameters).
+        prompts: JSON Lines of objects with the system's inputs, or a .txt file with a prompt a line.
+        output: The file of runs.
+        samples: Runs of each prompt.
+        chunk: Prompts that are sampled and written together; part of what is drawn.
+        seed: Of what is drawn.
+        checkpoint: Of a run's folder, the newest or the one that evaluation found best.
+        compilation_cache: Of compiled programs, user, none or a folder.
+        ignore: Fields of prompts that are left unread.
     """
 
     system: str
@@ -163,15 +168,7 @@ def _about(config: Config, identity: str) -> dict[str, str]:
     }
 
 
-def main(arguments: list[str]) -> None:
+def run(config: Config) -> None:
     """Sample, and print the file."""
-    with user_errors():
-        config = parse_flags(Config, arguments, __doc__)
-        with locked_file(own_file(config.output)):
-            print(roll_out(config))
-
-
-if __name__ == "__main__":
-    with bounded_exit():
-        sj.initialize()
-        main(sys.argv[1:])
+    with locked_file(own_file(config.output)):
+        print(roll_out(config))

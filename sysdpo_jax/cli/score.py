@@ -1,8 +1,9 @@
 """Score runs, with a function of your own or a judge behind HTTP.
 
-    python -m sysdpo_jax.cli.score --runs runs.jsonl --scorer my_package.judging:score --output scores.jsonl
-    python -m sysdpo_jax.cli.score --runs runs.jsonl --judge.url http://localhost:8000/v1 --judge.model my-judge \\
-        --judge.template question.txt --output scores.jsonl
+examples:
+  sysdpo score --runs runs.jsonl --scorer my_package.judging:score --output scores.jsonl
+  sysdpo score --runs runs.jsonl --judge.url http://localhost:8000/v1 --judge.model my-judge \\
+      --judge.template question.txt --output scores.jsonl
 
 A scorer takes a run, {input or node: value} with images as arrays in [0, 1], and returns a number, higher is better. A
 judge is any server with OpenAI's chat completions; its template is a file with the run's values in braces. Lines are
@@ -17,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sysdpo_jax.cli.config import parse_flags
-from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.cli.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer, scores
@@ -27,6 +25,7 @@ from sysdpo_jax.evaluation.unscored import ScoreError, counted
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.resumable_jsonl import ResumableJsonl, note_of
+from sysdpo_jax.runs.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
 from sysdpo_jax.training import Board
 
 # So many runs without a score, and none with one, are no accident.
@@ -35,9 +34,14 @@ ENOUGH = 20
 
 @dataclass(frozen=True)
 class Config:
-    """runs: files of sysdpo_jax.cli.rollout. scorer: module:function; or judge.
+    """What to score.
 
-    on_error: of a run that the scorer fails on or finds no number for: stop, or skip it with a line {"id", "error"}.
+    Args:
+        runs: Files of `sysdpo rollout`.
+        output: The file of scores.
+        scorer: "module:function", run -> number; or a judge.
+        judge: A model behind HTTP.
+        on_error: Of a run without a score: stop, or skip it with a line {"id", "error"}.
     """
 
     runs: tuple[Path, ...]
@@ -96,7 +100,7 @@ def _runs(paths: Sequence[Path]) -> dict[str, tuple[Path, Run]]:
                 raise ConfigError(f"{path}: the run {run['id']!r} is there twice: give every file of runs once")
             runs[run["id"]] = path, run
     if not runs:
-        raise ConfigError("there is no run in --runs: give files of sysdpo_jax.cli.rollout")
+        raise ConfigError("there is no run in --runs: give files of `sysdpo rollout`")
     return runs
 
 
@@ -106,14 +110,7 @@ def _about(config: Config) -> dict[str, str]:
     return {"runs": ", ".join(sorted(sources))} | about_scorer(config.scorer, config.judge)
 
 
-def main(arguments: list[str]) -> None:
+def run(config: Config) -> None:
     """Score, and print the file."""
-    with user_errors():
-        config = parse_flags(Config, arguments, __doc__)
-        with locked_file(config.output):
-            print(score(config))
-
-
-if __name__ == "__main__":
-    with bounded_exit():
-        main(sys.argv[1:])
+    with locked_file(config.output):
+        print(score(config))

@@ -1,28 +1,29 @@
 """Align a system of your own from preferences: models, graph, data and schedule come from a YAML file.
 
-    python -m sysdpo_jax.cli.train --config sysdpo_jax/recipes/smollm2_sd15.yaml --dry-run
-    python -m sysdpo_jax.cli.train --config sysdpo_jax/recipes/smollm2_sd15.yaml --schedule.steps 200
+examples:
+  sysdpo train quickstart --dry-run
+  sysdpo train my_run.yaml --data.source preferences.jsonl --schedule.steps 200
 
-Every field of the file is also a flag; flags win. Given again, the command goes on from the newest checkpoint of the
-run's directory. SIGTERM saves and ends the process with `preempted_exit_code`. One process on one device needs nothing
-more; several find each other by what Slurm, GKE or Cloud TPU put into their environment, and share the directory.
+Flags go before the file's values. Given again, the command goes on from the newest checkpoint of the run's directory.
+SIGTERM saves and ends the process with --preempted-exit-code. One process on one device needs nothing more; several
+find each other by what Slurm, GKE or Cloud TPU put into their environment, and share the directory.
 """
 
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import jax
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.caches import keep_compilations
-from sysdpo_jax.cli.config import TrainConfig, parse
-from sysdpo_jax.cli.dry_run import describe_run
-from sysdpo_jax.cli.ending import Terminated, bounded_exit, user_errors
-from sysdpo_jax.cli.held_out import make_evaluation
-from sysdpo_jax.cli.report import result_lines, write_run_report
-from sysdpo_jax.cli.run import (
+from sysdpo_jax.cli.ending import Terminated
+from sysdpo_jax.cli.report import made_by, result_lines, write_run_report
+from sysdpo_jax.data.batches import PreferenceBatches
+from sysdpo_jax.runs.caches import keep_compilations
+from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.dry_run import describe_run
+from sysdpo_jax.runs.held_out import make_evaluation
+from sysdpo_jax.runs.run import (
     Run,
     assemble,
     check_first,
@@ -30,14 +31,29 @@ from sysdpo_jax.cli.run import (
     describe_data,
     make_batches,
     make_trainer,
+    owned,
     read_preferences,
     refuse_others,
 )
-from sysdpo_jax.data.batches import PreferenceBatches
-from sysdpo_jax.locks import locked_folder
+
+# What people change most.
+SHOWN = (
+    "directory",
+    "data.source",
+    "objective.kind",
+    "objective.beta",
+    "schedule.steps",
+    "schedule.batch_size",
+    "schedule.learning_rate",
+    "evaluation.prompts",
+    "evaluation.every",
+    "dtype",
+    "dry_run",
+)
+Config = TrainConfig
 
 
-def train(config: TrainConfig, arguments: list[str]) -> None:
+def train(config: TrainConfig) -> None:
     """Train until the last step, from the newest checkpoint if there is one, and write report.html.
 
     Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for what
@@ -73,40 +89,26 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     finally:
         # After a stop or a value that is not finite the report is wanted most.
         if begun:
-            _tell(run, arguments, began)
+            _tell(run, began)
 
 
-def _tell(run: Run, arguments: list[str], began: float) -> None:
+def _tell(run: Run, began: float) -> None:
     """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
     try:
         for line in result_lines(run):
             print(line, flush=True)
-        print(write_run_report(run, arguments, began), flush=True)
+        print(write_run_report(run, made_by(time.monotonic() - began)), flush=True)
     except Exception as error:
         print(f"warning: the report is not written: {error}", file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Train, or say what training would be."""
-    with user_errors():
-        config = parse(arguments, __doc__)
-        try:
-            with _own(config):
-                train(config, arguments)
-        except sj.Preempted:
-            raise SystemExit(config.preempted_exit_code) from None
-        except Terminated:
-            # Before the first step or after the last one.
-            raise Terminated(config.preempted_exit_code) from None
-
-
-def _own(config: TrainConfig) -> AbstractContextManager[None]:
-    """The run's folder is this command's alone, from before it reads what may be long: process 0 of several has it."""
-    writes = config.directory and not config.dry_run and jax.process_index() == 0
-    return locked_folder(Path(config.directory)) if writes else nullcontext()
-
-
-if __name__ == "__main__":
-    with bounded_exit():
-        sj.initialize()
-        main(sys.argv[1:])
+def run(config: TrainConfig) -> None:
+    """Train, or say what training would be. Raises as `train`, and SystemExit where it was stopped."""
+    try:
+        with owned(config):
+            train(config)
+    except sj.Preempted:
+        raise SystemExit(config.preempted_exit_code) from None
+    except Terminated:
+        # Before the first step or after the last one.
+        raise Terminated(config.preempted_exit_code) from None

@@ -1,24 +1,28 @@
 """What a judge is, as a configuration has it."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, with_config
-
-from sysdpo_jax.typing import STRICT, Natural, Positive
+from sysdpo_jax.typing import AboveZero, Natural, Positive
 
 
-@with_config(STRICT)
 @dataclass(frozen=True)
 class JudgeConfig:
-    """A model that scores runs, behind an endpoint that speaks OpenAI's chat completions. url: "" for none.
+    """A model that scores runs, behind an endpoint that speaks OpenAI's chat completions.
 
-    url: as OpenAI's client takes it, https://api.openai.com/v1; of a server alone, http://localhost:8000, /v1 is added.
-    model: its name there. template: a file with the question, the run's values in braces. answer: "stated" asks for the
-    score as a JSON object in the last line, and takes no other number; "last_number" takes the last number of whatever
-    the template asks for. range: the lowest and the highest score. key: the environment variable of the API key.
-    temperature: null for models that take none. max_tokens: of an answer, null for the server's limit. timeout: seconds
-    of a whole request. retries: of a failed one, within two minutes. parallel: requests at a time, of each process.
+    Args:
+        url: As OpenAI's client takes it, https://api.openai.com/v1; /v1 is added to that of a server alone.
+        model: Its name there.
+        template: A file with the question, the run's values in braces.
+        answer: "stated" asks for the score as a JSON object in the last line, and takes no other number; "last_number"
+            takes the last number of whatever the template asks for.
+        range: The lowest and the highest score.
+        key: The environment variable of the API key.
+        temperature: null for models that take none.
+        max_tokens: Of an answer, null for the server's limit.
+        timeout: Seconds of a whole request.
+        retries: Of a failed request, within two minutes.
+        parallel: Requests at a time, of each process.
     """
 
     url: str = ""
@@ -29,6 +33,6 @@ class JudgeConfig:
     key: str = "OPENAI_API_KEY"
     temperature: float | None = 0.0
     max_tokens: Positive | None = None
-    timeout: Annotated[float, Field(gt=0)] = 60.0
+    timeout: AboveZero = 60.0
     retries: Natural = 5
     parallel: Positive = 4

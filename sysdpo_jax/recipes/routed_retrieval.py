@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.system import Template
+from sysdpo_jax.runs.system import Template
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 PASSAGES = (
@@ -72,7 +72,7 @@ class Routed(sj.Component):
         return [drawn[route][row] for row, route in enumerate(routes)]
 
     def save(self, path: Path, params: Params) -> None:
-        """What sysdpo_jax.cli.export calls: a folder for each expert, which transformers loads."""
+        """What `sysdpo export` calls: a folder for each expert, which transformers loads."""
         for i, expert in enumerate(self.experts):
             sj.pretrained.save(path / str(i), expert, params[str(i)])
 

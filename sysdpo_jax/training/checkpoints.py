@@ -11,6 +11,7 @@ complete: a process that is killed leaves the older checkpoints and nothing else
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +21,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from sysdpo_jax.io import write_json
 from sysdpo_jax.manifest import Identity, array_types, check_same, fingerprints
@@ -85,12 +84,13 @@ class Checkpoints:
         self._read_only = read_only
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} does not exist: the run has saved nothing yet")
-        for path in self.directory.glob("*") if jax.process_index() == 0 and not read_only else ():
-            problem = _missing(path) if path.name.isdigit() else None
-            if problem is not None:
-                _set_aside(path, problem)
+        if jax.process_index() == 0 and not read_only:
+            self._set_partial_aside()
         multihost_utils.sync_global_devices("sysdpo_jax: partial checkpoints are set aside")
-        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best, read_only))
+        # Importing it takes half as long as the rest of the library.
+        from orbax.checkpoint import CheckpointManager
+
+        self._manager = CheckpointManager(self.directory, options=_options(keep, best, read_only))
         # The step that the background is writing, None when it has written all.
         self._writing: int | None = None
 
@@ -138,6 +138,19 @@ class Checkpoints:
         """Where the checkpoints are that could not be used."""
         return tuple(sorted(self.directory.glob("*.corrupt-*")))
 
+    def _set_partial_aside(self) -> None:
+        """Of what a kill left of a checkpoint that newer ones had replaced the deletion is finished."""
+        paths = sorted((path for path in self.directory.glob("*") if path.name.isdigit()), key=lambda p: int(p.name))
+        whole = 0
+        for path in reversed(paths):
+            problem = _missing(path)
+            if problem is None:
+                whole += 1
+            elif self._best is None and whole >= self._keep:
+                shutil.rmtree(path)
+            else:
+                _set_aside(path, problem)
+
     def save(self, state: TrainState, metric: float | None = None) -> None:
         """Write the state unless its step is the newest already. Returns once the state may be donated.
 
@@ -155,11 +168,13 @@ class Checkpoints:
         if step == self.latest:
             return
         about = {"identity": self._identity, "fingerprints": fingerprints(state.mutable)}
-        items = {ARRAYS: ocp.args.StandardSave(by_path(state.mutable)), ABOUT: ocp.args.JsonSave(about)}
+        from orbax.checkpoint import args
+
+        items = {ARRAYS: args.StandardSave(by_path(state.mutable)), ABOUT: args.JsonSave(about)}
         known = self._best is not None and metric is not None and math.isfinite(metric)
         metrics = {self._best[0]: metric} if self._best is not None and known else None
         with self._reported(step):
-            taken = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+            taken = self._manager.save(step, args=args.Composite(**items), metrics=metrics, force=True)
         if not taken:
             raise RuntimeError(
                 f"{self.directory} did not take the checkpoint of step {step}; its newest is {self.latest}"
@@ -260,9 +275,11 @@ class Checkpoints:
             ) from error
 
     def _read(self, state: TrainState, step: int) -> TrainState:
+        from orbax.checkpoint import args
+
         path = self.directory / str(step)
         with _reading(path):
-            about = self._manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
+            about = self._manager.restore(step, args=args.Composite(**{ABOUT: args.JsonRestore()}))[ABOUT]
             identity, saved = about["identity"], about["fingerprints"]
         if self._read_only:
             known = self._identity["configuration"]
@@ -271,7 +288,7 @@ class Checkpoints:
         mutable = by_path(state.mutable)
         wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in mutable.items()}
         with _reading(path):
-            items = ocp.args.Composite(**{ARRAYS: ocp.args.StandardRestore(wanted)})
+            items = args.Composite(**{ARRAYS: args.StandardRestore(wanted)})
             arrays = self._manager.restore(step, args=items)[ARRAYS]
         restored = jax.tree.unflatten(jax.tree.structure(state.mutable), [arrays[name] for name in wanted])
         changed = [name for name, text in fingerprints(restored).items() if saved.get(name) != text]
@@ -280,7 +297,11 @@ class Checkpoints:
         return state.after(restored)
 
 
-def _options(keep: int, best: Best | None, read_only: bool) -> ocp.CheckpointManagerOptions:
+def _options(keep: int, best: Best | None, read_only: bool) -> Any:
+    """Orbax's `CheckpointManagerOptions`."""
+    from orbax.checkpoint import CheckpointManagerOptions
+    from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
     # What a killed run left half-written is removed.
     common: dict[str, Any] = {
         "read_only": read_only,
@@ -288,7 +309,7 @@ def _options(keep: int, best: Best | None, read_only: bool) -> ocp.CheckpointMan
         "cleanup_tmp_directories": not read_only,
     }
     if best is None:
-        return ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), **common)
+        return CheckpointManagerOptions(preservation_policy=LatestN(keep), **common)
     name, mode = best
     worst = -math.inf if mode == "max" else math.inf
 
@@ -297,7 +318,7 @@ def _options(keep: int, best: Best | None, read_only: bool) -> ocp.CheckpointMan
         return metrics.get(name, worst)
 
     best_one = BestN(get_metric_fn=value, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False)
-    return ocp.CheckpointManagerOptions(
+    return CheckpointManagerOptions(
         best_fn=value,
         best_mode=mode,
         preservation_policy=AnyPreservationPolicy([LatestN(keep), best_one]),

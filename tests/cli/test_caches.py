@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from sysdpo_jax.cli.caches import keep_compilations
+from sysdpo_jax.runs.caches import keep_compilations
 
 ROOT = Path(__file__).parents[2]
 # Prints where programs are kept and how many of them JAX took from there.
 PROGRAM = """
 import json, sys, jax
-from sysdpo_jax.cli.caches import keep_compilations
+from sysdpo_jax.runs.caches import keep_compilations
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
 keep_compilations(sys.argv[1])

@@ -7,16 +7,16 @@ import jax
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.config import TrainConfig, parse, read_config, write_config
-from sysdpo_jax.cli.run import assemble
-from sysdpo_jax.cli.system import Template, build_optimizer, build_system
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.pretrained import CheckpointError
 from sysdpo_jax.recipes.captions import split_captions
+from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.files import configure, read_config, recipes, write_config
+from sysdpo_jax.runs.run import assemble
+from sysdpo_jax.runs.system import Template, build_optimizer, build_system
 from tests.pretrained.checkpoints import stable_diffusion_3, vae
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 ROUTED = """
 system:
   inputs: [question]
@@ -47,25 +47,23 @@ def file(tmp_path):
 
 
 def test_the_file_gives_the_values_and_flags_win(file):
-    config = parse(["--config", str(file(ROUTED)), "--schedule.steps", "9", "--system.nodes.answer.weight", "2"], None)
+    config = configure(TrainConfig, [str(file(ROUTED)), "--schedule.steps", "9", "--system.nodes.answer.weight", "2"])
     assert (config.schedule.steps, config.schedule.learning_rate) == (9, 1e-3)
     assert (config.system.nodes["answer"].weight, config.system.nodes["route"].weight) == (2.0, 1.0)
-    assert parse([f"--config={file(ROUTED)}", "--system.components.router.settings.num-values", "5"], None) == replace(
-        read_config(file(ROUTED.replace("num_values: 3", "num_values: 5")), TrainConfig)
-    )
+    wider = configure(TrainConfig, [str(file(ROUTED)), "--system.components.router.settings.num-values", "5"])
+    assert wider == read_config(file(ROUTED.replace("num_values: 3", "num_values: 5")))
 
 
 def test_what_is_written_is_read_back(file, tmp_path):
-    config = read_config(file(ROUTED), TrainConfig)
+    config = read_config(file(ROUTED))
     write_config(tmp_path / "written.yaml", config)
-    assert read_config(tmp_path / "written.yaml", TrainConfig) == config
+    assert read_config(tmp_path / "written.yaml") == config
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipes().values(), ids=lambda path: path.stem)
 def test_the_ready_configurations_are_valid(path):
-    config = read_config(path, TrainConfig)
-    assert config.directory
-    assert config.data.source
+    config = read_config(path)
+    assert config.directory == str(Path("runs", path.stem).absolute())
     nodes = tuple(sj.Node(name, sj.Tool(repr), node.parents) for name, node in config.system.nodes.items())
     assert sj.CompoundSystem(config.system.inputs, nodes).nodes
 
@@ -81,9 +79,9 @@ def test_the_ready_configurations_are_valid(path):
         "far": ("data: {zzz: 1}", "{}: data.zzz is no field: there are source, reader, split, on_error, ignore"),
         "type": (
             "schedule: {steps: many}",
-            "{}: schedule.steps is 'many': input should be a valid integer, unable to parse string as an integer",
+            "{}: schedule.steps is 'many': give a whole number of at least 1",
         ),
-        "choice": ("dtype: float16", "{}: dtype is 'float16': input should be 'float32' or 'bfloat16'"),
+        "choice": ("dtype: float16", "{}: dtype is 'float16': give 'float32' or 'bfloat16'"),
         "twice": (
             "system: {nodes: {a: {}, a: {}}}",
             "{} is no YAML file ('a' stands there twice in \"<unicode string>\", line 1, column 17: "
@@ -95,7 +93,7 @@ def test_the_ready_configurations_are_valid(path):
 def test_a_wrong_field_is_refused_with_its_place_and_the_nearest_right_one(file, text, message):
     path = file(text)
     with pytest.raises(ConfigError) as error:
-        read_config(path, TrainConfig)
+        read_config(path)
     assert str(error.value) == message.replace("{}", str(path), 1)
 
 
@@ -118,18 +116,18 @@ def test_parts_of_a_pipeline_are_settings(file, tmp_path):
     stable_diffusion_3().save_pretrained(tmp_path / "pipeline")
     vae(scaling_factor=0.5, use_quant_conv=False, use_post_quant_conv=False).save_pretrained(tmp_path / "vae")
     path = file(PAINTER.format(pipeline=tmp_path / "pipeline", vae=tmp_path / "vae"))
-    system, _ = build_system(parse(["--config", str(path)], None), sj.make_mesh())
+    system, _ = build_system(configure(TrainConfig, [str(path)]), sj.make_mesh())
     [node] = system.nodes
     assert node.component.codec.autoencoder.config.scaling_factor == 0.5
     assert node.component.text.text.encoder_3 is None
     assert (node.component.guidance_scale, node.component.codec.image_size) == (0.0, (16, 32))
     wrong = file(PAINTER.format(pipeline=tmp_path / "pipeline", vae="null"))
     with pytest.raises(CheckpointError, match="cannot do without vae; only text_encoder_3 with tokenizer_3"):
-        build_system(parse(["--config", str(wrong)], None), sj.make_mesh())
+        build_system(configure(TrainConfig, [str(wrong)]), sj.make_mesh())
 
 
 def test_the_system_is_the_one_described(file):
-    config = read_config(file(ROUTED), TrainConfig)
+    config = read_config(file(ROUTED))
     system, params = build_system(config, sj.make_mesh())
     assert [node.name for node in system.nodes] == ["route", "scale", "answer"]
     assert {key: jax.tree.map(lambda x: x.shape, tree) for key, tree in params.items()}["router"] == {"logits": (4, 3)}
@@ -183,7 +181,7 @@ def test_the_system_is_the_one_described(file):
 )
 def test_a_system_that_cannot_be_built_is_refused_with_the_field(file, old, new, message):
     assert old in ROUTED
-    config = read_config(file(ROUTED.replace(old, new, 1)), TrainConfig)
+    config = read_config(file(ROUTED.replace(old, new, 1)))
     with pytest.raises((ConfigError, GraphError, CheckpointError)) as error:
         assemble(config)
     assert message in str(error.value)
@@ -204,8 +202,8 @@ def test_messages_pass_through_chat_and_fit_in_no_text():
 
 
 def test_flags_keep_to_the_bounds_of_the_file(file):
-    with pytest.raises(ConfigError, match=r"^schedule\.batch_size is 0: input should be greater than or equal to 1$"):
-        parse(["--config", str(file(ROUTED)), "--schedule.batch-size", "0"], None)
+    with pytest.raises(ConfigError, match=r"^--schedule\.batch-size is '0': give a whole number of at least 1$"):
+        configure(TrainConfig, [str(file(ROUTED)), "--schedule.batch-size", "0"])
 
 
 def test_captions_are_lines_without_their_marks():

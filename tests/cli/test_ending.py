@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from sysdpo_jax.cli import export, train
+from sysdpo_jax.cli.main import dispatch
 
 PROMPTS, SAMPLES, STEPS = 24, 2, 8
 
@@ -101,12 +101,12 @@ def configured(folder, scorer="two", prompts=PROMPTS, **evaluation):
         config["evaluation"] = {"prompts": str(folder / "held.txt"), "scorer": f"{__name__}:{scorer}", "every": 4}
         config["evaluation"] |= {"samples": SAMPLES, "shown": 3} | evaluation
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return ["--config", str(folder / "run.yaml")]
+    return [str(folder / "run.yaml")]
 
 
 def ended(folder, capsys, flags):
     """(lines of standard output, results.json, the page)"""
-    train.main(flags)
+    dispatch(["train", *flags])
     return looked_at(folder, capsys)
 
 
@@ -164,7 +164,7 @@ def test_whole_runs_of_several_prompts_are_shown_with_their_scores(tmp_path, cap
 def test_a_run_that_was_stopped_says_how_far_it_came(tmp_path, capsys):
     CALLS.clear()
     with pytest.raises(SystemExit) as stop:
-        train.main(configured(tmp_path, "stops"))
+        dispatch(["train", *configured(tmp_path, "stops")])
     assert stop.value.code == 0
     lines, results, _ = looked_at(tmp_path, capsys)
     assert results["final"]["step"] == 4
@@ -193,7 +193,7 @@ def test_an_evaluation_that_is_left_out_later_is_still_told(tmp_path, capsys):
 
 def test_a_few_prompts_are_said_to_be_too_few_before_and_after(tmp_path, capsys):
     """One prompt as well, whose figures have no interval."""
-    train.main(configured(tmp_path, prompts=1))
+    dispatch(["train", *configured(tmp_path, prompts=1)])
     captured = capsys.readouterr()
     assert "held.txt: too few prompts (n = 1)" in captured.err
     first, second, few, _ = captured.out.splitlines()
@@ -206,7 +206,7 @@ def test_a_report_that_cannot_be_written_does_not_undo_the_training(tmp_path, ca
     """The result is told all the same."""
     lines, results, _ = ended(tmp_path, capsys, configured(tmp_path))
     (tmp_path / "run" / "evaluation" / f"runs-{results['final']['step']:08d}.jsonl").unlink()
-    train.main(configured(tmp_path, scorer=None))
+    dispatch(["train", *configured(tmp_path, scorer=None)])
     captured = capsys.readouterr()
     assert captured.out.splitlines() == lines[:2]
     warning = captured.err.splitlines()[-1]
@@ -215,7 +215,7 @@ def test_a_report_that_cannot_be_written_does_not_undo_the_training(tmp_path, ca
 
 
 def card(folder):
-    export.main(["--directory", str(folder / "run"), "--output", str(folder / "aligned")])
+    dispatch(["export", "--directory", str(folder / "run"), "--output", str(folder / "aligned")])
     return (folder / "aligned" / "head" / "README.md").read_text().split("## Figures\n")[1]
 
 
@@ -231,7 +231,7 @@ def test_a_card_has_the_figures_that_the_terminal_has(tmp_path, capsys):
 
 
 def test_a_card_speaks_of_intervals_where_there_are_any(tmp_path):
-    train.main(configured(tmp_path, prompts=1))
+    dispatch(["train", *configured(tmp_path, prompts=1)])
     text = card(tmp_path)
     assert "| eval/win_rate | " in text
     assert "[" not in text
@@ -241,7 +241,7 @@ def test_a_card_speaks_of_intervals_where_there_are_any(tmp_path):
 
 
 def test_a_card_without_an_evaluation_has_the_figures_of_training(tmp_path):
-    train.main(configured(tmp_path, scorer=None))
+    dispatch(["train", *configured(tmp_path, scorer=None)])
     text = card(tmp_path)
     assert "| loss | " in text
     assert "valuat" not in text

@@ -12,8 +12,7 @@ import yaml
 from PIL import Image
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli import export, rollout, score, train
-from sysdpo_jax.cli import pairs as make_pairs
+from sysdpo_jax.cli import train
 from tests.pretrained.checkpoints import stable_diffusion_1, write_decoder
 
 ROW = {
@@ -120,7 +119,7 @@ def swapped(config):
 CONFIGURATIONS = {
     "an unknown field": (set_("schedul", {}), "schedul is no field: did you mean 'schedule'?"),
     "a field of another type": (set_("schedule", "steps", "many"), "schedule.steps is 'many'"),
-    "an unknown choice": (set_("system", "components", "writer", "mode", "all"), "should be 'full', 'lora'"),
+    "an unknown choice": (set_("system", "components", "writer", "mode", "all"), "give 'full' or 'lora' or 'frozen'"),
     "no nodes": (set_("system", "nodes", {}), "system.nodes is empty"),
     "a cycle": (set_("system", "nodes", "caption", "parents", ["request", "image"]), "cycle"),
     "an unknown parent": (set_("system", "nodes", "image", "parents", ["captoin"]), "'captoin'"),
@@ -179,7 +178,6 @@ CONFIGURATIONS = {
         "sft names the node 'captoin'",
     ),
     "a mesh of more devices": (set_("mesh", {"data": 64}), "64"),
-    "no directory": (set_("directory", ""), "directory is empty"),
 }  # fmt: skip
 ROWS = {
     "a missing field": (lambda row: row.pop("rejected"), "row 3: the field 'rejected' must be an object"),
@@ -197,7 +195,7 @@ ROWS = {
 def fails(capsys, message, command, *arguments):
     """The command ends with code 1 and one line that holds the message."""
     with pytest.raises(SystemExit) as stop:
-        command.main([str(argument) for argument in arguments])
+        dispatch([command, *map(str, arguments)])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 1
     assert len(said) == 1
@@ -211,7 +209,7 @@ def files(folder):
 
 def train_fails(capsys, place, message):
     before = files(place)
-    fails(capsys, message, train, "--config", place / "run.yaml")
+    fails(capsys, message, "train", place / "run.yaml")
     assert files(place) == before
 
 
@@ -270,9 +268,9 @@ def test_a_score_that_is_not_a_number(place, capsys):
     (place / "scores.jsonl").write_text('{"id": "0-0", "score": NaN}\n')
     before = files(place)
     flags = ["--runs", place / "runs.jsonl", "--scores", place / "scores.jsonl", "--output", place / "pairs2.jsonl"]
-    fails(capsys, "the score of '0-0' is nan: give a finite number", make_pairs, *flags)
+    fails(capsys, "the score of '0-0' is nan: give a finite number", "pairs", *flags)
     flags = ["--runs", place / "runs.jsonl", "--scorer", "builtins:len", "--output", place / "nowhere.jsonl"]
-    fails(capsys, "give either --scorer or --judge.url", score, *flags, "--judge.url", "http://localhost:1")
+    fails(capsys, "give either --scorer or --judge.url", "score", *flags, "--judge.url", "http://localhost:1")
     assert files(place) == before
 
 
@@ -286,7 +284,7 @@ def test_prompts_without_the_input(place, capsys):
         "--output",
         place / "out" / "runs.jsonl",
     ]
-    fails(capsys, "prompt 1 lacks the input 'request': add the field", rollout, *flags)
+    fails(capsys, "prompt 1 lacks the input 'request': add the field", "rollout", *flags)
     assert not (place / "out" / "runs.jsonl").exists()
 
 
@@ -294,7 +292,7 @@ def test_a_folder_that_holds_no_run(place, capsys):
     fails(
         capsys,
         "is no folder of a run (config.yaml is missing)",
-        export,
+        "export",
         "--directory",
         place / "run",
         "--output",
@@ -309,8 +307,8 @@ def test_a_full_disk(place, capsys, monkeypatch):
     def full(*args, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("sysdpo_jax.cli.run.write_config", full)
-    fails(capsys, "No space left on device", train, "--config", place / "run.yaml")
+    monkeypatch.setattr("sysdpo_jax.runs.run.write_config", full)
+    fails(capsys, "No space left on device", "train", place / "run.yaml")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.config import TrainConfig, read_config
-from sysdpo_jax.cli.system import build_system
 from sysdpo_jax.recipes.routed_retrieval import Routed, kind_of, retrieve
-from tests.cli.test_config import CONFIGS
+from sysdpo_jax.runs.files import read_config
+from sysdpo_jax.runs.system import build_system
 from tests.pretrained.checkpoints import write_decoder
 
 KEY = jax.random.key(0)
@@ -41,7 +40,7 @@ def test_the_configuration_makes_a_system_that_runs(tmp_path):
     """With small models in the places of those on the hub."""
     for name in ("first", "second"):
         write_decoder(tmp_path / name, "llama", num_hidden_layers=1)
-    text = (CONFIGS / "routed_retrieval.yaml").read_text()
+    text = recipes()["routed_retrieval"].read_text()
     for name, hub in (
         ("first", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("second", "HuggingFaceTB/SmolLM2-360M-Instruct"),
@@ -50,7 +49,7 @@ def test_the_configuration_makes_a_system_that_runs(tmp_path):
         text = text.replace(hub, str(tmp_path / name))
     path = tmp_path / "run.yaml"
     path.write_text(text.replace("max_prompt_length: 64", "max_prompt_length: 32"))
-    system, params = build_system(read_config(path, TrainConfig), sj.make_mesh())
+    system, params = build_system(read_config(path), sj.make_mesh())
     [run] = system.sample(params, [{"question": "a red ball"}], KEY)
     assert (run["passage"], run["kind"]) == (retrieve("a red ball"), kind_of("a red ball"))
     assert retrieve("a red ball") == "a ball is round and often red"

@@ -7,9 +7,8 @@ import jax
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli import pairs as make_pairs
-from sysdpo_jax.cli import rollout
-from sysdpo_jax.cli.runs_file import read_lines, run_lines, with_images
+from sysdpo_jax.cli.main import dispatch
+from sysdpo_jax.runs.runs_file import read_lines, run_lines, with_images
 from tests.components.test_conversations import TOOL, USER, model
 from tests.data.test_preference_files import PAINTER
 
@@ -52,7 +51,7 @@ def roll_out(folder, name="runs.jsonl", **changes):
         "samples": 3,
         "chunk": 2,
     } | changes
-    rollout.main([word for key, value in settings.items() for word in (f"--{key}", str(value))])
+    dispatch(["rollout", *(word for key, value in settings.items() for word in (f"--{key}", str(value)))])
     return folder / name
 
 
@@ -176,8 +175,8 @@ def test_conversations_go_from_prompts_to_preferences_with_their_tools(files):
     rows = list(run_lines(runs))
     assert [row["inputs"] for row in rows] == [{"question": value}] * 2
     (files / "scores.jsonl").write_text("".join(f'{{"id": "0-{n}", "score": {n}}}\n' for n in range(2)))
-    make_pairs.main(
-        ["--runs", str(runs), "--scores", str(files / "scores.jsonl"), "--output", str(files / "pairs.jsonl")]
+    dispatch(
+        ["pairs", "--runs", str(runs), "--scores", str(files / "scores.jsonl"), "--output", str(files / "pairs.jsonl")]
     )
     system, _ = talker()
     [record] = records = sj.load_preferences(files / "pairs.jsonl", system)

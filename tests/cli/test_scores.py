@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli import pairs as make_pairs
-from sysdpo_jax.cli import score
-from sysdpo_jax.cli.runs_file import read_lines
+from sysdpo_jax.cli.main import dispatch
+from sysdpo_jax.runs.runs_file import read_lines
 from tests.cli.test_runs import SYSTEM, failure, files, read_runs, roll_out
 
 __all__ = ["files"]
@@ -32,11 +31,11 @@ def test_scores_that_say_something_else_are_refused(files, capsys, line, message
     roll_out(files)
     (files / "own.jsonl").write_text(json.dumps(line))
     flags = ["--runs", files / "runs.jsonl", "--scores", files / "own.jsonl", "--output", files / "pairs.jsonl"]
-    assert message in failure(capsys, make_pairs.main, [str(flag) for flag in flags])
+    assert message in failure(capsys, dispatch, ["pairs", *map(str, flags)])
 
 
 def scored(folder, *flags):
-    score.main(["--runs", str(folder / "runs.jsonl"), "--output", str(folder / "scores.jsonl"), *flags])
+    dispatch(["score", "--runs", str(folder / "runs.jsonl"), "--output", str(folder / "scores.jsonl"), *flags])
     return {row["id"]: row["score"] for row in read_lines(folder / "scores.jsonl")}
 
 
@@ -60,18 +59,18 @@ def test_runs_of_processes_are_scored_and_paired_together(files, monkeypatch, ca
     ]
     both = ["--runs", *map(str, shards), "--output", str(files / "scores.jsonl")]
     flags = ["--scorer", f"{__name__}:brightness"]
-    score.main([*both, *flags])
+    dispatch(["score", *both, *flags])
     assert {row["id"]: row["score"] for row in read_lines(files / "scores.jsonl")} == {
         run["id"]: brightness(run["outputs"]) for run in everything
     }
     output = files / "pairs" / "preferences.jsonl"
     scores = ["--scores", str(files / "scores.jsonl"), "--output", str(output)]
-    make_pairs.main(["--runs", *map(str, shards), *scores])
+    dispatch(["pairs", "--runs", *map(str, shards), *scores])
     assert len(sj.load_preferences(output, SYSTEM)) == 5
-    said = failure(capsys, make_pairs.main, ["--runs", str(shards[0]), *scores])
+    said = failure(capsys, dispatch, ["pairs", "--runs", str(shards[0]), *scores])
     assert "the score of '2-0' is of no run in --runs" in said
     twice = ["--runs", str(shards[0]), str(shards[0]), "--output", str(files / "new.jsonl"), *flags]
-    assert "the run '0-0' is there twice" in failure(capsys, score.main, twice)
+    assert "the run '0-0' is there twice" in failure(capsys, dispatch, ["score", *twice])
 
 
 def test_scores_of_other_runs_or_another_scorer_are_not_mixed(files, capsys):
@@ -138,33 +137,33 @@ def lame(run):
 def test_runs_without_a_score_are_skipped_and_scored_again(files, capsys, monkeypatch):
     roll_out(files)
     flags = ("--scorer", f"{__name__}:lame", "--on-error", "skip")
-    score.main(["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags])
+    dispatch(["score", "--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags])
     lines = list(read_lines(files / "scores.jsonl"))
     failed = [line["id"] for line in lines if "error" in line]
     assert failed == [line["id"] for line in read_lines(files / "runs.jsonl") if line["inputs"]["question"] == "one"]
     assert 0 < len(failed) < len(lines)
     made = ["--runs", str(files / "runs.jsonl"), "--scores", str(files / "scores.jsonl"), "--ties", "keep"]
     capsys.readouterr()
-    make_pairs.main([*made, "--output", str(files / "pairs.jsonl")])
+    dispatch(["pairs", *made, "--output", str(files / "pairs.jsonl")])
     assert f"{len(failed)} runs have no score" in capsys.readouterr().out
     assert all(line["inputs"]["question"] != "one" for line in read_lines(files / "pairs.jsonl"))
     # Given again the command says what is new alone: of these runs nothing, and then that they fail otherwise.
     again = ["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags]
-    score.main(again)
+    dispatch(["score", *again])
     assert list(read_lines(files / "scores.jsonl")) == lines
     monkeypatch.setattr(f"{__name__}.lame", lambda run: "high")
     for _ in range(2):
-        score.main(again)
+        dispatch(["score", *again])
         said = list(read_lines(files / "scores.jsonl"))[len(lines) :]
         assert [line["id"] for line in said] == failed
         assert all("is 'high', no number" in line["error"] for line in said)
     lines += said
     # Given again the command asks for these alone, and what it then finds counts.
     monkeypatch.setattr(f"{__name__}.lame", lambda run: 2.0)
-    score.main(["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags])
+    dispatch(["score", "--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), *flags])
     again = list(read_lines(files / "scores.jsonl"))[len(lines) :]
     assert [(line["id"], line["score"]) for line in again] == [(name, 2.0) for name in failed]
-    make_pairs.main([*made, "--output", str(files / "pairs.jsonl")])
+    dispatch(["pairs", *made, "--output", str(files / "pairs.jsonl")])
     assert "no score" not in capsys.readouterr().out
 
 
@@ -172,7 +171,7 @@ def test_a_scorer_that_fails_on_every_run_is_no_accident(files, capsys, monkeypa
     roll_out(files)
     monkeypatch.setattr(f"{__name__}.lame", lambda run: None)
     flags = ["--runs", str(files / "runs.jsonl"), "--output", str(files / "scores.jsonl"), "--on-error", "skip"]
-    said = failure(capsys, score.main, [*flags, "--scorer", f"{__name__}:lame"])
+    said = failure(capsys, dispatch, ["score", *flags, "--scorer", f"{__name__}:lame"])
     assert "none of the first 15 runs has a score" in said
 
 
@@ -187,8 +186,17 @@ def test_a_score_that_is_none(files, capsys, monkeypatch, value, message):
 
 def paired(folder, *flags, runs="runs.jsonl"):
     output = folder / "pairs" / "preferences.jsonl"
-    make_pairs.main(
-        ["--runs", str(folder / runs), "--scores", str(folder / "scores.jsonl"), "--output", str(output), *flags]
+    dispatch(
+        [
+            "pairs",
+            "--runs",
+            str(folder / runs),
+            "--scores",
+            str(folder / "scores.jsonl"),
+            "--output",
+            str(output),
+            *flags,
+        ]
     )
     return output
 

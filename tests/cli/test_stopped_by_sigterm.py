@@ -11,9 +11,9 @@ from contextlib import suppress
 import pytest
 import yaml
 
-from sysdpo_jax.cli import rollout, score, train
 from sysdpo_jax.cli.ending import user_errors
-from sysdpo_jax.cli.runs_file import read_lines
+from sysdpo_jax.cli.main import dispatch
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.user_code import user_code
 from tests.cli.test_ending import configured
 
@@ -37,7 +37,7 @@ def run_files(folder):
 
 def test_a_slow_scorer_is_left_and_the_scores_before_it_are_kept(tmp_path):
     (tmp_path / "slow_scorer.py").write_text(SLOW)
-    command = [sys.executable, "-m", "sysdpo_jax.cli.score", *run_files(tmp_path), "--scorer", "slow_scorer:score"]
+    command = [sys.executable, "-m", "sysdpo_jax", "score", *run_files(tmp_path), "--scorer", "slow_scorer:score"]
     paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **pipes) as process:
@@ -85,20 +85,20 @@ def flags_of(folder, **calls):
 
 
 def rolled(folder, **calls):
-    _, path = flags_of(folder, **calls)
+    [path] = flags_of(folder, **calls)
     prompts, output = folder / "held.txt", folder / "out" / "runs.jsonl"
-    rollout.main(["--system", path, "--prompts", str(prompts), "--output", str(output)])
+    dispatch(["rollout", "--system", path, "--prompts", str(prompts), "--output", str(output)])
 
 
 @pytest.mark.usefixtures("_one_signal")
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        (lambda folder: score.main([*run_files(folder), "--scorer", f"{__name__}:terminated"]), 143),
+        (lambda folder: dispatch(["score", *run_files(folder), "--scorer", f"{__name__}:terminated"]), 143),
         (rolled, 143),
         (lambda folder: rolled(folder, concurrency=2), 143),
-        (lambda folder: train.main(flags_of(folder)), 0),
-        (lambda folder: train.main([*flags_of(folder), "--preempted-exit-code", "75"]), 75),
+        (lambda folder: dispatch(["train", *flags_of(folder)]), 0),
+        (lambda folder: dispatch(["train", *flags_of(folder), "--preempted-exit-code", "75"]), 75),
     ],
     ids=["scorer", "tool", "tools", "training", "training with a code"],
 )

@@ -10,9 +10,9 @@ import torch
 import transformers
 import yaml
 
-from sysdpo_jax.cli import export, rollout, train
-from sysdpo_jax.cli.loading import load_system
-from sysdpo_jax.cli.runs_file import read_lines
+from sysdpo_jax.cli.main import dispatch
+from sysdpo_jax.runs.loading import load_system
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.values import from_json
 from tests.cli.test_runs import failure
@@ -80,7 +80,7 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(material):
-    train.main(["--config", str(material / "run.yaml")])
+    dispatch(["train", str(material / "run.yaml")])
     return material
 
 
@@ -103,10 +103,10 @@ def test_training_leaves_figures_runs_and_a_report(trained):
 def test_the_same_command_goes_on_and_another_configuration_is_refused(trained, capsys):
     """A finished run has nothing left to do."""
     before = read_metrics(trained / "run" / "metrics.jsonl")
-    train.main(["--config", str(trained / "run.yaml"), "--log-every", "2"])
+    dispatch(["train", str(trained / "run.yaml"), "--log-every", "2"])
     after = read_metrics(trained / "run" / "metrics.jsonl")
     assert [row["step"] for row in after] == [row["step"] for row in before]
-    said = failure(capsys, train.main, ["--config", str(trained / "run.yaml"), "--seed", "1"])
+    said = failure(capsys, dispatch, ["train", str(trained / "run.yaml"), "--seed", "1"])
     assert "is of another run (seed was 0, now 1): choose another directory" in said
 
 
@@ -116,12 +116,14 @@ def test_a_refused_command_leaves_the_folder_as_it_is(trained, tmp_path, capsys)
     def kept(folder):
         return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-    run, flags = trained / "run", ["--config", str(trained / "run.yaml")]
+    run, flags = trained / "run", [str(trained / "run.yaml")]
     before = kept(run)
-    assert "holds a checkpoint: resume" in failure(capsys, train.main, [*flags, "--no-resume", "--log-every", "7"])
+    assert "holds a checkpoint: resume" in failure(
+        capsys, dispatch, ["train", *flags, "--resume", "false", "--log-every", "7"]
+    )
     assert kept(run) == before
     with held("locked_folder", run) as process:
-        assert f"is in use by process {process.pid} on host" in failure(capsys, train.main, flags)
+        assert f"is in use by process {process.pid} on host" in failure(capsys, dispatch, ["train", *flags])
         # Looking at it needs no lock.
         load_system(str(run), "newest")
     assert kept(run) == before
@@ -129,11 +131,11 @@ def test_a_refused_command_leaves_the_folder_as_it_is(trained, tmp_path, capsys)
     shutil.copytree(run, tmp_path / "copy")
     (tmp_path / "copy" / "config.yaml").unlink()
     flags += ["--directory", str(tmp_path / "copy"), "--schedule.learning-rate", "0.5"]
-    assert "config" in failure(capsys, train.main, flags)
+    assert "config" in failure(capsys, dispatch, ["train", *flags])
     assert not (tmp_path / "copy" / "config.yaml").exists()
     # A new folder is not left behind.
     missing = ["--directory", str(tmp_path / "new" / "run"), "--schedule.batch-size", "1000"]
-    assert "200 rows do not fill one batch" in failure(capsys, train.main, [*flags, *missing])
+    assert "200 rows do not fill one batch" in failure(capsys, dispatch, ["train", *flags, *missing])
     assert not (tmp_path / "new").exists()
 
 
@@ -151,8 +153,8 @@ def test_a_refused_command_leaves_the_folder_as_it_is(trained, tmp_path, capsys)
 def test_what_a_step_would_refuse_leaves_no_folder(material, tmp_path, capsys, kind, flags, said):
     """Neither is the system evaluated first, so that the corrected command is a first one."""
     folder = tmp_path / "new" / "run"
-    given = ["--config", str(material / "run.yaml"), "--directory", str(folder), "--objective.kind", kind, *flags]
-    assert said in failure(capsys, train.main, given)
+    given = [str(material / "run.yaml"), "--directory", str(folder), "--objective.kind", kind, *flags]
+    assert said in failure(capsys, dispatch, ["train", *given])
     assert not (tmp_path / "new").exists()
 
 
@@ -168,15 +170,15 @@ def test_the_folder_of_an_earlier_version_goes_on(trained, tmp_path, capsys):
     del about["ignore"]
     (run / "data.json").write_text(json.dumps(about))
     before = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
-    flags = ["--config", str(trained / "run.yaml"), "--directory", str(run)]
-    train.main(flags)
+    flags = [str(trained / "run.yaml"), "--directory", str(run)]
+    dispatch(["train", *flags])
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == before
     # What stood for the default is still compared.
-    said = failure(capsys, train.main, [*flags, "--data.ignore", "id"])
+    said = failure(capsys, dispatch, ["train", *flags, "--data.ignore", "id"])
     assert "config.yaml is of another run (data.ignore was [], now ['id'])" in said
     (run / "config.yaml").unlink()
     (run / "data.json").write_text(json.dumps(about))
-    said = failure(capsys, train.main, [*flags, "--data.ignore", "id"])
+    said = failure(capsys, dispatch, ["train", *flags, "--data.ignore", "id"])
     assert "data.json is of another run (ignore was [], now ['id'])" in said
 
 
@@ -184,7 +186,7 @@ def test_exported_models_are_the_trained_ones(trained, tmp_path, capsys):
     """transformers loads them, and they are no longer what they were; the run's folder may have been moved since."""
     (trained / "run").rename(trained / "moved")
     try:
-        export.main(["--directory", str(trained / "moved"), "--output", str(tmp_path / "aligned")])
+        dispatch(["export", "--directory", str(trained / "moved"), "--output", str(tmp_path / "aligned")])
     finally:
         (trained / "moved").rename(trained / "run")
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "aligned" / name) for name in ("drafter", "refiner")]
@@ -207,13 +209,13 @@ def test_exported_models_are_the_trained_ones(trained, tmp_path, capsys):
 
 
 def test_adapters_are_exported_alone(trained, tmp_path):
-    export.main(["--directory", str(trained / "run"), "--output", str(tmp_path / "aligned"), "--adapters"])
+    dispatch(["export", "--directory", str(trained / "run"), "--output", str(tmp_path / "aligned"), "--adapters"])
     assert (tmp_path / "aligned" / "drafter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "aligned" / "refiner" / "model.safetensors").exists()
 
 
 def test_a_dry_run_shows_what_would_be_trained(material, tmp_path, capsys):
-    train.main(["--config", str(material / "run.yaml"), "--directory", str(tmp_path / "run"), "--dry-run"])
+    dispatch(["train", str(material / "run.yaml"), "--directory", str(tmp_path / "run"), "--dry-run"])
     out = capsys.readouterr().out
     first = json.loads((material / "pairs.jsonl").read_text().splitlines()[0])
     assert "question --> draft" in out
@@ -230,19 +232,19 @@ def test_a_dry_run_shows_what_would_be_trained(material, tmp_path, capsys):
 @pytest.mark.slow
 def test_sampling_searches_for_the_drafts(material, tmp_path):
     """From the same records, whose drafts are left out."""
-    flags = ["--config", str(material / "run.yaml"), "--directory", str(tmp_path / "run"), "--schedule.steps", "2"]
+    flags = [str(material / "run.yaml"), "--directory", str(tmp_path / "run"), "--schedule.steps", "2"]
     flags += ["--objective.kind", "sampling", "--objective.intermediates", "2", "--evaluation.prompts", ""]
-    train.main([*flags, "--evaluation.scorer", ""])
+    dispatch(["train", *flags, "--evaluation.scorer", ""])
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1]
     assert all(1 <= row["intermediates/distinct"] <= 2 for row in rows)
-    export.main(["--directory", str(tmp_path / "run"), "--output", str(tmp_path / "aligned")])
+    dispatch(["export", "--directory", str(tmp_path / "run"), "--output", str(tmp_path / "aligned")])
     assert (tmp_path / "aligned" / "drafter" / "config.json").exists()
 
 
 def test_a_trained_run_is_a_system_to_sample_from(trained, tmp_path):
     flags = ["--prompts", str(trained / "prompts.txt"), "--samples", "1", "--output", str(tmp_path / "runs.jsonl")]
-    rollout.main(["--system", str(trained / "run"), *flags])
+    dispatch(["rollout", "--system", str(trained / "run"), *flags])
     assert len(list(read_lines(tmp_path / "runs.jsonl"))) == 6
     assert json.loads((tmp_path / "runs.jsonl.json").read_text())["system"].endswith(f" step {STEPS}")
     best = json.loads((trained / "run" / "results.json").read_text())["best_step"]
@@ -254,15 +256,15 @@ def test_a_trained_run_is_a_system_to_sample_from(trained, tmp_path):
 def test_runs_of_another_objective_are_not_mixed(trained, tmp_path, capsys):
     """Two folders whose configurations differ in beta alone: the weights do too."""
     other, output = tmp_path / "other", tmp_path / "runs.jsonl"
-    flags = ["--config", str(trained / "run.yaml"), "--directory", str(other), "--objective.beta", "0.2"]
-    train.main([*flags, "--evaluation.prompts", "", "--evaluation.scorer", ""])
+    flags = [str(trained / "run.yaml"), "--directory", str(other), "--objective.beta", "0.2"]
+    dispatch(["train", *flags, "--evaluation.prompts", "", "--evaluation.scorer", ""])
     given = ["--prompts", str(trained / "prompts.txt"), "--samples", "1", "--output", str(output)]
-    rollout.main(["--system", str(trained / "run"), *given])
+    dispatch(["rollout", "--system", str(trained / "run"), *given])
     before = output.read_bytes()
-    assert "system" in failure(capsys, rollout.main, ["--system", str(other), *given])
+    assert "system" in failure(capsys, dispatch, ["rollout", "--system", str(other), *given])
     assert output.read_bytes() == before
     # What may change when a run goes on does not make it another system.
-    rollout.main(["--system", str(trained / "run"), *given])
+    dispatch(["rollout", "--system", str(trained / "run"), *given])
     assert output.read_bytes() == before
 
 
@@ -294,7 +296,7 @@ def test_data_that_changed_under_a_run_are_refused(trained, capsys):
     row = json.loads(rows.splitlines()[0]) | {"id": "new"}
     path.write_text(rows + json.dumps(row) + "\n")
     try:
-        said = failure(capsys, train.main, ["--config", str(trained / "run.yaml")])
+        said = failure(capsys, dispatch, ["train", str(trained / "run.yaml")])
     finally:
         path.write_text(rows)
     assert "data.json is of another run (kept was 200, now 201; sha256 was" in said

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sysdpo_jax.cli import export, train
+from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.training import read_metrics
 from tests.cli.test_runs import read_runs
 from tests.pretrained.checkpoints import stable_diffusion_1, unet, write_decoder
@@ -55,9 +55,9 @@ def test_from_folders_to_a_report_and_a_pipeline(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a\nthe\n")
     (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path, module=__name__))
 
-    train.main(["--config", str(tmp_path / "run.yaml"), "--dry-run"])
+    dispatch(["train", str(tmp_path / "run.yaml"), "--dry-run"])
     assert "pixels, after the codec" in capsys.readouterr().out
-    train.main(["--config", str(tmp_path / "run.yaml")])
+    dispatch(["train", str(tmp_path / "run.yaml")])
     evaluated = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/score" in row]
     runs = read_runs(tmp_path / "run" / "evaluation" / "runs-00000002.jsonl")
     assert evaluated[-1]["eval/score"] == pytest.approx(np.mean([brightness(run["outputs"]) for run in runs]), abs=2e-3)
@@ -65,7 +65,7 @@ def test_from_folders_to_a_report_and_a_pipeline(tmp_path, capsys):
     # Two prompts, before and after.
     assert report.count("data:image/png;base64") == 4
 
-    export.main(["--directory", str(tmp_path / "run"), "--output", str(tmp_path / "aligned")])
+    dispatch(["export", "--directory", str(tmp_path / "run"), "--output", str(tmp_path / "aligned")])
     before, after = (
         diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / name, safety_checker=None).unet
         for name in ("painter", "aligned/painter")

@@ -8,13 +8,13 @@ from asyncio import CancelledError
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli import pairs as make_pairs
-from sysdpo_jax.cli import rollout, score, train
-from sysdpo_jax.cli.config import NodeConfig, read_config
-from sysdpo_jax.cli.runs_file import read_lines
-from sysdpo_jax.cli.system import _component
+from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.importing import import_object
+from sysdpo_jax.runs.config import NodeConfig
+from sysdpo_jax.runs.files import read_config
+from sysdpo_jax.runs.runs_file import read_lines
+from sysdpo_jax.runs.system import _component
 
 RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError, CancelledError)
 
@@ -81,8 +81,8 @@ def configured(place, name="own.yaml", **changes):
 
 
 def roll_out(place, system, *flags, output="runs.jsonl"):
-    rollout.main(
-        ["--system", str(system), "--prompts", str(place / "prompts.txt"), "--output", str(place / output),
+    dispatch(
+        ["rollout", "--system", str(system), "--prompts", str(place / "prompts.txt"), "--output", str(place / output),
          "--samples", "2", "--chunk", "3", *flags]
     )  # fmt: skip
     return place / output
@@ -95,7 +95,7 @@ def run_files(place):
 
 
 def scored(place, scorer):
-    score.main(["--runs", str(run_files(place)), "--scorer", scorer, "--output", str(place / "scores.jsonl")])
+    dispatch(["score", "--runs", str(run_files(place)), "--scorer", scorer, "--output", str(place / "scores.jsonl")])
 
 
 # What is called, and what the line names beside the exception.
@@ -105,7 +105,7 @@ COMMANDS = {
         "prompts.txt, prompt 1, sample 1: node 'kind': the tool users_own:fails for q='a' failed",
     ),
     "the tool of preferences": (
-        lambda place: train.main(["--config", str(configured(place, tool="users_own:fails"))]),
+        lambda place: dispatch(["train", str(configured(place, tool="users_own:fails"))]),
         "pairs.jsonl, row 1: chosen: node 'kind': the tool users_own:fails for q='bb' failed",
     ),
     "the scorer": (
@@ -113,7 +113,7 @@ COMMANDS = {
         "the scorer users_own:fails on run 0-0 failed",
     ),
     "the scorer of an evaluation": (
-        lambda place: train.main(["--config", str(configured(place, scorer="users_own:fails"))]),
+        lambda place: dispatch(["train", str(configured(place, scorer="users_own:fails"))]),
         "the evaluation at step 0: the scorer users_own:fails on run 0-0 failed",
     ),
     "the factory": (
@@ -240,10 +240,10 @@ def test_runs_that_a_tool_skips_are_lines_with_an_error_and_are_made_when_it_can
         assert "failed (KeyError: '0')" in capsys.readouterr().err.split("the first: ")[1]
     monkeypatch.setenv("RAISED", "ValueError")
     # Neither scored nor paired.
-    score.main(["--runs", str(path), "--scorer", "users_own:score", "--output", str(place / "scores.jsonl")])
+    dispatch(["score", "--runs", str(path), "--scorer", "users_own:score", "--output", str(place / "scores.jsonl")])
     assert ids(place / "scores.jsonl", "score") == ids(path)
     pairs = ["--runs", str(path), "--scores", str(place / "scores.jsonl"), "--output", str(place / "new.jsonl")]
-    make_pairs.main([*pairs, "--ties", "keep"])
+    dispatch(["pairs", *pairs, "--ties", "keep"])
     assert {line["inputs"]["q"] for line in read_lines(place / "new.jsonl")} == {"a", "ccc", "dddd"}
     monkeypatch.setenv("FAILS", "eeeee")
     roll_out(place, system)
@@ -256,7 +256,7 @@ def test_runs_that_a_tool_skips_are_lines_with_an_error_and_are_made_when_it_can
 
 def test_an_evaluation_leaves_out_runs_that_a_tool_skips(place, monkeypatch):
     monkeypatch.setenv("FAILS", "eeeee")
-    train.main(["--config", str(configured(place, calls=", on_error: skip"))])
+    dispatch(["train", str(configured(place, calls=", on_error: skip"))])
     rows = list(read_lines(place / "run" / "evaluation" / "runs-00000002.jsonl"))
     assert [row["id"] for row in rows] == [f"{prompt}-0" for prompt in range(5)]
     assert ["error" in row for row in rows] == [False] * 4 + [True]
@@ -270,23 +270,23 @@ def test_training_that_a_tool_stopped_asks_it_for_the_rest_alone(place, monkeypa
     questions = ["v", "w", "x", "y", "z"]
     rows = [{"inputs": {"q": q}, "chosen": {"answer": 1}, "rejected": {"answer": 0}} for q in questions]
     (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    command = ["--config", str(configured(place)), "--evaluation.prompts", "", "--evaluation.scorer", ""]
+    command = [str(configured(place)), "--evaluation.prompts", "", "--evaluation.scorer", ""]
     monkeypatch.setenv("FAILS", "y")
     with pytest.raises(SystemExit):
-        train.main(command)
+        dispatch(["train", *command])
     assert called(place) == ["v", "w", "x"]
     assert [path.name for path in (place / "run").iterdir()] == ["tool_values.jsonl"]
     monkeypatch.setenv("FAILS", "")
-    train.main(command)
+    dispatch(["train", *command])
     assert called(place) == ["y", "z"]
-    train.main([*command, "--dry-run"])
+    dispatch(["train", *command, "--dry-run"])
     assert called(place) == []
 
 
 def test_an_evaluation_with_too_few_scores_says_who_left_runs_out(place, monkeypatch, capsys):
     monkeypatch.setenv("FAILS", "a,ccc,dddd,eeeee")
     with pytest.raises(SystemExit):
-        train.main(["--config", str(configured(place, calls=", on_error: skip"))])
+        dispatch(["train", str(configured(place, calls=", on_error: skip"))])
     said = capsys.readouterr().err
     assert "the evaluation at step 0: only 1 of 5 runs have a score, and runs of two prompts are needed; " in said
     tools = "node 'kind': the tool users_own:kind for q='a' failed (ValueError: 0)"
@@ -295,9 +295,9 @@ def test_an_evaluation_with_too_few_scores_says_who_left_runs_out(place, monkeyp
 
 
 def test_how_a_tool_is_called_may_change_when_training_goes_on(place):
-    train.main(["--config", str(configured(place))])
-    train.main(["--config", str(configured(place, calls=", retries: 3, timeout: 5.0"))])
-    noted = read_config(place / "run" / "config.yaml", train.TrainConfig)
+    dispatch(["train", str(configured(place))])
+    dispatch(["train", str(configured(place, calls=", retries: 3, timeout: 5.0"))])
+    noted = read_config(place / "run" / "config.yaml")
     assert (noted.system.nodes["kind"].retries, noted.system.nodes["kind"].timeout) == (3, 5.0)
 
 

@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sysdpo_jax.cli import train
+from sysdpo_jax.cli.main import dispatch
 from tests.pretrained.checkpoints import write_decoder
 
 # Starting several processes takes minutes where the machine is busy.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# What `python -m sysdpo_jax.cli.rollout` does, where no cluster says who the other processes are.
+# What `sysdpo rollout` does, where no cluster says who the other processes are.
 PROGRAM = """
 import sys
 import sysdpo_jax as sj
-from sysdpo_jax.cli import rollout
+from sysdpo_jax.cli.main import dispatch
 port, number, process, *flags = sys.argv[1:]
 if number != "1":
     sj.initialize(f"127.0.0.1:{port}", int(number), int(process))
-rollout.main(flags)
+dispatch(["rollout", *flags])
 """
 
 
@@ -69,7 +69,7 @@ def test_two_processes_make_the_runs_of_one(tmp_path, system):
     if system == "trained":
         pair = {"prompt": "a red", "chosen": "ball", "rejected": "cube"}
         (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 2)
-        train.main(["--config", str(tmp_path / "run.yaml")])
+        dispatch(["train", str(tmp_path / "run.yaml")])
     lines = roll_out(tmp_path, system, 1)
     assert len({json.loads(line)["outputs"]["caption"]["text"] for line in lines}) > 10
     assert roll_out(tmp_path, system, 2) == lines

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from sysdpo_jax.cli.runs_file import read_lines
-from sysdpo_jax.columns import as_values, load_columns
+from sysdpo_jax.runs.runs_file import read_lines
+from sysdpo_jax.row_files import ROWS, RowFile
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import write_decoder
 
@@ -21,15 +21,15 @@ from tests.pretrained.checkpoints import write_decoder
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# What `python -m sysdpo_jax.cli.train` does, where no cluster says who the other processes are.
+# What `sysdpo train` does, where no cluster says who the other processes are.
 TRAIN = """
 import sys
 import sysdpo_jax as sj
-from sysdpo_jax.cli import train
+from sysdpo_jax.cli.main import dispatch
 number, port, process, *flags = sys.argv[1:]
 if number != "1":
     sj.initialize(f"127.0.0.1:{port}", int(number), int(process), heartbeat_timeout_seconds=10)
-train.main(flags)
+dispatch(["train", *flags])
 """
 WORDS = ("a", "red", "green", "ball", "cube", "small", "large", "on", "the", "left")
 
@@ -73,11 +73,9 @@ def losses(directory):
 def drawn(directory, step):
     """{record: its sets} of all files of a step."""
     found = {}
-    for path in (directory / "intermediates").glob(f"{step:08d}*.npz"):
-        columns = {name: as_values(column) for name, column in load_columns(path).items()}
-        texts = iter(columns["draft"])
-        for row, count in zip(columns["rows of records"], columns["sets of each row"], strict=True):
-            found[row] = [next(texts) for _ in range(count)]
+    for path in (directory / "intermediates").glob(f"{step:08d}*{ROWS}"):
+        for row in RowFile(path.with_name(path.name.removesuffix(ROWS))):
+            found[row["record"]] = [own["draft"] for own in row["sets"]]
     return found
 
 
@@ -117,14 +115,14 @@ def test_parameters_come_whole_to_the_devices_of_each_process(half):
 def test_what_two_processes_drew_is_gone_on_with(alone, half, tmp_path, number):
     """1e-5: the devices add in another order, in float32, and Adam carries the difference on."""
     directory = shutil.copytree(half[0], tmp_path / "run")
-    assert sorted(path.name for path in (directory / "intermediates").iterdir()) == [
-        f"00000002-0000{process}-of-00002.npz" for process in (1, 2)
+    assert sorted(path.name for path in (directory / "intermediates").glob(f"*{ROWS}")) == [
+        f"00000002-0000{process}-of-00002{ROWS}" for process in (1, 2)
     ]
     finished(number, ["-m", "tests.distributed.sampled_run", directory, 6])
     whole = losses(alone)
     assert whole[0] - whole[-1] > 0.1  # it trains, so the drafts matter
     np.testing.assert_allclose(losses(directory), whole, rtol=0, atol=1e-5)
-    assert len(list((directory / "intermediates").glob("00000004*"))) == number
+    assert len(list((directory / "intermediates").glob(f"00000004*{ROWS}"))) == number
     for step in (2, 4):
         assert drawn(directory, step) == drawn(alone, step)
         assert len(drawn(alone, step)) == 16
@@ -176,7 +174,7 @@ def test_two_processes_evaluate_as_one_does(material):
     found = {}
     for number in (1, 2):
         directory = material / f"run{number}"
-        finished(number, ["-c", TRAIN], ["--config", material / "run.yaml", "--directory", directory])
+        finished(number, ["-c", TRAIN], [material / "run.yaml", "--directory", directory])
         assert (directory / "report.html").exists()
         rows = [row for row in read_metrics(directory / "metrics.jsonl") if "eval/score" in row]
         figures = [{name: value for name, value in row.items() if name.startswith("eval/")} for row in rows]
@@ -191,7 +189,7 @@ def test_two_processes_evaluate_as_one_does(material):
 
 
 def test_a_scorer_that_fails_in_one_process_ends_both(material, tmp_path):
-    flags = ["--config", material / "run.yaml", "--directory", tmp_path / "run"]
+    flags = [material / "run.yaml", "--directory", tmp_path / "run"]
     scorer = "tests.distributed.sampled_run:red_on_process_0"
     ended = started(2, ["-c", TRAIN], [*flags, "--evaluation.scorer", scorer])
     assert ended[1][0] == 1

@@ -20,9 +20,10 @@ import yaml
 from PIL import Image
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.config import parse
-from sysdpo_jax.cli.run import assemble, make_batches, read_preferences
 from sysdpo_jax.models.lora import is_lora
+from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.files import configure
+from sysdpo_jax.runs.run import assemble, make_batches, read_preferences
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.training.throughput import count_units
 from sysdpo_jax.trees import by_path
@@ -31,7 +32,7 @@ from tests.pretrained.checkpoints import stable_diffusion_1, unet, write_decoder
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
 SCALING = (ROOT / "docs" / "scaling.md").read_text()
-MODULE = "sysdpo_jax.cli.train"
+COMMAND = "sysdpo train"
 
 NOTE = """#!{python}
 import json, sys
@@ -58,9 +59,7 @@ def parsed(arguments, folder):
     """The configuration that a command's arguments after its name make, with an empty file for the pod's."""
     nothing = folder / "nothing.yaml"
     nothing.write_text("{}")
-    there = " ".join(arguments).replace("--config=", "--config ").replace("--config /", f"--config {nothing} /")
-    words = shlex.split(there)
-    return parse([word for word in words if not word.endswith("my_run.yaml")], None)
+    return configure(TrainConfig, [str(nothing) if word.endswith(".yaml") else word for word in arguments])
 
 
 def stand_in(folder, name, template=NOTE):
@@ -102,7 +101,7 @@ def test_the_tpu_launch_runs_the_entry_point_on_all_workers(tmp_path):
     assert "--worker=all" in run
     [remote] = [part.removeprefix("--command=") for part in run if part.startswith("--command=")]
     words = shlex.split(remote)
-    config = parsed(words[words.index(MODULE) + 1 :], tmp_path)
+    config = parsed(words[words.index("train") + 1 :], tmp_path)
     # The bucket's mount, resumed by default, and a preempted run counts as not finished.
     assert (config.directory, config.preempted_exit_code) == ("/mnt/runs/aligned", 75)
     assert words[words.index("systemd-run") - 1] == "sudo"
@@ -152,8 +151,8 @@ def test_the_jobset_has_what_the_kinds_require(tmp_path):
     assert spec["failurePolicy"]["maxRestarts"] > 0
 
     # The process itself, without a shell that would keep SIGTERM from it.
-    assert container["command"][:3] == ["python", "-m", MODULE]
-    config = parsed(container["command"][3:], tmp_path)
+    assert container["command"][:2] == ["sysdpo", "train"]
+    config = parsed(container["command"][2:], tmp_path)
     assert config.preempted_exit_code == 75
     assert Path(config.directory).is_relative_to(container["volumeMounts"][0]["mountPath"])
 
@@ -161,14 +160,14 @@ def test_the_jobset_has_what_the_kinds_require(tmp_path):
 def test_the_image_has_what_the_command_needs():
     copied = re.findall(r"^COPY (.+) \S+$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
     names = [name for line in copied for name in line.split()]
-    assert {"setup.py", "pyproject.toml", "README.md", "sysdpo_jax", "experiments"} <= set(names)
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "sysdpo_jax"} <= set(names)
     assert all((ROOT / name).exists() for name in names)
 
 
 def test_the_documented_commands_are_accepted(tmp_path):
     """Every command line of the entry point in docs/scaling.md, XPK's among them."""
     flat = SCALING.replace("\\\n", " ")
-    commands = re.findall(rf"python -m {MODULE}([^\"`\n]*)", flat)
+    commands = re.findall(rf"{COMMAND}([^\"`\n]*)", flat)
     assert len(commands) >= 2
     for command in commands:
         assert parsed(shlex.split(command), tmp_path).directory
@@ -221,7 +220,7 @@ PATIENCE = 600
 @pytest.mark.slow
 def test_the_entry_point_loads_its_models_and_prepares_its_batches(tmp_path, material):
     """All of `main` before the first step, whose compilation is what the slow test below waits for."""
-    run = assemble(parse(["--config", str(material / "run.yaml"), "--directory", str(tmp_path)], None))
+    run = assemble(configure(TrainConfig, [str(material / "run.yaml"), "--directory", str(tmp_path)]))
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     trained = by_path(state.trained)
     assert {path.partition("/")[0] for path in trained} == {"writer", "painter"}

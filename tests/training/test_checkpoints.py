@@ -149,6 +149,14 @@ def test_the_same_step_can_be_saved_and_damaged_again(tmp_path):
         assert [path.name for path in checkpoints.set_aside] == ["3.corrupt-1", "3.corrupt-2"]
 
 
+def test_a_deletion_that_was_killed_is_finished(tmp_path):
+    """An older one than those that are kept: nobody would have read it again."""
+    saved(tmp_path, [1, 2, 3])
+    (tmp_path / "1" / "state").mkdir(parents=True)
+    same(restore(tmp_path), state_of(3))
+    assert names(tmp_path) == ["2", "3"]
+
+
 def test_when_none_is_left_it_is_an_error_every_time(tmp_path):
     saved(tmp_path, [1, 2])
     for step in ("1", "2"):

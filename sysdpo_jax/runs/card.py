@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.outcome import final_figures, interval_of, over
-from sysdpo_jax.cli.report import ENDED
-from sysdpo_jax.cli.run import DATA, Run
+from sysdpo_jax.runs.outcome import ENDED, final_figures, interval_of, over
+from sysdpo_jax.runs.run import DATA, Run
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.training.metrics import read_metrics

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sysdpo_jax.cli.run import BEST
+from sysdpo_jax.runs.run import BEST
 from sysdpo_jax.evaluation import Interval, too_few
 
 EVALUATED = "eval/"
+# Of these the last values say how training ended.
+ENDED = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 Row = Mapping[str, Any]
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.config import MeshConfig, TrainConfig, as_dict, read_config
-from sysdpo_jax.cli.run import CONFIG, Run, assemble, identity_of, make_trainer
-from sysdpo_jax.cli.system import build_system
+from sysdpo_jax.runs.config import MeshConfig, TrainConfig, as_dict
+from sysdpo_jax.runs.files import CONFIG, find_config, read_config
+from sysdpo_jax.runs.run import Run, assemble, identity_of, make_trainer
+from sysdpo_jax.runs.system import build_system
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.importing import import_function
@@ -41,20 +42,20 @@ class Loaded(NamedTuple):
 
 
 def load_system(spec: str, checkpoint: Which) -> Loaded:
-    """spec: a YAML file, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
+    """spec: a YAML file, a recipe, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
 
     checkpoint: of a run's folder. Of several processes each has the whole system on its own devices, to sample at its
     own pace.
     """
     path, alone = Path(spec), jax.process_count() == 1
     if path.is_dir():
-        config = replace(read_config(path / CONFIG, TrainConfig), directory=spec, mesh=MeshConfig())
+        config = replace(read_config(path / CONFIG), directory=str(path.absolute()), mesh=MeshConfig())
         run = assemble(config)
         params, step = restored(run, checkpoint)
         return Loaded(run.system, sj.replicate_per_process(params), f"{_hash(identity_of(config))} step {step}")
     if not path.exists() and ":" in spec:
         return Loaded(*_made_by(spec), spec)
-    config = read_config(path, TrainConfig)
+    config = read_config(find_config(spec))
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())

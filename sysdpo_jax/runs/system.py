@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
+from sysdpo_jax.runs.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.importing import built, call, import_function
 from sysdpo_jax.keys import named_key

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.run import Run, first_batch
+from sysdpo_jax.runs.run import Run, first_batch
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.report import write_png
 from sysdpo_jax.report.png import to_pixels

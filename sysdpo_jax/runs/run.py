@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,15 +14,17 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.caches import prepared_folder
-from sysdpo_jax.cli.config import DataConfig, TrainConfig, as_dict, read_config, write_config
-from sysdpo_jax.cli.system import build_optimizer, build_system
+from sysdpo_jax.runs.caches import prepared_folder
+from sysdpo_jax.runs.config import DataConfig, TrainConfig, as_dict
+from sysdpo_jax.runs.files import CONFIG, read_config, write_config
+from sysdpo_jax.runs.system import build_optimizer, build_system
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import check_scorer, make_scorer
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.optimizer import SystemOptimizer
@@ -47,7 +50,7 @@ FREE = (
     "prepared_cache",
 )
 # What the folder of a run says of it.
-CONFIG, DATA = "config.yaml", "data.json"
+DATA = "data.json"
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
 TOOL_VALUES = "tool_values.jsonl"
 # Which evaluation's checkpoint is the best.
@@ -111,6 +114,12 @@ def assemble(config: TrainConfig) -> Run:
     return Run(config, mesh, system, params, optimizer, objective)
 
 
+def owned(config: TrainConfig) -> AbstractContextManager[None]:
+    """The run's folder is this command's alone, from before it reads what may be long: process 0 of several has it."""
+    writes = config.directory and not config.dry_run and jax.process_index() == 0
+    return locked_folder(Path(config.directory)) if writes else nullcontext()
+
+
 def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
     """Raise `ConfigError` naming the fields and both values where the run's folder holds a run of others.
 
@@ -118,11 +127,12 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
     """
     folder = Path(run.config.directory)
     if (folder / CONFIG).exists():
-        _refuse_others(folder / CONFIG, identity_of(read_config(folder / CONFIG, TrainConfig)), run.identity)
+        _refuse_others(folder / CONFIG, identity_of(read_config(folder / CONFIG)), run.identity)
     if (folder / DATA).exists():
         noted = json.loads((folder / DATA).read_text(encoding="utf-8"))
         # A field that came later stood for what it does by default.
-        _refuse_others(folder / DATA, asdict(DataConfig()) | noted, about)
+        known = asdict(DataConfig()) | noted
+        _refuse_others(folder / DATA, known | {"source": about["source"]}, about)
 
 
 def check_run_dir(run: Run, about: Mapping[str, Any]) -> None:
@@ -139,9 +149,9 @@ def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:
     """The part of a configuration that must be the same when the run goes on."""
-    return {name: value for name, value in asdict(config).items() if name not in FREE} | {
-        "system": as_dict(config.system)
-    }
+    fields = {name: value for name, value in asdict(config).items() if name not in FREE}
+    # Where the preferences lie says nothing: what they are is in the run's folder.
+    return fields | {"system": as_dict(config.system), "data": fields["data"] | {"source": ""}}
 
 
 def _refuse_others(path: Path, noted: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.begun import Begun, discard, fingerprint
-from sysdpo_jax.cli.prompts import read_prompts
-from sysdpo_jax.cli.run import BEST, Run
-from sysdpo_jax.cli.runs_file import read_lines, write_rows
+from sysdpo_jax.runs.begun import Begun, discard, fingerprint
+from sysdpo_jax.runs.prompts import read_prompts
+from sysdpo_jax.runs.run import BEST, Run
+from sysdpo_jax.runs.runs_file import read_lines, write_rows
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
@@ -99,7 +99,7 @@ class HeldOut:
             done |= {place for place, _ in batch}
             if index == 0:
                 lines.report(len(done), "")
-        # Of the lines, as sysdpo_jax.cli.score has them: a run has the same score after a stop as without one.
+        # Of the lines, as `sysdpo score` has them: a run has the same score after a stop as without one.
         waiting = [names[place] for place in mine if names[place] in begun.runs and names[place] not in begun.scores]
         score_runs(self.scorer, waiting, begun.values, self.parallel, self.skip, begun.add_score)
         return [(place, begun.row(names[place])) for place in mine]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
+from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError

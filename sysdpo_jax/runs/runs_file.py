@@ -60,7 +60,7 @@ def run_lines(path: Path) -> Iterator[Run]:
         for field, kind, what in (("id", str, "a text"), ("inputs", dict, "an object"), ("outputs", dict, "an object")):
             if not isinstance(run.get(field), kind):
                 raise ConfigError(
-                    f"{path}, run {number}: the field {field!r} must be {what}: give a file of sysdpo_jax.cli.rollout"
+                    f"{path}, run {number}: the field {field!r} must be {what}: give a file of `sysdpo rollout`"
                 )
         yield run
 

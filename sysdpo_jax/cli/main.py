@@ -1,0 +1,115 @@
+"""The entry of `sysdpo`: which command, its flags, and how its process ends."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
+
+import shtab
+from jsonargparse import ArgumentParser
+
+import sysdpo_jax as sj
+from sysdpo_jax.cli import ARGUMENTS
+from sysdpo_jax.cli.ending import bounded_exit, user_errors
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.flags import Field, fields_of, help_parser, parse_flags
+from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.files import configure
+
+# Each is the module of its name beside this one.
+COMMANDS = {
+    "train": "align a system from preferences",
+    "rollout": "sample whole runs of a system on prompts",
+    "score": "score runs, with a function of your own or a judge",
+    "pairs": "turn scored runs into preferences",
+    "prepare": "read, check and encode a run's preferences before it trains",
+    "export": "write the aligned models, each with a model card",
+    "report": "write a run's report.html again",
+    "compile": "compile a run's step for TPUs that are not there: does it fit?",
+    "recipes": "list the packaged configurations, or print one",
+}
+# Several processes may share their work.
+SHARED = ("train", "rollout", "prepare")
+EXAMPLE = "example:\n  sysdpo train quickstart --dry-run"
+HELP, HELP_ALL, COMPLETION = ("-h", "--help"), "--help.all", "--print_completion"
+
+
+def main() -> None:
+    """Run the command of the process's arguments."""
+    with bounded_exit():
+        arguments = sys.argv[1:]
+        if arguments[:1] and arguments[0] in SHARED and not {*HELP, HELP_ALL} & {*arguments}:
+            sj.initialize()
+        dispatch(arguments)
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Run a command in this process. Raises SystemExit where `user_errors` ends it, and after a help."""
+    with user_errors():
+        name, *rest = arguments or ["--help"]
+        if name in HELP:
+            _parser().print_help()
+        elif name == "--version":
+            print(sj.__version__)
+        elif name == COMPLETION:
+            print(_completion(rest))
+        elif name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise ConfigError(f"{name!r} is no command: {meant}")
+        else:
+            ARGUMENTS.set(tuple(arguments))
+            _run(_module(name), name, rest)
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"sysdpo_jax.cli.{name}")
+
+
+def _run(command: ModuleType, name: str, arguments: Sequence[str]) -> None:
+    for every in (HELP_ALL, *HELP):
+        if every in arguments:
+            _command_parser(command, name, every == HELP_ALL).print_help()
+            return
+    own = command.Config
+    config = (
+        configure(own, arguments)
+        if issubclass(own, TrainConfig)
+        else parse_flags(own, arguments, getattr(command, "POSITIONAL", ""))
+    )
+    command.run(config)
+
+
+def _command_parser(command: ModuleType, name: str, every: bool) -> ArgumentParser:
+    """The command's help: of all its flags, or of those that are used most where it says which (`SHOWN`)."""
+    configured, fields = issubclass(command.Config, TrainConfig), list(fields_of(command.Config))
+    shown: Mapping[str, Field] = {field.name: field for field in fields}
+    description, _, details = (command.__doc__ or "").partition("\n\n")
+    fields = [field for field in fields if field.name != getattr(command, "POSITIONAL", "")]
+    if hasattr(command, "SHOWN") and not every:
+        shown = {name: shown[name] for name in command.SHOWN}
+        details += f"\nEvery field of the file is a flag: sysdpo {name} {HELP_ALL} lists them.\n"
+    word = "RECIPE_OR_FILE" if configured else getattr(command, "POSITIONAL", "").upper()
+    usage = " ".join(filter(None, ("sysdpo", name, word, "[--FLAG VALUE ...]")))
+    return help_parser(usage, description, list(shown.values()), details.strip("\n"))
+
+
+def _parser() -> ArgumentParser:
+    listed = "\n".join(f"  {name:<9} {summary}" for name, summary in COMMANDS.items())
+    about = f"Align compound AI systems from preferences.\n\ncommands:\n{listed}"
+    options = f"sysdpo COMMAND --help: its flags\nsysdpo {COMPLETION} {{bash,zsh}}: completion for a shell"
+    return help_parser("sysdpo COMMAND [--FLAG VALUE ...]", about, [], f"{options}\n\n{EXAMPLE}")
+
+
+def _completion(arguments: Sequence[str]) -> str:
+    """The script with which a shell completes commands and their flags."""
+    shells = ("bash", "zsh")
+    if len(arguments) != 1 or arguments[0] not in shells:
+        raise ConfigError(f"{COMPLETION}: give {' or '.join(shells)}")
+    whole = ArgumentParser(prog="sysdpo")
+    commands = whole.add_subcommands()
+    for name, summary in COMMANDS.items():
+        commands.add_subcommand(name, _command_parser(_module(name), name, True), help=summary)
+    script: str = shtab.complete(whole, arguments[0])
+    return script
