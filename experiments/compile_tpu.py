@@ -13,7 +13,6 @@ default, which a run uses, takes half an hour for SDXL's U-Net; their memory dif
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -27,16 +26,20 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from experiments.common.command import parse
-from experiments.scaling.chips import USABLE_HBM_GIB, topology
-from experiments.scaling.hlo import collectives_by_kind
 from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
-from sysdpo_jax import CompoundSystem, SampledBatch, make_mesh, make_train_step
-from sysdpo_jax.parallel.sharding import ShardingError, batch_parts
-from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
-from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.state import TrainState, abstract_state
+from sysdpo_jax import CompoundSystem, SampledBatch, make_train_step
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.parallel import USABLE_HBM_GIB, batch_parts, topology_mesh
+from sysdpo_jax.training import (
+    SystemOptimizer,
+    TrainState,
+    abstract_state,
+    compile_step,
+    count_flops,
+    plain_attention,
+    step_flops,
+)
 
-GIB = 2**30
 FLOPS_NOTE = (
     "operations of one step on all chips, counted from shapes: 'model' is what the mathematics needs (a trained "
     "model's forward pass 3 times, 2 with LoRA, its reference's once, on both sides), 'with_recomputation' adds what "
@@ -108,70 +111,13 @@ def count(example: Example, state: TrainState, batch: PyTree) -> dict[str, Any]:
     return {"note": FLOPS_NOTE, "model": model, "model_total": sum(model.values()), "with_recomputation": again}
 
 
-def compiled_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
-    """The program, or the compiler's message where it finds no room for it in a chip's memory."""
-    try:
-        return lowered.compile(), None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None, str(error)
-
-
-def account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]:
-    """Memory of one chip in GiB, the collectives, and the compiler's FLOPs."""
-    memory: Any = compiled.memory_analysis()
-    sizes = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
-    }
-    return {
-        "fits": memory.peak_memory_in_bytes <= usable_gib * GIB,
-        "memory_per_chip_gib": {name: round(size / GIB, 3) for name, size in sizes.items()},
-        "collectives_per_chip": _collectives(compiled),
-        "compiler_flops_per_chip": (compiled.cost_analysis() or {}).get("flops"),
-    }
-
-
-def _collectives(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """By kind, or why the program cannot be read: JAX does not take back everything that libtpu writes."""
-    try:
-        text = compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError as error:
-        return {"unreadable": str(error).splitlines()[0][:300]}
-    return dict(collectives_by_kind(text))
-
-
 def run(config: Config) -> dict[str, Any]:
     """Everything that is printed."""
     generation = config.topology.partition(":")[0]
-    devices = topology(config.topology)
-    try:
-        mesh = make_mesh(config.data, config.fsdp, config.tensor, devices)
-    except ShardingError as error:
-        raise SystemExit(f"{config.topology}: {error}") from error
-    if mesh.size != len(devices):
-        raise SystemExit(f"{config.topology}: data x fsdp x tensor is {mesh.size} of {len(devices)} chips: take all")
+    mesh = topology_mesh(config.topology, config.data, config.fsdp, config.tensor)
     example, optimizer, state, batch = plan(config, mesh)
-    began = time.monotonic()
     step = make_train_step(example.system, example.objective, optimizer, mesh, config.accumulate)
-    lowered = step.lower(state, batch, jax.random.key(0))
-    traced, cpu = time.monotonic(), time.process_time()
-    compiled, refusal = compiled_step(lowered)
-    seconds = {
-        "trace_and_lower": round(traced - began, 1),
-        "compile": round(time.monotonic() - traced, 1),
-        "compile_of_all_cores": round(time.process_time() - cpu, 1),
-    }
-    usable = USABLE_HBM_GIB[generation]
-    if compiled is None:
-        result: dict[str, Any] = {"fits": False, "compiler": _first_lines(refusal or "")}
-    else:
-        result = account(compiled, usable)
+    result = compile_step(step, state, batch, USABLE_HBM_GIB[generation])
     return {
         "system": config.system,
         "topology": config.topology,
@@ -184,16 +130,9 @@ def run(config: Config) -> dict[str, Any]:
         "intermediates": config.intermediates if isinstance(batch, SampledBatch) else None,
         "parameters": {key: sum(leaf.size for leaf in jax.tree.leaves(tree)) for key, tree in state.params.items()},
         "level": config.level,
-        "usable_hbm_gib": usable,
         **result,
-        "seconds": seconds,
         "flops": count(example, state, batch),
     }
-
-
-def _first_lines(message: str) -> str:
-    """How much is used of how much, without the list of buffers."""
-    return re.split(r"\n\s*\n|Largest program allocations", message, maxsplit=1)[0][:2000]
 
 
 def _commit() -> str | None:
@@ -212,7 +151,10 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     if config.level != "default":
         jax.config.update("jax_optimization_level", config.level)
-    result = run(config)
+    try:
+        result = run(config)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
     result["made_by"] = {
         "command": " ".join(["python -m experiments.compile_tpu", *arguments]),
         "date": time.strftime("%Y-%m-%d"),

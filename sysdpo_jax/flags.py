@@ -154,7 +154,8 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[Field]:
     """All flags of a dataclass or, with its values as defaults, of an instance. Their help is that of its docstring."""
     kind = config if isinstance(config, type) else type(config)
     hints = _hints(kind)
-    texts = {entry.arg_name: entry.description or "" for entry in parse_docstring(kind.__doc__ or "").params}
+    documented = [parse_docstring(each.__doc__ or "").params for each in reversed(kind.__mro__)]
+    texts = {entry.arg_name: entry.description or "" for entries in documented for entry in entries}
     for field in dataclasses.fields(kind):
         default = field.default if isinstance(config, type) else getattr(config, field.name)
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:

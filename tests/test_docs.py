@@ -9,7 +9,7 @@ import threading
 import time
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -18,11 +18,15 @@ import pytest
 import transformers
 import yaml
 from PIL import Image
+from sysdpo_jax.runs.files import RECIPES, configure, read_config, recipes
 
 import sysdpo_jax as sj
 from experiments.common.weights import smollm2_file
+from sysdpo_jax.cli import main
+from sysdpo_jax.cli.main import COMMANDS, dispatch
 from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
+from sysdpo_jax.flags import parse_flags
 from sysdpo_jax.runs.config import (
     ComponentConfig,
     DataConfig,
@@ -32,9 +36,6 @@ from sysdpo_jax.runs.config import (
     ObjectiveConfig,
     ScheduleConfig,
     TrainConfig,
-    parse,
-    parse_flags,
-    read_config,
 )
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
@@ -42,8 +43,10 @@ from tests.training.systems import CHAIN, pairs
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.yaml"))
-COMMAND = re.compile(r"python -m (experiments\.[\w.]+)([^`\n\"]*)")
+CONFIGS = sorted(recipes().values())
+# At the begin of a line or of a piece of code.
+COMMAND = re.compile(rf"(?:^ *|^# +|`|exec )sysdpo ({'|'.join(COMMANDS)}) ([^`\n\"]*)", re.MULTILINE)
+MODULE = re.compile(r"python -m (experiments\.[\w.]+)")
 TEXT_MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct",
     "HuggingFaceTB/SmolLM2-360M-Instruct",
@@ -60,9 +63,9 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def commands(path):
-    """[(module, flags)] of a page or of the comments of a configuration."""
+    """[[command, flag ...]] of a page or of the comments of a configuration."""
     text = re.sub(r"\\\n\s*", "", (ROOT / path).read_text())
-    return [(module, shlex.split(flags.split(" > ")[0], comments=True)) for module, flags in COMMAND.findall(text)]
+    return [[name, *shlex.split(flags.split(" > ")[0], comments=True)] for name, flags in COMMAND.findall(text)]
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -87,16 +90,17 @@ def judge():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with the repository's experiments, whose configurations take a small language model and few steps."""
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    """A folder with the recipes, which take a small language model and few steps, in the place of the packaged ones."""
+    shutil.copytree(RECIPES, tmp_path / "recipes", ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    monkeypatch.setattr("sysdpo_jax.runs.files.RECIPES", tmp_path / "recipes")
     write_decoder(tmp_path / "small", "llama", num_hidden_layers=1, max_position_embeddings=1024)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path / "small")
-    for path in (tmp_path / "experiments" / "configs").glob("*.yaml"):
+    for path in (tmp_path / "recipes").glob("*.yaml"):
         text = path.read_text()
         for hub in TEXT_MODELS:
-            text = text.replace(hub, "small")
+            text = text.replace(hub, str(tmp_path / "small"))
         for old, new in SHORT:
             text = re.sub(old, new, text)
         path.write_text(text)
@@ -105,23 +109,31 @@ def place(tmp_path, monkeypatch):
 
 
 def run(found):
-    for module, flags in found:
-        import_module(module).main(flags)
+    for words in found:
+        dispatch(words)
+
+
+def quickstart(folder, judge, recipe="quickstart"):
+    """The commands of the page, and what a user writes for them."""
+    shutil.copy(RECIPES / "quickstart_prompts.txt", folder / "prompts.txt")
+    shutil.copy(RECIPES / "quickstart_question.txt", folder / "question.txt")
+    places = {"http://localhost:8000/v1": judge, "quickstart": recipe}
+    return [[places.get(word, word) for word in words] for words in commands("docs/quickstart.md")]
 
 
 def test_the_quickstart_leads_to_a_report_and_models(place, judge):
-    found = commands("docs/quickstart.md")
-    assert [module.rpartition(".")[2] for module, _ in found] == [
-        "rollout", "score", "make_pairs", "score", "train", "train", "export",
-    ]  # fmt: skip
-    run((module, [judge if flag.startswith("http://") else flag for flag in flags]) for module, flags in found)
-    judged = [json.loads(line) for line in (place / "runs/quickstart_data/judged.jsonl").read_text().splitlines()]
+    found = quickstart(place, judge)
+    names = ["train", "rollout", "score", "pairs", "score", "train", "train", "export"]
+    assert [name for name, *_ in found] == names
+    run(found)
+    judged = [json.loads(line) for line in (place / "judged.jsonl").read_text().splitlines()]
     assert {row["score"] for row in judged} == {8.0}
     assert (place / "runs/quickstart/report.html").exists()
-    assert (place / "runs/quickstart_aligned/refiner/README.md").exists()
-    rows = read_metrics(place / "runs/quickstart/metrics.jsonl")
+    assert (place / "runs/my_first/report.html").exists()
+    assert (place / "aligned/refiner/README.md").exists()
+    rows = read_metrics(place / "runs/my_first/metrics.jsonl")
     assert {row["step"] for row in rows if "eval/win_rate" in row} == {0, 1, 2}
-    results = json.loads((place / "runs/quickstart/results.json").read_text())
+    results = json.loads((place / "runs/my_first/results.json").read_text())
     assert [row["step"] for row in results["evaluations"]] == [0, 1, 2]
     assert results["training"]["loss"] == [row["loss"] for row in rows if "loss" in row][-1]
 
@@ -129,15 +141,16 @@ def test_the_quickstart_leads_to_a_report_and_models(place, judge):
 @pytest.mark.slow
 def test_the_quickstart_with_the_real_model_makes_answers_shorter(tmp_path, monkeypatch, judge):
     """As it stands, but for the weights, which come from a file. The win rate is 0.5 where nothing is learned."""
-    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
-    path = tmp_path / "sysdpo_jax/recipes/quickstart.yaml"
-    path.write_text(path.read_text().replace(TEXT_MODELS[0], str(smollm2_file())))
+    path = tmp_path / "own.yaml"
+    text = (RECIPES / "smollm2_x2.yaml").read_text().replace(TEXT_MODELS[0], str(smollm2_file()))
+    path.write_text(text.replace("quickstart_held_out.txt", str(RECIPES / "quickstart_held_out.txt")))
     monkeypatch.chdir(tmp_path)
-    for module, flags in commands("docs/quickstart.md"):
+    # The first command trains on what comes with the small recipe.
+    for words in quickstart(tmp_path, judge, str(path))[1:]:
         began = time.monotonic()
-        import_module(module).main([judge if flag.startswith("http://") else flag for flag in flags])
-        print(f"{module} took {time.monotonic() - began:.0f} seconds")
-    results = json.loads(Path("runs/quickstart/results.json").read_text())
+        dispatch(words)
+        print(f"{words[0]} took {time.monotonic() - began:.0f} seconds")
+    results = json.loads(Path("runs/my_first/results.json").read_text())
     assert max(row["eval/win_rate"] for row in results["evaluations"]) > 0.6
 
 
@@ -150,39 +163,33 @@ def test_the_worked_example_is_trained_and_exported(place, capsys):
 
 
 @pytest.mark.slow
-def test_the_chain_of_the_readme_with_a_configuration_of_ones_own(place):
+def test_the_chain_of_the_readme_with_a_configuration_of_ones_own(place, capsys):
     """The names in the commands stand for what a user has."""
-    own = (place / "sysdpo_jax/recipes/quickstart.yaml").read_text()
-    (place / "my_run.yaml").write_text(own.replace("runs/quickstart\n", "runs/my_run\n"))
-    shutil.copy(place / "sysdpo_jax/recipes/quickstart_prompts.txt", place / "prompts.txt")
+    dispatch(["recipes", "quickstart"])
+    (place / "my_run.yaml").write_text(capsys.readouterr().out)
+    shutil.copy(RECIPES / "quickstart_prompts.txt", place / "prompts.txt")
     (place / "my_package").mkdir()
     (place / "my_package/judging.py").write_text("def score(run):\n    return len(run['answer'])\n")
     own = ("runs.jsonl", "my_run.yaml", "runs/my_run")
-    chain = [(module, flags) for module, flags in commands("README.md") if any(name in flags for name in own)]
-    assert [module.rpartition(".")[2] for module, _ in chain] == [
-        "rollout", "score", "make_pairs", "train", "train", "export",
-    ]  # fmt: skip
+    chain = [words for words in commands("README.md") if any(name in words for name in own)]
+    assert [name for name, *_ in chain] == ["rollout", "score", "pairs", "train", "train", "export"]
     run(chain)
     assert (place / "aligned/drafter/model.safetensors").exists()
 
 
-def _parse(module, flags):
-    """As the command does before it begins."""
-    if module == "sysdpo_jax.cli.train":
-        return parse(flags, None)
-    entry = import_module(module)
-    return parse_flags(entry.Config, flags, None) if flags and hasattr(entry, "Config") else entry
-
-
 @pytest.mark.parametrize("path", [*DOCS, *(path.relative_to(ROOT) for path in CONFIGS)], ids=str)
-def test_commands_have_the_flags_that_the_pages_give(path, tmp_path, monkeypatch):
-    """All of them: also those that need more than a test has."""
+def test_commands_have_the_flags_that_the_pages_give(path, monkeypatch):
+    """All of them: also those that need more than a test has. A file of the user's own has the fields of a recipe."""
     monkeypatch.chdir(ROOT)
-    own = tmp_path / "own.yaml"
-    shutil.copy(CONFIGS[0], own)
-    for module, flags in commands(path):
-        known = [flag if not flag.endswith(".yaml") or Path(flag).exists() else str(own) for flag in flags]
-        assert _parse(module, known)
+    for name, *flags in commands(path):
+        own = main.command_module(name)
+        if issubclass(own.Config, TrainConfig):
+            known = [word if not word.endswith(".yaml") else str(CONFIGS[0]) for word in flags]
+            assert configure(own.Config, known)
+        else:
+            assert parse_flags(own.Config, flags, getattr(own, "POSITIONAL", ""))
+    for module in MODULE.findall((ROOT / path).read_text()):
+        assert find_spec(module)
 
 
 @pytest.mark.parametrize(
@@ -193,16 +200,15 @@ def test_commands_have_the_flags_that_the_pages_give(path, tmp_path, monkeypatch
 )
 def test_ready_configurations_run_dry(place, path, capsys):
     """With the smallest models of each family, and pairs of the form that the file asks for."""
-    here = place / "experiments" / "configs" / path.name
+    here = place / "recipes" / path.name
     text = here.read_text()
     for hub, make in IMAGE_MODELS.items():
         if hub in text:
             make().save_pretrained(place / "painter")
-            here.write_text(text.replace(hub, "painter"))
-    config = read_config(here, TrainConfig)
+            here.write_text(text.replace(hub, str(place / "painter")))
+    config = read_config(here)
     (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in _pairs(config, place)))
-    flags = [str(here), "--dry-run", "--data.source", "pairs.jsonl"]
-    import_module("sysdpo_jax.cli.train").main(flags)
+    dispatch(["train", path.stem, "--dry-run", "--data.source", "pairs.jsonl"])
     assert "loss at step 0: 0.69" in capsys.readouterr().out
 
 
@@ -231,7 +237,7 @@ def test_the_page_of_the_configuration_has_every_field(tmp_path):
     """With its default, but for those that are examples."""
     text = (ROOT / "docs/configuration.md").read_text().split("```yaml")[1].split("```")[0]
     (tmp_path / "all.yaml").write_text(text)
-    config = read_config(tmp_path / "all.yaml", TrainConfig)
+    config = read_config(tmp_path / "all.yaml")
     given = yaml.safe_load(text)
     assert set(given) == {field.name for field in fields(TrainConfig)}
     for name, kind in (("data", DataConfig), ("objective", ObjectiveConfig), ("schedule", ScheduleConfig)):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ BOTTOM = {
     "locks",
     "processes",
     "errors",
+    "flags",
     "importing",
     "keys",
     "resumable_jsonl",
@@ -46,9 +48,17 @@ ALLOWED = {
     "pretrained": {"models", "decoding", "diffusion", "components", "manifest"},
     "evaluation": {"components", "graph", "data"},
     "report": {"components", "graph", "evaluation"},
-    "recipes": {"*"},
+    "runs": {
+        *("models", "components", "parallel", "graph", "objectives", "data", "training", "pretrained"),
+        *("evaluation", "report"),
+    },
+    "recipes": {"models", "components", "runs"},
     "cli": {"*"},
+    "__main__": {"cli"},
 } | {part: set() for part in BOTTOM}
+
+
+ABOVE = {"runs", "recipes", "cli"}
 
 
 def imports(path):
@@ -62,6 +72,8 @@ def imports(path):
 
 def violations(part, modules):
     allowed = {f"sysdpo_jax.{name}" for name in ALLOWED[part] | BOTTOM | {part}}
+    # Parts above all that the package itself exports use it as others do: `import sysdpo_jax as sj`.
+    modules = [name for name in modules if name != "sysdpo_jax" or part not in ABOVE]
     for module in modules:
         top = module.split(".")[0]
         inside = "*" in ALLOWED[part] or any(module == name or module.startswith(name + ".") for name in allowed)
@@ -82,6 +94,47 @@ def test_the_rule_catches_an_upward_import():
     assert list(violations("objectives", ["sysdpo_jax.components.base"])) == []
     assert list(violations("objectives", ["sysdpo_jax.components.diffusion"])) == ["sysdpo_jax.components.diffusion"]
     assert list(violations("data", ["experiments.progressive"])) == ["experiments.progressive"]
+
+
+EXPERIMENTS = PACKAGE.parent / "experiments"
+
+
+def private(tree):
+    """What a module imports of the library beside its public API.
+
+    Public is what the package and its parts export, and the small modules beside those parts.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names if each.name.startswith("sysdpo_jax."))
+        if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] != "sysdpo_jax":
+            continue
+        module = import_module(node.module)
+        exported = getattr(module, "__all__", None)
+        deep = exported is None and node.module.count(".") > 1
+        for name in (each.name for each in node.names):
+            if deep or name.startswith("_") or (exported is not None and name not in exported):
+                yield f"{node.module}.{name}"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda p: str(p.relative_to(EXPERIMENTS)))
+def test_experiments_use_the_public_api_alone(path):
+    assert list(private(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_the_rule_of_experiments_catches_what_is_private():
+    text = """
+import sysdpo_jax.training.step
+from sysdpo_jax import Trainer, graph_of_mine
+from sysdpo_jax.training import read_metrics
+from sysdpo_jax.training.metrics import read_metrics
+from sysdpo_jax.typing import Params
+"""
+    assert list(private(ast.parse(text))) == [
+        "sysdpo_jax.training.step",
+        "sysdpo_jax.graph_of_mine",
+        "sysdpo_jax.training.metrics.read_metrics",
+    ]
 
 
 def test_importing_loads_no_torch_and_starts_no_device():

@@ -37,9 +37,8 @@ from jaxtyping import Float, Int
 
 from experiments.common.command import parse
 from experiments.common.weights import smollm2_file
-from sysdpo_jax.decoding.beam_decode import beam_generate
-from sysdpo_jax.decoding.beam_search import Beams, BeamSearch
-from sysdpo_jax.pretrained.language import load_language_model
+from sysdpo_jax.decoding import Beams, BeamSearch, beam_generate
+from sysdpo_jax.pretrained import load_language_model
 
 REQUEST = [{"role": "user", "content": "Write one sentence about a red ball."}]
 BEAMS = 8

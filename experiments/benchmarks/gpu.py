@@ -36,9 +36,8 @@ import jaxlib
 from experiments.benchmarks.gpu_cases import CASES, Case
 from experiments.common.command import parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
-from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.training.flops import step_flops
-from sysdpo_jax.training.throughput import count_units, memory, peak_flops
+from sysdpo_jax.runs import keep_compilations
+from sysdpo_jax.training import count_units, memory, peak_flops, step_flops
 
 WARM_UP = 2
 

@@ -32,9 +32,8 @@ from sysdpo_jax import (
     add_lora,
     make_optimizer,
 )
-from sysdpo_jax.models.decoder import DecoderConfig
-from sysdpo_jax.models.unet import UNetConfig
-from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.models import DecoderConfig, UNetConfig
+from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.typing import Features, Params
 
 PRECISION: dict[str, Any] = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"}

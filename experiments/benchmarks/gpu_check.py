@@ -35,9 +35,8 @@ from experiments.benchmarks.gpu_cases import Case
 from experiments.benchmarks.gpu_families import ATTENTION, STEPS, AttentionShape
 from experiments.common.command import parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
-from sysdpo_jax.models.attention import attend, choose
-from sysdpo_jax.models.attention_request import AttentionRequest
-from sysdpo_jax.runs.caches import keep_compilations
+from sysdpo_jax.models import AttentionRequest, attend, choose
+from sysdpo_jax.runs import keep_compilations
 
 TOLERANCE, LOSS_TOLERANCE = 0.02, 0.01
 COMMANDS = {

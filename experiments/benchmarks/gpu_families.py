@@ -8,9 +8,7 @@ from typing import Any
 from experiments.benchmarks.gpu_cases import PRECISION, TINY_DECODER, TINY_UNET, Case, images, language, unet
 from experiments.scaling.shapes import PIXELS_PER_LATENT, TEXT_TOKENS, EncodedText
 from sysdpo_jax import FlowMatching, PixelCodec
-from sysdpo_jax.models.decoder_config import FULL, SLIDING
-from sysdpo_jax.models.mmdit import MMDiT
-from sysdpo_jax.models.mmdit_config import MMDiTConfig
+from sysdpo_jax.models import FULL, SLIDING, MMDiT, MMDiTConfig
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ import optax
 
 import sysdpo_jax as sj
 from experiments.common.command import parse
-from sysdpo_jax.data.batches import PreferenceBatches, read_ahead
-from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from sysdpo_jax.data import PreferenceBatches, read_ahead
+from sysdpo_jax.models import Decoder, DecoderConfig
 
 UNKNOWN, END, PAD = "<unknown>", "<end>", "<pad>"
 MEDIANS, SIGMA, SHORTEST, LONGEST = {"prompt": 40, "chosen": 30, "rejected": 30}, 0.8, 4, 128

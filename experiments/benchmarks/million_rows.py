@@ -32,10 +32,16 @@ from PIL import Image
 
 import sysdpo_jax as sj
 from experiments.common.command import parse
-from sysdpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
-from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.models import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    Decoder,
+    DecoderConfig,
+    UNet2DCondition,
+    UNetConfig,
+)
 
 VOCABULARY, PROMPT_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 300, 32, 128, 16
 SIDE = 64

@@ -24,8 +24,7 @@ from sysdpo_jax import (
     prepare_pairs,
     without_intermediates,
 )
-from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.progress import ProgressFactory
+from sysdpo_jax.training import ProgressFactory, SystemOptimizer
 from sysdpo_jax.typing import Params
 
 

@@ -20,7 +20,7 @@ from sysdpo_jax.report import (
     markdown_table,
     write_report,
 )
-from sysdpo_jax.training.metrics import read_metrics
+from sysdpo_jax.training import read_metrics
 
 SHOWN = ("prompted", "sysdpo_sampling")
 QUESTIONS_SHOWN = 12

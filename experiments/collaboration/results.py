@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common.runs import Figures, as_numbers
-from sysdpo_jax.evaluation.preferences import clustered_mean, paired_difference
+from sysdpo_jax.evaluation import clustered_mean, paired_difference
 
 # What the main comparison must show: method, and the ones it is compared with.
 COMPARISONS = (

@@ -19,8 +19,7 @@ from experiments.common.storage import load_pairs, load_params, overlay, save_pa
 from sysdpo_jax import PreferenceRecord, make_pairs
 from sysdpo_jax.columns import load_columns, save_columns
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.training.progress import Board, Report
-from sysdpo_jax.training.state import partition
+from sysdpo_jax.training import Board, Report, partition
 from sysdpo_jax.typing import Params, Record
 
 METHODS = (

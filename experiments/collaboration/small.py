@@ -15,8 +15,8 @@ from experiments.common.phases import Phases
 from experiments.common.words import word_tokenizer
 from sysdpo_jax import BeamSearch, CompoundSystem, LanguageModel, Node
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.training.progress import Report
+from sysdpo_jax.models import Decoder, DecoderConfig
+from sysdpo_jax.training import Report
 from sysdpo_jax.typing import Features, Params, Record
 
 INPUTS = ("facts", "names", "operation")

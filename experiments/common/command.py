@@ -15,8 +15,8 @@ import jax
 
 from sysdpo_jax.flags import fields_of, help_parser, parse_flags
 from sysdpo_jax.locks import InUseError, locked_folder
-from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.training.progress import Board
+from sysdpo_jax.runs import keep_compilations
+from sysdpo_jax.training import Board
 
 C = TypeVar("C")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from experiments.common.storage import load_params, save_params
-from sysdpo_jax.training.progress import Board, ProgressFactory, Report
+from sysdpo_jax.training import Board, ProgressFactory, Report
 from sysdpo_jax.typing import Params
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from sysdpo_jax import CompoundSystem, rollout
-from sysdpo_jax.evaluation.preferences import Estimate
-from sysdpo_jax.training.progress import Report
+from sysdpo_jax.evaluation import Estimate
+from sysdpo_jax.training import Report
 from sysdpo_jax.typing import Params, Record
 
 Figures = Mapping[str, np.ndarray]

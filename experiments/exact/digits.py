@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from experiments.exact.systems import log_tables
 from sysdpo_jax import BeamSearch
-from sysdpo_jax.decoding.beam_search import Penalties, beam_search
+from sysdpo_jax.decoding import Penalties, beam_search
 from sysdpo_jax.typing import Params
 
 BASE, DIGITS = 3, 3

@@ -22,7 +22,7 @@ from sysdpo_jax import (
     make_optimizer,
     prepare_pairs,
 )
-from sysdpo_jax.training.progress import ProgressFactory
+from sysdpo_jax.training import ProgressFactory
 from sysdpo_jax.typing import Params
 
 # Parameters through which the caption acts on the picture.

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.progressive.world import ATTRIBUTES, CAPTIONS, OBJECTS, Request, parse, render, well_formed
-from sysdpo_jax.evaluation.preferences import preference_score
-from sysdpo_jax.evaluation.scorers import CalibratedScorer, brightness, height, redness, size
+from sysdpo_jax.evaluation import CalibratedScorer, brightness, height, preference_score, redness, size
 from sysdpo_jax.typing import Record
 
 MEASURES = {"bright": brightness, "large": size, "red": redness, "high": height}

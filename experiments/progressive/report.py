@@ -25,7 +25,7 @@ from sysdpo_jax.report import (
     write_png,
     write_report,
 )
-from sysdpo_jax.training.metrics import read_metrics
+from sysdpo_jax.training import read_metrics
 
 SHOWN = ("before", "sysdpo", "sysdpo_online")
 DESCRIPTION = (

@@ -19,9 +19,9 @@ from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, 
 from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Request, World, well_formed
 from sysdpo_jax import PreferenceRecord, make_pairs, rollout
 from sysdpo_jax.columns import load_columns, save_columns
-from sysdpo_jax.evaluation.preferences import order_consistency, preference_score
+from sysdpo_jax.evaluation import order_consistency, preference_score
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.training.progress import Board, Report
+from sysdpo_jax.training import Board, Report
 from sysdpo_jax.typing import Params, Record
 
 METHODS = (

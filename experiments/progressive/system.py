@@ -5,12 +5,9 @@ from dataclasses import dataclass, replace
 from experiments.common.words import word_tokenizer
 from experiments.progressive.world import CAPTION_WORDS, CAPTIONS, SIZE, VOCABULARY, split_captions
 from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, TextEncoder, Tool
+from sysdpo_jax.diffusion import Constant, NoiseSchedule
 from sysdpo_jax.diffusion.samplers import DDIM
-from sysdpo_jax.diffusion.schedules import NoiseSchedule
-from sysdpo_jax.diffusion.weightings import Constant
-from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
-from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.models import CLIPTextConfig, CLIPTextEncoder, Decoder, DecoderConfig, UNet2DCondition, UNetConfig
 
 LANGUAGE, IMAGE = "lm", "unet"
 PROMPT_TOKENS = 5

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from sysdpo_jax import Diffusion, FlowMatching, LanguageModel, PixelCodec
-from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
+from sysdpo_jax.models import Decoder, DecoderConfig, UNet2DCondition, UNetConfig
 from sysdpo_jax.typing import Features, Params
 
 LLAMA_3_8B = DecoderConfig(

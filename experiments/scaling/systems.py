@@ -34,10 +34,9 @@ from sysdpo_jax import (
     add_lora,
     make_optimizer,
 )
-from sysdpo_jax.models.decoder_config import DecoderConfig
-from sysdpo_jax.models.unet_config import UNetConfig
+from sysdpo_jax.models import DecoderConfig, UNetConfig
 from sysdpo_jax.objectives import Objective
-from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.typing import Params
 
 Dtype = Literal["bfloat16", "float32"]

@@ -60,10 +60,11 @@ def dispatch(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{name!r} is no command: {meant}")
         else:
             ARGUMENTS.set(tuple(arguments))
-            _run(_module(name), name, rest)
+            _run(command_module(name), name, rest)
 
 
-def _module(name: str) -> ModuleType:
+def command_module(name: str) -> ModuleType:
+    """The module of a command."""
     return import_module(f"sysdpo_jax.cli.{name}")
 
 
@@ -110,6 +111,6 @@ def _completion(arguments: Sequence[str]) -> str:
     whole = ArgumentParser(prog="sysdpo")
     commands = whole.add_subcommands()
     for name, summary in COMMANDS.items():
-        commands.add_subcommand(name, _command_parser(_module(name), name, True), help=summary)
+        commands.add_subcommand(name, _command_parser(command_module(name), name, True), help=summary)
     script: str = shtab.complete(whole, arguments[0])
     return script

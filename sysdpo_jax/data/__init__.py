@@ -1,6 +1,6 @@
 """Data: preference records, rollouts and pairs, intermediates, and the batches that training reads."""
 
-from sysdpo_jax.data.batches import epoch_batches, preference_dataset
+from sysdpo_jax.data.batches import PreferenceBatches, epoch_batches, preference_dataset, read_ahead
 from sysdpo_jax.data.draws import draw_intermediates
 from sysdpo_jax.data.files import save_preferences
 from sysdpo_jax.data.formats import Ranked
@@ -11,6 +11,7 @@ from sysdpo_jax.data.records import PreferenceRecord, prepare_pairs, without_int
 from sysdpo_jax.data.rollouts import make_pairs, rollout
 
 __all__ = [
+    "PreferenceBatches",
     "PreferenceRecord",
     "Preferences",
     "Ranked",
@@ -21,6 +22,7 @@ __all__ = [
     "make_pairs",
     "preference_dataset",
     "prepare_pairs",
+    "read_ahead",
     "rollout",
     "sampled_batch",
     "save_preferences",

@@ -4,6 +4,9 @@ Axes: B batch, L length, S slots, H heads, G key-value heads, K head width.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import jax
@@ -19,6 +22,8 @@ IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "flash")
 FUSED = {"tpu": "flash", "gpu": "cudnn"}
 # Shorter than the kernel's smallest block, the matrix of scores is small and plain products are as good.
 MIN_FLASH_LENGTH = 128
+# Where programs that are traced will run, if not here.
+_BACKEND: ContextVar[str | None] = ContextVar("_BACKEND", default=None)
 
 
 def attend(
@@ -45,7 +50,7 @@ def attend(
     if window is not None and not causal:
         raise ValueError(f"attend: window {window} needs causal=True")
     request = AttentionRequest.of(queries, keys, values, visible, softcap, causal, window)
-    kind = choose(implementation, jax.default_backend(), request)
+    kind = choose(implementation, _BACKEND.get() or jax.default_backend(), request)
     if kind in FUSED.values() and implementation == "auto" and jax.device_count() > 1:
         # The compiler cannot cut a kernel, and without a mesh nobody says how to spread it.
         kind = "xla" if jax.sharding.get_abstract_mesh().empty else kind
@@ -71,14 +76,23 @@ def attend(
     return on_own_heads(partial(kernel, scale=scale, causal=causal, window=window), queries, keys, values)
 
 
+@contextmanager
+def compiling_for(backend: str) -> Iterator[None]:
+    """In the block "auto" chooses as on this one of jax's backends, whatever is at hand: to compile ahead of time."""
+    token = _BACKEND.set(backend)
+    try:
+        yield
+    finally:
+        _BACKEND.reset(token)
+
+
 def choose(implementation: str, backend: str, request: AttentionRequest) -> str:
     """The implementation for a request on one of jax's backends.
 
     "plain": matrix products and a softmax written here, the fastest on CPUs and the only one with a soft cap.
     "xla": `jax.nn.dot_product_attention`, the same with fewer passes over the scores on accelerators.
     "cudnn": cuDNN's fused attention, for NVIDIA GPUs since Ampere, see `cudnn`.
-    "flash": jax's splash kernel for TPUs, see `flash`. It is chosen at tracing, so name it to compile for a TPU ahead
-    of time: "auto" then sees the machine at hand.
+    "flash": jax's splash kernel for TPUs, see `flash`.
     "auto": on a TPU flash from MIN_FLASH_LENGTH queries on, on such a GPU cudnn, where these can run (with several
     devices only under a mesh); else xla, and on CPUs and with a soft cap plain. Only cudnn and flash never hold scores
     [B, H, L, S].

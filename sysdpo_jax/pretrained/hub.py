@@ -4,9 +4,6 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from sysdpo_jax.pretrained.base import CheckpointError, read_json
 
 # Configurations and tokenizers: everything small. Weights are asked for by name; pickles and other formats never.
@@ -33,6 +30,8 @@ def locate(
     path = Path(path_or_hub_id)
     if path.exists():
         return path
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     repository = str(path_or_hub_id)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.startswith("."):
         raise CheckpointError(
@@ -62,6 +61,8 @@ def locate(
 
 
 def _download(repository: str, revision: str | None, weights: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
     return Path(snapshot_download(repository, revision=revision, allow_patterns=[*SMALL, *weights]))
 
 

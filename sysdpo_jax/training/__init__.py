@@ -4,16 +4,19 @@ from sysdpo_jax.manifest import CheckpointMismatchError
 from sysdpo_jax.parallel.distributed import initialize
 from sysdpo_jax.parallel.replicate import replicate_per_process
 from sysdpo_jax.parallel.sharding import ShardingError, batch_shard, make_mesh, tree_shardings
+from sysdpo_jax.training.ahead_of_time import compile_step
 from sysdpo_jax.training.checkpoints import Checkpoints, CorruptCheckpointError
 from sysdpo_jax.training.describe import describe_sharding
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
+from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
 from sysdpo_jax.training.preemption import Preempted
-from sysdpo_jax.training.progress import Board, progress
+from sysdpo_jax.training.progress import Board, ProgressFactory, Report, progress
 from sysdpo_jax.training.reference import precompute_reference
-from sysdpo_jax.training.state import TrainState, abstract_state, create_state, ema_params
+from sysdpo_jax.training.state import TrainState, abstract_state, create_state, ema_params, partition
 from sysdpo_jax.training.step import TrainStep, make_train_step
+from sysdpo_jax.training.throughput import count_units, memory, peak_flops
 from sysdpo_jax.training.trainer import NonFiniteError, Trainer
 
 __all__ = [
@@ -29,6 +32,8 @@ __all__ = [
     "NonFiniteError",
     "OptimizerError",
     "Preempted",
+    "ProgressFactory",
+    "Report",
     "ShardingError",
     "SystemOptimizer",
     "TrainState",
@@ -36,6 +41,9 @@ __all__ = [
     "Trainer",
     "abstract_state",
     "batch_shard",
+    "compile_step",
+    "count_flops",
+    "count_units",
     "create_state",
     "describe_sharding",
     "ema_params",
@@ -43,9 +51,14 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_train_step",
+    "memory",
+    "partition",
+    "peak_flops",
+    "plain_attention",
     "precompute_reference",
     "progress",
     "read_metrics",
     "replicate_per_process",
+    "step_flops",
     "tree_shardings",
 ]

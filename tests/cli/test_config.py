@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from sysdpo_jax.runs.files import configure, read_config, recipes, write_config
 
 import sysdpo_jax as sj
 from sysdpo_jax.errors import ConfigError
@@ -12,7 +13,6 @@ from sysdpo_jax.graph import GraphError
 from sysdpo_jax.pretrained import CheckpointError
 from sysdpo_jax.recipes.captions import split_captions
 from sysdpo_jax.runs.config import TrainConfig
-from sysdpo_jax.runs.files import configure, read_config, recipes, write_config
 from sysdpo_jax.runs.run import assemble
 from sysdpo_jax.runs.system import Template, build_optimizer, build_system
 from tests.pretrained.checkpoints import stable_diffusion_3, vae

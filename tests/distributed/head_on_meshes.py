@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.scaling.hlo import Module
 from sysdpo_jax.components import token_log_probs as chunked
+from sysdpo_jax.parallel.hlo import Module
 from sysdpo_jax.parallel.sharding import BATCH_SPEC, activation_rules, make_mesh
 
 ROWS, LENGTH, WIDTH, VOCAB = 16, 24, 8, 64

@@ -12,11 +12,12 @@ import jax
 import pytest
 
 from experiments import compile_tpu
-from experiments.scaling import chips
-from experiments.scaling.hlo import HloError, collectives_by_kind
 from experiments.scaling.shapes import LLAMA_3_8B, QWEN15_18B, SD15, SDXL, SMOLLM2_135M, painter, writer
 from experiments.scaling.table import figures_table, read_results
 from sysdpo_jax import make_mesh
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.parallel import topology as chips
+from sysdpo_jax.parallel.hlo import HloError, collectives_by_kind
 
 SCALING = Path(__file__).parents[2] / "docs" / "scaling"
 
@@ -124,16 +125,16 @@ def test_unknown_names_are_answered_with_the_known_ones(monkeypatch):
     with pytest.raises(SystemExit, match=r"smollm2-135m.sd15, qwen1.5-1.8b-x2, llama3-8b.sdxl"):
         compile_tpu.plan(compile_tpu.Config(system="gpt"), make_mesh())
     for name in ("v5x:2x2", "v5e", "v5e:2x"):
-        with pytest.raises(SystemExit, match="v4, v5e, v5p, v6e"):
+        with pytest.raises(ConfigError, match="v4, v5e, v5p, v6e"):
             chips.topology(name)
-    monkeypatch.setattr(compile_tpu, "topology", lambda name: jax.devices()[:1])
-    with pytest.raises(SystemExit, match="v5e:2x2: data 3 x tensor 1 does not divide the 1 devices"):
+    monkeypatch.setattr(chips, "topology", lambda name: jax.devices()[:1])
+    with pytest.raises(ConfigError, match="v5e:2x2: data 3 x tensor 1 does not divide the 1 devices"):
         compile_tpu.run(compile_tpu.Config(data=3))
-    monkeypatch.setattr(compile_tpu, "topology", lambda name: jax.devices() * 2)
-    with pytest.raises(SystemExit, match="is 1 of 2 chips: take all"):
+    monkeypatch.setattr(chips, "topology", lambda name: jax.devices() * 2)
+    with pytest.raises(ConfigError, match="is 1 of 2 chips: take all"):
         compile_tpu.run(compile_tpu.Config(fsdp=1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'libtpu: pip install "\.\[tpu-aot\]"'):
+    with pytest.raises(ConfigError, match=r'libtpu: pip install "sysdpo_jax\[tpu-aot\]"'):
         chips.topology("v5e:2x2")
 
 

@@ -18,11 +18,11 @@ import jax
 import pytest
 import yaml
 from PIL import Image
+from sysdpo_jax.runs.files import configure
 
 import sysdpo_jax as sj
 from sysdpo_jax.models.lora import is_lora
 from sysdpo_jax.runs.config import TrainConfig
-from sysdpo_jax.runs.files import configure
 from sysdpo_jax.runs.run import assemble, make_batches, read_preferences
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.training.throughput import count_units

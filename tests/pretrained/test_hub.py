@@ -29,7 +29,7 @@ def hub(tmp_path, monkeypatch):
                     shutil.copy(file, cache / name)
             return str(cache)
 
-        monkeypatch.setattr("sysdpo_jax.pretrained.hub.snapshot_download", snapshot_download)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
         return cache
 
     return publish
