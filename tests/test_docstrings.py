@@ -16,6 +16,7 @@ PACKAGES = (
     "sysdpo_jax.components",
     "sysdpo_jax.objectives",
     "sysdpo_jax.data",
+    "sysdpo_jax.parallel",
     "sysdpo_jax.training",
     "sysdpo_jax.pretrained",
     "sysdpo_jax.decoding",

@@ -234,7 +234,16 @@ class Indexed(Protocol[T_co]):
 
 
 class PreferenceBatches:
-    """Batches of preferences that were prepared once: `batches[step]` is that of a step. See `preference_dataset`."""
+    """Batches of preferences that were prepared once: `batches[step]` is that of a step.
+
+    Args:
+        system: As for `preference_dataset`, which makes them.
+        records: As for `preference_dataset`.
+        batch_size: As for `preference_dataset`.
+        seed: As for `preference_dataset`.
+        shard: As for `preference_dataset`.
+        shapes: As for `preference_dataset`.
+    """
 
     def __init__(
         self,
@@ -272,8 +281,11 @@ class PreferenceBatches:
     def prepare(self, params: Params) -> None:
         """Prepare and encode the records where that has not been done, or by other frozen parts.
 
-        params: the system's, on this process's devices.
-        Raises `RecordError` naming the record that cannot be used, counted from 0.
+        Args:
+            params: The system's, on this process's devices.
+
+        Raises:
+            RecordError: Naming the record that cannot be used, counted from 0.
         """
         given = self._records if isinstance(self._records, Preferences) else None
         if self._rows is not None and (given is None or self._rows is not given.rows or given.encoded_by(params)):
@@ -360,9 +372,16 @@ def preference_dataset(
 
 @contextmanager
 def read_ahead(dataset: Indexed[T], step: int) -> Iterator[Iterator[T]]:
-    """An iterator over the elements from `step` on, which threads make ahead of it; they end with the context.
+    """Read a dataset in threads, ahead of who takes its elements; they end with the context.
 
     The threads are left alone after a moment where an element never comes.
+
+    Args:
+        dataset: Elements by number.
+        step: Of the first one.
+
+    Yields:
+        An iterator over the elements.
     """
     with DaemonExecutor(THREADS, "read-ahead") as threads:
         yield _elements(dataset, step, threads)

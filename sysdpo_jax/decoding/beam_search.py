@@ -23,7 +23,13 @@ BLOCK = 64
 
 
 class Penalties(NamedTuple):
-    """The settings that are traced: new values do not compile anew."""
+    """The settings that are traced: new values do not compile anew.
+
+    Attributes:
+        diversity: `BeamSearch.diversity_penalty`.
+        length: `BeamSearch.length_penalty`.
+        early_stopping: `BeamSearch.early_stopping`.
+    """
 
     diversity: Array
     length: Array
@@ -152,16 +158,28 @@ def beam_search(
     stop_tokens: tuple[int, ...],
     pad_token: int,
 ) -> Beams:
-    """The most promising continuations of every row; to be called under jit.
-
-    step(tokens, parents, state, made): logits after `made` tokens, the newest of which are `tokens` [B, R], for beams
-        that continue the beams `parents` [B, R] of the row, counted from 0, as they were at the last call. At the
-        first call all beams of a row are equal. parents is None if every beam continues itself: in groups of one.
-    state: the model's, spread over the beams.
+    """Search for the most promising continuations of every row; to be called under jit.
 
     Within a group candidates, finished sequences and the end of the search are ranked by scores less the sum of the
     diversity penalties (arXiv 1610.02424, algorithm 1). Beams that go on count as chosen, and so do those that end. A
     sequence belongs to the first group that finishes it and is no candidate of later ones. At max_new_tokens all end.
+
+    Args:
+        step: (tokens, parents, state, made) -> logits after `made` tokens, the newest of which are `tokens` [B, R], for
+            beams that continue the beams `parents` [B, R] of the row, counted from 0, as they were at the last call. At
+            the first call all beams of a row are equal. parents is None if every beam continues itself: in groups of
+            one.
+        first_logits: Of the first token.
+        state: The model's, spread over the beams.
+        num_beams: Of a row.
+        num_groups: Which divides them.
+        penalties: See `BeamSearch.penalties`.
+        max_new_tokens: A sequence ends there, if not at a stop token.
+        stop_tokens: Ids that end a sequence.
+        pad_token: What fills a sequence after its end.
+
+    Returns:
+        The sequences, the best first.
     """
     batch, vocab = first_logits.shape
     size, stops = num_beams // num_groups, len(set(stop_tokens))

@@ -153,7 +153,14 @@ def like_params(mesh: Mesh, tree: PyTree, params: Mapping[str, Any]) -> PyTree:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts the rows of a batch: data x fsdp."""
+    """Into how many parts a mesh cuts the rows of a batch.
+
+    Args:
+        mesh: From `make_mesh`.
+
+    Returns:
+        data x fsdp.
+    """
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 

@@ -182,7 +182,15 @@ def abstract_state(
 
 
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
-    """(leaves where the mask is True, the others), each with None in the places of the other."""
+    """Split a tree in two.
+
+    Args:
+        tree: To be split.
+        mask: True and False for its leaves.
+
+    Returns:
+        The leaves where the mask is True and the others, each with None in the places of the other.
+    """
     kept = jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
     rest = jax.tree.map(lambda keep, x: None if keep else x, mask, tree)
     return kept, rest
