@@ -54,7 +54,7 @@ def topology_mesh(name: str, data: int, fsdp: int | None, tensor: int) -> Mesh:
     """A mesh of all chips of a topology that need not be there.
 
     Args:
-        name: Of the topology, such as "v5e-4x4".
+        name: Of the topology, such as "v5e:4x4".
         data: As for `make_mesh`.
         fsdp: As for `make_mesh`.
         tensor: As for `make_mesh`.
