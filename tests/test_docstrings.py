@@ -1,14 +1,16 @@
 """Docstrings of the public names are whole: every parameter in Args, Returns and Raises where there is something."""
 
 import ast
-import dataclasses
 import inspect
 import textwrap
+from dataclasses import is_dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 import pytest
 from griffe import Docstring, DocstringSectionKind
 
+import sysdpo_jax
 from sysdpo_jax import components, diffusion
 
 PACKAGES = (
@@ -44,19 +46,15 @@ def public():
     found = {}
     for package in PACKAGES:
         module = import_module(package)
-        for name in getattr(module, "__all__", ()):
-            thing = getattr(module, name)
-            if inspect.ismodule(thing) or not (inspect.isclass(thing) or inspect.isfunction(thing)):
+        for thing in (getattr(module, name) for name in module.__all__):
+            if not inspect.isclass(thing) and not inspect.isfunction(thing):
                 continue
-            full = f"{thing.__module__}.{thing.__qualname__}"
-            found[full] = (thing, ())
+            found[f"{thing.__module__}.{thing.__qualname__}"] = thing, ()
             for base in thing.__mro__ if inspect.isclass(thing) else ():
+                above = [*base.__mro__[1:], *([KEPT[base.__name__]] if base.__name__ in KEPT else [])]
                 if base.__module__.startswith("sysdpo_jax"):
-                    name, above = (
-                        f"{base.__module__}.{base.__qualname__}",
-                        (*base.__mro__[1:], *filter(None, [KEPT.get(base.__name__)])),
-                    )
-                    found |= {f"{name}.{key}": (method, above) for key, method in methods(base).items()}
+                    for key, method in methods(base).items():
+                        found[f"{base.__module__}.{base.__qualname__}.{key}"] = method, above
     return found
 
 
@@ -67,12 +65,19 @@ def methods(cls):
     return {key: value for key, value in plain.items() if inspect.isfunction(value)}
 
 
-def sections(docstring):
-    """{kind: names or texts} of a Google-style docstring."""
+class Said(NamedTuple):
+    """What a docstring names: arguments, whether there is a result, and errors."""
+
+    named: set[str]
+    gives: bool
+    raised: set[str]
+
+
+def said(docstring):
     parsed = Docstring(inspect.cleandoc(docstring or "")).parse("google", returns_named_value=False, warnings=False)
-    named = {name for part in parsed if part.kind in NAMED for name in (item.name for item in part.value)}
-    raised = {item.annotation for part in parsed if part.kind is DocstringSectionKind.raises for item in part.value}
-    return named, any(part.kind in GIVEN for part in parsed), raised
+    items = lambda *kinds: [item for part in parsed if part.kind in kinds for item in part.value]  # noqa: E731
+    raised = {item.annotation for item in items(DocstringSectionKind.raises)}
+    return Said({item.name for item in items(*NAMED)}, bool(items(*GIVEN)), raised)
 
 
 def raised_names(function):
@@ -91,40 +96,62 @@ def raised_names(function):
 
 
 def parameters(thing):
-    try:
-        names = inspect.signature(thing).parameters
-    except ValueError:
-        return []
-    return [name for name in names if name not in ("self", "cls")]
+    return [name for name in inspect.signature(thing).parameters if name not in ("self", "cls")]
 
 
-def faults(thing, bases):
-    """What the docstring lacks; an overriding method may leave to its base what the base says."""
-    said = [base for base in bases if getattr(vars(base).get(getattr(thing, "__name__", "")), "__doc__", None)]
-    if not thing.__doc__ and not said:
-        return ["a docstring"]
-    named, gives, raises = sections(thing.__doc__)
-    for base in said:
-        inherited = vars(base).get(getattr(thing, "__name__", ""))
-        if inspect.isfunction(inherited) and inherited.__doc__:
-            more, given, raised = sections(inherited.__doc__)
-            named, gives, raises = named | more, gives or given, raises | raised
+def faults(thing, bases=()):
+    """What the docstring lacks, or names in vain; an overriding method may leave to its base what the base says."""
+    overridden = [vars(base).get(thing.__name__) for base in bases]
+    texts = [thing.__doc__, *(method.__doc__ for method in overridden if inspect.isfunction(method))]
+    if not any(texts):
+        return ["no docstring"]
+    own, whole = said(texts[0]), [said(text) for text in texts]
+    raised = set().union(*(each.raised for each in whole))
     if inspect.isclass(thing):
+        # A protocol is not made, and most errors are made of a message.
         if getattr(thing, "_is_protocol", False) or (issubclass(thing, Exception) and "__init__" not in vars(thing)):
             return []
-        found = [f"Args: {name}" for name in parameters(thing) if name not in named]
-        bodies = [vars(thing)[key] for key in ("__init__", "__post_init__") if key in vars(thing)]
-        if dataclasses.is_dataclass(thing):
-            bodies = [vars(thing)["__post_init__"]] if "__post_init__" in vars(thing) else []
-        written = [body for body in bodies if inspect.isfunction(body)]
-        return found + [f"Raises: {name}" for body in written for name in sorted(raised_names(body) - raises)]
-    found = [f"Args: {name}" for name in parameters(thing) if name not in named]
-    returned = inspect.signature(thing).return_annotation
-    if returned not in (None, "None", inspect.Signature.empty) and not gives:
-        found.append("Returns")
-    return found + [f"Raises: {name}" for name in sorted(raised_names(thing) - raises)]
+        bodies = [vars(thing).get("__post_init__" if is_dataclass(thing) else "__init__")]
+    else:
+        bodies = [thing]
+    named = set().union(*(each.named for each in whole))
+    found = [f"without Args: {name}" for name in parameters(thing) if name not in named]
+    found += [f"no parameter: {name}" for name in sorted(own.named - set(parameters(thing)))]
+    if inspect.isfunction(thing):
+        returned = inspect.signature(thing).return_annotation
+        nothing = returned in (None, "None", inspect.Signature.empty)
+        found += [] if nothing or any(each.gives for each in whole) else ["without Returns"]
+    errors = set().union(*(raised_names(body) for body in bodies if inspect.isfunction(body)))
+    return found + [f"without Raises: {name}" for name in sorted(errors - raised)]
 
 
 @pytest.mark.parametrize("name", sorted(public()))
 def test_public_docstrings_are_whole(name):
     assert faults(*public()[name]) == []
+
+
+def half(number: int, strict: bool = False) -> float:
+    """The half.
+
+    Args:
+        number: To be halved.
+        precision: Of nothing.
+    """
+    if strict and number % 2:
+        raise ValueError("odd")
+    return number / 2
+
+
+def test_what_a_docstring_lacks_is_found():
+    assert faults(half) == [
+        "without Args: strict",
+        "no parameter: precision",
+        "without Returns",
+        "without Raises: ValueError",
+    ]
+
+
+def test_the_five_names_of_a_newcomer_stand_first():
+    first = ["Node", "CompoundSystem", "load_preferences", "DirectObjective", "Trainer"]
+    assert sysdpo_jax.__all__[:5] == first
+    assert [line.split("`")[1] for line in sysdpo_jax.__doc__.splitlines() if line.startswith("- ")] == first
