@@ -8,6 +8,7 @@ DEV := $(VENV)/.dev
 SLOW := $(VENV)/.slow
 LLM := $(VENV)/.llm
 GPU := $(VENV)/.gpu
+DOCS := $(VENV)/docs
 NEWEST := $(VENV)-newest
 READERS := $(VENV)/readers
 
@@ -16,7 +17,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
 # Most of the tests' time is compilation of programs that run once: level 0 compiles in half of it.
 QUICK := XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -m "not slow"
 
-.PHONY: demo demo-llm test parity test-slow benchmark benchmark-lengths gpu-check gpu-check-newest lint clean
+.PHONY: demo demo-llm test parity test-slow benchmark benchmark-lengths gpu-check gpu-check-newest docs lint clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -97,6 +98,16 @@ gpu-check-newest:
 	$(MAKE) VENV=$(NEWEST) $(NEWEST)/.base
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "jax[cuda12]"
 	$(NEWEST)/bin/python -m experiments.benchmarks.gpu_check --folder runs/gpu_check_newest
+
+# The site, in build/site, in an environment of its own: the reference is read from the source, which is not imported.
+# A link that leads nowhere and a docstring that does not fit its function end it.
+$(DOCS)/.installed: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict --quiet
 
 lint: $(DEV)
 	$(BIN)/ruff check .

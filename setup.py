@@ -8,6 +8,7 @@ TEST = [
     "diffusers>=0.42",
     "gguf>=0.17",
     "grain>=0.2.18",
+    "griffelib>=2.0",
     "mypy>=2.0",
     "peft>=0.21",
     "pytest>=9.0",
@@ -63,6 +64,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        # Builds the documentation.
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
         # Reads GGUF files.
         "gguf": ["gguf>=0.17"],
         # Sends a run's metrics to Weights & Biases.

@@ -187,9 +187,15 @@ def _plain(value: Any) -> Any:
 def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> None:
     """Write records that `load_preferences` reads back, whole or not at all.
 
-    path: .jsonl, with images (arrays, PIL images, bytes) as PNG files in `<stem>_images/` beside it; or .parquet, with
-    images inside. Arrays of other shapes become lists. Texts that a model sampled keep their tokens, see
-    `values.to_json`. Raises `ValueError` for another suffix, and for values that do not fit into a column.
+    Arrays of other shapes than images become lists. Texts that a model sampled keep their tokens, see `values.to_json`.
+
+    Args:
+        path: .jsonl, with images (arrays, PIL images, bytes) as PNG files in `<stem>_images/` beside it; or .parquet,
+            with images inside.
+        records: To be written.
+
+    Raises:
+        ValueError: For another suffix, and for values that do not fit into a column.
     """
     path = Path(path)
     if path.suffix not in (*LINES, *TABLE):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import Row, file_state, known_digest, read_rows, source_digest
 from sysdpo_jax.data.formats import READERS, Reader, call_reader
+from sysdpo_jax.data.loaded import About, Preferences
 from sysdpo_jax.data.prepared import (
     Prepared,
     PreparedRows,
@@ -50,63 +51,8 @@ PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
 # Raised when what is written changes; files that say how many parts there are, and where values of tools came from.
 FORMAT, WHOLE, TOOLS = 1, "parts.json", "tool_values.json"
 
-# The digest of a system and the fingerprints of its frozen parts; states of files.
-About: TypeAlias = tuple[str, dict[str, str]]
+# States of files.
 States: TypeAlias = dict[str, tuple[int, int]]
-
-
-@dataclass(eq=False, repr=False)
-class Preferences(Sequence[PreferenceRecord]):
-    """Records by number, read from memory-mapped files when they are asked for, and their features where there are any.
-
-    Made by `load_preferences`. rows: what is on disk, of which the `usable` ones count. system: the one that the
-    features are of, None where there are none; about: its digest, and fingerprints of what encoded them.
-    """
-
-    rows: PreparedRows
-    usable: np.ndarray
-    counts: Counts
-    source: str
-    system: CompoundSystem | None
-    about: About
-
-    def __len__(self) -> int:
-        return len(self.usable)
-
-    @overload
-    def __getitem__(self, row: int) -> PreferenceRecord: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[PreferenceRecord]: ...
-
-    def __getitem__(self, row: int | slice) -> PreferenceRecord | list[PreferenceRecord]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"record {row} of {len(self)}")
-        return self.rows.record(int(self.usable[row]))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def fits(self, system: CompoundSystem) -> bool:
-        """Whether the features are there, and those that the system prepares: with these tokenizers and settings."""
-        return self.system is not None and digest(about_system(system)) == self.about[0]
-
-    def encoded_by(self, params: Params) -> bool:
-        """Whether the frozen parts of these parameters are those that encoded the features."""
-        return self.system is not None and fingerprints(self.system.frozen_params(params)) == self.about[1]
-
-    @property
-    def held(self) -> bool:
-        """Whether the records hold the system's intermediate values; True where no system is known."""
-        return bool(self.rows.held[self.usable[0]])
-
-    def summary(self) -> str:
-        """The counts in a line, with the first of the errors and how many were left out for what."""
-        return self.counts.summary(self.source)
 
 
 def load_preferences(

@@ -46,12 +46,21 @@ class CheckpointWriteError(OSError):
 class Checkpoints:
     """The newest `keep` checkpoints below `directory` and the best one, of equal ones the newest.
 
-    state: any state of the run, for its structure, placement, reference and frozen leaves; mask: which are trained,
-    see `SystemOptimizer.mask`. config: `{path: text}`. best: by which metric of `save`; None keeps no best one.
-    read_only: to look at the checkpoints of a run that may be writing them now; of `config` it compares what it is
-    given alone.
     Use it as a context manager: leaving waits until everything is written. Partial checkpoints that it finds are
     renamed to `<step>.corrupt-<number>` with a warning, and so are damaged ones by `restore`; not if it only reads.
+
+    Args:
+        directory: Of the checkpoints.
+        state: Any state of the run, for its structure, placement, reference and frozen leaves.
+        config: `{path: text}`, which a checkpoint must agree with.
+        keep: How many of the newest.
+        best: By which metric of `save`; None keeps no best one.
+        read_only: To look at the checkpoints of a run that may be writing them now; of `config` it compares what it is
+            given alone.
+
+    Raises:
+        FileNotFoundError: With read_only, if there is no directory.
+        ValueError: For a keep below 1.
     """
 
     def __init__(
@@ -145,8 +154,14 @@ class Checkpoints:
     def save(self, state: TrainState, metric: float | None = None) -> None:
         """Write the state unless its step is the newest already. Returns once the state may be donated.
 
-        metric: the value of `best`'s metric; one that is not finite is none. Raises `CheckpointWriteError` where this
-        checkpoint, or the one before it, which was still being written, cannot be written.
+        Args:
+            state: Of the run.
+            metric: The value of `best`'s metric; one that is not finite is none.
+
+        Raises:
+            CheckpointWriteError: Where this checkpoint, or the one before it, which was still being written, cannot be
+                written.
+            RuntimeError: Where Orbax does not take it.
         """
         self.wait()
         step = int(state.step)
@@ -176,6 +191,13 @@ class Checkpoints:
         """Give the newest checkpoint, once it is written, the value of `best`'s metric, in the place of any before it.
 
         For a figure that is measured when the state is safe already. Process 0's counts.
+
+        Args:
+            step: Of the newest checkpoint.
+            metric: The value.
+
+        Raises:
+            ValueError: For another step, or where there is no `best`.
         """
         if self._best is None or step != self.latest:
             raise ValueError(f"step {step} cannot be graded: the newest checkpoint is {self.latest}, best {self._best}")
@@ -187,15 +209,24 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
-        """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps.
+        """Read a checkpoint.
 
-        step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read. Of
-        a run that is only read it is the newest. The placement may be another than that of the run which saved it, on
-        other devices or processes.
-        On several processes the one that meets the damage sets it aside and raises `CorruptCheckpointError`, because
-        the others wait for it in the middle of reading: start all of them again, and they use the one before.
-        Raises `CheckpointMismatchError` naming the differing fields when the checkpoint belongs to another run,
-        `FileNotFoundError` when there is none, and `CorruptCheckpointError` when `step` is damaged or none is left.
+        The placement may be another than that of the run which saved it, on other devices or processes. On several
+        processes the one that meets damage sets it aside and raises `CorruptCheckpointError`, because the others wait
+        for it in the middle of reading: start all of them again, and they use the one before.
+
+        Args:
+            state: For the placement; its reference and frozen leaves are kept.
+            step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read.
+                Of a run that is only read it is the newest.
+
+        Returns:
+            The state of that step.
+
+        Raises:
+            CheckpointMismatchError: Naming the differing fields, when the checkpoint belongs to another run.
+            FileNotFoundError: When there is none.
+            CorruptCheckpointError: When `step` is damaged or none is left.
         """
         if step is not None:
             return self._read(state, step)

@@ -30,16 +30,28 @@ def precompute_reference(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> PairBatch:
-    """`pairs` with the log-probabilities in nats, under `reference`, of all nodes whose params key is among `keys`.
+    """Evaluate the reference once, for pairs that are seen often.
 
-    Give `create_state` the same keys as `precomputed`, and drop your own `reference` to free its memory.
-    pairs: NumPy arrays of `prepare_pairs`, whole. reference: `{params_key: tree}`, on the mesh (default: one device).
-    directory: keeps the values, a file for each node, named by a hash of the data (token ids, so the tokenizer as
-    well), the weights and the node; a second call reads it. batch_size: rows of one forward pass.
-    They agree with those of the training step up to rounding, because a forward pass alone compiles to other sums.
-    A checkpoint does not know what a freed reference was: give `Trainer(config=...)` something that names it.
-    Raises `ValueError` for a key of no node, a node that draws noise (its reference must see the noise of each step),
-    and in several processes where a file is missing.
+    Give `create_state` the same keys as `precomputed`, and drop your own `reference` to free its memory. The values
+    agree with those of the training step up to rounding, because a forward pass alone compiles to other sums. A
+    checkpoint does not know what a freed reference was: give `Trainer(config=...)` something that names it.
+
+    Args:
+        system: The graph.
+        reference: `{params_key: tree}`, on the mesh.
+        pairs: NumPy arrays of `prepare_pairs`, whole.
+        keys: Params keys: of whose nodes.
+        directory: Keeps the values, a file for each node, named by a hash of the data (token ids, so the tokenizer as
+            well), the weights and the node; a second call reads it.
+        batch_size: Rows of one forward pass.
+        mesh: By default one device.
+
+    Returns:
+        `pairs` with the log-probabilities in nats, under `reference`, of these nodes.
+
+    Raises:
+        ValueError: For a key of no node, a node that draws noise (its reference must see the noise of each step), and
+            in several processes where a file is missing.
     """
     mesh = make_mesh() if mesh is None else mesh
     unknown = set(keys) - set(system.param_keys)

@@ -6,13 +6,13 @@ import sys
 from asyncio import CancelledError
 
 import pytest
-from sysdpo_jax.runs.files import read_config
 
 import sysdpo_jax as sj
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.importing import import_object
 from sysdpo_jax.runs.config import NodeConfig
+from sysdpo_jax.runs.files import read_config
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.runs.system import _component
 
