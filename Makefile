@@ -8,6 +8,7 @@ DEV := $(VENV)/.dev
 SLOW := $(VENV)/.slow
 LLM := $(VENV)/.llm
 GPU := $(VENV)/.gpu
+DOCS := $(VENV)/docs
 NEWEST := $(VENV)-newest
 OLDEST := $(VENV)-oldest
 READERS := $(VENV)/readers
@@ -22,7 +23,8 @@ UV := $(VENV)/tools
 COMPILE := echo torch | $(UV)/bin/uv pip compile setup.py --quiet --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock" --excludes /dev/stdin
 
-.PHONY: demo demo-llm test parity test-slow test-oldest benchmark benchmark-lengths gpu-check gpu-check-newest lint lock clean
+.PHONY: demo demo-llm test parity test-slow test-oldest benchmark \
+	benchmark-lengths gpu-check gpu-check-newest docs lint lock clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -122,6 +124,16 @@ gpu-check-newest:
 	$(MAKE) VENV=$(NEWEST) $(NEWEST)/.base
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "jax[cuda12]"
 	$(NEWEST)/bin/python -m experiments.benchmarks.gpu_check --folder runs/gpu_check_newest
+
+# The site, in build/site, in an environment of its own: the reference is read from the source, which is not imported.
+# A link that leads nowhere and a docstring that does not fit its function end it.
+$(DOCS)/.installed: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict --quiet
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ TEST = [
     "diffusers>=0.42",
     "gguf>=0.17",
     "grain>=0.2.18",
+    "griffelib>=2.0",
     "mypy>=2.0",
     "peft>=0.21",
     "pytest>=9.0",
@@ -45,6 +46,7 @@ setup(
         "jaxtyping>=0.3.7",
         "jinja2>=3.1",
         "jsonargparse>=4.53",
+        "matplotlib>=3.9",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
@@ -62,6 +64,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        # Builds the documentation.
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
         # Reads GGUF files.
         "gguf": ["gguf>=0.17"],
         # Sends a run's metrics to Weights & Biases.

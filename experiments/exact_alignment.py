@@ -27,7 +27,6 @@ Beside it a figure of what Sampling loses with fewer intermediates, by how they 
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from experiments.exact.solvers import independent_loss, independent_outcome_loss
 from experiments.exact.study import StudyConfig, run_study
 from experiments.exact.systems import SYSTEMS, ExactSystem, gap
 from sysdpo_jax import DirectObjective, SamplingObjective
+from sysdpo_jax.io import write_json
 from sysdpo_jax.typing import Params
 
 # The loss on outcomes is minimised from so many places near the first start, too.
@@ -166,12 +166,11 @@ def main(arguments: list[str]) -> None:
         results = {exact.name: verify(exact, config) for exact in SYSTEMS}
         print(table(results))
         study = run_study(config.study, config.beta, config.seed)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1, default=str))
-    (config.folder / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(config.folder / "config.json", dataclasses.asdict(config) | {"folder": str(config.folder)})
+    write_json(config.folder / "results.json", results)
     curves = {name: {m: point._asdict() for m, point in curve.items()} for name, curve in study.curves.items()}
-    (config.folder / "intermediates.json").write_text(json.dumps({"before": study.before, "curves": curves}, indent=1))
-    (config.folder / "intermediates.svg").write_text(draw_study(study))
+    write_json(config.folder / "intermediates.json", {"before": study.before, "curves": curves})
+    draw_study(study, config.folder / "intermediates.svg")
 
 
 if __name__ == "__main__":

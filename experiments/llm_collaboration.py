@@ -7,7 +7,6 @@ Eight methods are compared on held-out questions (arXiv 2502.17721, the LLM -> L
 folder are not repeated, so the command can be stopped and given again.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
 from experiments.common.command import experiment_folder, parse_preset, provenance, run_seeds
 from experiments.common.fit import FitConfig
+from sysdpo_jax.io import write_json
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
         made_by = provenance("experiments.llm_collaboration", arguments, runs, config.run.evaluate_on, began)
         results = summarise(figures) | made_by
         path = config.folder / "results.json"
-        path.write_text(json.dumps(results, indent=1))
+        write_json(path, results)
         write(config.folder, results, runs, figures)
         print_table(results)
         print(f"\n{path}\n{config.folder / 'report.html'}")

@@ -6,7 +6,6 @@ Eight methods are compared on held-out requests (arXiv 2502.17721, section 5 in 
 output is in the folder are not repeated, so the command can be stopped and given again.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from experiments.progressive.report import print_table, write
 from experiments.progressive.results import summarise
 from experiments.progressive.run import RunConfig, SeedRun
 from experiments.progressive.world import World
+from sysdpo_jax.io import write_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
         made_by = provenance("experiments.progressive_images", arguments, runs, config.run.evaluate_on, began)
         results = summarise(figures) | made_by
         path = config.folder / "results.json"
-        path.write_text(json.dumps(results, indent=1))
+        write_json(path, results)
         write(config.folder, results, runs, figures)
         print_table(results)
         print(f"\n{path}\n{config.folder / 'report.html'}")

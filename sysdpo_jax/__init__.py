@@ -1,4 +1,13 @@
-"""sysdpo_jax: system-level direct preference optimisation of compound AI systems in JAX (arXiv 2502.17721)."""
+"""System-level direct preference optimisation of compound AI systems in JAX (arXiv 2502.17721).
+
+Five names are enough for a first system:
+
+- `Node`: one value of the system, the component that produces it, and what it reads.
+- `CompoundSystem`: the graph of the nodes. It samples whole runs and gives every node's log-probability.
+- `load_preferences`: reads which of two runs people, or a judge, prefer.
+- `DirectObjective`: the loss, a sum over nodes. (`SamplingObjective` is for preferences on final values alone.)
+- `Trainer`: trains every component at once, in a directory from which the same call goes on.
+"""
 
 from sysdpo_jax import pretrained
 from sysdpo_jax.batch import PairBatch, SampledBatch, encode_batch
@@ -63,7 +72,13 @@ from sysdpo_jax.training import (
 
 __version__ = "0.1.0"
 
-__all__ = [
+# The five that a newcomer needs stand first; the reference keeps this order.
+__all__ = [  # noqa: RUF022
+    "Node",
+    "CompoundSystem",
+    "load_preferences",
+    "DirectObjective",
+    "Trainer",
     "FROZEN",
     "LORA_PARAMS",
     "Aux",
@@ -71,9 +86,7 @@ __all__ = [
     "Categorical",
     "Component",
     "ComponentOptimizer",
-    "CompoundSystem",
     "Diffusion",
-    "DirectObjective",
     "Evaluation",
     "FlowMatching",
     "FrozenText",
@@ -82,7 +95,6 @@ __all__ = [
     "LanguageModel",
     "LatentCodec",
     "LoRA",
-    "Node",
     "NonFiniteError",
     "PairBatch",
     "PixelCodec",
@@ -99,7 +111,6 @@ __all__ = [
     "TextEncoder",
     "Tool",
     "TrainState",
-    "Trainer",
     "add_lora",
     "batch_shard",
     "bucket_sizes",
@@ -110,7 +121,6 @@ __all__ = [
     "encode_batch",
     "epoch_batches",
     "initialize",
-    "load_preferences",
     "log_ratio",
     "make_mesh",
     "make_optimizer",

@@ -16,8 +16,11 @@ from sysdpo_jax.typing import Features, Params
 class PairBatch(NamedTuple):
     """Preferences for the step: two feature trees, as `CompoundSystem.prepare` and then `encode` return them.
 
-    reference: `{node: (chosen, rejected)}` in nats, each [batch], of nodes whose reference was evaluated before,
-    see `training.precompute_reference`.
+    Attributes:
+        chosen: `{node: features}` of the preferred runs, every array with a leading batch axis.
+        rejected: The same of the runs that lost.
+        reference: `{node: (chosen, rejected)}` in nats, each [batch], of nodes whose reference was evaluated before,
+            see `precompute_reference`.
     """
 
     chosen: Features
@@ -25,17 +28,22 @@ class PairBatch(NamedTuple):
     reference: Mapping[str, tuple[Any, Any]] | None = None
 
     def sides(self) -> Features:
-        """The features of both sides, every array [batch, 2, ...] with the chosen one first."""
+        """Both sides in one tree.
+
+        Returns:
+            The features, every array [batch, 2, ...] with the chosen side first.
+        """
         return jax.tree.map(lambda *sides: jnp.stack(sides, axis=1), self.chosen, self.rejected)
 
 
 class SampledBatch(NamedTuple):
     """Preferences on outputs alone, ready for the step: both sides with the same M intermediates a row.
 
-    intermediates, outputs: `{node: features [batch, M, ...]}` of the nodes of either kind, see
-    `CompoundSystem.intermediates`; of the outputs for both sides.
-    valid: bool [batch, M], at least one True a row; the others repeat a valid one and have no weight.
-    staleness: int32 [batch], how many steps ago the policy drew the row's intermediates.
+    Attributes:
+        intermediates: `{node: features [batch, M, ...]}`, see `CompoundSystem.intermediates`.
+        outputs: The same of the final nodes, for both sides.
+        valid: bool [batch, M], at least one True a row; the others repeat a valid one and have no weight.
+        staleness: int32 [batch], how many steps ago the policy drew the row's intermediates.
     """
 
     intermediates: Features
@@ -45,7 +53,16 @@ class SampledBatch(NamedTuple):
 
 
 def encode_batch(system: CompoundSystem, params: Params, batch: Any) -> Any:
-    """The batch as a step takes it: its raw features encoded, see `CompoundSystem.encode`."""
+    """Encode a batch's raw features, see `CompoundSystem.encode`.
+
+    Args:
+        system: Whose frozen parts encode.
+        params: `{params_key: tree}`, `CompoundSystem.frozen_params` at least.
+        batch: A `PairBatch` or a `SampledBatch`; any other comes back as it is.
+
+    Returns:
+        The batch as a step takes it.
+    """
     if not system.encodes:
         return batch
     match batch:

@@ -1,5 +1,9 @@
-"""The error of what a user gave, which every part may raise."""
+"""Errors of what a user gave, and of files that this library wrote, which every part may raise."""
 
 
 class ConfigError(ValueError):
     """A configuration or a file cannot be used: the message names the file, the field and the remedy."""
+
+
+class DamagedFileError(ValueError):
+    """A file that this library wrote is no longer what it was: the message names it, the reason and the remedy."""

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse as parse_docstring
@@ -65,7 +65,7 @@ def from_mapping(kind: type[C], values: Any, place: str = "") -> C:
     Raises:
         ConfigError: Naming the field, and the nearest known name or what its value should be.
     """
-    hints = _hints(kind)
+    hints = _hints(cast(Any, kind))
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is {values!r}: give a mapping of {', '.join(hints)}")
     for name in values:
@@ -143,7 +143,7 @@ def parse_flags(config: type[C] | C, arguments: Sequence[str], positional: str =
         raise ConfigError(f"{alone[0]!r} belongs to no flag: write --name value")
     if not isinstance(config, type):
         return with_flags(config, flags)
-    needed = [field.name for field in dataclasses.fields(config) if _is_required(field)]
+    needed = [field.name for field in dataclasses.fields(cast(Any, config)) if _is_required(field)]
     given = {flag.path[0]: _of_words(*flag[1:]) for flag in flags if flag.path[0] in needed}
     _refuse_missing(config, given, "--")
     made: C = config(**given)
@@ -153,7 +153,7 @@ def parse_flags(config: type[C] | C, arguments: Sequence[str], positional: str =
 def fields_of(config: Any, prefix: str = "") -> Iterator[Field]:
     """All flags of a dataclass or, with its values as defaults, of an instance. Their help is that of its docstring."""
     kind = config if isinstance(config, type) else type(config)
-    hints = _hints(kind)
+    hints = _hints(cast(Any, kind))
     documented = [parse_docstring(each.__doc__ or "").params for each in reversed(kind.__mro__)]
     texts = {entry.arg_name: entry.description or "" for entries in documented for entry in entries}
     for field in dataclasses.fields(kind):

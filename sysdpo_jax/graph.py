@@ -9,8 +9,7 @@ without a plate sees the whole list of a plated parent. Log-probabilities are su
 """
 
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -23,8 +22,9 @@ from sysdpo_jax.encoding import encode_sides, frozen_entries
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.nodes import GraphError as GraphError
 from sysdpo_jax.nodes import Node as Node
-from sysdpo_jax.nodes import check_names, check_plates, check_static, naming, topological, users_part
+from sysdpo_jax.nodes import naming, users_part
 from sysdpo_jax.plates import as_plate, by_rank, grouped, instead_of_plate
+from sysdpo_jax.structure import Graph
 from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
 from sysdpo_jax.values import Unequal, content_or_unequal
 
@@ -34,88 +34,36 @@ Known: TypeAlias = MutableMapping[tuple[str, Hashable], Any]
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class CompoundSystem:
-    """The nodes, sorted topologically, and the names of the inputs they start from.
+class CompoundSystem(Graph):
+    """The nodes, sorted topologically, and the names of the inputs that they start from.
 
     Static in every jitted function that takes it: equal systems are one, whatever their parameters are.
-    Raises `GraphError` on a duplicate name, an unknown parent, a cycle, plates that do not match, an unread input or a
-    component that cannot be hashed.
+
+    Args:
+        inputs: Names of the values that a prompt holds.
+        nodes: In any order.
+
+    Raises:
+        GraphError: For a duplicate name, an unknown parent, a cycle, plates that do not match, an unread input or a
+            component that cannot be hashed.
     """
-
-    inputs: tuple[str, ...]
-    nodes: tuple[Node, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", tuple(self.inputs))
-        nodes = tuple(replace(node, parents=tuple(node.parents)) for node in self.nodes)
-        check_names(self.inputs, nodes)
-        object.__setattr__(self, "nodes", topological(self.inputs, nodes))
-        check_plates(self.nodes)
-        check_static(self.nodes)
-
-    @property
-    def param_keys(self) -> tuple[str, ...]:
-        """The keys of the parameter trees, in topological order, without repeats."""
-        return tuple(dict.fromkeys(node.params_key for node in self.nodes if not node.deterministic))
-
-    @cached_property
-    def intermediates(self) -> tuple[Node, ...]:
-        """The generative nodes that another generative node depends on, directly or through tools."""
-        read: set[str] = set()
-        for node in reversed(self.nodes):
-            # What a tool reads matters only if a generative node reads the tool.
-            if not node.deterministic or node.name in read:
-                read.update(node.parents)
-        return tuple(node for node in self.nodes if not node.deterministic and node.name in read)
-
-    @property
-    def given(self) -> tuple[Node, ...]:
-        """The tools that read inputs alone, directly or through each other: retrieval, say."""
-        drawn = {node.name for node in self.nodes if not node.deterministic}
-        for node in self.nodes:
-            if drawn.intersection(node.parents):
-                drawn.add(node.name)
-        return tuple(node for node in self.nodes if node.name not in drawn)
-
-    @cached_property
-    def outputs(self) -> tuple[Node, ...]:
-        """The other generative nodes: the final values, which people judge."""
-        inner = self.intermediates
-        return tuple(node for node in self.nodes if not node.deterministic and node not in inner)
-
-    def node(self, name: str) -> Node:
-        """The node of that name. Raises `GraphError` when there is none."""
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        raise GraphError(f"no node is called {name!r}; the nodes are {', '.join(n.name for n in self.nodes)}")
-
-    def init(self, key: PRNGKeyArray) -> Params:
-        """Fresh parameters, `{params_key: tree}`. Nodes that share a key share the tree of the first of them."""
-        params: dict[str, Params] = {}
-        for node in self.nodes:
-            if node.deterministic:
-                continue
-            with users_part(node, "init", GraphError):
-                shape = jax.eval_shape(node.component.init, key)
-                if node.params_key not in params:
-                    params[node.params_key] = node.component.init(named_key(key, node.params_key))
-                    continue
-            if shape != jax.eval_shape(lambda tree: tree, params[node.params_key]):
-                raise GraphError(
-                    f"node {node.name!r} shares the parameters {node.params_key!r} with another node but its component "
-                    "needs parameters of another shape: give it a params key of its own"
-                )
-        return params
 
     def prepare(
         self, records: Sequence[Record], nodes: Sequence[str] | None = None, known: Known | None = None
     ) -> dict[str, Features]:
-        """Raw records -> `{node: features}` with a leading batch axis. A Tool's value may be missing: see `complete`.
+        """Turn raw records into arrays, on the host.
 
-        nodes: the nodes to prepare, all of them by default.
-        Raises `RecordError` naming the row and the node for a missing value, a plate of the wrong length or a tool that
-        fails.
+        Args:
+            records: `{name: value}` of inputs and nodes. A tool's value may be missing: see `complete`.
+            nodes: Names of the nodes to prepare, all of them by default.
+            known: What tools gave before, see `complete`.
+
+        Returns:
+            `{node: features}`, every array with a leading batch axis.
+
+        Raises:
+            RecordError: Naming the row and the node, for a missing value, a plate of the wrong length or a tool that
+                fails.
         """
         wanted = self.nodes if nodes is None else [self.node(name) for name in nodes]
         complete = self.complete(records, [node.name for node in wanted if not node.deterministic], known)
@@ -132,12 +80,20 @@ class CompoundSystem:
         return features
 
     def complete(self, records: Sequence[Record], nodes: Sequence[str], known: Known | None = None) -> list[Any]:
-        """The records with the values that they lack of tools which these nodes depend on, directly or not.
+        """Fill in the values that records lack of tools which these nodes depend on, directly or not.
 
         A tool is called once for equal parents, so that tools whose values are not recorded must be deterministic.
-        known: what tools gave in earlier calls, which is not asked for again; what they give in this one is added.
-        Returns a record for each or, where a tool failed, the `ToolError`. Raises `RecordError` naming the row and the
-        node for another value that is missing or a plate of the wrong length.
+
+        Args:
+            records: `{name: value}` each.
+            nodes: Names of nodes.
+            known: What tools gave in earlier calls, which is not asked for again; what they give in this one is added.
+
+        Returns:
+            A record for each or, where a tool failed, the `ToolError`.
+
+        Raises:
+            RecordError: Naming the row and the node, for another value that is missing or a plate of the wrong length.
         """
         known = {} if known is None else known
         made: list[Any] = [dict(record) for record in records]
@@ -162,21 +118,43 @@ class CompoundSystem:
         return tuple(node.name for node in self.nodes if node.component.frozen)
 
     def frozen_params(self, params: Params) -> Params:
-        """Of `{params_key: tree}` the entries that are never trained: all that `encode` reads."""
+        """The entries of the parameters that are never trained.
+
+        Args:
+            params: `{params_key: tree}`.
+
+        Returns:
+            A tree of the same form with all that `encode` reads, and nothing else.
+        """
         return frozen_entries(self.nodes, params)
 
     def encode(self, params: Params, features: Mapping[str, Features]) -> dict[str, Features]:
-        """What `prepare` made, `{node: features}`, as `log_prob` takes it: encoded by frozen parts, NumPy in and out.
+        """Encode by frozen parts what `prepare` made, NumPy in and out.
 
         What is equal (a caption, an image) is encoded once. What is encoded already, and what has nothing to encode,
         comes back as it is. Further axes may lie before the rows' own: plates, both sides of a pair, intermediates.
-        params: `frozen_params` at least, on one device or a mesh of this process. Of several processes each encodes its
-        own rows, with what `replicate_per_process(system.frozen_params(params))` gives it.
+
+        Args:
+            params: `frozen_params` at least, on one device or a mesh of this process. Of several processes each encodes
+                its own rows, with what `replicate_per_process(system.frozen_params(params))` gives it.
+            features: `{node: features}`.
+
+        Returns:
+            `{node: features}` as `log_prob` takes them.
         """
         return encode_sides(self.nodes, params, [features])[0]
 
     def log_prob(self, params: Params, features: Mapping[str, Features], key: Keys) -> dict[str, Array]:
-        """log p_k(v_k | parents) in nats of every node, `{node: Float[Array, "batch"]}`, without the nodes' weights."""
+        """log p_k(v_k | parents) of every node, without the nodes' weights.
+
+        Args:
+            params: `{params_key: tree}`.
+            features: `{node: features}`, encoded.
+            key: One for all rows, or one a row.
+
+        Returns:
+            `{node: Float[Array, "batch"]}` in nats.
+        """
         self.check_params(params)
         return {
             node.name: self.node_log_prob(node, node.tree(params), features[node.name], key)[0] for node in self.nodes
@@ -187,8 +165,15 @@ class CompoundSystem:
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
         """One node's log-probability, summed over its plate, and its metrics, averaged over the plate.
 
-        key: one for all rows, or one a row. A row's noise depends on the key, the row's number in the batch (or its own
-        key) and the node's name only: policy and reference see the same.
+        Args:
+            node: One of the system.
+            params: The node's own tree.
+            features: The node's own, encoded.
+            key: One for all rows, or one a row. A row's noise depends on the key, the row's number in the batch (or its
+                own key) and the node's name only: policy and reference see the same.
+
+        Returns:
+            The log-probability in nats and `{metric: value}`, one number a row each.
         """
         keys = row_keys(key, jax.tree.leaves(features)[0].shape[0])
         keys = jax.vmap(named_key, in_axes=(0, None))(keys, node.name)
@@ -204,19 +189,34 @@ class CompoundSystem:
         return log_prob.reshape(-1, node.plate).sum(-1), means
 
     def sample(self, params: Params, inputs: Sequence[Record], key: PRNGKeyArray) -> list[dict[str, Any]]:
-        """Run the whole system once for each row of inputs: records with the inputs and the value of every node.
+        """Run the whole system once for each row of inputs.
 
-        Raises `ToolError` naming row and node where a tool fails, whatever its on_error, and what components raise.
+        Args:
+            params: `{params_key: tree}`.
+            inputs: `{name: value}` each, of the system's inputs at least.
+            key: Of which every node gets a part by its name.
+
+        Returns:
+            Records with the inputs and the value of every node.
+
+        Raises:
+            ToolError: Naming row and node where a tool fails, whatever its on_error.
         """
         runs = self.attempt(params, inputs, key)
         raise_first(runs, "row")
         return runs
 
     def attempt(self, params: Params, inputs: Sequence[Record | None], key: PRNGKeyArray) -> list[Any]:
-        """`sample` that keeps what it can: for each row the run or, where a tool failed, the `ToolError`.
+        """`sample` that keeps what it can.
 
-        inputs: a row that is None keeps the size of a batch, and with it the draws of the others, as they would be with
-        a row there. No tool is called for it, and None is returned.
+        Args:
+            params: `{params_key: tree}`.
+            inputs: As for `sample`. A row that is None keeps the size of a batch, and with it the draws of the others,
+                as they would be with a row there. No tool is called for it.
+            key: As for `sample`.
+
+        Returns:
+            For each row the run or, where a tool failed, the `ToolError`; None for None.
         """
         self.check_params(params)
         runs: list[Any] = [record if record is None else dict(record) for record in inputs]
@@ -241,9 +241,19 @@ class CompoundSystem:
     def sample_node(
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
     ) -> list[Any]:
-        """A generative node's value for every row of the columns `{name: values}`, which hold at least its parents.
+        """Sample one generative node.
 
-        Raises `RecordError` naming the node.
+        Args:
+            node: One of the system.
+            params: `{params_key: tree}`.
+            columns: `{name: values}`, which hold at least the node's parents.
+            key: Of the whole run: the node's own follows from its name.
+
+        Returns:
+            A value for every row.
+
+        Raises:
+            RecordError: Naming the node.
         """
         parents, tree, node_key = self._parents_and_params(node, params, columns, key)
         rows = parents if node.plate is None else self._unfold(node, parents)
@@ -255,9 +265,15 @@ class CompoundSystem:
         return made if node.plate is None else grouped(made, node.plate)
 
     def tool_values(self, node: Node, columns: Mapping[str, Sequence[Any]], known: Known | None = None) -> list[Any]:
-        """A tool's value for every row of the columns or, where it failed, the `ToolError`, which names the node.
+        """Call a node's tool.
 
-        known: where it is given, the tool is called once for equal parents, and not at all for those that are there.
+        Args:
+            node: One of the system.
+            columns: `{name: values}`, which hold at least the node's parents.
+            known: Where it is given, the tool is called once for equal parents, and not at all for those in it.
+
+        Returns:
+            A value for every row or, where the tool failed, the `ToolError`, which names the node.
         """
         parents = {name: columns[name] for name in node.parents}
         if known is None:
@@ -276,10 +292,21 @@ class CompoundSystem:
     def node_candidates(
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], number: int, key: PRNGKeyArray
     ) -> list[list[Any]]:
-        """From 1 to `number` distinct likely values of a node for every row of the columns, see `Component.candidates`.
+        """Find distinct likely values of one generative node, see `Component.candidates`.
 
-        Of a plate those combinations of the copies' candidates whose ranks have the smallest sums. Raises `RecordError`
-        naming the node.
+        Args:
+            node: One of the system.
+            params: `{params_key: tree}`.
+            columns: `{name: values}`, which hold at least the node's parents.
+            number: How many are wanted.
+            key: Of the whole run.
+
+        Returns:
+            From 1 to `number` values for every row. Of a plate those combinations of the copies' candidates whose ranks
+            have the smallest sums.
+
+        Raises:
+            RecordError: Naming the node.
         """
         parents, tree, node_key = self._parents_and_params(node, params, columns, key)
         rows = parents if node.plate is None else self._unfold(node, parents)
@@ -298,34 +325,6 @@ class CompoundSystem:
     ) -> tuple[dict[str, Sequence[Any]], Params, PRNGKeyArray]:
         parents = {name: columns[name] for name in node.parents}
         return parents, node.tree(params), named_key(key, node.name)
-
-    def describe(self) -> str:
-        """The graph as Mermaid text: boxes are inputs, rounded boxes components, hexagons tools."""
-        lines = ["graph LR", *(f"    {name}[{name}]" for name in self.inputs)]
-        for node in self.nodes:
-            plate = f" x{node.plate}" if node.plate else ""
-            left, right = ("{{", "}}") if node.deterministic else ("(", ")")
-            shared = "" if node.params_key == node.name or node.deterministic else f", params {node.params_key}"
-            lines.append(f'    {node.name}{left}"{node.name}{plate}: {type(node.component).__name__}{shared}"{right}')
-            lines.extend(f"    {parent} --> {node.name}" for parent in node.parents)
-        return "\n".join(lines)
-
-    def check_params(self, params: Params) -> None:
-        """Raise `ValueError` naming the trees that are missing from or unknown to `{params_key: tree}`."""
-        missing, unknown = set(self.param_keys) - set(params), set(params) - set(self.param_keys)
-        if missing or unknown:
-            raise ValueError(
-                f"the parameters do not fit the system: missing {sorted(missing)}, unknown {sorted(unknown)}; "
-                f"expected the keys {list(self.param_keys)}, as system.init returns them"
-            )
-
-    def with_ancestors(self, names: Sequence[str]) -> tuple[Node, ...]:
-        """The nodes of these names and all that they depend on, in topological order."""
-        wanted = {self.node(name).name for name in names}
-        for node in reversed(self.nodes):
-            if node.name in wanted:
-                wanted.update(node.parents)
-        return tuple(node for node in self.nodes if node.name in wanted)
 
     def _call(self, node: Node, parents: Parents) -> list[Any]:
         """What the tool of a node gives for every row, or the `ToolError`; of a plate all the copies' values."""

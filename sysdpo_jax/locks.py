@@ -5,7 +5,6 @@ file says who has it. Both are gone once the holder leaves; of one that was kill
 them over.
 """
 
-import json
 import os
 import socket
 import time
@@ -14,6 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from sysdpo_jax.io import read_json, write_json
 
 # Seconds that a holder who is just leaving may take.
 PATIENCE = 1.0
@@ -40,16 +41,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
+def locked_file(path: Path, wait: bool = False) -> Iterator[None]:
     """An output file is this thread's for the block, as `locked_folder`; it need not exist.
 
     Args:
         path: Of the file. The lock is `.<name>.lock` beside it.
+        wait: Until another process or thread that has it is done.
 
     Raises:
         InUseError: Another process or thread has it, or it cannot be locked.
     """
-    with _made(path.parent), _locked(path.with_name(f".{path.name}.lock"), path, "output"):
+    with _made(path.parent), _locked(path.with_name(f".{path.name}.lock"), path, "output", wait):
         yield
 
 
@@ -72,13 +74,13 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, what: Path, kind: str) -> Iterator[None]:
+def _locked(path: Path, what: Path, kind: str, wait: bool = False) -> Iterator[None]:
     about = path.with_name(f"{path.name}.json")
     # One lock object of a thread for a path: it counts how often it is taken, and another thread has one of its own.
-    lock = FileLock(path.absolute(), timeout=PATIENCE, is_singleton=True)
+    lock = FileLock(path.absolute(), is_singleton=True)
     with ExitStack() as stack:
         try:
-            lock.acquire()
+            lock.acquire(timeout=-1 if wait else PATIENCE)
         except Timeout:
             raise InUseError(f"{what} is in use by {_holder(about)}: wait for it or choose another {kind}") from None
         except OSError as error:
@@ -94,13 +96,13 @@ def _locked(path: Path, what: Path, kind: str) -> Iterator[None]:
             stack.callback(about.unlink, missing_ok=True)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-            about.write_text(json.dumps(holder), encoding="utf-8")
+            write_json(about, holder)
         yield
 
 
 def _holder(about: Path) -> str:
     try:
-        holder = json.loads(about.read_text(encoding="utf-8"))
+        holder = read_json(about)
         return f"process {holder['process']} on host {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         # It took the lock this moment.

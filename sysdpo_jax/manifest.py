@@ -1,4 +1,4 @@
-"""What makes two runs the same run: a description of configuration and arrays that a checkpoint carries.
+"""What makes two runs the same run: what a thing was made from, and the one comparison of two such descriptions.
 
 Learning rates and schedules are hidden inside optax functions; an experiment that wants them compared gives them as
 part of its own configuration.
@@ -21,11 +21,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, PyTree, UInt32
 
+from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.user_code import is_users, name_of
 
 # {section: {path: text}}, plain JSON.
 Identity = dict[str, dict[str, str]]
+# In the place of a field that a description lacks.
+NOTHING = object()
+# Differences that a message names, and letters of a value in it.
+SHOWN, LONG = 20, 80
 
 
 class CheckpointMismatchError(ValueError):
@@ -64,25 +69,56 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
     return {path: f"{types[path]} {high:08x}{low:08x}" for path, (high, low) in words.items()}
 
 
-def check_same(saved: Identity, present: Identity, where: str) -> None:
-    """Raise `CheckpointMismatchError` when the two differ. where: names the checkpoint in the message."""
-    lines = []
-    for section in sorted(set(saved) | set(present)):
-        old, new = saved.get(section, {}), present.get(section, {})
-        differing = {path for path in set(old) | set(new) if old.get(path) != new.get(path)}
-        lines += [
-            f"  {section} {path}: saved {old.get(path, 'nothing')}, now {new.get(path, 'nothing')}"
-            for path in sorted(differing)
-            # Of a value whose kind differs all fields do.
-            if not any(path.startswith(f"{other}.") for other in differing)
-        ]
-    if lines:
-        more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
-        raise CheckpointMismatchError(
-            "\n".join(
-                [f"{where} belongs to another run; use another directory or restore what differs:", *lines[:20], *more]
-            )
-        )
+def check_same(
+    what: str, noted: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str, kind: type[BaseException] = ConfigError
+) -> None:
+    """Raise an error of that kind where the description that `what` carries is not the wanted one.
+
+    Args:
+        what: Names the thing that belongs to a run, for the message.
+        noted: How it was made.
+        wanted: How it would be made now.
+        remedy: What to do about it.
+    """
+    found = differences(noted, wanted)
+    if found:
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise kind(f"{what} is of another run ({'; '.join(found[:SHOWN])}{more}): {remedy}")
+
+
+def differences(noted: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """All in which two descriptions differ, as "field was old, now new"; fields of nested ones are "."-joined.
+
+    Values are what JSON makes of them: a list is a tuple. Of a value whose kind differs the fields are left out.
+    """
+    found, changed = list[str](), list[str]()
+    for name in sorted({*noted, *wanted}):
+        old, new = noted.get(name, NOTHING), wanted.get(name, NOTHING)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}.{line}" for line in differences(old, new)]
+        elif _json(old) != _json(new) and not any(name.startswith(f"{other}.") for other in changed):
+            changed.append(name)
+            found.append(f"{name} was {_shown(old, new)}, now {_shown(new, old)}")
+    return found
+
+
+def _json(value: Any) -> str:
+    return repr(value) if value is NOTHING else json.dumps(value, sort_keys=True, default=str)
+
+
+def _shown(value: Any, other: Any) -> str:
+    """A value beside another one: of long ones the part in which they differ."""
+    if value is NOTHING:
+        return "nothing"
+    # Quoted where it would not be clear what is a text.
+    texts = isinstance(value, str) and value and (other is NOTHING or (isinstance(other, str) and other))
+    said, beside = (x if texts else repr(list(x) if isinstance(x, tuple) else x) for x in (value, other))
+    if len(said) <= LONG:
+        return said
+    same = next((place for place, pair in enumerate(zip(said, beside, strict=False)) if len({*pair}) > 1), 0)
+    start = max(0, same - LONG // 3)
+    end = start + LONG
+    return ("..." if start else "") + said[start:end] + ("..." if end < len(said) else "")
 
 
 def as_text(config: Mapping[str, Any]) -> dict[str, str]:
@@ -123,7 +159,7 @@ def _detailed(value: Any) -> Any:
         }
         return [_source(type(value)), {name: _detailed(part) for name, part in parts.items()}]
     if isinstance(value, Mapping):
-        return {str(name): _detailed(part) for name, part in value.items()}
+        return {str(name): _detailed(part) for name, part in sorted(value.items(), key=lambda item: str(item[0]))}
     if isinstance(value, tuple | list):
         return [_detailed(part) for part in value]
     if isinstance(value, set | frozenset):

@@ -21,10 +21,14 @@ class GraphError(ValueError):
 class Node:
     """One value of the system and the component that produces it.
 
-    name: of the value in records; parents: names of inputs or other nodes.
-    params: key of the parameter tree, the node's name by default; two nodes with the same key share weights.
-    plate: number of copies, or None for a single value.
-    weight: multiplies the node's log-ratio in the system's sum (scales a surrogate against exact log-probabilities).
+    Args:
+        name: Of the value in records.
+        component: What produces it.
+        parents: Names of inputs or other nodes, in the order in which the component takes them.
+        params: Key of the parameter tree, the node's name by default; nodes with the same key share weights.
+        plate: Number of copies, or None for a single value.
+        weight: Multiplies the node's log-ratio in the system's sum: it scales a surrogate against exact
+            log-probabilities.
     """
 
     name: str
@@ -44,7 +48,14 @@ class Node:
         return isinstance(self.component, Tool)
 
     def tree(self, params: Params) -> Params:
-        """The node's own of `{params_key: tree}`: what `encode`, `log_prob` and `sample` take; empty for a tool."""
+        """The node's own parameters.
+
+        Args:
+            params: `{params_key: tree}` of the system.
+
+        Returns:
+            What `encode`, `log_prob` and `sample` of the component take; empty for a tool.
+        """
         return params.get(self.params_key, {})
 
 

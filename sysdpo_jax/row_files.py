@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sysdpo_jax.io import replacing
+from sysdpo_jax.io import reading, replacing
 from sysdpo_jax.values import from_json, to_json
 
 # Rows and bytes that wait in memory to be written together. A file of many small parts is slow to open.
@@ -91,12 +91,14 @@ def write_row_file(path: Path, rows: Iterable[Any]) -> int:
             key = kind, shape, data if len(data) <= SHORT else hashlib.blake2b(data, digest_size=16).digest()
             if key not in numbers:
                 numbers[key] = len(numbers)
-                leaves.add((data, "bytes" if kind is None else kind.name, list(shape)), len(data))
+                leaves.add(
+                    {"data": data, "type": "bytes" if kind is None else kind.name, "shape": list(shape)}, len(data)
+                )
             return numbers[key]
 
         for row in rows:
             text = json.dumps(pack(row, leaf))
-            texts.add((text,), len(text))
+            texts.add({"row": text}, len(text))
             number += 1
         texts.write()
         leaves.write()
@@ -114,9 +116,9 @@ class _Waiting:
     """Rows of a table that are written together."""
 
     def __init__(self, writer: Any, schema: Any):
-        self._writer, self._schema, self._rows, self._bytes = writer, schema, list[tuple[Any, ...]](), 0
+        self._writer, self._schema, self._rows, self._bytes = writer, schema, list[dict[str, Any]](), 0
 
-    def add(self, row: tuple[Any, ...], size: int) -> None:
+    def add(self, row: dict[str, Any], size: int) -> None:
         self._rows.append(row)
         self._bytes += size
         if len(self._rows) >= TOGETHER or self._bytes > BYTES_TOGETHER:
@@ -126,17 +128,24 @@ class _Waiting:
         import pyarrow as pa
 
         if self._rows:
-            columns = zip(*self._rows, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
-            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
         self._rows, self._bytes = [], 0
 
 
 class RowFile:
-    """The rows of a file that `write_row_file` made. Arrays are read-only, and lie in the mapped file."""
+    """The rows of a file that `write_row_file` made. Arrays are read-only, and lie in the mapped file.
 
-    def __init__(self, path: Path):
-        self._rows, self._leaves = (_mapped(path.with_name(f"{path.name}{ending}")) for ending in (ROWS, LEAVES))
+    Args:
+        path: As it was given to `write_row_file`.
+        remedy: What to do about a damaged one, for the message.
+
+    Raises:
+        DamagedFileError: The files are not whole, which reading a row may find out too.
+    """
+
+    def __init__(self, path: Path, remedy: str = "restore it"):
+        self._path, self._remedy = path, remedy
+        self._rows, self._leaves = (self._mapped(path.with_name(f"{path.name}{ending}")) for ending in (ROWS, LEAVES))
 
     def __len__(self) -> int:
         return int(self._rows.num_rows)
@@ -145,14 +154,24 @@ class RowFile:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, row: int) -> Any:
-        return unpack(self._packed(row), self._leaf)
+        return self._unpacked(row)
 
     def entry(self, row: int, name: str) -> Any:
         """One entry of a row that is an object; of the others nothing is read."""
-        return unpack(self._packed(row)[name], self._leaf)
+        return self._unpacked(row, name)
 
-    def _packed(self, row: int) -> Any:
-        return json.loads(self._rows["row"][row].as_py())
+    def _unpacked(self, row: int, *names: str) -> Any:
+        with reading(self._path, self._remedy):
+            packed = json.loads(self._rows["row"][row].as_py())
+            for name in names:
+                packed = packed[name]
+            return unpack(packed, self._leaf)
+
+    def _mapped(self, path: Path) -> Any:
+        import pyarrow as pa
+
+        with reading(path, self._remedy), pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
 
     def _leaf(self, number: int) -> Any:
         data, kind = self._leaves["data"][number].as_buffer(), self._leaves["type"][number].as_py()
@@ -161,10 +180,3 @@ class RowFile:
         array = np.frombuffer(data, np.dtype(kind)).reshape(self._leaves["shape"][number].as_py())
         array.flags.writeable = False
         return array
-
-
-def _mapped(path: Path) -> Any:
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()

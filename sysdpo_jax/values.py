@@ -57,15 +57,23 @@ def from_json(value: Any) -> Any:
         return [from_json(item) for item in value]
     if not isinstance(value, Mapping):
         return value
-    if set(value) != set(FIELDS) or not isinstance(value[TEXT], str) or not isinstance(value[TOKENS], list):
+    if TOKENS not in value or sampled_fault(value) is not None:
         return {name: from_json(item) for name, item in value.items()}
-    text, tokens, end = value[TEXT], value[TOKENS], value[END]
-    if not tokens:
-        return text
-    whole = all(type(token) is int and token >= 0 for token in tokens)
-    if not whole or end not in get_args(End) or not isinstance(value[TOKENIZER], str):
-        return dict(value)
-    return SampledText(text, tokens, end, value[TOKENIZER])
+    return SampledText(*(value[name] for name in FIELDS)) if value[TOKENS] else value[TEXT]
+
+
+def sampled_fault(value: Mapping[str, Any]) -> str | None:
+    """What keeps an object from being a sampled text, None for one that is: for errors."""
+    if set(value) != set(FIELDS):
+        return f"a sampled text has the fields {', '.join(FIELDS)} and no other, this one {', '.join(map(str, value))}"
+    if not isinstance(value[TEXT], str) or not isinstance(value[TOKENIZER], str):
+        return f"the {TEXT} and the {TOKENIZER} of a sampled text are texts"
+    tokens = value[TOKENS]
+    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+        return f"the {TOKENS} of a sampled text are a list of whole numbers from 0 on"
+    if value[END] not in get_args(End):
+        return f"the {END} of a sampled text is one of {', '.join(get_args(End))}"
+    return None
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The README keeps its word: its example runs, its table is the run's, its map names every folder."""
+"""The README keeps its word: its example and those that go on from it run, its table is the run's, it is short."""
 
 import json
 import os
@@ -21,7 +21,9 @@ README = (ROOT / "README.md").read_text()
 RUN = ROOT / "docs" / "progressive_images"
 
 
-OWN_SYSTEM, FINAL_VALUES, OWN_MODELS, SHARDED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = (ROOT / "docs" / "python.md").read_text()
+[OWN_SYSTEM] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FINAL_VALUES, OWN_MODELS, SHARDED = re.findall(r"```python\n(.*?)```", PYTHON, re.DOTALL)
 
 
 def run_code(code, folder):
@@ -73,6 +75,10 @@ def test_the_last_example_runs_as_it_stands_on_small_checkpoints(tmp_path):
     assert all(".attn2." in name for name in moved)
 
 
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len(README.splitlines()) <= 150
+
+
 def test_the_table_is_that_of_the_run_whose_files_are_beside_it():
     results = json.loads((RUN / "results.json").read_text())
     assert markdown_table(results_table(results)) in README
@@ -94,7 +100,8 @@ def test_the_figures_hold_what_the_readme_claims():
 
 def test_the_map_names_every_folder_and_every_link_and_path_leads_somewhere():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("sysdpo_jax/*/__init__.py")}
-    assert folders <= set(re.findall(r"`(sysdpo_jax/\w+)/`", README))
+    architecture = (ROOT / "docs" / "architecture.md").read_text()
+    assert folders <= set(re.findall(r"`(sysdpo_jax/\w+)/`", architecture))
     pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -38,6 +38,7 @@ from jaxtyping import Float, Int
 from experiments.common.command import parse
 from experiments.common.weights import smollm2_file
 from sysdpo_jax.decoding import Beams, BeamSearch, beam_generate
+from sysdpo_jax.io import write_json
 from sysdpo_jax.pretrained import load_language_model
 
 REQUEST = [{"role": "user", "content": "Write one sentence about a red ball."}]
@@ -190,8 +191,7 @@ def main(arguments: list[str]) -> None:
             },
         },
     }
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(config.folder / "results.json", results)
     for name, median in medians.items():
         print(f"{name:<28} {median:6.2f} s  (fastest {min(seconds[name]):.2f}, slowest {max(seconds[name]):.2f})")
     print(f"ratio {results['ratio']:.2f}, of plain beams {results['ratio_of_plain_beams']:.2f}")

@@ -15,7 +15,6 @@ memory is its own.
 """
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import platform
@@ -36,6 +35,7 @@ import jaxlib
 from experiments.benchmarks.gpu_cases import CASES, Case
 from experiments.common.command import parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
+from sysdpo_jax.io import write_json
 from sysdpo_jax.runs import keep_compilations
 from sysdpo_jax.training import count_units, memory, peak_flops, step_flops
 
@@ -198,10 +198,9 @@ def main(arguments: list[str]) -> None:
             },
         },
     }
-    config.folder.mkdir(parents=True, exist_ok=True)
     for name in config.cases:
         results["cases"][name] = apart(measure_by_name, config.preset, name, config)
-        (config.folder / "results.json").write_text(json.dumps(results, indent=1))
+        write_json(config.folder / "results.json", results)
     print(table(results))
 
 

@@ -15,7 +15,6 @@ experiments.benchmarks.gpu.
 """
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -35,6 +34,7 @@ from experiments.benchmarks.gpu_cases import Case
 from experiments.benchmarks.gpu_families import ATTENTION, STEPS, AttentionShape
 from experiments.common.command import parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
+from sysdpo_jax.io import write_json
 from sysdpo_jax.models import AttentionRequest, attend, choose
 from sysdpo_jax.runs import keep_compilations
 
@@ -207,8 +207,7 @@ def main(arguments: list[str]) -> None:
             "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
         },
     }
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(config.folder / "results.json", results)
     where = "" if made[0].passed else "no GPU, so that nothing was checked on one: "
     print(f"{where}{len(made) - len(failed)} passed, {len(failed)} failed: {config.folder / 'results.json'}")
     if failed:

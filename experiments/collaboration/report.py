@@ -9,6 +9,7 @@ from experiments.collaboration.run import SeedRun
 from experiments.collaboration.task import ANSWER, DRAFT
 from experiments.common.runs import Figures
 from sysdpo_jax.evaluation import Estimate
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.report import (
     Column,
     Report,
@@ -57,7 +58,7 @@ def write(
         made_by={name: str(value) for name, value in results["made_by"].items()},
     )
     write_report(folder / "report.html", report)
-    (folder / "table.md").write_text(markdown_table(results_table(results)) + "\n", encoding="utf-8")
+    write_whole(folder / "table.md", markdown_table(results_table(results)) + "\n")
 
 
 def print_table(results: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def _pool(parts: Sequence[Figures]) -> dict[str, np.ndarray]:
     return columns | {"cluster": np.concatenate(clusters)}
 
 
-def _row(columns: Figures) -> dict[str, float | int]:
+def _row(columns: Figures) -> dict[str, float | int | None]:
     right = clustered_mean(columns["right"], columns["cluster"])
     score = clustered_mean(columns["score"], columns["cluster"])
     return {
@@ -56,7 +56,7 @@ def _row(columns: Figures) -> dict[str, float | int]:
     }
 
 
-def _difference(first: Figures, second: Figures) -> dict[str, dict[str, float | int]]:
+def _difference(first: Figures, second: Figures) -> dict[str, dict[str, float | int | None]]:
     """Of paired runs: the same question, place and noise."""
     return {
         name: as_numbers(paired_difference(first[column], second[column], first["cluster"]))

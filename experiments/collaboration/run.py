@@ -17,8 +17,9 @@ from experiments.common.phases import Phases
 from experiments.common.runs import best_of, reported_rollout
 from experiments.common.storage import load_pairs, load_params, overlay, save_pairs, save_params
 from sysdpo_jax import PreferenceRecord, make_pairs
-from sysdpo_jax.columns import load_columns, save_columns
+from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.keys import named_key
+from sysdpo_jax.row_files import ROWS
 from sysdpo_jax.training import Board, Report, partition
 from sysdpo_jax.typing import Params, Record
 
@@ -102,7 +103,7 @@ class SeedRun:
                 )
             return pairs
 
-        path = self.folder / "pairs.npz"
+        path = self.folder / f"pairs{ROWS}"
         return self._phases.run("pairs", path, len(questions) * samples, make, load_pairs, save_pairs)
 
     def _align(self, before: Params, pairs: Sequence[PreferenceRecord], name: str) -> Params:
@@ -131,7 +132,7 @@ class SeedRun:
             return self._figures(records)
 
         path = self.folder / f"{label}.npz"
-        return self._phases.run(label, path, len(questions) * samples, make, load_columns, save_columns)
+        return self._phases.run(label, path, len(questions) * samples, make, read_arrays, write_arrays)
 
     def _figures(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
         columns = {name: np.array([record[name] for record in records]) for name in self.system.inputs}

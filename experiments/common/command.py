@@ -1,12 +1,10 @@
 """The command line of an experiment: presets, a folder that belongs to one configuration, seeds side by side."""
 
 import dataclasses
-import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,8 +12,11 @@ from typing import Any, Protocol, TypeVar
 import jax
 
 from sysdpo_jax.flags import fields_of, help_parser, parse_flags
+from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import InUseError, locked_folder
+from sysdpo_jax.manifest import check_same
 from sysdpo_jax.runs import keep_compilations
+from sysdpo_jax.threads import DaemonExecutor
 from sysdpo_jax.training import Board
 
 C = TypeVar("C")
@@ -71,10 +72,10 @@ def experiment_folder(folder: Path, run: Any) -> Iterator[None]:
         except InUseError as error:
             raise SystemExit(f"error: {error}") from None
         path = folder / "config.json"
-        wanted = json.dumps(dataclasses.asdict(run), indent=1)
-        if path.exists() and path.read_text() != wanted:
-            raise SystemExit(f"{folder} holds a run of another configuration (see {path}): choose another --folder")
-        path.write_text(wanted)
+        if path.exists():
+            noted = read_json(path)
+            check_same(str(path), noted, dataclasses.asdict(run), "choose another --folder", SystemExit)
+        write_json(path, dataclasses.asdict(run))
         keep_compilations(str(folder / "compiled"))
         yield
 
@@ -89,7 +90,7 @@ def run_seeds(seeds: Sequence[int], make: Callable[[int, Board], R]) -> tuple[di
             # In this thread, where Ctrl-C stops it.
             return runs, {seed: run.run() for seed, run in runs.items()}
         # Small models leave cores idle: seeds run side by side, and a device takes their work in turn.
-        with ThreadPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
+        with DaemonExecutor(min(len(runs), os.cpu_count() or 1), "seed") as pool:
             figures = dict(zip(runs, pool.map(lambda run: run.run(), runs.values()), strict=True))
     return runs, figures
 

@@ -1,12 +1,12 @@
 """Phases of a run: one whose output is in the folder is not repeated, so a stopped run goes on where it was."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from experiments.common.storage import load_params, save_params
+from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.training import Board, ProgressFactory, Report
 from sysdpo_jax.typing import Params
 
@@ -24,7 +24,7 @@ class Phases:
     @property
     def seconds(self) -> dict[str, float]:
         """{phase: seconds it took}, phases of earlier starts included."""
-        return json.loads(self._times.read_text()) if self._times.exists() else {}
+        return read_json(self._times) if self._times.exists() else {}
 
     def progress(self, name: str) -> ProgressFactory:
         """Bars of a phase that counts its own steps, as `Trainer` does."""
@@ -48,7 +48,7 @@ class Phases:
                 with self.progress(name)(0, steps) as report:
                     value = make(report)
             save(path, value)
-            self._times.write_text(json.dumps(self.seconds | {name: round(time.monotonic() - began, 2)}))
+            write_json(self._times, self.seconds | {name: round(time.monotonic() - began, 2)})
         # What is used is what is on disk, so that a resumed run uses the same.
         return load(path)
 

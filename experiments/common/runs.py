@@ -41,6 +41,6 @@ def best_of(runs: Sequence[Figures]) -> dict[str, np.ndarray]:
     return {name: np.stack([run[name] for run in runs])[best, rows] for name in runs[0] if runs[0][name].ndim}
 
 
-def as_numbers(estimate: Estimate) -> dict[str, float | int]:
+def as_numbers(estimate: Estimate) -> dict[str, float | int | None]:
     """An estimate as results.json holds it."""
     return {"value": estimate.value, "standard_error": estimate.standard_error, "n": estimate.n}

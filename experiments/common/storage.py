@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from sysdpo_jax import PreferenceRecord
-from sysdpo_jax.columns import as_values, load_columns, save_columns
 from sysdpo_jax.io import replacing
+from sysdpo_jax.row_files import ROWS, RowFile, write_row_file
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
 
@@ -50,24 +50,10 @@ def overlay(params: Params, changed: Params) -> Params:
 
 
 def save_pairs(path: Path, pairs: Sequence[PreferenceRecord]) -> None:
-    """Pairs whose values are strings or equally shaped arrays."""
-    parts = {
-        "inputs": [p.inputs for p in pairs],
-        "chosen": [p.chosen for p in pairs],
-        "rejected": [p.rejected for p in pairs],
-    }
-    save_columns(
-        path, {f"{part}/{name}": [row[name] for row in rows] for part, rows in parts.items() for name in rows[0]}
-    )
+    """Pairs of any values, in two files of which the one at `path`, which ends with `ROWS`, is the last one written."""
+    write_row_file(path.with_name(path.name.removesuffix(ROWS)), ([p.inputs, p.chosen, p.rejected] for p in pairs))
 
 
 def load_pairs(path: Path) -> list[PreferenceRecord]:
     """Undo `save_pairs`."""
-    columns = load_columns(path)
-    number = len(next(iter(columns.values())))
-    rows: list[dict[str, dict[str, Any]]] = [{"inputs": {}, "chosen": {}, "rejected": {}} for _ in range(number)]
-    for name, column in columns.items():
-        part, field = name.split("/")
-        for row, value in zip(rows, as_values(column), strict=True):
-            row[part][field] = value
-    return [PreferenceRecord(**row) for row in rows]
+    return [PreferenceRecord(*row) for row in RowFile(path.with_name(path.name.removesuffix(ROWS)))]

@@ -11,6 +11,7 @@ from experiments.common.runs import Figures
 from experiments.progressive.run import SeedRun
 from experiments.progressive.world import split_captions
 from sysdpo_jax.evaluation import Estimate
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.report import (
     Column,
     ImageRow,
@@ -22,7 +23,6 @@ from sysdpo_jax.report import (
     image_grid,
     learning_figures,
     markdown_table,
-    write_png,
     write_report,
 )
 from sysdpo_jax.training import read_metrics
@@ -62,8 +62,8 @@ def write(
         made_by={name: str(value) for name, value in results["made_by"].items()},
     )
     write_report(folder / "report.html", report)
-    (folder / "table.md").write_text(markdown_table(results_table(results)) + "\n", encoding="utf-8")
-    write_png(folder / "sequences.png", image_grid(rows[:6]))
+    write_whole(folder / "table.md", markdown_table(results_table(results)) + "\n")
+    image_grid(rows[:6]).save(folder / "sequences.png")
 
 
 def print_table(results: Mapping[str, Any]) -> None:

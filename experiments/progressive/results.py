@@ -42,7 +42,7 @@ def _pool(parts: Sequence[Figures]) -> dict[str, np.ndarray]:
     return columns
 
 
-def _row(columns: Figures) -> dict[str, float | int]:
+def _row(columns: Figures) -> dict[str, float | int | None]:
     score = clustered_mean(columns["score"], columns["cluster"])
     order = clustered_mean(columns["order"], columns["cluster"])
     return {
@@ -57,7 +57,7 @@ def _row(columns: Figures) -> dict[str, float | int]:
     }
 
 
-def _difference(first: Figures, second: Figures) -> dict[str, dict[str, float | int]]:
+def _difference(first: Figures, second: Figures) -> dict[str, dict[str, float | int | None]]:
     """Of paired runs: the same request, place and noise."""
     made = {
         "preference_score": paired_difference(first["score"], second["score"], first["cluster"]),

@@ -18,9 +18,10 @@ from experiments.progressive.align import AlignConfig, align, image_part, langua
 from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, diffusion, language_model
 from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Request, World, well_formed
 from sysdpo_jax import PreferenceRecord, make_pairs, rollout
-from sysdpo_jax.columns import load_columns, save_columns
 from sysdpo_jax.evaluation import order_consistency, preference_score
+from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.keys import named_key
+from sysdpo_jax.row_files import ROWS
 from sysdpo_jax.training import Board, Report
 from sysdpo_jax.typing import Params, Record
 
@@ -119,7 +120,7 @@ class SeedRun:
             scores = preference_score(judge.grades(asked, records))
             return make_pairs(self.system, records, scores, self.config.align.group, self.config.align.min_margin)
 
-        path = self.folder / f"{name}.npz"
+        path = self.folder / f"{name}{ROWS}"
         return self._phases.run(name, path, len(requests) * samples, make, load_pairs, save_pairs)
 
     def _align(self, name: str, params: Params, pairs: Sequence[PreferenceRecord], trained: Sequence[str]) -> Params:
@@ -192,7 +193,7 @@ class SeedRun:
             return self._figures(params, asked, records)
 
         return self._phases.run(
-            label, self.folder / f"{label}.npz", len(requests) * samples, make, load_columns, save_columns
+            label, self.folder / f"{label}.npz", len(requests) * samples, make, read_arrays, write_arrays
         )
 
     def _figures(self, params: Params, asked: Sequence[Request], records: Sequence[Record]) -> dict[str, np.ndarray]:

@@ -20,8 +20,10 @@ from sysdpo_jax.runs.run import assemble, check_first, first_batch, make_batches
 from sysdpo_jax.training import abstract_state
 from sysdpo_jax.training.ahead_of_time import compile_step
 
-SHOWN = ("topology", "level", "mesh.data", "mesh.fsdp", "mesh.tensor", "schedule.batch_size", "schedule.accumulate")
-SHOWN += ("data.source", "dtype", "remat")
+SHOWN = (
+    *("topology", "level", "mesh.data", "mesh.fsdp", "mesh.tensor", "schedule.batch_size", "schedule.accumulate"),
+    *("data.source", "dtype", "remat"),
+)
 
 
 @dataclass(frozen=True)

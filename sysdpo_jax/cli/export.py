@@ -8,20 +8,25 @@ the weights or, with --adapters, as the factors alone. A component of your own w
 method `save(path, params)`; of others the parameters are written, as parameters.safetensors.
 """
 
+import json
+import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import sysdpo_jax as sj
+from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.locks import locked_file
+from sysdpo_jax.report.model_card import model_card
+from sysdpo_jax.report.outcome import best_evaluation
 from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.runs.card import model_card
 from sysdpo_jax.runs.config import MeshConfig
 from sysdpo_jax.runs.exporting import write_component
 from sysdpo_jax.runs.files import CONFIG, read_config
 from sysdpo_jax.runs.loading import Which, restored
-from sysdpo_jax.runs.outcome import best_evaluation
-from sysdpo_jax.runs.run import assemble
+from sysdpo_jax.runs.run import DATA, assemble
 from sysdpo_jax.training import read_metrics
 
 
@@ -56,23 +61,36 @@ def export(config: Config) -> list[Path]:
     # On the devices that are here, whatever it was trained on, and where the folder is now.
     run = assemble(replace(train, directory=str(config.directory.absolute()), mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
-    best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
+    rows = read_metrics(config.directory / "metrics.jsonl")
+    best = best_evaluation(rows)
     if step == 0:
         why = "has not trained yet" if config.checkpoint == "newest" else "was never better than before training"
         raise ConfigError(f"{config.directory} {why}, so that there is nothing aligned to export: train on")
     if config.checkpoint == "newest" and best not in (None, 0, step):
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
-    about = model_card(config.directory, run, step)
+    data = json.loads((config.directory / DATA).read_text(encoding="utf-8"))
+    about = (run.system, asdict(train), data, [row for row in rows if row["step"] <= step], step, sj.__version__)
     written = []
     for name in trained:
         folder = config.output / name
         # Nodes that share the model differ in their prompts only.
         model = next(node.component for node in run.system.nodes if node.params_key == name)
         adapter = config.adapters and train.system.components[name].mode == "lora"
-        library = write_component(folder, model, params[name], adapter, train.system.components[name].checkpoint)
-        write_whole(folder / "README.md", about(name, library))
+        start = train.system.components[name].checkpoint
+        named = {"base_model": start, "datasets": data["source"]}
+        hub = {field: source for field, source in named.items() if source is not None and _on_hub(source)}
+        with locked_file(folder):
+            library = write_component(folder, model, params[name], adapter, start)
+            write_whole(folder / "README.md", model_card(name, library, hub, *about))
         written.append(folder)
     return written
+
+
+def _on_hub(source: str) -> bool:
+    """The hub links names of its own, and refuses others."""
+    path = Path(source)
+    named = re.fullmatch(r"([\w.-]+/)?[\w.-]+", source) is not None
+    return named and not path.exists() and path.suffix not in (*LINES, *TABLE, ".gguf")
 
 
 def run(config: Config) -> None:

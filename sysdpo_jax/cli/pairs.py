@@ -17,7 +17,7 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import write_whole
+from sysdpo_jax.io import write_json_lines
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.runs.runs_file import Run, moved, read_lines, run_lines
 
@@ -84,8 +84,7 @@ def make_pairs(config: Config) -> str:
         raise ConfigError(
             f"no two runs of a prompt differ by {config.min_margin:g} or more{without}: sample more, or lower it"
         )
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(config.output, "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_json_lines(config.output, lines)
     ties = f" ({tied} ties)" if config.ties == "keep" else ""
     said = f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of which have none"
     return said + (f"; {len(skipped)} runs have no score" if skipped else "")

@@ -6,9 +6,8 @@ example:
 The figures are those in the run's folder; nothing is sampled or scored. A run that is going on is left as it is.
 """
 
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,18 @@ import jax
 
 from sysdpo_jax.cli import command_line
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import write_whole
+from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
-from sysdpo_jax.report import Column, Ranged, Report, Row, Table, run_figures, run_warnings, write_report
+from sysdpo_jax.report import ComparedRuns, write_report
+from sysdpo_jax.report.outcome import summary
+from sysdpo_jax.report.samples import compare_runs, spread
+from sysdpo_jax.report.training import compared_steps, run_report, run_results
 from sysdpo_jax.runs.config import MeshConfig
 from sysdpo_jax.runs.files import CONFIG, read_config
-from sysdpo_jax.runs.outcome import ENDED, best_evaluation, evaluations, final_figures, interval_of, summary
+from sysdpo_jax.runs.held_out import FOLDER, runs_name
 from sysdpo_jax.runs.run import DATA, Run, assemble
-from sysdpo_jax.runs.shown import compared_runs
+from sysdpo_jax.runs.runs_file import run_lines, with_images
 from sysdpo_jax.training.metrics import read_metrics
-
-DESCRIPTION = """
-The system was aligned from {pairs} preferences on its runs with SysDPO-{kind} (arXiv 2502.17721): one loss for all
-components that are trained.
-"""
-EVALUATION = """
-Figures of evaluation are of held-out prompts, with the noise of the first evaluation, which is the system before
-training; the win rate is the share of runs with a higher score than that system's, a tie counting half. Brackets hold
-95% intervals, which know that runs of a prompt are alike: Wilson's of shares, Student's of other scores. The best
-evaluation is chosen by these very prompts, which favours it a little. The runs below are the first of each of some
-prompts, evenly spaced over the file.
-"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ def run(config: Config) -> None:
     began, results = time.monotonic(), config.directory / "results.json"
     with locked_folder(config.directory):
         made = assemble(replace(read_config(path), directory=str(config.directory.absolute()), mesh=MeshConfig()))
-        known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        known = read_json(results) if results.is_file() else {}
         print(write_run_report(made, known.get("made_by") or made_by(time.monotonic() - began)))
 
 
@@ -83,26 +73,14 @@ def write_run_report(run: Run, made_by: Mapping[str, Any]) -> Path:
 
     Raises what reading the runs of evaluations and writing raise.
     """
-    folder, rows, said = Path(run.config.directory), _metrics(run), result_lines(run)
-    results = _results(rows, said) | {
-        "data": json.loads((folder / DATA).read_text(encoding="utf-8")),
-        "made_by": dict(made_by),
-    }
-    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    report = Report(
-        title=f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system",
-        headline=tuple(f"{text[0].upper()}{text[1:]}." for text in said),
-        description=DESCRIPTION.format(kind=run.config.objective.kind.capitalize(), pairs=results["data"]["kept"])
-        + (EVALUATION if evaluations(rows) else ""),
-        tables=tuple(_table(rows)),
-        figures=run_figures(rows),
-        warnings=run_warnings(rows),
-        runs=tuple(compared_runs(run, _compared(rows))),
-        system=run.system,
-        configuration={name: value for name, value in asdict(run.config).items() if name != "directory"},
-        made_by=dict(made_by),
-    )
-    write_report(folder / "report.html", report)
+    folder, rows = Path(run.config.directory), _metrics(run)
+    data = read_json(folder / DATA)
+    results = run_results(rows, run.config.schedule.steps) | {"data": data, "made_by": dict(made_by)}
+    write_json(folder / "results.json", results)
+    title = f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system"
+    configuration = {name: value for name, value in asdict(run.config).items() if name != "directory"}
+    runs = tuple(_compared_runs(run, compared_steps(rows)))
+    write_report(folder / "report.html", run_report(title, rows, results, run.system, configuration, runs))
     return folder / "report.html"
 
 
@@ -110,43 +88,21 @@ def _metrics(run: Run) -> list[dict[str, Any]]:
     return read_metrics(Path(run.config.directory) / "metrics.jsonl")
 
 
-def _results(rows: Sequence[Mapping[str, Any]], said: Sequence[str]) -> dict[str, Any]:
-    """The figures of the report, to be read by programs; docs/metrics.md has their names."""
-    return {
-        "summary": list(said),
-        "final": final_figures(rows),
-        "evaluations": evaluations(rows),
-        "best_step": best_evaluation(rows),
-        "training": _last_figures(rows),
-        "warnings": list(run_warnings(rows)),
-    }
+def _compared_runs(run: Run, steps: Mapping[str, int]) -> Iterator[ComparedRuns]:
+    """The first run of some prompts at the evaluations of `steps`, {name: step}, that before training first.
+
+    As many prompts as `evaluation.shown`, evenly spaced: nobody chose them.
+    """
+    firsts = {name: _first_runs(run, step) for name, step in steps.items()}
+    # A tool may have left a run out of one of them.
+    both = [name for name in next(iter(firsts.values()), {}) if all(name in runs for runs in firsts.values())]
+    for place in spread(len(both), run.config.evaluation.shown):
+        made = {name: runs[both[place]] for name, runs in firsts.items()}
+        whole = {name: with_images(line, path) for name, (line, path) in made.items()}
+        yield compare_runs(whole, run.system.inputs, [node.name for node in run.system.nodes])
 
 
-def _last_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    trained = [row for row in rows if "loss" in row]
-    return {name: trained[-1].get(name) for name in ("step", *ENDED)} if trained else {}
-
-
-def _compared(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """{name: step} of the evaluations that runs are shown of."""
-    final = final_figures(rows)
-    after = {f"after {final['step']:.0f} steps": int(final["step"])} if final else {}
-    return {"before training": 0, **after} if evaluations(rows) else {}
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """The evaluations; the win rate first, for a telephone is narrow."""
-    made, best = evaluations(rows), best_evaluation(rows)
-    columns = (Column("win rate", digits=1, percent=True), Column("score"), Column("change"))
-    if made:
-        shown = tuple(
-            Row(f"step {row['step']}" + (", best" if row["step"] == best else ""), tuple(_values(row))) for row in made
-        )
-        yield Table("Evaluations on held-out prompts, with 95% intervals", columns, shown, label="after")
-
-
-def _values(row: Mapping[str, Any]) -> Iterator[Ranged | None]:
-    for name in ("eval/win_rate", "eval/score", "eval/score_difference"):
-        # Before training the system is compared with itself.
-        known = row["step"] > 0 or name == "eval/score"
-        yield Ranged(row[name], interval_of(row, name), int(row["eval/runs"])) if known else None
+def _first_runs(run: Run, step: int) -> dict[str, tuple[dict[str, Any], Path]]:
+    """{id: line and file} of the first run of each prompt."""
+    path = Path(run.config.directory) / FOLDER / runs_name(step)
+    return {line["id"]: (line, path) for line in run_lines(path) if line["id"].endswith("-0")}

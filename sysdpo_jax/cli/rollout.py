@@ -23,9 +23,8 @@ from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import file_digest
+from sysdpo_jax.io import ResumableJsonl, file_digest
 from sysdpo_jax.locks import locked_file
-from sysdpo_jax.resumable_jsonl import ResumableJsonl
 from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.loading import Which, load_system
 from sysdpo_jax.runs.prompts import read_prompts
@@ -145,9 +144,8 @@ def _chunk(
 def _lines(file: ResumableJsonl) -> tuple[set[str], dict[str, str], set[tuple[Any, str]]]:
     """The ids of the runs that a file holds, why others are left out, by id, and its `noted_errors`.
 
-    The end of the file that a killed process or machine did not write whole, images included, is cut off.
+    The end of the file whose images a machine that went down did not write is cut off.
     """
-    file.cut(file.count())
     rows = list(read_lines(file.path)) if file.path.exists() else []
     while rows and lacks_images(rows[-1], file.path):
         rows.pop()

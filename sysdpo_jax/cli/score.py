@@ -22,9 +22,8 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer, scores
 from sysdpo_jax.evaluation.unscored import ScoreError, counted
-from sysdpo_jax.io import file_digest
+from sysdpo_jax.io import ResumableJsonl, file_digest, note_of
 from sysdpo_jax.locks import locked_file
-from sysdpo_jax.resumable_jsonl import ResumableJsonl, note_of
 from sysdpo_jax.runs.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
 from sysdpo_jax.training import Board
 
@@ -62,8 +61,6 @@ def score(config: Config) -> Path:
             check_scorer(scorer, names, f"run {name} of {path}")
             checked.add(names)
     file = ResumableJsonl(config.output, _about(config))
-    # A line that a killed process left half-written has no end.
-    file.cut(file.count())
     lines = list(read_lines(config.output)) if config.output.exists() else []
     known, noted = {row.get("id") for row in lines if "score" in row}, noted_errors(lines)
     waiting = [name for name in runs if name not in known]

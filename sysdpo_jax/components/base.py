@@ -40,12 +40,39 @@ class Component(Protocol):
     """
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Fresh parameters."""
+        """Make fresh parameters.
+
+        Args:
+            key: Of the draws.
+
+        Returns:
+            The component's tree, any pytree.
+        """
         ...
 
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
-        """Raw values -> NumPy pytree with a leading batch axis of `len(values)`. Host side; may raise `RecordError`."""
+        """Turn raw values into arrays, on the host.
+
+        Args:
+            values: One a row.
+            parents: `{parent: values}`, in the order of the node's parents.
+
+        Returns:
+            A NumPy pytree with a leading batch axis of `len(values)`.
+
+        Raises:
+            RecordError: For what cannot be used, naming the row.
+        """
         ...
+
+    @property
+    def prepared_by(self) -> Any:
+        """All of the component that `prepare`, `encode`, `sizes` and `resize` read, beside the frozen parameters.
+
+        Features that are kept on disk are made anew where it changes. By default the component as a whole; leave out
+        what only `log_prob` and `sample` read.
+        """
+        return self
 
     @property
     def several_sizes(self) -> bool:
@@ -63,64 +90,128 @@ class Component(Protocol):
     def raw(self, features: Features) -> Mapping[str, Raw]:
         """The entries of the features that `encode` has still to encode; none by default. Host side.
 
-        Whatever axes lie before the rows' own. `CompoundSystem.encode` encodes each of these entries by itself.
+        `CompoundSystem.encode` encodes each of these entries by itself.
+
+        Args:
+            features: Of any number of rows, whatever axes lie before the rows' own.
+
+        Returns:
+            `{entry: Raw}`.
         """
         return {}
 
     def encode(self, params: Params, features: Features) -> Features:
-        """Raw features -> what `log_prob` takes, by the frozen parts. Jittable; of encoded features the identity.
+        """Encode raw features by the frozen parts. Jittable; of encoded features the identity.
 
-        It replaces each entry that `raw` names by one of another name, and takes features that hold some of them only.
-        Of `params` it reads the frozen entries alone, of which there may be no others.
+        Args:
+            params: Of which the frozen entries alone are read, and there may be no others.
+            features: With some of the entries that `raw` names, or all.
+
+        Returns:
+            What `log_prob` takes: each of these entries is replaced by one of another name.
         """
         return features
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
-        """log p(value | parents) of each row in nats, up to a constant that does not depend on `params`.
+        """log p(value | parents) of each row, up to a constant that does not depend on `params`. Jittable.
 
-        Jittable. key: one for all rows or, as `CompoundSystem` passes it, one a row (see `row_keys`). The same key
-        gives the same noise, whatever the parameters: policy and reference share it.
+        Args:
+            params: The component's tree.
+            features: Encoded.
+            key: One for all rows or, as `CompoundSystem` passes it, one a row (see `row_keys`). The same key gives the
+                same noise, whatever the parameters: policy and reference share it.
+
+        Returns:
+            A number a row, in nats.
         """
         ...
 
     def log_prob_with_metrics(
         self, params: Params, features: Features, key: Keys
     ) -> tuple[Float[Array, "batch"], Metrics]:
-        """`log_prob`, and per-row figures worth logging for policy and reference (none by default)."""
+        """`log_prob`, and figures worth logging for policy and reference (none by default).
+
+        Args:
+            params: The component's tree.
+            features: Encoded.
+            key: As for `log_prob`.
+
+        Returns:
+            The log-probabilities, and `{name: a number a row}`.
+        """
         return self.log_prob(params, features, key), {}
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        """One raw value per row of the parents. The inner loop is jitted."""
+        """Draw one value for each row. The inner loop is jitted.
+
+        Args:
+            params: The component's tree.
+            parents: `{parent: values}`, in the order of the node's parents.
+            key: Of the draws.
+
+        Returns:
+            A raw value for each row.
+        """
         ...
 
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
-        """From 1 to `number` distinct likely values for each row of the parents, the likeliest first if it is known.
+        """Find distinct likely values: the intermediates of SysDPO-Sampling. By default what differs among samples.
 
-        They are the intermediates of SysDPO-Sampling. By default those that differ among `number` samples.
+        Args:
+            params: The component's tree.
+            parents: `{parent: values}`, in the order of the node's parents.
+            number: How many are wanted.
+            key: Of the draws.
+
+        Returns:
+            From 1 to `number` values for each row, the likeliest first if it is known.
         """
         spread = {name: [value for value in column for _ in range(number)] for name, column in parents.items()}
         values = self.sample(params, spread, key)
         return [distinct(values[start : start + number]) for start in range(0, len(values), number)]
 
     def sizes(self, features: Features) -> Mapping[str, Int[np.ndarray, "..."]]:
-        """How long each row is, by axis, such as {"prompt": [batch], "completion": [batch]}; none by default.
+        """How long each row is; host side. Rows are stored at their own sizes, see `resize`.
 
-        Host side, whatever axes lie before the rows' own. Rows are stored at their own sizes, see `resize`.
+        Args:
+            features: Whatever axes lie before the rows' own.
+
+        Returns:
+            The lengths by axis, such as {"prompt": [batch], "completion": [batch]}; none by default.
         """
         return {}
 
     def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
-        """The features padded or cut to these sizes, which every row fits in; host side. `log_prob` stays the same."""
+        """Pad or cut features to other sizes; host side. `log_prob` stays the same.
+
+        Args:
+            features: As `prepare` made them.
+            sizes: By axis, as `sizes` names them; every row fits in.
+
+        Returns:
+            The features in these sizes.
+        """
         return features
 
     def padding(self, features: Features) -> float:
-        """The share of the features that is padding; host side."""
+        """How much of the features is padding; host side.
+
+        Args:
+            features: As `prepare` made them.
+
+        Returns:
+            A share in [0, 1].
+        """
         return 0.0
 
     def units(self, features: Features) -> Mapping[str, int]:
-        """`{"tokens" or "images" or ...: how many}` in prepared features, whatever axes lie before theirs. Host side.
+        """What speed is counted in, as "throughput/<unit>_per_second/<node>"; none by default. Host side.
 
-        They are what speed is counted in, as "throughput/<unit>_per_second/<node>"; none by default.
+        Args:
+            features: Prepared, whatever axes lie before theirs.
+
+        Returns:
+            `{"tokens" or "images" or ...: how many there are}`.
         """
         return {}
 

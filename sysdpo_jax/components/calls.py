@@ -4,12 +4,14 @@ All threads are daemons: Python cannot end a call that hangs, but the process ca
 """
 
 import logging
-import queue
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import islice
+from typing import TypeVar
 
 import tenacity
+
+from sysdpo_jax.threads import DaemonExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +49,12 @@ def within(seconds: float | None, call: Callable[[], R]) -> R:
     """What the call returns, made in a thread of its own if there is a limit. Raises `TimeoutError` past the limit."""
     if seconds is None:
         return call()
-    outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((True, call()))
-        except BaseException as error:
-            outcome.put((False, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        fine, result = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no result within {seconds:g} s") from None
-    if not fine:
-        raise result
-    returned: R = result
-    return returned
+    thread = DaemonExecutor(1, "call")
+    made = thread.submit(call)
+    thread.shutdown(wait=False, cancel_futures=False)
+    if not wait([made], seconds).done:
+        raise TimeoutError(f"no result within {seconds:g} s")
+    return made.result()
 
 
 def side_by_side(call: Callable[[T], R], items: Sequence[T], threads: int, ends: Callable[[R], bool]) -> dict[int, R]:
@@ -79,39 +70,18 @@ def side_by_side(call: Callable[[T], R], items: Sequence[T], threads: int, ends:
             if ends(results[place]):
                 break
         return results
-    made: queue.SimpleQueue[tuple[int, Any, BaseException | None] | None] = queue.SimpleQueue()
-    waiting, lock, stopped = iter(enumerate(items)), threading.Lock(), threading.Event()
-
-    def work() -> None:
-        while not stopped.is_set():
-            with lock:
-                taken = next(waiting, None)
-            if taken is None:
-                break
-            try:
-                result = call(taken[1])
-                if ends(result):
-                    stopped.set()
-                made.put((taken[0], result, None))
-            except BaseException as error:
-                made.put((taken[0], None, error))
-        made.put(None)
-
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(items)))]
-    for worker in workers:
-        worker.start()
-    working = len(workers)
+    waiting, running = iter(enumerate(items)), dict[Future[R], int]()
+    pool, ended = DaemonExecutor(min(threads, len(items)), "call"), False
     try:
-        while working:
-            outcome = made.get()
-            if outcome is None:
-                working -= 1
-                continue
-            place, result, error = outcome
-            if error is not None:
-                raise error
-            results[place] = result
+        while True:
+            for place, item in islice(waiting, 0 if ended else threads - len(running)):
+                running[pool.submit(call, item)] = place
+            if not running:
+                return results
+            for made in wait(running, return_when=FIRST_COMPLETED).done:
+                place = running.pop(made)
+                results[place] = made.result()
+                ended |= ends(results[place])
     finally:
-        # After Ctrl-C too: what is under way ends on its own, and nothing else begins.
-        stopped.set()
-    return results
+        # After Ctrl-C too: what is under way ends on its own.
+        pool.shutdown(wait=False)

@@ -18,7 +18,9 @@ from sysdpo_jax.typing import Features, Keys, Params, Parents
 class Categorical(Component):
     """p(value | parents) = softmax(logits[*parents])[value]; values and parents are integers counted from 0.
 
-    num_values: how many values there are; parent_sizes: the same for each parent, in the order of the node's parents.
+    Args:
+        num_values: How many values there are.
+        parent_sizes: The same for each parent, in the order of the node's parents.
     """
 
     num_values: int

@@ -14,7 +14,12 @@ from sysdpo_jax.typing import Params
 
 
 class Prepared(NamedTuple):
-    """The features of images, {"pixels" or "latents": array}, and for each the frame it was cut from, see `Fitted`."""
+    """What a codec makes of images.
+
+    Attributes:
+        features: {"pixels" or "latents": array with a leading batch axis}.
+        frames: For each image the frame it was cut from, see `Fitted`.
+    """
 
     features: dict[str, np.ndarray]
     frames: Int[np.ndarray, "batch 6"]
@@ -24,8 +29,7 @@ class Prepared(NamedTuple):
 class Codec(Protocol):
     """Images (paths, bytes, PIL images, arrays) to features on the host, and latents of a denoiser back to [0, 1].
 
-    It makes {"latents": [B, h, w, c]} or, where those take a frozen model, {"pixels": ...}, see `FrozenCodec`.
-    image_shape, latent_shape: of what is sampled.
+    image_shape and latent_shape are those of what is sampled.
     """
 
     @property
@@ -34,11 +38,33 @@ class Codec(Protocol):
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
 
-    def prepare(self, images: Sequence[Any]) -> Prepared: ...
+    def prepare(self, images: Sequence[Any]) -> Prepared:
+        """Turn images into features, on the host.
+
+        Args:
+            images: Paths, bytes, PIL images or arrays.
+
+        Returns:
+            {"latents": [B, h, w, c]} or, where those take a frozen model, {"pixels": ...}, and the frames.
+
+        Raises:
+            RecordError: For an image that cannot be used, naming the row.
+        """
+        ...
 
     def decode(
         self, params: Params, latents: Float[np.ndarray, "batch h w c"]
-    ) -> Float[np.ndarray, "batch height width channels"]: ...
+    ) -> Float[np.ndarray, "batch height width channels"]:
+        """Turn latents into pixels, on the host.
+
+        Args:
+            params: Of the codec's model, {} where there is none.
+            latents: As a denoiser makes them.
+
+        Returns:
+            Pixels in [0, 1].
+        """
+        ...
 
 
 @runtime_checkable
@@ -77,7 +103,12 @@ def first_rows(values: Sequence[Any]) -> list[int]:
 class PixelCodec:
     """Latents are pixels in [-1, 1], blocks of patch x patch pixels folded into channels (space to depth).
 
-    image_shape: (height, width, channels) of the images; patch must divide height and width.
+    Args:
+        image_shape: (height, width, channels) of the images.
+        patch: Must divide height and width.
+
+    Raises:
+        ValueError: If it does not.
     """
 
     image_shape: tuple[int, int, int]
@@ -94,7 +125,7 @@ class PixelCodec:
         return height // self.patch, width // self.patch, channels * self.patch**2
 
     def prepare(self, images: Sequence[Any]) -> Prepared:
-        """Raises `RecordError` for an image that cannot be read, of another shape or with values outside [0, 1]."""
+        """Raises `RecordError` also for an image of another shape or with values outside [0, 1]."""
         pixels = np.zeros((len(images), *self.image_shape), np.float32)
         for row, first in enumerate(first_rows(images)):
             read = pixels[first] if first < row else read_image(images[row], row)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.user_code import user_code
+from sysdpo_jax.values import TEXT, TOKENS, sampled_fault
 
 # The names of a conversation with more than messages; the last two are TRL's columns too.
 MESSAGES, TOOLS, ARGUMENTS = "messages", "tools", "chat_template_kwargs"
@@ -141,7 +142,13 @@ def kind(value: Any) -> str:
     """What a value is, in words for an error."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         inner = {type(item).__name__ for item in value}
-        return f"a list of {' and '.join(sorted(inner)) or 'nothing'} (a message has a 'role' and a 'content')"
+        without = [place for place, item in enumerate(value) if isinstance(item, Mapping) and "role" not in item]
+        why = "a message has a 'role' and a 'content'"
+        if without:
+            why += f"; message {without[0]} has {', '.join(map(repr, value[without[0]])) or 'nothing'}"
+        return f"a list of {' and '.join(sorted(inner)) or 'nothing'} ({why})"
+    if isinstance(value, Mapping) and {TEXT, TOKENS} <= set(value):
+        return f"an object ({sampled_fault(value)})"
     return type(value).__name__
 
 

@@ -13,12 +13,28 @@ from sysdpo_jax.diffusion.weightings import Constant, Weighting
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(TextToImage):
-    """Discrete-time diffusion, trained at t ~ U{low, ..., high - 1}.
+    """Discrete-time diffusion, trained at t ~ U{low, ..., high - 1} (arXiv 2311.12908, equation 14).
 
-    prediction_type: "epsilon", "v_prediction" or "sample".
-    weighting: T * omega(lambda_t), see generation/weightings.py.
-    timesteps: the range (low, high) of t; (0, num_timesteps) by default. A narrower one departs from the paper.
-    sampler: from noise to latents, see generation/samplers.
+    log p(image | caption) ~= -(T omega / 2) * mean squared error of the prediction at one draw of (t, noise).
+
+    Args:
+        denoiser: Module (latents [B, h, w, c], time [B], *conditioning) -> prediction [B, h, w, c].
+        text: Captions to the conditioning; trained with the denoiser unless it is `FrozenText`.
+        codec: Images (paths, bytes, PIL images, arrays) to latents and back.
+        num_steps: Of the sampler.
+        guidance_scale: Of the sampler; at most 1 means no guidance.
+        negative_prompt: What guidance leads away from; None is the null condition.
+        caption_dropout: Share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
+        strata: Rows come in groups of this many whose times are spread evenly (set it to the node's plate).
+        source: The files that it was read from, which `pretrained.save` hands on.
+        schedule: Of the noise.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        weighting: T * omega(lambda_t), see `sysdpo_jax.diffusion`.
+        timesteps: The range (low, high) of t; (0, num_timesteps) by default. A narrower one departs from the paper.
+        sampler: From noise to latents, see `sysdpo_jax.diffusion`.
+
+    Raises:
+        ValueError: For a value out of range, and an epsilon model that would be trained where the SNR is 0.
     """
 
     schedule: NoiseSchedule = NoiseSchedule()

@@ -14,8 +14,18 @@ from sysdpo_jax.diffusion.schedules import expand
 class FlowMatching(TextToImage):
     """z = (1 - sigma) z_0 + sigma eps with the velocity eps - z_0 as target (arXiv 2209.03003, equation 1).
 
-    sampler: Euler steps, and the schedule that gives the level sigma(u) at u ~ U[0, 1) in training too.
-    scale: T * omega, the weight of the mean squared velocity error.
+    Args:
+        denoiser: Module (latents [B, h, w, c], time [B], *conditioning) -> velocity [B, h, w, c].
+        text: Captions to the conditioning; trained with the denoiser unless it is `FrozenText`.
+        codec: Images (paths, bytes, PIL images, arrays) to latents and back.
+        num_steps: Of the sampler.
+        guidance_scale: Of the sampler; at most 1 means no guidance.
+        negative_prompt: What guidance leads away from; None is the null condition.
+        caption_dropout: Share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
+        strata: Rows come in groups of this many whose times are spread evenly (set it to the node's plate).
+        source: The files that it was read from, which `pretrained.save` hands on.
+        sampler: Euler steps, and the schedule that gives the level sigma(u) at u ~ U[0, 1) in training too.
+        scale: T * omega, the weight of the mean squared velocity error.
     """
 
     sampler: FlowEuler = FlowEuler()

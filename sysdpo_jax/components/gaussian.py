@@ -18,8 +18,10 @@ from sysdpo_jax.typing import Features, Keys, Params, Parents
 class Gaussian(Component):
     """p(value | parents) = N(value; parents @ kernel + bias, scale^2 I), the parents concatenated to one vector.
 
-    size: length of the value (1: a number or a vector of one); parent_size: summed length of the parents;
-    scale: the fixed standard deviation, in the units of the value.
+    Args:
+        size: Length of the value (1: a number or a vector of one).
+        parent_size: Summed length of the parents.
+        scale: The fixed standard deviation, in the units of the value.
     """
 
     size: int

@@ -39,23 +39,33 @@ from sysdpo_jax.values import SampledText, distinct
 class LanguageModel(Component):
     """A text given its parents.
 
-    decoder, tokenizer: the model and its Hugging Face tokenizer (with an end-of-sequence token).
-    max_prompt_length, max_new_tokens: the room for prompt and completion, in tokens.
-    prompt: module-level function of the parents' values, in the order of Node.parents, that returns a string, a list of
-    chat messages, or {"messages": [...], "tools": [...], "chat_template_kwargs": {...}}; by default the node's only
-    parent is the prompt. A string is tokenized as the tokenizer does by default, messages through its chat template.
-    temperature, top_p: of `sample`; temperature 0 takes the likeliest token.
-    truncation: of texts without room. "error" refuses them; "keep_start" and "keep_end" keep the first or the last
-    tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. "keep_end" also
-    keeps the tokenizer's beginning-of-sequence token in front; "keep_start" cuts from messages the header of the turn
-    to come, so that the model does not know whose turn it is. The share of cut rows is the metric "truncated".
-    stop_tokens: token ids that end a completion beside the tokenizer's end-of-sequence token, as the
-    `eos_token_id` of a generation_config.json lists them, and the token that closes a turn in the chat template.
-    search: settings of the beam search that finds `candidates`.
-    source: the files that it was read from, which `pretrained.save` hands on.
-
     The tokenizer may hold more tokens than the decoder, as long as no row does; its padding token is never read.
-    Raises ValueError for lengths beyond the decoder's positions and ends beyond its vocabulary.
+
+    Args:
+        decoder: The model.
+        tokenizer: From transformers, with an end-of-sequence token.
+        max_prompt_length: The room for a prompt, in tokens.
+        max_new_tokens: The room for a completion, in tokens.
+        prompt: Module-level function of the parents' values, in the order of Node.parents, that returns a string, a
+            list of chat messages, or {"messages": [...], "tools": [...], "chat_template_kwargs": {...}}; by default the
+            node's only parent is the prompt. A string is tokenized as the tokenizer does by default, messages through
+            its chat template.
+        temperature: Of `sample`; 0 takes the likeliest token.
+        top_p: Of `sample`: nucleus sampling.
+        truncation: Of texts without room. "error" refuses them; "keep_start" and "keep_end" keep the first or the last
+            tokens of a prompt and, both of them, the first tokens of a completion, which has then no end. "keep_end"
+            also keeps the tokenizer's beginning-of-sequence token in front; "keep_start" cuts from messages the header
+            of the turn to come, so that the model does not know whose turn it is. The share of cut rows is the metric
+            "truncated".
+        stop_tokens: Token ids that end a completion beside the tokenizer's end-of-sequence token, as the `eos_token_id`
+            of a generation_config.json lists them, and the token that closes a turn in the chat template.
+        search: Settings of the beam search that finds `candidates`.
+        source: The files that it was read from, which `pretrained.save` hands on.
+
+    Raises:
+        TypeError: For a search that is no `BeamSearch`.
+        ValueError: For lengths beyond the decoder's positions, ends beyond its vocabulary, a truncation that does not
+            exist, and a tokenizer without an end-of-sequence token.
     """
 
     decoder: Decoder
@@ -92,6 +102,12 @@ class LanguageModel(Component):
                 "to the decoder"
             )
 
+    @property
+    def prepared_by(self) -> Any:
+        lengths = self.max_prompt_length, self.max_new_tokens
+        own = self.tokenizer, self.prompt, self.truncation, self.stop_tokens
+        return *own, *lengths, self.decoder.config.vocab_size
+
     def init(self, key: PRNGKeyArray) -> Params:
         return self.decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
@@ -107,8 +123,10 @@ class LanguageModel(Component):
         follows its prompt in one text, after messages as the chat template writes it, and one end closes it unless an
         end is there already or the completion fills max_new_tokens, where `sample` stops too. After messages that is
         the token that closes a turn of the chat template if there is one, else the end-of-sequence token.
-        Raises `RecordError` for a text of another kind, one without room, what the chat template refuses, and tokens
-        that the decoder does not have.
+
+        Raises:
+            RecordError: For a text of another kind, one without room, what the chat template refuses, and tokens that
+                the decoder does not have.
         """
         prompts = self._prompts(parents, len(values))
         tokens = np.full((len(values), self.max_prompt_length + self.max_new_tokens), self._pad, np.int32)
@@ -181,7 +199,10 @@ class LanguageModel(Component):
 
         There are fewer than `number` where sequences of different tokens read the same, of which the best stands for
         all: they are one value to the next node. Texts are as in `sample`. Beams beyond `number` fill the last of the
-        search's groups. Raises `ValueError` where the model gives no number.
+        search's groups.
+
+        Raises:
+            ValueError: Where the model gives no number.
         """
         groups = self.search.num_beam_groups or number
         made = beam_generate(
@@ -211,7 +232,8 @@ class LanguageModel(Component):
     def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
         """The features with room for so many tokens of "prompt" and "completion", but no more than the model has.
 
-        Raises `ValueError` for too few.
+        Raises:
+            ValueError: For too few.
         """
         own, most = self.sizes(features), {"prompt": self.max_prompt_length, "completion": self.max_new_tokens}
         sizes = {name: min(room, most[name]) for name, room in sizes.items()}

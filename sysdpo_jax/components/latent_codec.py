@@ -23,13 +23,20 @@ from sysdpo_jax.typing import Params
 class LatentCodec:
     """The means of an AutoencoderKL, shifted and scaled as the denoiser expects them.
 
-    sizes: (height, width) pairs. The images of one call of `prepare` all get the one whose aspect ratio is nearest to
-    theirs: to the mean of its logarithm. They are resized to cover it and their middle is cut out. What is sampled has
-    the first size.
-    batch_size: images that are handled at once; the autoencoder's attention takes a gigabyte for one of 1024 x 1024.
     Pixels are rounded to 8 bits, as in a file, so that a picture that was sampled and the file of it are the same.
     Departure from the training code of latent diffusion: the posterior's mean stands for a draw, so that encoding is a
     function of the image.
+
+    Args:
+        autoencoder: The frozen model.
+        sizes: (height, width) pairs. The images of one call of `prepare` all get the one whose aspect ratio is nearest
+            to theirs: to the mean of its logarithm. They are resized to cover it and their middle is cut out. What is
+            sampled has the first size.
+        batch_size: Images that are handled at once; the autoencoder's attention takes a gigabyte for one of 1024 x
+            1024.
+
+    Raises:
+        ValueError: If there is no size, or one that the autoencoder's factor does not divide.
     """
 
     autoencoder: AutoencoderKL
@@ -69,14 +76,21 @@ class LatentCodec:
         return height // self._factor, width // self._factor, self.autoencoder.config.latent_channels
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Fresh parameters of the autoencoder; they do not depend on the sizes."""
+        """Make fresh parameters of the autoencoder; they do not depend on the sizes.
+
+        Args:
+            key: Of the draws.
+
+        Returns:
+            The autoencoder's tree.
+        """
         config = self.autoencoder.config
         side = 2 * self._factor
         params: Params = self.autoencoder.init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]
         return params
 
     def prepare(self, images: Sequence[Any]) -> Prepared:
-        """Pixels in 8 bits. Raises `RecordError` for an image that cannot be read."""
+        """Pixels in 8 bits, at one of the sizes."""
         firsts = first_rows(images)
         if self.several_sizes:
             # Opened once, for their shapes and for their pixels.
@@ -95,7 +109,15 @@ class LatentCodec:
         return Prepared({"pixels": pixels}, frames)
 
     def encode(self, params: Params, pixels: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch h w c"]:
-        """Their latents. Jittable."""
+        """The latents of pixels. Jittable.
+
+        Args:
+            params: The autoencoder's tree.
+            pixels: In 8 bits.
+
+        Returns:
+            Shifted and scaled latents.
+        """
         scaled = 2 * (pixels.astype(jnp.float32) / 255) - 1
         mean: Any = self.autoencoder.apply({"params": params}, scaled, method="encode")[0]
         return scale_latents(self.autoencoder.config, mean).astype(jnp.float32)
@@ -103,7 +125,7 @@ class LatentCodec:
     def decode(
         self, params: Params, latents: Float[np.ndarray, "batch h w c"]
     ) -> Float[np.ndarray, "batch height width 3"]:
-        """Pixels in [0, 1], on the host."""
+        """Pixels in [0, 1], on the host, batch_size images at a time."""
         decode = partial(_decode, self.autoencoder, params)
         pixels = in_slices(decode, latents, range(len(latents)), self.batch_size)
         return np.clip((pixels + 1) / 2, 0, 1)
@@ -115,10 +137,16 @@ class LatentCodec:
 
 
 def bucket_sizes(side: int, step: int = 64, ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
-    """(height, width) pairs of at most side x side pixels in steps, the square first: `LatentCodec.sizes`.
+    """The `sizes` of a `LatentCodec` that takes pictures of several aspect ratios.
 
-    ratio: of the longer side to the shorter one, at most. With side 1024 and ratio 4 the largest widths of each height
-    in the table of SDXL (arXiv 2307.01952, appendix I).
+    Args:
+        side: The pixels of a picture are at most side x side.
+        step: Heights and widths are multiples of it.
+        ratio: Of the longer side to the shorter one, at most. With side 1024 and ratio 4 the sizes are the largest
+            widths of each height in the table of SDXL (arXiv 2307.01952, appendix I).
+
+    Returns:
+        (height, width) pairs, the square first.
     """
     heights = range(step, side * side // step + 1, step)
     sizes = [(height, side * side // height // step * step) for height in heights]

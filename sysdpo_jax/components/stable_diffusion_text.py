@@ -24,7 +24,15 @@ class SDXLText:
 
     The text is the penultimate hidden state of two CLIP encoders side by side, the summary the second one's projected
     state at the end of the text. They are called "text_encoder" and "text_encoder_2".
-    zero_null: the null condition is all zeros (SDXL's base model), else that of the empty caption.
+
+    Args:
+        encoder: The first one.
+        encoder_2: The second one, with a projection.
+        tokenizer: Of the first one, from transformers.
+        tokenizer_2: Of the second one.
+        length: Captions are padded to so many tokens.
+        truncation: "error" refuses a longer caption, "keep_start" cuts it as diffusers does.
+        zero_null: The null condition is all zeros (SDXL's base model), else that of the empty caption.
     """
 
     encoder: CLIPTextEncoder
@@ -73,7 +81,18 @@ class SD3Text:
 
     Penultimate states of two CLIP encoders side by side, padded with zeros to T5's width, then T5's states; the summary
     is both CLIP projections. They are called "text_encoder", "text_encoder_2" and "text_encoder_3".
-    encoder_3: None leaves T5 out, its length_3 states being zeros of width_3, as diffusers does.
+
+    Args:
+        encoder: The first CLIP encoder.
+        encoder_2: The second one.
+        encoder_3: T5. None leaves it out, its length_3 states being zeros of width_3, as diffusers does.
+        tokenizer: Of the first encoder, from transformers.
+        tokenizer_2: Of the second one.
+        tokenizer_3: Of T5.
+        width_3: Of T5's states.
+        length: Captions are padded to so many tokens for CLIP,
+        length_3: and to so many for T5.
+        truncation: "error" refuses a longer caption, "keep_start" cuts it as diffusers does.
     """
 
     encoder: CLIPTextEncoder

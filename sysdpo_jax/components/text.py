@@ -34,23 +34,48 @@ class TextConditioner(Protocol):
         ...
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Fresh parameters."""
+        """Make fresh parameters.
+
+        Args:
+            key: Of the draws.
+
+        Returns:
+            The encoders' trees by name.
+        """
         ...
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Those of the conditioning of one caption."""
+        """What the denoiser is given of one caption.
+
+        Returns:
+            The shapes and types of the conditioning's arrays, with a batch axis of 1.
+        """
         ...
 
     def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
-        """NumPy features with a leading batch axis; "truncated" [B] is 1 where a caption was cut.
+        """Tokenize captions, on the host.
 
-        None stands for the null condition of guidance.
-        Raises `RecordError` for a caption that is too long when such captions are not cut.
+        Args:
+            captions: None stands for the null condition of guidance.
+
+        Returns:
+            NumPy features with a leading batch axis; "truncated" [B] is 1 where a caption was cut.
+
+        Raises:
+            RecordError: For a caption that is too long when such captions are not cut.
         """
         ...
 
     def encode(self, params: Params, features: dict[str, Features]) -> tuple[Array, ...]:
-        """The denoiser's conditioning, each array with a leading batch axis. Jittable."""
+        """Make the denoiser's conditioning. Jittable.
+
+        Args:
+            params: The encoders' trees by name.
+            features: As `prepare` made them.
+
+        Returns:
+            Arrays with a leading batch axis each.
+        """
         ...
 
 
@@ -58,8 +83,11 @@ class TextConditioner(Protocol):
 class TextEncoder:
     """One module, token ids [B, S] -> [B, S, D], called "text_encoder": Stable Diffusion 1 and 2, small systems.
 
-    tokenizer: Hugging Face tokenizer with a padding token; captions are padded to length tokens. truncation: "error"
-    refuses a longer caption, "keep_start" cuts it as diffusers does.
+    Args:
+        encoder: The module.
+        tokenizer: From transformers, with a padding token.
+        length: Captions are padded to so many tokens.
+        truncation: "error" refuses a longer caption, "keep_start" cuts it as diffusers does.
     """
 
     encoder: nn.Module
@@ -93,7 +121,9 @@ class TextEncoder:
 class FrozenText:
     """A conditioner that is not trained: its states are made once, by `encode`, and never in the step.
 
-    batch_size: captions that it handles at once.
+    Args:
+        text: The conditioner.
+        batch_size: Captions that it handles at once.
     """
 
     text: TextConditioner

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, Metrics, Raw, RecordError, row_keys
 from sysdpo_jax.components.codec import Codec, FrozenCodec, whole_frames
+from sysdpo_jax.components.conversations import kind
 from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import FrozenText, TextConditioner
@@ -42,17 +43,24 @@ class Corrupted(NamedTuple):
 
 @dataclass(frozen=True)
 class TextToImage(Component):
-    """An image given one caption.
+    """An image given one caption. Parameters are {"denoiser": .., "codec": .., "text": ..}, without those of a part
+    that has none.
 
-    denoiser: module (latents [B, h, w, c], time [B], *conditioning) -> prediction [B, h, w, c].
-    text: captions to the conditioning, see components/text.py; trained with the denoiser unless it is `FrozenText`.
-    codec: images (paths, bytes, PIL images, arrays) to latents and back.
-    Parameters: {"denoiser": .., "codec": .., "text": ..}, without those of a part that has none.
-    num_steps, guidance_scale: of the sampler; a scale of at most 1 means no guidance, one evaluation of the denoiser a
-    step, as in diffusers. negative_prompt: what guidance leads away from, None: the null condition.
-    caption_dropout: share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
-    strata: rows come in groups of this many whose times are spread evenly (set it to the node's plate); 1: independent.
-    source: the files that it was read from, which `pretrained.save` hands on.
+    Args:
+        denoiser: Module (latents [B, h, w, c], time [B], *conditioning) -> prediction [B, h, w, c].
+        text: Captions to the conditioning, see components/text.py; trained with the denoiser unless it is `FrozenText`.
+        codec: Images (paths, bytes, PIL images, arrays) to latents and back.
+        num_steps: Of the sampler.
+        guidance_scale: Of the sampler; at most 1 means no guidance, one evaluation of the denoiser a step, as in
+            diffusers.
+        negative_prompt: What guidance leads away from; None is the null condition.
+        caption_dropout: Share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
+        strata: Rows come in groups of this many whose times are spread evenly (set it to the node's plate); 1:
+            independent.
+        source: The files that it was read from, which `pretrained.save` hands on.
+
+    Raises:
+        ValueError: For a value out of range, and a negative_prompt without guidance.
     """
 
     denoiser: nn.Module
@@ -80,13 +88,36 @@ class TextToImage(Component):
     def corrupt(
         self, clean: Float[Array, "batch h w c"], noise: Float[Array, "batch h w c"], u: Float[Array, "batch"]
     ) -> Corrupted:
-        """Noise the latents; u in [0, 1) chooses each row's time."""
+        """Noise the latents.
+
+        Args:
+            clean: The latents.
+            noise: Standard normal.
+            u: In [0, 1), chooses each row's time.
+
+        Returns:
+            What the denoiser sees and should predict, and the weight of its error.
+        """
 
     @abstractmethod
     def denoise(
         self, predict: Denoiser, noise: Float[Array, "batch h w c"], key: PRNGKeyArray
     ) -> Float[Array, "batch h w c"]:
-        """Run the sampler from pure noise to clean latents."""
+        """Run the sampler from pure noise to clean latents.
+
+        Args:
+            predict: The denoiser with its conditioning.
+            noise: Standard normal.
+            key: Of samplers with noise of their own.
+
+        Returns:
+            The latents.
+        """
+
+    @property
+    def prepared_by(self) -> Any:
+        # Of a dropout there are features of no caption.
+        return self.text, self.codec, self.caption_dropout > 0
 
     @property
     def several_sizes(self) -> bool:
@@ -156,6 +187,9 @@ class TextToImage(Component):
 
         Metrics: that error as "mse", and "truncated", 1 where the caption was cut.
         arXiv 2311.12908, equation 14; the expectation over (t, eps) outside -log sigmoid bounds the loss from above.
+
+        Raises:
+            ValueError: For features that are still to be encoded.
         """
         raw = self.raw(features)
         if raw:
@@ -234,7 +268,7 @@ def _captions(parents: Parents) -> list[str]:
     [(name, captions)] = parents.items()
     for row, caption in enumerate(captions):
         if not isinstance(caption, str):
-            raise RecordError(f"{name!r} in row {row} must be a string (a caption), not {type(caption).__name__}")
+            raise RecordError(f"{name!r} in row {row} must be a string (a caption), not {kind(caption)}")
     return list(captions)
 
 

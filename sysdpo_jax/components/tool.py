@@ -48,16 +48,20 @@ class Tool(Component):
     In a node with `plate=n` whose parents are not plates the function is called once a row and returns all n values
     (an answer split into three captions). With a plate among the parents it is called once a copy.
     Hashed by the function's identity: use a module-level function, not a lambda made anew for each system. How it is
-    called is no part of what a system is: a run may go on with other values of the following fields.
+    called is no part of what a system is: a run may go on with other values of all fields but the function.
 
-    concurrency: calls at a time, in threads, which the function must bear. One at a time are made by the caller.
-    retries: further tries of a call that failed, after 1, 2, 4 ... seconds, at most a minute, with jitter. A
-    `RecordError`, by which the function refuses its values, and `sys.exit` are not tried again.
-    timeout: seconds of a try, which then has failed. Python cannot end the function: it goes on in a thread beside
-    the next try until it returns or the process ends.
-    on_error: of a call that failed for good. "stop" raises `ToolError` once the calls under way are finished; "skip"
-    leaves the run or the record out, and counts it.
-    Raises `ValueError` for a value that none of these can have.
+    Args:
+        function: Of the parents' values.
+        concurrency: Calls at a time, in threads, which the function must bear. One at a time are made by the caller.
+        retries: Further tries of a call that failed, after 1, 2, 4 ... seconds, at most a minute, with jitter. A
+            `RecordError`, by which the function refuses its values, and `sys.exit` are not tried again.
+        timeout: Seconds of a try, which then has failed. Python cannot end the function: it goes on in a thread beside
+            the next try until it returns or the process ends.
+        on_error: Of a call that failed for good. "stop" raises `ToolError` once the calls under way are finished;
+            "skip" leaves the run or the record out, and counts it.
+
+    Raises:
+        ValueError: For a value that none of these can have.
     """
 
     function: Callable[..., Any]
@@ -87,7 +91,19 @@ class Tool(Component):
         return jnp.zeros(features.shape[0])
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        """A value for each row. Raises the first `ToolError`, whatever on_error says: there is nothing to leave out."""
+        """Call the function once a row.
+
+        Args:
+            params: None, {}.
+            parents: `{parent: values}`.
+            key: Not used.
+
+        Returns:
+            A value for each row.
+
+        Raises:
+            ToolError: The first one, whatever on_error says: there is nothing to leave out.
+        """
         outcomes = self.outcomes(parents)
         raise_first(outcomes, "row")
         return outcomes
@@ -97,7 +113,14 @@ class Tool(Component):
         return [[value] for value in self.sample(params, parents, key)]
 
     def outcomes(self, parents: Parents) -> list[Any]:
-        """Of each row the value or the `ToolError`."""
+        """Call the function once a row, and keep what it can.
+
+        Args:
+            parents: `{parent: values}`.
+
+        Returns:
+            Of each row the value or the `ToolError`.
+        """
         rows = batch_size(parents, "Tool")
         values = [{name: column[row] for name, column in parents.items()} for row in range(rows)]
         made = side_by_side(self._outcome, values, self.concurrency, _stops)

@@ -23,8 +23,8 @@ from jaxtyping import Int, PyTree
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.data.preferences import Preferences
-from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_records, write_part
+from sysdpo_jax.data.loaded import Preferences
+from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_in_groups, write_part
 from sysdpo_jax.data.records import PreferenceRecord, require_intermediates
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.threads import DaemonExecutor
@@ -55,12 +55,23 @@ class EpochBatches:
 
 
 def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> EpochBatches:
-    """`batch_at(step)`: rows of `data` (arrays with one leading axis), shuffled anew every epoch by (seed, epoch).
+    """Batches of arrays in memory, shuffled anew every epoch by (seed, epoch).
 
-    Rows that do not fill a last batch are left out of that epoch. shard: (index, count) gives the index-th of count
-    equal blocks of each batch, as `batch_shard(mesh)` says for this process; `data` are all rows nevertheless.
-    `Trainer.fit` encodes what of the data is raw once, before its first step.
-    Raises `ValueError` for fewer rows than a batch or a batch that count does not divide.
+    Rows that do not fill a last batch are left out of that epoch. `Trainer.fit` encodes what of the data is raw once,
+    before its first step.
+
+    Args:
+        data: Arrays with one leading axis, of all rows, such as those of `prepare_pairs`.
+        batch_size: Rows of the global batch.
+        seed: Of the order.
+        shard: (index, count) gives the index-th of count equal blocks of each batch, as `batch_shard(mesh)` says for
+            this process.
+
+    Returns:
+        `batch_at(step)`.
+
+    Raises:
+        ValueError: For fewer rows than a batch or a batch that count does not divide.
     """
     return EpochBatches(data, epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard))
 
@@ -223,7 +234,16 @@ class Indexed(Protocol[T_co]):
 
 
 class PreferenceBatches:
-    """Batches of preferences that were prepared once: `batches[step]` is that of a step. See `preference_dataset`."""
+    """Batches of preferences that were prepared once: `batches[step]` is that of a step.
+
+    Args:
+        system: As for `preference_dataset`, which makes them.
+        records: As for `preference_dataset`.
+        batch_size: As for `preference_dataset`.
+        seed: As for `preference_dataset`.
+        shard: As for `preference_dataset`.
+        shapes: As for `preference_dataset`.
+    """
 
     def __init__(
         self,
@@ -261,8 +281,11 @@ class PreferenceBatches:
     def prepare(self, params: Params) -> None:
         """Prepare and encode the records where that has not been done, or by other frozen parts.
 
-        params: the system's, on this process's devices.
-        Raises `RecordError` naming the record that cannot be used, counted from 0.
+        Args:
+            params: The system's, on this process's devices.
+
+        Raises:
+            RecordError: Naming the record that cannot be used, counted from 0.
         """
         given = self._records if isinstance(self._records, Preferences) else None
         if self._rows is not None and (given is None or self._rows is not given.rows or given.encoded_by(params)):
@@ -295,15 +318,13 @@ class PreferenceBatches:
         self.plan = Plan(rows.sizes[usable], rows.kinds[usable], *self._settings)
 
     def _prepared(self, params: Params) -> Iterator[tuple[int, Prepared]]:
-        for start in range(0, len(self._records), TOGETHER):
-            numbers = range(start, min(start + TOGETHER, len(self._records)))
-            made = prepare_records(self.system, params, [self._record(number) for number in numbers])
-            for number, row in zip(numbers, made, strict=True):
-                if isinstance(row, RecordError):
-                    raise RecordError(f"record {number}, counted from 0: {row}") from row
-                require_intermediates(self.system, row.held)
-                # Records may hold what no file can, and are there already.
-                yield number, row._replace(record=PreferenceRecord({}, {}, {}))
+        found = ((number, self._record(number)) for number in range(len(self._records)))
+        for number, row in prepare_in_groups(self.system, params, found, TOGETHER):
+            if isinstance(row, RecordError):
+                raise RecordError(f"record {number}, counted from 0: {row}") from row
+            require_intermediates(self.system, row.held)
+            # Records may hold what no file can, and are there already.
+            yield number, row._replace(record=PreferenceRecord({}, {}, {}))
 
     def _record(self, number: int) -> PreferenceRecord:
         read = f"{name_of(self._records)}.__getitem__" if is_users(self._records) else "reading"
@@ -328,12 +349,17 @@ def preference_dataset(
     and padded to few static sizes. Rows that do not fill a last batch are left out of that epoch.
 
     Args:
+        system: What the records are prepared for.
         records: A list, what `load_preferences` returns, or anything with a length whose rows are found by number.
         batch_size: Rows of the global batch.
+        seed: Of the order.
         shard: (index, count) gives the index-th of count equal blocks of its rows, as `batch_shard(mesh)` says for this
             process.
         shapes: How many shapes of batches there are at most, each of which is compiled once; images of several sizes
             have at least one each.
+
+    Returns:
+        The batches by step.
 
     Raises:
         RecordError: Names the record that cannot be used, counted from 0.
@@ -344,9 +370,16 @@ def preference_dataset(
 
 @contextmanager
 def read_ahead(dataset: Indexed[T], step: int) -> Iterator[Iterator[T]]:
-    """An iterator over the elements from `step` on, which threads make ahead of it; they end with the context.
+    """Read a dataset in threads, ahead of who takes its elements; they end with the context.
 
     The threads are left alone after a moment where an element never comes.
+
+    Args:
+        dataset: Elements by number.
+        step: Of the first one.
+
+    Yields:
+        An iterator over the elements.
     """
     with DaemonExecutor(THREADS, "read-ahead") as threads:
         yield _elements(dataset, step, threads)

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import MESSAGES
 from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.data.records import PreferenceRecord
-from sysdpo_jax.io import read_json, replacing, write_json
+from sysdpo_jax.io import file_digest, read_json, replacing, write_json, write_whole
+from sysdpo_jax.locks import locked_file
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)
@@ -40,8 +40,7 @@ def source_digest(source: str | Path, split: str = "train") -> str:
     """
     path = _checked(source)
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         about = [(str(file.relative_to(path)), *file_state(file)) for file in files]
@@ -65,9 +64,8 @@ def known_digest(source: str | Path, split: str, cache: Path) -> str:
         return str(known[1])
     digest = source_digest(source, split)
     if jax.process_index() == 0:
-        cache.mkdir(parents=True, exist_ok=True)
         # Runs that begin together may share the folder.
-        with FileLock(cache / "digests.lock"):
+        with locked_file(noted, wait=True):
             write_json(noted, (read_json(noted) if noted.exists() else {}) | {name: [state, digest]})
     return digest
 
@@ -189,20 +187,23 @@ def _plain(value: Any) -> Any:
 def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> None:
     """Write records that `load_preferences` reads back, whole or not at all.
 
-    path: .jsonl, with images (arrays, PIL images, bytes) as PNG files in `<stem>_images/` beside it; or .parquet, with
-    images inside. Arrays of other shapes become lists. Texts that a model sampled keep their tokens, see
-    `values.to_json`. Raises `ValueError` for another suffix.
+    Arrays of other shapes than images become lists. Texts that a model sampled keep their tokens, see `values.to_json`.
+
+    Args:
+        path: .jsonl, with images (arrays, PIL images, bytes) as PNG files in `<stem>_images/` beside it; or .parquet,
+            with images inside.
+        records: To be written.
+
+    Raises:
+        ValueError: For another suffix, and for values that do not fit into a column.
     """
     path = Path(path)
     if path.suffix not in (*LINES, *TABLE):
         raise ValueError(f"{path}: name a file that ends in {', '.join((*LINES, *TABLE))}")
     with replacing(path) as partial:
         if path.suffix in TABLE:
-            # Imported late: it takes a second.
-            import datasets
-
             rows = [_row(_tabular(record), number, ImageFiles.inside) for number, record in enumerate(records)]
-            datasets.Dataset.from_list(_of_one_kind(rows)).to_parquet(str(partial))
+            _write_table(partial, _of_one_kind(rows))
             return
         images = ImageFiles(path)
         with partial.open("w", encoding="utf-8") as file:
@@ -218,9 +219,8 @@ class ImageFiles:
 
     def beside(self, name: str, image: Any) -> str:
         """Write the image into the folder; its path, relative to the file of records."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{name}.png"
-        file.write_bytes(self.inside(name, image))
+        write_whole(file, self.inside(name, image))
         return f"{self._folder.name}/{file.name}"
 
     @staticmethod
@@ -235,6 +235,29 @@ class ImageFiles:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+    """Write Parquet with a column for each part, which has a field for each name. Raises `ValueError`."""
+    # Imported late: it takes a moment.
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if not rows:
+        raise ValueError("there are no records, and no table without columns: write a .jsonl file")
+    parts = {}
+    for part in rows[0]:
+        fields = {}
+        for name in dict.fromkeys(name for row in rows for name in row[part]):
+            try:
+                fields[name] = pa.array([row[part].get(name) for row in rows])
+            except (pa.ArrowException, OverflowError) as error:
+                raise ValueError(
+                    f"the values of {part}, field {name!r}, are of several kinds or of one that a table does not hold "
+                    f"({error}): write a .jsonl file, or make them alike"
+                ) from error
+        parts[part] = pa.StructArray.from_arrays(list(fields.values()), list(fields))
+    parquet.write_table(pa.table(parts), path)
 
 
 def _tabular(record: PreferenceRecord) -> PreferenceRecord:

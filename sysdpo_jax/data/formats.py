@@ -14,6 +14,7 @@ from sysdpo_jax.components.conversations import (
     MESSAGES,
     TOOLS,
     is_messages,
+    kind,
     read_arguments,
     read_messages,
     read_tools,
@@ -125,16 +126,32 @@ def pick_a_pic(row: Mapping[str, Any], system: CompoundSystem | None) -> list[Pr
 
 @dataclass(frozen=True)
 class Ranked:
-    """{"inputs": ..., "outputs": [n values], "scores": [n numbers]}, higher scores are better.
+    """A reader of {"inputs": ..., "outputs": [n values], "scores": [n numbers]}; higher scores are better.
 
     inputs: {name: value}, or the value of the system's only input. outputs: {node: value} each, or values of the only
-    final node. pairs: the best against the worst, or all whose scores differ. min_margin: smallest difference kept.
+    final node.
+
+    Args:
+        pairs: The best against the worst, or all whose scores differ.
+        min_margin: Smallest difference that is kept.
     """
 
     pairs: Pairs = "best_worst"
     min_margin: float = 0.0
 
     def __call__(self, row: Mapping[str, Any], system: CompoundSystem | None = None) -> list[PreferenceRecord]:
+        """Turn a row into preferences.
+
+        Args:
+            row: As above.
+            system: For values without names.
+
+        Returns:
+            A record for each pair.
+
+        Raises:
+            RecordError: For a row of another form, naming the field.
+        """
         missing = [name for name in ("inputs", "outputs", "scores") if row.get(name) is None]
         if missing:
             raise RecordError(f"the field {missing[0]!r} is missing: give inputs, outputs and scores")
@@ -205,7 +222,7 @@ def _text_or_messages(row: Mapping[str, Any], name: str) -> str | list[Any]:
     if is_messages(value):
         return read_messages(value, f"the field {name!r}")
     other = "; objects of named values are for the reader records" if isinstance(value, Mapping) else ""
-    raise RecordError(f"the field {name!r} must be a string or a list of messages, not {type(value).__name__}{other}")
+    raise RecordError(f"the field {name!r} must be a string or a list of messages, not {kind(value)}{other}")
 
 
 def _with_extras(prompt: str | list[Any], row: Mapping[str, Any]) -> Any:

@@ -1,22 +1,19 @@
-"""The intermediates of SysDPO-Sampling: drawn from the policy, anew every few steps, and joined to final values."""
+"""The intermediates of SysDPO-Sampling: drawn anew every few steps, kept, and joined to final values."""
 
-import hashlib
-import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Int
 
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.batches import epoch_rows
+from sysdpo_jax.data.draws import draw_intermediates, failed, stop_on_failure
 from sysdpo_jax.data.records import (
     SIDES,
     PreferenceRecord,
@@ -25,8 +22,8 @@ from sysdpo_jax.data.records import (
     require_inputs,
     without_intermediates,
 )
-from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
-from sysdpo_jax.manifest import describe
+from sysdpo_jax.graph import CompoundSystem, GraphError, Known
+from sysdpo_jax.manifest import describe, digest
 from sysdpo_jax.row_files import LEAVES, ROWS, RowFile, write_row_file
 from sysdpo_jax.typing import Params, Record
 from sysdpo_jax.values import content, distinct
@@ -40,84 +37,6 @@ Intermediates = Mapping[str, Any]
 Sides = Mapping[str, Record]
 
 
-def draw_intermediates(
-    system: CompoundSystem,
-    params: Params,
-    inputs: Sequence[Record],
-    number: int,
-    key: PRNGKeyArray,
-    size: int | None = None,
-    known: Known | None = None,
-) -> list[list[dict[str, Any]]]:
-    """From 1 to `number` distinct likely sets `{intermediate node: value}` for every row of inputs.
-
-    The first node spreads into `number` candidates (a language model's by its diverse beam search), each of which the
-    next ones continue with their likeliest value, or with more while no row has `number` sets. A row of inputs may hold
-    values of `system.given` too. Sets that a tool refuses, or skips, are left out.
-    size: rows that components draw at a time, the others of which are thrown away; as many as inputs by default.
-    known: see `CompoundSystem.complete`; by default a tool is called for each set.
-    Raises `GraphError` for a system without intermediates, `RecordError` for a row that lacks an input, a tool that
-    fails or leaves a row without a set, and `ValueError` for parameters that do not belong to the system or a number
-    below 1.
-    """
-    system.check_params(params)
-    wanted = [node.name for node in system.intermediates]
-    if not wanted:
-        raise GraphError("the system has no intermediate values to draw: its preferences are for DirectObjective")
-    if number < 1 or not inputs:
-        raise ValueError(f"draw_intermediates: number {number} and the rows of inputs {len(inputs)} must be at least 1")
-    require_inputs(system, inputs)
-    sets: list[list[dict[str, Any]]] = [[dict(row)] for row in inputs]
-    size = len(inputs) if size is None else size
-    last = max(place for place, node in enumerate(system.nodes) if node.name in wanted)
-    for node in system.nodes[: last + 1]:
-        rows = list(chain.from_iterable(sets))
-        # Final values are not drawn, and no intermediate depends on a tool that reads one.
-        if any(parent not in rows[0] for parent in node.parents) or node in system.outputs:
-            continue
-        if node.deterministic:
-            sets = _with_tool(system, node, sets, known)
-            continue
-        # Numbers that do not depend on how many distinct values each row has: nothing compiles anew.
-        longest = max(map(len, sets))
-        filled = rows + [rows[-1]] * (size * longest - len(rows))
-        columns = {name: [row[name] for row in filled] for name in node.parents}
-        found = system.node_candidates(node, params, columns, math.ceil(number / longest), key)
-        longer = iter([{**row, node.name: value} for value in own] for row, own in zip(rows, found, strict=False))
-        # The best of each first, then the second best of each.
-        sets = [_by_turns([next(longer) for _ in kept])[:number] for kept in sets]
-    return [[{name: row[name] for name in wanted} for row in kept] for kept in sets]
-
-
-def _with_tool(
-    system: CompoundSystem, node: Node, sets: Sequence[Sequence[dict[str, Any]]], known: Known | None
-) -> list[list[dict[str, Any]]]:
-    """The sets with the values of a tool, which those that have one keep; without the sets that it gives none for."""
-    lacking = [row for row in chain.from_iterable(sets) if node.name not in row]
-    columns = {name: [row[name] for row in lacking] for name in node.parents}
-    answers = iter(system.tool_values(node, columns, known) if lacking else ())
-    made = []
-    for place, kept in enumerate(sets):
-        values = [row[node.name] if node.name in row else next(answers) for row in kept]
-        _stop_on_failure(values, f"row {place}")
-        usable = [row | {node.name: value} for row, value in zip(kept, values, strict=True) if not _failed(value)]
-        if not usable:
-            raise values[0].at(f"row {place}")
-        made.append(usable)
-    return made
-
-
-def _failed(value: Any) -> bool:
-    return isinstance(value, ToolError)
-
-
-def _stop_on_failure(values: Sequence[Any], place: str) -> None:
-    """Raise a `ToolError` among the values that is neither a refusal nor to be skipped."""
-    failures = [value for value in values if isinstance(value, ToolError) and not (value.skip or value.refused)]
-    for failure in failures:
-        raise failure.at(place)
-
-
 def sampled_batch(
     system: CompoundSystem,
     records: Sequence[PreferenceRecord],
@@ -126,13 +45,24 @@ def sampled_batch(
     staleness: int = 0,
     known: Known | None = None,
 ) -> SampledBatch:
-    """The features of both sides with every distinct set of intermediates, padded to `number` sets a row.
+    """The features of both sides with every distinct set of intermediates.
 
-    records: as `without_intermediates` returns them. staleness: steps since the policy drew the sets.
-    known: see `CompoundSystem.complete`.
     Sets that no final value can be prepared with (a tool or a prompt refuses them, a tool skips them) are left out.
-    Raises `RecordError` as `prepare` does where a row keeps no set, for a tool that fails, and for a row with no set or
-    more than `number`.
+
+    Args:
+        system: The graph.
+        records: As `without_intermediates` returns them.
+        intermediates: As `draw_intermediates` returns them.
+        number: Sets that a row is padded to.
+        staleness: Steps since the policy drew them.
+        known: See `CompoundSystem.complete`.
+
+    Returns:
+        The batch, raw.
+
+    Raises:
+        RecordError: As `prepare` does where a row keeps no set, for a tool that fails, and for a row with no set or
+            more than `number`.
     """
     inner, outer = ([node.name for node in nodes] for nodes in (system.intermediates, system.outputs))
     kept = [distinct({name: y[name] for name in inner} for y in sets) for sets in intermediates]
@@ -191,10 +121,10 @@ def _completed(
     for row, own in enumerate(sets):
         both: list[Sides] = [{side: next(made[side]) for side in SIDES} for _ in own]
         values: list[Any] = [value for pair in both for value in pair.values()]
-        _stop_on_failure(values, f"row {row}")
-        pairs.append([pair for pair in both if not any(map(_failed, pair.values()))])
+        stop_on_failure(values, f"row {row}")
+        pairs.append([pair for pair in both if not any(map(failed, pair.values()))])
         if not pairs[-1]:
-            raise next(filter(_failed, values)).at(f"row {row}: none of its {len(own)} sets of intermediates is usable")
+            raise next(filter(failed, values)).at(f"row {row}: none of its {len(own)} sets of intermediates is usable")
     return pairs
 
 
@@ -216,25 +146,29 @@ def _usable(system: CompoundSystem, pairs: Sequence[Sides], row: int) -> list[Si
     return usable
 
 
-def _by_turns(groups: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [row for turn in zip_longest(*groups) for row in turn if row is not None]
-
-
 @dataclass(frozen=True)
 class SearchedBatches:
     """Batches for `SamplingObjective`: rows as `epoch_batches` takes them, intermediates from the current policy.
 
-    records: preferences on final values, without intermediates. seed: of the rows' order and of the draws.
-    num_intermediates: size of Y(x); of a single one, the same on both sides, the nodes that draw it learn nothing.
-    every: at the steps 0, every, 2 * every ... the policy draws for all rows of the `every` batches that follow; 1 as
-    in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is longer than
-    an epoch.
-    shard: (index, count) as `batch_shard(mesh)` says for this process, which draws for its own rows on its own devices
-    (see `replicate_per_process`); a run may go on with another count. Draws without noise, such as a language model's
-    beams, are the same for every count.
-    Values must be strings, numbers, or arrays of one shape. Raises `RecordError` naming the row for records that hold
-    intermediates or lack an input or a final value, `GraphError` for a system without intermediates, and `ValueError`
-    for a number below 1, fewer rows than a batch, or processes that do not have a shard each.
+    Draws without noise, such as a language model's beams, are the same for every number of processes.
+
+    Args:
+        system: The graph.
+        records: Preferences on final values, without intermediates. Values must be strings, numbers, or arrays of one
+            shape.
+        batch_size: Rows of a batch, of all processes together.
+        seed: Of the rows' order and of the draws.
+        num_intermediates: Size of Y(x); of a single one, the same on both sides, the nodes that draw it learn nothing.
+        every: At the steps 0, every, 2 * every ... the policy draws for all rows of the `every` batches that follow; 1
+            as in arXiv 2502.17721. Rows that come twice among them are drawn once, so it saves draws only where it is
+            longer than an epoch.
+        shard: (index, count) as `batch_shard(mesh)` says for this process, which draws for its own rows on its own
+            devices (see `replicate_per_process`); a run may go on with another count.
+
+    Raises:
+        RecordError: Naming the row, for records that hold intermediates or lack an input or a final value.
+        GraphError: For a system without intermediates.
+        ValueError: For a number below 1, fewer rows than a batch, or processes that do not have a shard each.
     """
 
     system: CompoundSystem = field(compare=False)
@@ -272,9 +206,13 @@ class SearchedBatches:
         return epoch_rows(len(self.records), self.batch_size, self.seed, self.shard)
 
     def fingerprint(self) -> dict[str, str]:
-        """What a run that goes on must have in every process: final values may be fixed between two starts."""
+        """What a run that goes on must have in every process: final values may be fixed between two starts.
+
+        Returns:
+            `{what: digest}`.
+        """
         rows = [content(record.inputs) for record in self.records]
-        return {**describe("batches", self), "records": hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
+        return {**describe("batches", self), "records": digest(rows)}
 
 
 class IntermediateSearch:
@@ -352,7 +290,6 @@ class IntermediateSearch:
         for path in [path for path, its_count in self._files(step).items() if its_count != count and index == 0]:
             for ending in (ROWS, LEAVES):
                 path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
-        self._directory.mkdir(parents=True, exist_ok=True)
         write_row_file(self._path(step), ({"record": row, "sets": own} for row, own in zip(rows, sets, strict=True)))
 
     def _given(self, row: int) -> dict[str, Any]:
@@ -367,8 +304,9 @@ class IntermediateSearch:
                 "was: restore the file, or train in another directory"
             )
         self._sets, self._drawn_at = {}, step
+        remedy = "restore it, or train in another directory"
         for part in [path] if path in present else present:
-            self._sets |= {row["record"]: row["sets"] for row in RowFile(part)}
+            self._sets |= {row["record"]: row["sets"] for row in RowFile(part, remedy)}
 
     def _path(self, step: int) -> Path:
         index, count = self._batches.shard

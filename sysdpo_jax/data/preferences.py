@@ -11,11 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
@@ -25,19 +24,22 @@ from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import Row, file_state, known_digest, read_rows, source_digest
 from sysdpo_jax.data.formats import READERS, Reader, call_reader
+from sysdpo_jax.data.loaded import About, Preferences
 from sysdpo_jax.data.prepared import (
     Prepared,
     PreparedRows,
     about_system,
     is_fresh,
     part_about,
-    prepare_records,
+    prepare_in_groups,
+    remedy,
     with_kept_values,
     write_part,
 )
 from sysdpo_jax.data.records import Counts, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import read_json, write_json
+from sysdpo_jax.locks import locked_file
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.processes import by_all
 from sysdpo_jax.row_files import pack
@@ -49,64 +51,8 @@ PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
 # Raised when what is written changes; files that say how many parts there are, and where values of tools came from.
 FORMAT, WHOLE, TOOLS = 1, "parts.json", "tool_values.json"
 
-# The digest of a system and the fingerprints of its frozen parts; a record with its row's number; states of files.
-About: TypeAlias = tuple[str, dict[str, str]]
-Numbered: TypeAlias = tuple[int, PreferenceRecord]
+# States of files.
 States: TypeAlias = dict[str, tuple[int, int]]
-
-
-@dataclass(eq=False, repr=False)
-class Preferences(Sequence[PreferenceRecord]):
-    """Records by number, read from memory-mapped files when they are asked for, and their features where there are any.
-
-    Made by `load_preferences`. rows: what is on disk, of which the `usable` ones count. system: the one that the
-    features are of, None where there are none; about: its digest, and fingerprints of what encoded them.
-    """
-
-    rows: PreparedRows
-    usable: np.ndarray
-    counts: Counts
-    source: str
-    system: CompoundSystem | None
-    about: About
-
-    def __len__(self) -> int:
-        return len(self.usable)
-
-    @overload
-    def __getitem__(self, row: int) -> PreferenceRecord: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[PreferenceRecord]: ...
-
-    def __getitem__(self, row: int | slice) -> PreferenceRecord | list[PreferenceRecord]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"record {row} of {len(self)}")
-        return self.rows.record(int(self.usable[row]))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def fits(self, system: CompoundSystem) -> bool:
-        """Whether the features are there, and those that the system prepares: with these tokenizers and settings."""
-        return self.system is not None and digest(about_system(system)) == self.about[0]
-
-    def encoded_by(self, params: Params) -> bool:
-        """Whether the frozen parts of these parameters are those that encoded the features."""
-        return self.system is not None and fingerprints(self.system.frozen_params(params)) == self.about[1]
-
-    @property
-    def held(self) -> bool:
-        """Whether the records hold the system's intermediate values; True where no system is known."""
-        return bool(self.rows.held[self.usable[0]])
-
-    def summary(self) -> str:
-        """The counts in a line, with the first of the errors and how many were left out for what."""
-        return self.counts.summary(self.source)
 
 
 def load_preferences(
@@ -191,7 +137,12 @@ def load_preferences(
         settings = (FORMAT, reading.size, sha256, split, convert, tuple(ignore), on_error, base, str(kept))
         folder = Path(cache) / digest([*settings, *about])
         noted = folder / TOOLS
-        if kept is not None and jax.process_index() == 0 and noted.exists() and _inode(kept) != read_json(noted):
+        if (
+            kept is not None
+            and jax.process_index() == 0
+            and noted.exists()
+            and _inode(kept) != read_json(noted, remedy(noted))
+        ):
             # Whoever removes the file of what tools gave wants them asked again.
             shutil.rmtree(folder)
         return sha256, folder
@@ -202,9 +153,8 @@ def load_preferences(
             with suppress(OSError):
                 os.utime(folder)
             return
-        folder.mkdir(parents=True, exist_ok=True)
         # Of several runs that begin together one makes the parts, and the others wait and take them.
-        with FileLock(folder / f".lock-{jax.process_index()}"):
+        with locked_file(folder / f"writer-{jax.process_index()}", wait=True):
             reading.write(folder, jax.process_index(), jax.process_count())
         if kept is not None and jax.process_index() == 0:
             write_json(folder / TOOLS, _inode(kept))
@@ -217,7 +167,7 @@ def load_preferences(
 
 def _is_whole(folder: Path) -> bool:
     """Whether all parts are there, and made of files that are as they were."""
-    return (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder, read_json(folder / WHOLE))))
+    return (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder)))
 
 
 def _inode(path: Path) -> int:
@@ -225,8 +175,8 @@ def _inode(path: Path) -> int:
     return path.stat().st_ino if path.exists() else 0
 
 
-def _parts(folder: Path, number: int) -> list[Path]:
-    return [folder / f"part-{part:05d}" for part in range(number)]
+def _parts(folder: Path) -> list[Path]:
+    return [folder / f"part-{part:05d}" for part in range(read_json(folder / WHOLE, remedy(folder / WHOLE)))]
 
 
 @dataclass
@@ -278,7 +228,7 @@ class _Pass:
 
     def open(self, folder: Path, sha256: str, system: CompoundSystem | None, about: About) -> Preferences:
         """What was written. Raises `RecordError` where it holds no record, or records of two kinds."""
-        parts = _parts(folder, read_json(folder / WHOLE)) if (folder / WHOLE).exists() else None
+        parts = _parts(folder) if (folder / WHOLE).exists() else None
         known: list[Any] = [None] if parts is None else [part_about(part) for part in parts]
         if parts is None or None in known:
             raise RecordError(f"{folder} lacks parts that another process made: give a cache that all processes share")
@@ -310,43 +260,38 @@ class _Pass:
     def _made(self, rows: Iterable[Row], counts: Counts, images: States) -> Iterator[tuple[int, Prepared]]:
         """The records of these rows with their numbers, ready to be written; images: the files that they name."""
         together = TOGETHER_WITH_IMAGES if self.paints else TOGETHER
-        waiting: list[Numbered] = []
-        for row in rows:
-            counts.read += 1
-            self.read += 1
-            try:
-                records = [self._placed(record, images) for record in self._converted(row)]
-            except RecordError as error:
-                # The first error is that of the first row that has one.
-                yield from self._passed(waiting, counts)
-                waiting = []
-                self._refuse(counts, row.number, error)
-                continue
-            counts.ties += not records
-            waiting += [(row.number, record) for record in records]
-            if len(waiting) >= together:
-                yield from self._passed(waiting, counts)
-                waiting = []
-        yield from self._passed(waiting, counts)
-
-    def _passed(self, waiting: Sequence[Numbered], counts: Counts) -> Iterator[tuple[int, Prepared]]:
-        numbers, records = [number for number, _ in waiting], [record for _, record in waiting]
-        prepared: Iterable[Prepared | RecordError] = (Prepared(record, True, None, ()) for record in records)
-        if self.system is not None and records:
-            prepared = prepare_records(self.system, self.params, records)
-        for number, record, made in zip(numbers, records, prepared, strict=True):
+        found = self._records(rows, counts, images)
+        for number, made in prepare_in_groups(self.system, self.params, found, together):
+            self.progress(self.read)
             try:
                 if isinstance(made, RecordError):
                     raise made
                 # `open` leaves out those that may be left out.
                 if self.system is not None and not self.skip:
-                    self.held = check_intermediates(self.system, record, self.held)
+                    self.held = check_intermediates(self.system, made.record, self.held)
             except RecordError as error:
                 self._refuse(counts, number, error)
             else:
                 counts.kept += 1
                 yield number, made
         self.progress(self.read)
+
+    def _records(
+        self, rows: Iterable[Row], counts: Counts, images: States
+    ) -> Iterator[tuple[int, PreferenceRecord | RecordError]]:
+        for row in rows:
+            counts.read += 1
+            self.read += 1
+            try:
+                if isinstance(row.values, RecordError):
+                    raise row.values
+                values = {name: value for name, value in row.values.items() if name not in self.ignore}
+                found = [self._placed(record, images) for record in call_reader(self.convert, values, self.system)]
+            except RecordError as error:
+                yield row.number, error
+            else:
+                counts.ties += not found
+                yield from ((row.number, record) for record in found)
 
     def _identified(self, row: Row, ids: dict[Any, int]) -> Row:
         """The row, or what is wrong with its id."""
@@ -361,12 +306,6 @@ class _Pass:
             return Row(row.number, RecordError(said))
         ids[own] = row.number
         return row
-
-    def _converted(self, row: Row) -> list[PreferenceRecord]:
-        if isinstance(row.values, RecordError):
-            raise row.values
-        values = {name: value for name, value in row.values.items() if name not in self.ignore}
-        return call_reader(self.convert, values, self.system)
 
     def _placed(self, record: PreferenceRecord, images: States) -> PreferenceRecord:
         """The record with paths of images taken from the folder of the source."""

@@ -23,9 +23,10 @@ from sysdpo_jax.components.tool_values import Kept, ToolValues
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates, check_names
 from sysdpo_jax.graph import CompoundSystem, Known, Node
-from sysdpo_jax.io import replacing
+from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.row_files import RowFile, write_row_file
 from sysdpo_jax.typing import Features, Params, Record
+from sysdpo_jax.user_code import is_users
 from sysdpo_jax.values import is_plain
 
 # {side: {node: features of one row}}, without a leading axis.
@@ -72,29 +73,78 @@ def with_kept_values(system: CompoundSystem, values: ToolValues) -> CompoundSyst
 
 
 def about_system(system: CompoundSystem | None) -> list[Any]:
-    """What features depend on beside the frozen parts: the nodes but for their weights."""
+    """What features depend on beside the frozen parts: of the nodes neither weights nor what only the step reads."""
     if system is None:
         return []
-    nodes = [replace(node, weight=1.0) for node in system.nodes]
+    nodes = []
+    for node in system.nodes:
+        kind = type(node.component)
+        # What a class of the user's own prepares by is known where it says so itself.
+        known = not is_users(kind) or "prepared_by" in vars(kind)
+        about = node.component.prepared_by if known else node.component
+        nodes.append([node.name, node.parents, node.params_key, node.plate, kind, about])
     failing = [node.component.on_error for node in system.nodes if isinstance(node.component, Tool)]
     return [system.inputs, nodes, failing]
 
 
+def prepare_in_groups(
+    system: CompoundSystem | None,
+    params: Params | None,
+    found: Iterable[tuple[int, PreferenceRecord | RecordError]],
+    together: int,
+) -> Iterator[tuple[int, Prepared | RecordError]]:
+    """Numbered records ready for the step, or why they cannot be used, in their order.
+
+    found: a record, or why there is none. Of those before an error the outcome comes first: who stops at it prepares
+    nothing behind it. together: records that are prepared at once.
+    """
+    waiting: list[tuple[int, PreferenceRecord]] = []
+
+    def ready() -> Iterator[tuple[int, Prepared | RecordError]]:
+        if waiting:
+            numbers, records = zip(*waiting, strict=True)
+            waiting.clear()
+            yield from zip(numbers, prepare_records(system, params, records), strict=True)
+
+    for number, record in found:
+        if isinstance(record, RecordError):
+            yield from ready()
+            yield number, record
+            continue
+        waiting.append((number, record))
+        if len(waiting) >= together:
+            yield from ready()
+    yield from ready()
+
+
 def prepare_records(
-    system: CompoundSystem, params: Params | None, records: Sequence[PreferenceRecord]
+    system: CompoundSystem | None, params: Params | None, records: Sequence[PreferenceRecord]
 ) -> Iterator[Prepared | RecordError]:
     """Every record ready for the step, or why it cannot be used: naming the side, and the node or the field.
 
     params: those whose frozen parts encode. Without them records are prepared but their features are not kept, if the
     system encodes anything.
     """
+    if system is None:
+        yield from (Prepared(record, True, None, ()) for record in records)
+        return
     # Of these records: prepared once more, or on both sides, a tool is not called again.
     known: Known = {}
     try:
-        return iter(_together(system, params, records, known))
+        yield from _together(system, params, records, known)
+        return
     except RecordError as error:
-        # One after the other as they are asked for: who stops at an error calls no further tool.
-        return iter([error]) if len(records) == 1 else (_alone(system, params, record, known) for record in records)
+        if len(records) == 1:
+            yield error
+            return
+    # One after the other as they are asked for: who stops at an error calls no further tool.
+    for record in records:
+        try:
+            [made] = _together(system, params, [record], known)
+        except RecordError as error:
+            yield error
+        else:
+            yield made
 
 
 def write_part(
@@ -120,14 +170,13 @@ def write_part(
             yield {"record": [row.record.inputs, row.record.chosen, row.record.rejected], "features": row.features}
 
     count = write_row_file(path, noted())
-    with replacing(path.with_name(f"{path.name}{INDEX}")) as partial, partial.open("wb") as file:
-        told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
-        columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
-        columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
-        # Those without features have no sizes.
-        whole = [row or (0,) * len(axes) for row in sizes]
-        columns["sizes"] = np.array(whole, np.int32).reshape(count, len(axes))
-        np.savez(file, allow_pickle=False, **columns, **told)
+    told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
+    columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
+    columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
+    # Those without features have no sizes.
+    whole = [row or (0,) * len(axes) for row in sizes]
+    columns["sizes"] = np.array(whole, np.int32).reshape(count, len(axes))
+    write_arrays(path.with_name(f"{path.name}{INDEX}"), columns | told)
 
 
 def part_about(path: Path) -> Any:
@@ -178,7 +227,7 @@ class PreparedRows:
         ends = np.cumsum([0, *(len(part["shapes"]) for part in parts)])
         kinds = [places[start + part["kinds"]] for start, part in zip(ends[:-1], parts, strict=True)]
         self.kinds = np.concatenate(kinds)
-        self._file = lru_cache(OPEN)(RowFile)
+        self._file = lru_cache(OPEN)(lambda path: RowFile(path, remedy(path)))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -199,8 +248,12 @@ class PreparedRows:
 
 
 def _index(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path.with_name(f"{path.name}{INDEX}"), allow_pickle=False) as part:
-        return dict(part)
+    return read_arrays(path.with_name(f"{path.name}{INDEX}"), remedy(path))
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file of a part."""
+    return f"remove the folder {path.parent}, whose files are made anew"
 
 
 def pair_batch(system: CompoundSystem, rows: Sequence[Sides], sizes: Mapping[Axis, int]) -> PairBatch:
@@ -212,16 +265,6 @@ def pair_batch(system: CompoundSystem, rows: Sequence[Sides], sizes: Mapping[Axi
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     return PairBatch(*({node.name: stacked(side, node) for node in system.nodes} for side in SIDES))
-
-
-def _alone(
-    system: CompoundSystem, params: Params | None, record: PreferenceRecord, known: Known
-) -> Prepared | RecordError:
-    try:
-        [made] = _together(system, params, [record], known)
-    except RecordError as error:
-        return error
-    return made
 
 
 def _together(
@@ -240,11 +283,16 @@ def _together(
         features = _features(system, params, filled, held[0])
     except RecordError as error:
         raise _with_side(system, filled, held[0], error) from error
-    rows = zip(records, filled[::2], filled[1::2], features, strict=True)
-    return [
-        Prepared(_with_values(system, record, chosen, rejected), held[0], *row)
-        for record, chosen, rejected, row in rows
-    ]
+    tools = [node.name for node in system.nodes if node.deterministic]
+    made = []
+    for record, run, other, row in zip(records, filled[::2], filled[1::2], features, strict=True):
+        sides = []
+        for own, whole in ((record.chosen, run), (record.rejected, other)):
+            # With what tools gave and files can hold as it is.
+            lacking = [name for name in tools if name not in own and name in whole and is_plain(whole[name])]
+            sides.append({**own, **{name: whole[name] for name in lacking}})
+        made.append(Prepared(PreferenceRecord(record.inputs, *sides), held[0], *row))
+    return made
 
 
 def _with_side(system: CompoundSystem, runs: Sequence[Record], held: bool, error: RecordError) -> RecordError:
@@ -267,18 +315,6 @@ def _with_tools(system: CompoundSystem, runs: Sequence[Record], held: bool, know
         if isinstance(run, ToolError):
             raise run.at(SIDES[place % 2]) from run.__cause__
     return made
-
-
-def _with_values(
-    system: CompoundSystem, record: PreferenceRecord, chosen: Record, rejected: Record
-) -> PreferenceRecord:
-    """The record with what tools gave and files can hold as it is."""
-    tools = [node.name for node in system.nodes if node.deterministic]
-    sides = [
-        {**own, **{name: run[name] for name in tools if name in run and name not in own and is_plain(run[name])}}
-        for own, run in zip((record.chosen, record.rejected), (chosen, rejected), strict=True)
-    ]
-    return PreferenceRecord(record.inputs, *sides)
 
 
 def _features(

@@ -22,9 +22,14 @@ KEPT_ERRORS, KEPT_REASONS = 5, 20
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """Two runs of the system on the same inputs: `{node: value}` of the preferred one and of the other.
+    """Two runs of the system on the same inputs.
 
     Both hold every intermediate value (for `DirectObjective`) or none (for `SamplingObjective`), and every final value.
+
+    Args:
+        inputs: `{input: value}`.
+        chosen: `{node: value}` of the preferred run.
+        rejected: The same of the other.
     """
 
     inputs: Mapping[str, Any]
@@ -32,7 +37,11 @@ class PreferenceRecord:
     rejected: Mapping[str, Any]
 
     def runs(self) -> list[dict[str, Any]]:
-        """The chosen run and the rejected one, inputs included."""
+        """Both as records of the system.
+
+        Returns:
+            The chosen run and the rejected one, inputs included.
+        """
         return [{**self.inputs, **self.chosen}, {**self.inputs, **self.rejected}]
 
 
@@ -174,8 +183,15 @@ def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) ->
 def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> list[PreferenceRecord]:
     """The same preferences on the final values alone, as `SamplingObjective` takes them.
 
-    Recorded values of tools that read inputs alone stay: the intermediates may depend on them.
-    Raises `RecordError` naming the row and the final value that it lacks.
+    Args:
+        system: Which values are final.
+        records: With intermediates or without.
+
+    Returns:
+        The records without. Recorded values of tools that read inputs alone stay: the intermediates may depend on them.
+
+    Raises:
+        RecordError: Naming the row and the final value that it lacks.
     """
     names, given = [node.name for node in system.outputs], [node.name for node in system.given]
 
@@ -192,13 +208,18 @@ def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRe
 
 
 def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord], known: Known | None = None) -> PairBatch:
-    """Both sides as raw feature trees with a leading axis of `len(records)`, all in memory at once.
+    """Both sides as raw feature trees, all in memory at once.
 
     What frozen parts encode is left to `Trainer.fit`, or to `CompoundSystem.encode`. For more records than fit in
     memory, and batches of rows of like lengths, use `preference_dataset`.
 
     Args:
+        system: What they are prepared for.
+        records: With intermediates.
         known: See `CompoundSystem.complete`; what a tool gives of the inputs alone is asked for once for both sides.
+
+    Returns:
+        NumPy arrays with a leading axis of `len(records)`.
 
     Raises:
         RecordError: As `prepare` does, and for records without intermediates.

@@ -37,16 +37,25 @@ def rollout(
     shard: tuple[int, int] = (0, 1),
     skipped: Callable[[int, ToolError], None] = lambda place, error: logger.warning("left out: %s", error),
 ) -> list[dict[str, Any]]:
-    """`samples` whole-system runs of every input; runs of one input are adjacent.
+    """Run the whole system several times for every input.
 
     Components draw batches of the same size, so nothing recompiles; tools are called for the runs alone, once for each.
     All runs are in memory until the last one is made, and Ctrl-C loses them: `run_batches` gives them as they come.
 
     Args:
+        system: The graph.
+        params: `{params_key: tree}`.
+        inputs: `{name: value}` each.
+        key: Of the draws.
+        samples: Runs of each input.
+        batch_size: Runs at a time.
         progress: Is told how many runs each batch made.
         shard: (index, count) makes the batches index, index + count, ... alone, whose runs are the same as among all.
         skipped: Is told the place, `samples` * input + sample, of a run that is left out, because a tool with
             on_error="skip" failed, and why. It is logged by default.
+
+    Returns:
+        `{name: value}` of inputs and all nodes; runs of one input are adjacent.
 
     Raises:
         RolloutStopped: A tool with on_error="stop" failed: names the prompt and the sample, counted from 1, and has the
@@ -111,12 +120,22 @@ def make_pairs(
 ) -> list[PreferenceRecord]:
     """Preferences within each group of adjacent runs of equal inputs, by their scores.
 
-    records, scores: as `rollout` returns them and a judge of theirs, higher is better. group: runs in a group at most,
-    `rollout`'s samples for all of an input; a tool may have left out some of them, and a run alone makes no pair.
-    min_margin: smallest difference kept. pairs: the best against the worst of a group, or
-    all two. ties: whether equal scores make a pair. A kept one has no right order: it takes that of the records, which
-    is a fair coin as long as they are samples of one system, and is for losses with label smoothing.
-    Raises `ValueError` for scores that are not finite or not one a run, a group below 1, or ties kept below a margin.
+    Args:
+        system: The graph.
+        records: As `rollout` returns them.
+        scores: One a run, higher is better.
+        group: Runs in a group at most, `rollout`'s samples for all of an input; a tool may have left out some of them,
+            and a run alone makes no pair.
+        min_margin: Smallest difference that is kept.
+        pairs: The best against the worst of a group, or all two.
+        ties: Whether equal scores make a pair. A kept one has no right order: it takes that of the records, which is a
+            fair coin as long as they are samples of one system, and is for losses with label smoothing.
+
+    Returns:
+        The preferences, with intermediates.
+
+    Raises:
+        ValueError: For scores that are not finite or not one a run, a group below 1, or ties kept below a margin.
     """
     if len(records) != len(scores):
         raise ValueError(f"there are {len(records)} runs and {len(scores)} scores: give a score for each run")

@@ -1,12 +1,7 @@
-"""Decoding of language models: a cache of keys and values, sampling, beam search."""
+"""Decoding with a key-value cache: sampling, and diverse beam search."""
 
 from sysdpo_jax.decoding.beam_decode import beam_generate
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch, Penalties, beam_search
+from sysdpo_jax.decoding.decode import Generated, generate
 
-__all__ = [
-    "BeamSearch",
-    "Beams",
-    "Penalties",
-    "beam_generate",
-    "beam_search",
-]
+__all__ = ["BeamSearch", "Beams", "Generated", "Penalties", "beam_generate", "beam_search", "generate"]

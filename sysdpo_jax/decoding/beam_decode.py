@@ -28,12 +28,26 @@ def beam_generate(
     stop_tokens: tuple[int, ...],
     pad_token: int,
 ) -> Beams:
-    """The num_beams best distinct continuations that `search` finds for each right-padded prompt.
+    """Find the num_beams best distinct continuations of each right-padded prompt.
 
-    Sequences end with one of stop_tokens or at max_new_tokens. Penalties, early stopping and parameters of other
-    values do not compile anew; the loop ends when no row can improve.
+    Penalties, early stopping and parameters of other values do not compile anew; the loop ends when no row can improve.
 
-    Raises ValueError for beams that do not divide into the groups, and for prompts and lengths as `generate` does.
+    Args:
+        decoder: The model.
+        params: Its parameters.
+        prompts: Token ids.
+        prompt_lengths: In tokens.
+        num_beams: How many continuations.
+        search: Settings of the search.
+        max_new_tokens: A sequence ends there, if not at a stop token.
+        stop_tokens: Ids that end a sequence.
+        pad_token: What fills a sequence after its end.
+
+    Returns:
+        The sequences, the best first.
+
+    Raises:
+        ValueError: For beams that do not divide into the groups, and for prompts and lengths as `generate`.
     """
     check_prompts("beam_generate", decoder, prompts, prompt_lengths, max_new_tokens)
     static = decoder, num_beams, search.groups(num_beams), max_new_tokens, stop_tokens, pad_token

@@ -23,7 +23,13 @@ BLOCK = 64
 
 
 class Penalties(NamedTuple):
-    """The settings that are traced: new values do not compile anew."""
+    """The settings that are traced: new values do not compile anew.
+
+    Attributes:
+        diversity: `BeamSearch.diversity_penalty`.
+        length: `BeamSearch.length_penalty`.
+        early_stopping: `BeamSearch.early_stopping`.
+    """
 
     diversity: Array
     length: Array
@@ -32,17 +38,19 @@ class Penalties(NamedTuple):
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Settings of the search, under transformers' names.
+    """Settings of diverse beam search (arXiv 1610.02424), under transformers' names.
 
-    num_beam_groups: by default one group for every beam, as arXiv 1610.02424, section 5, recommends; 1 is plain
-        beam search.
-    diversity_penalty: the strength lambda, what a group's candidate loses for every time an earlier group has chosen
-        its token at the same step (Hamming diversity, section 4).
-    length_penalty: finished sequences are ranked by log p / length ** length_penalty.
-    early_stopping: a group is done as soon as all its places are taken, instead of when its running beams, at their
-        present length, score no better than the worst of them.
+    Args:
+        num_beam_groups: By default one group for every beam, as section 5 of the paper recommends; 1 is plain beam
+            search.
+        diversity_penalty: The strength lambda, what a group's candidate loses for every time an earlier group has
+            chosen its token at the same step (Hamming diversity, section 4).
+        length_penalty: Finished sequences are ranked by log p / length ** length_penalty.
+        early_stopping: A group is done as soon as all its places are taken, instead of when its running beams, at their
+            present length, score no better than the worst of them.
 
-    Raises ValueError for a number of groups below 1 and a diversity_penalty that is negative or not finite.
+    Raises:
+        ValueError: For a number of groups below 1 and a diversity_penalty that is negative or not finite.
     """
 
     num_beam_groups: int | None = None
@@ -57,7 +65,17 @@ class BeamSearch:
             raise ValueError(f"BeamSearch: diversity_penalty {self.diversity_penalty} must be >= 0 and finite.")
 
     def groups(self, num_beams: int) -> int:
-        """The number of groups of so many beams. Raises ValueError if they cannot be divided evenly."""
+        """Divide beams into groups.
+
+        Args:
+            num_beams: How many there are.
+
+        Returns:
+            The number of groups.
+
+        Raises:
+            ValueError: If they cannot be divided evenly.
+        """
         groups = num_beams if self.num_beam_groups is None else self.num_beam_groups
         if num_beams < 1 or num_beams % groups:
             raise ValueError(
@@ -66,7 +84,11 @@ class BeamSearch:
         return groups
 
     def penalties(self) -> Penalties:
-        """The settings beside the number of groups, as arrays."""
+        """The settings beside the number of groups.
+
+        Returns:
+            Them as arrays, so that other values do not compile anew.
+        """
         settings = jnp.float32(self.diversity_penalty), jnp.float32(self.length_penalty)
         return Penalties(*settings, jnp.bool_(self.early_stopping))
 
@@ -74,10 +96,13 @@ class BeamSearch:
 class Beams(NamedTuple):
     """What a search found, the best score first; no two valid sequences of a row are equal.
 
-    tokens: [B, R, N], padded after the end.  lengths: [B, R], counting a stop token produced.
-    log_probs: float32 [B, R], the model's own, without penalties.  scores: log_probs / lengths ** length_penalty.
-    valid: bool [B, R], False in the last places of a row with fewer distinct sequences than beams: log_probs and
-        scores are -inf there, lengths 0.
+    Attributes:
+        tokens: [batch, beams, tokens], padded after the end.
+        lengths: [batch, beams], counting a stop token produced.
+        log_probs: float32 [batch, beams], the model's own, without penalties.
+        scores: log_probs / lengths ** length_penalty.
+        valid: bool [batch, beams], False in the last places of a row with fewer distinct sequences than beams:
+            log_probs and scores are -inf there, lengths 0.
     """
 
     tokens: Array
@@ -133,16 +158,28 @@ def beam_search(
     stop_tokens: tuple[int, ...],
     pad_token: int,
 ) -> Beams:
-    """The most promising continuations of every row; to be called under jit.
-
-    step(tokens, parents, state, made): logits after `made` tokens, the newest of which are `tokens` [B, R], for beams
-        that continue the beams `parents` [B, R] of the row, counted from 0, as they were at the last call. At the
-        first call all beams of a row are equal. parents is None if every beam continues itself: in groups of one.
-    state: the model's, spread over the beams.
+    """Search for the most promising continuations of every row; to be called under jit.
 
     Within a group candidates, finished sequences and the end of the search are ranked by scores less the sum of the
     diversity penalties (arXiv 1610.02424, algorithm 1). Beams that go on count as chosen, and so do those that end. A
     sequence belongs to the first group that finishes it and is no candidate of later ones. At max_new_tokens all end.
+
+    Args:
+        step: (tokens, parents, state, made) -> logits after `made` tokens, the newest of which are `tokens` [B, R], for
+            beams that continue the beams `parents` [B, R] of the row, counted from 0, as they were at the last call. At
+            the first call all beams of a row are equal. parents is None if every beam continues itself: in groups of
+            one.
+        first_logits: Of the first token.
+        state: The model's, spread over the beams.
+        num_beams: Of a row.
+        num_groups: Which divides them.
+        penalties: See `BeamSearch.penalties`.
+        max_new_tokens: A sequence ends there, if not at a stop token.
+        stop_tokens: Ids that end a sequence.
+        pad_token: What fills a sequence after its end.
+
+    Returns:
+        The sequences, the best first.
     """
     batch, vocab = first_logits.shape
     size, stops = num_beams // num_groups, len(set(stop_tokens))

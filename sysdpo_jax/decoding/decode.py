@@ -15,7 +15,12 @@ from sysdpo_jax.models.decoder import Decoder, KVCache, init_cache
 
 
 class Generated(NamedTuple):
-    """New tokens [B, N], padded after each row's end, and lengths [B], which count a stop token produced."""
+    """What `generate` returns.
+
+    Attributes:
+        tokens: int [batch, max_new_tokens], padded after each row's end.
+        lengths: int [batch], which count a stop token that was produced.
+    """
 
     tokens: Array
     lengths: Array
@@ -45,13 +50,28 @@ def generate(
 ) -> Generated:
     """Continue right-padded prompts until each row has produced one of stop_tokens or max_new_tokens tokens.
 
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_p: sample among the smallest set of likeliest tokens whose probability, after the temperature, reaches
-        top_p (nucleus sampling, arXiv 1904.09751, section 3.1).
-    Changing these, the key or the parameters does not compile anew; the loop ends when all rows have stopped.
+    Other values of temperature, top_p, the key or the parameters do not compile anew; the loop ends when all rows have
+    stopped.
 
-    Raises ValueError if prompts and new tokens outnumber max_position_embeddings, a setting is out of range
-    or prompt_lengths is a NumPy array with values outside [1, P]; lengths on the device are not looked at.
+    Args:
+        decoder: The model.
+        params: Its parameters.
+        prompts: Token ids.
+        prompt_lengths: In tokens.
+        key: Of the draws.
+        max_new_tokens: At most so many a row.
+        stop_tokens: Ids that end a row.
+        pad_token: What fills a row after its end.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Sample among the smallest set of likeliest tokens whose probability, after the temperature, reaches top_p
+            (nucleus sampling, arXiv 1904.09751, section 3.1).
+
+    Returns:
+        The new tokens and their numbers.
+
+    Raises:
+        ValueError: If prompts and new tokens outnumber max_position_embeddings, a setting is out of range, or
+            prompt_lengths is a NumPy array with values outside [1, P]; lengths on the device are not looked at.
     """
     check_prompts("generate", decoder, prompts, prompt_lengths, max_new_tokens)
     if temperature < 0 or not 0 < top_p <= 1:

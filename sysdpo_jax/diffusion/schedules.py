@@ -22,10 +22,15 @@ Times = TypeVar("Times", Array, np.ndarray)
 class NoiseSchedule:
     """A variance-preserving schedule, named as in diffusers: alpha_t^2 = prod(1 - beta), sigma_t^2 = 1 - alpha_t^2.
 
-    kind: "linear" and "scaled_linear" space beta or sqrt(beta) evenly from beta_start to beta_end;
-    "squaredcos_cap_v2" is the cosine schedule of arXiv 2102.09672, equation 17.
-    rescale_betas_zero_snr: shift and scale alpha_t so that the last one is 0 and the first stays (arXiv 2305.08891,
-    algorithm 1). The last z_t is then pure noise: its log-SNR is -inf and an epsilon prediction says nothing of z_0.
+    Args:
+        kind: "linear" and "scaled_linear" space beta or sqrt(beta) evenly from beta_start to beta_end;
+            "squaredcos_cap_v2" is the cosine schedule of arXiv 2102.09672, equation 17.
+        num_timesteps: T.
+        beta_start: The first beta.
+        beta_end: The last beta.
+        rescale_betas_zero_snr: Shift and scale alpha_t so that the last one is 0 and the first stays (arXiv 2305.08891,
+            algorithm 1). The last z_t is then pure noise: its log-SNR is -inf and an epsilon prediction says nothing of
+            z_0.
     """
 
     kind: str = "scaled_linear"
@@ -35,7 +40,14 @@ class NoiseSchedule:
     rescale_betas_zero_snr: bool = False
 
     def betas(self) -> np.ndarray:
-        """beta_t for every t, float64 [num_timesteps]. Raises `ValueError` on an unknown kind."""
+        """beta_t for every t.
+
+        Returns:
+            float64 [num_timesteps].
+
+        Raises:
+            ValueError: On an unknown kind.
+        """
         makers: dict[str, Callable[[], np.ndarray]] = {
             "linear": lambda: np.linspace(self.beta_start, self.beta_end, self.num_timesteps),
             "scaled_linear": lambda: np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps) ** 2,
@@ -47,22 +59,44 @@ class NoiseSchedule:
         return _zero_terminal_snr(betas) if self.rescale_betas_zero_snr else betas
 
     def alphas_cumprod(self) -> np.ndarray:
-        """alpha_t^2 for every t, float64 [num_timesteps]; the last is exactly 0 with rescale_betas_zero_snr."""
+        """alpha_t^2 for every t.
+
+        Returns:
+            float64 [num_timesteps]; the last is exactly 0 with rescale_betas_zero_snr.
+        """
         return np.cumprod(1.0 - self.betas())
 
     def snr(self) -> np.ndarray:
-        """SNR_t = alpha_t^2 / sigma_t^2 for every t, float64 [num_timesteps]."""
+        """SNR_t = alpha_t^2 / sigma_t^2 for every t.
+
+        Returns:
+            float64 [num_timesteps].
+        """
         squared = self.alphas_cumprod()
         return squared / (1.0 - squared)
 
     def alpha_sigma(self, t: Int[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-        """alpha_t and sigma_t in float32."""
+        """The levels of signal and noise.
+
+        Args:
+            t: Timesteps.
+
+        Returns:
+            alpha_t and sigma_t in float32.
+        """
         squared = self.alphas_cumprod()
         alpha, sigma = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (squared, 1.0 - squared))
         return alpha[t], sigma[t]
 
     def log_snr(self, t: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """lambda_t = log(SNR_t), float32, computed in float64 on the host; -inf where the SNR is 0."""
+        """lambda_t = log(SNR_t), computed in float64 on the host.
+
+        Args:
+            t: Timesteps.
+
+        Returns:
+            lambda_t in float32; -inf where the SNR is 0.
+        """
         squared = self.alphas_cumprod()
         with np.errstate(divide="ignore"):
             return jnp.asarray(np.log(squared) - np.log1p(-squared), jnp.float32)[t]
@@ -72,15 +106,23 @@ class NoiseSchedule:
 class FlowSchedule:
     """A rectified flow z = (1 - sigma) z_0 + sigma eps whose times are shifted towards the noise.
 
-    shift: 1 leaves the times as they are; Stable Diffusion 3 has 3.0 (arXiv 2403.03206, equation 23).
-    num_train_timesteps: the model is given sigma * num_train_timesteps.
+    Args:
+        shift: 1 leaves the times as they are; Stable Diffusion 3 has 3.0 (arXiv 2403.03206, equation 23).
+        num_train_timesteps: The model is given sigma * num_train_timesteps.
     """
 
     shift: float = 1.0
     num_train_timesteps: int = 1000
 
     def sigma(self, u: Times) -> Times:
-        """The noise level at the unshifted time u in [0, 1], any shape: shift u / (1 + (shift - 1) u)."""
+        """The noise level: shift u / (1 + (shift - 1) u).
+
+        Args:
+            u: Unshifted times in [0, 1], any shape.
+
+        Returns:
+            sigma, of the same shape.
+        """
         return self.shift * u / (1 + (self.shift - 1) * u)
 
 

@@ -17,18 +17,32 @@ from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType
 
 @runtime_checkable
 class Weighting(Protocol):
-    """T * omega for each row's timestep; `size` is the number of elements of one latent."""
+    """T * omega of a denoising error, so that log p ~= -(T omega / 2) * mean squared error."""
 
     def __call__(
         self, schedule: NoiseSchedule, t: Int[Array, "batch"], prediction_type: PredictionType, size: int
-    ) -> Float[Array, "batch"]: ...
+    ) -> Float[Array, "batch"]:
+        """Weigh the error of each row.
+
+        Args:
+            schedule: Of the noise.
+            t: The row's timestep.
+            prediction_type: What the error is of.
+            size: Elements of one latent.
+
+        Returns:
+            T * omega for each row.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Constant:
     """The same weight at every timestep: the public Diffusion-DPO recipe (arXiv 2311.12908, below equation 14).
 
-    scale: T * omega. Diffusion-DPO's 5000 contains its beta; with a system beta of 0.1 the same loss has scale 50,000.
+    Args:
+        scale: T * omega. Diffusion-DPO's 5000 contains its beta; with a system beta of 0.1 the same loss has scale
+            50,000.
     """
 
     scale: float = 50_000.0
@@ -41,7 +55,12 @@ class Constant:
 
 @dataclass(frozen=True)
 class MinSNR:
-    """scale * min(SNR, gamma) on the z_0 error, carried over to the prediction type (arXiv 2303.09556, section 3.4)."""
+    """scale * min(SNR, gamma) on the z_0 error, carried over to the prediction type (arXiv 2303.09556, section 3.4).
+
+    Args:
+        scale: T * omega where the SNR is 1.
+        gamma: The largest SNR that counts.
+    """
 
     scale: float = 50_000.0
     gamma: float = 5.0

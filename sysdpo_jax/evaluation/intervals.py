@@ -18,14 +18,28 @@ ROUNDING = 1e-12
 
 
 class Interval(NamedTuple):
-    """The ends of a confidence interval."""
+    """A confidence interval.
+
+    Attributes:
+        low: Its lower end.
+        high: Its upper end.
+    """
 
     low: float
     high: float
 
 
 def mean_interval(mean: Number, standard_error: Number, clusters: int) -> Interval:
-    """mean -+ t SE, by Student's t with clusters - 1 degrees of freedom: the error itself is of so many numbers."""
+    """mean -+ t SE, by Student's t with clusters - 1 degrees of freedom: the error itself is of so many numbers.
+
+    Args:
+        mean: Of the values.
+        standard_error: SE of it.
+        clusters: The number of independent groups of runs, at least 2.
+
+    Returns:
+        The 95% interval.
+    """
     reach = float(stdtrit(clusters - 1, TAIL)) * standard_error
     return Interval(mean - reach, mean + reach)
 
@@ -40,6 +54,9 @@ def wilson_interval(share: Number, number: Number, quantile: Number = NORMAL) ->
         share: p, in [0, 1].
         number: n, above 0; an effective number need not be whole.
         quantile: z, standard errors on either side.
+
+    Returns:
+        The interval.
     """
     ratio = quantile**2 / number
     middle = (share + ratio / 2) / (1 + ratio)
@@ -65,6 +82,9 @@ def share_interval(share: Number, standard_error: Number, variance: Number, numb
         variance: of the runs' values, p (1 - p) where each is 0 or 1, less with ties that count half.
         number: of runs.
         clusters: the number of independent groups of runs, at least 2.
+
+    Returns:
+        The 95% interval, inside [0, 1].
     """
     binomial = share * (1 - share)
     alone = number == clusters and math.isclose(variance, binomial, abs_tol=ROUNDING)
@@ -75,7 +95,14 @@ def share_interval(share: Number, standard_error: Number, variance: Number, numb
 
 
 def too_few(prompts: int) -> str | None:
-    """What is to be said of an interval from so many prompts, None where they are enough."""
+    """What is to be said of an interval from few prompts.
+
+    Args:
+        prompts: How many there are.
+
+    Returns:
+        A sentence; None where they are enough.
+    """
     if prompts >= ENOUGH_PROMPTS:
         return None
     if prompts == 1:

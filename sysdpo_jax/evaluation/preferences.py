@@ -22,13 +22,17 @@ SHARE: Bounds = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n runs and its standard error.
+    """A mean over runs, its standard error and its 95% confidence interval.
 
-    interval: the 95% confidence interval, None for a figure of which no more than the error is known.
+    Args:
+        value: The mean.
+        standard_error: Of it; None where it is not known.
+        n: How many runs.
+        interval: The 95% confidence interval; None where it is not known.
     """
 
     value: float
-    standard_error: float
+    standard_error: float | None
     n: int
     interval: Interval | None = None
 
@@ -37,14 +41,33 @@ def preference_score(grades: Grades) -> Float[np.ndarray, "*runs"]:
     """q = -(a_1 - a_3 + |a_2 - (a_1 + a_3) / 2|) of three attribute scores in the asked direction.
 
     arXiv 2502.17721, section 5: a wide range and even steps are good; the best of scores in [0, 1] is 1.
-    Raises ValueError for grades that are not finite.
+
+    Args:
+        grades: a_1, a_2, a_3 of each run.
+
+    Returns:
+        q of each run.
+
+    Raises:
+        ValueError: For grades that are not finite.
     """
     first, second, third = np.moveaxis(_finite(grades), -1, 0)
     return np.asarray(-(first - third + np.abs(second - (first + third) / 2)))
 
 
 def order_consistency(grades: Grades) -> Float[np.ndarray, "*runs"]:
-    """1 where a_1 < a_2 < a_3, else 0; the mean is the order-consistency ratio. Raises as `preference_score`."""
+    """Whether three attribute scores are in the asked order; the mean is the order-consistency ratio of arXiv
+    2502.17721.
+
+    Args:
+        grades: a_1, a_2, a_3 of each run.
+
+    Returns:
+        1 where a_1 < a_2 < a_3, else 0.
+
+    Raises:
+        ValueError: As `preference_score`.
+    """
     return np.asarray((np.diff(_finite(grades), axis=-1) > 0).all(axis=-1), np.float64)
 
 
@@ -59,6 +82,9 @@ def clustered_mean(values: Values, clusters: Clusters, bounds: Bounds | None = N
         clusters: the prompt of each run.
         bounds: what the values lie between by their nature, (0.0, 1.0) for right and wrong: then the interval is
             Wilson's (`share_interval`), otherwise Student's (`mean_interval`).
+
+    Returns:
+        The mean with its error and 95% interval.
 
     Raises:
         ValueError: for no runs, a single cluster, or values that are not finite or outside the bounds.
@@ -82,22 +108,54 @@ def clustered_mean(values: Values, clusters: Clusters, bounds: Bounds | None = N
 
 
 def paired_difference(first: Values, second: Values, clusters: Clusters, bounds: Bounds | None = None) -> Estimate:
-    """The mean of first - second over runs that share prompt and noise. bounds: of both. Raises as `clustered_mean`."""
+    """The mean of first - second over runs that share prompt and noise.
+
+    Args:
+        first: A value of each run.
+        second: Of the run that it is compared with.
+        clusters: The prompt of each run.
+        bounds: Of both, see `clustered_mean`.
+
+    Returns:
+        The mean difference with its error and interval.
+
+    Raises:
+        ValueError: As `clustered_mean`.
+    """
     difference = _checked(first, clusters) - _checked(second, clusters)
     return clustered_mean(difference, clusters, bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0]))
 
 
 def win_rate(first: Values, second: Values, clusters: Clusters) -> Estimate:
-    """Share of paired runs in which first > second; a tie counts half. Raises as `clustered_mean`."""
+    """Share of paired runs in which first > second; a tie counts half.
+
+    Args:
+        first: A score of each run.
+        second: Of the run that it is compared with.
+        clusters: The prompt of each run.
+
+    Returns:
+        The share with its error and Wilson's interval.
+
+    Raises:
+        ValueError: As `clustered_mean`.
+    """
     difference = np.sign(_checked(first, clusters) - _checked(second, clusters))
     return clustered_mean((difference + 1) / 2, clusters, SHARE)
 
 
 def interval_figures(name: str, estimate: Estimate) -> dict[str, float]:
-    """{name: mean, <name>/low and <name>/high: the ends of its 95% confidence interval}.
+    """Figures for `training.Evaluation` to log, which the report draws as a curve with a band.
 
-    They are figures for `training.Evaluation` to log, which the report draws as a curve with a band. Raises ValueError
-    for an estimate without an interval.
+    Args:
+        name: Of the figure.
+        estimate: With an interval.
+
+    Returns:
+        {name: mean, <name>/low and <name>/high: the ends of its 95% confidence interval}.
+
+    Raises:
+        ValueError: For an estimate without an interval.
     """
     if estimate.interval is None:
         raise ValueError(f"the estimate of {name!r} has no interval: make it by clustered_mean, or log its value alone")

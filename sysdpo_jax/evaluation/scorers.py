@@ -23,24 +23,52 @@ BRIGHTEST = 4
 
 
 def brightness(images: Images) -> Scores:
-    """Mean of the three channels over the foreground; 0 for an empty picture."""
+    """How bright the foreground is.
+
+    Args:
+        images: In [0, 1].
+
+    Returns:
+        The mean of its three channels; 0 for an empty picture.
+    """
     return _colour(images).mean(axis=-1)
 
 
 def size(images: Images) -> Scores:
-    """Share of the picture that the foreground covers; 0 for an empty picture."""
+    """How much of the picture the foreground covers.
+
+    Args:
+        images: In [0, 1].
+
+    Returns:
+        A share; 0 for an empty picture.
+    """
     return foreground(images).mean(axis=(1, 2))
 
 
 def redness(images: Images) -> Scores:
-    """Red as a share of red and blue in the foreground's colour; 1/2 for an empty picture."""
+    """How red the foreground's colour is.
+
+    Args:
+        images: In [0, 1].
+
+    Returns:
+        Red as a share of red and blue; 1/2 for an empty picture.
+    """
     red, _, blue = np.moveaxis(_colour(images), -1, 0)
     total = red + blue
     return np.where(total > 0, red / np.where(total > 0, total, 1), 0.5)
 
 
 def height(images: Images) -> Scores:
-    """Height of the foreground's centre of mass, 0 at the bottom edge, 1 at the top; 1/2 for an empty picture."""
+    """Where the foreground's centre of mass is.
+
+    Args:
+        images: In [0, 1].
+
+    Returns:
+        0 at the bottom edge, 1 at the top; 1/2 for an empty picture.
+    """
     mask = foreground(images)
     rows = images.shape[1]
     heights = 1 - (np.arange(rows) + 0.5) / rows
@@ -51,9 +79,15 @@ def height(images: Images) -> Scores:
 
 @dataclass(frozen=True)
 class CalibratedScorer:
-    """A measure on a scale of its own: `low` scores 0 and `high` scores 1; other values lie on the line through them.
+    """A measure on a scale of its own, a line through two values. Scores are not clipped.
 
-    Scores are not clipped. Raises ValueError when low and high are the same.
+    Args:
+        measure: Of pictures.
+        low: What it gives where the score is 0.
+        high: What it gives where the score is 1.
+
+    Raises:
+        ValueError: When these are the same.
     """
 
     measure: Callable[[Images], Scores]
@@ -67,11 +101,26 @@ class CalibratedScorer:
             )
 
     def __call__(self, images: Images) -> Scores:
+        """Score pictures.
+
+        Args:
+            images: In [0, 1].
+
+        Returns:
+            A score for each.
+        """
         return (self.measure(images) - self.low) / (self.high - self.low)
 
 
 def foreground(images: Images) -> Float[np.ndarray, "batch height width"]:
-    """How much of each pixel is foreground, 0 to 1; all 0 where nothing is visible."""
+    """How much of each pixel is foreground.
+
+    Args:
+        images: In [0, 1].
+
+    Returns:
+        0 to 1; all 0 where nothing is visible.
+    """
     border = np.concatenate([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], axis=1)
     background = np.median(border, axis=1)[:, None, None, :]
     distance = np.abs(images.astype(np.float64) - background).max(axis=-1)

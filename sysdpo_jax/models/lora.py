@@ -45,11 +45,18 @@ class LoRAError(ValueError):
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which layers get factors, of which rank, and the scale alpha / rank of their product.
+    """Which layers get low-rank factors (arXiv 2106.09685, section 4.1).
 
-    targets: a name in TARGETS ("all_linear" is all dense layers but the language model's head) or a regex found in
-    the "/"-joined path of a dense layer, or a tuple of several. In a text-to-image component they are the denoiser's,
-    but for a regex that begins with "^text/", which is of text encoders: load them with train_text=True.
+    Args:
+        rank: Of the factors.
+        alpha: The product is scaled by alpha / rank.
+        targets: A name in TARGETS ("all_linear" is all dense layers but the language model's head) or a regex found in
+            the "/"-joined path of a dense layer, or a tuple of several. In a text-to-image component they are the
+            denoiser's, but for a regex that begins with "^text/", which is of text encoders: load them with
+            train_text=True.
+
+    Raises:
+        LoRAError: If rank or alpha is not positive, or targets are empty or no regular expression.
     """
 
     rank: int
@@ -83,11 +90,22 @@ def low_rank(module: nn.Module, x: Float[Array, "rows width"], dtype: Any) -> Fl
 
 
 def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "float32") -> Params:
-    """One component's tree with factors beside the kernels that `lora` targets; the other leaves are the same arrays.
+    """Put factors beside the kernels of one component.
 
     A ~ U(-1/sqrt(in), 1/sqrt(in)), Kaiming's with a = sqrt(5) (arXiv 1502.01852), as PEFT starts it, and B = 0.
-    Only dense layers can be targets. Raises `LoRAError` for a pattern that finds none, naming some that there are, and
-    for a layer that has factors already.
+
+    Args:
+        params: The component's tree.
+        lora: Which layers; only dense ones can be targets.
+        key: Of A.
+        param_dtype: Of the factors.
+
+    Returns:
+        The tree with factors; the other leaves are the same arrays.
+
+    Raises:
+        LoRAError: For a pattern that finds no layer, naming some that there are, and for a layer that has factors
+            already.
     """
     flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
     matched = _targets(flat, lora)

@@ -17,14 +17,35 @@ from sysdpo_jax.typing import Keys, Params
 
 @dataclass(frozen=True)
 class DirectObjective(PreferenceObjective):
-    """-E log sigmoid(beta [sum_k r_k(winner) - sum_k r_k(loser)]) and its family (arXiv 2502.17721, section 4.1)."""
+    """SysDPO-Direct, for records that hold the intermediate values (arXiv 2502.17721, section 4.1).
+
+        loss = -E log sigmoid(beta [sum_k r_k(s^w) - sum_k r_k(s^l)]),   r_k = weight_k (log p_k - log p_ref,k)
+
+    Args:
+        beta: Inverse temperature, in 1/nats for language models.
+        loss: A name in `LOSSES`: what takes the place of -log sigmoid.
+        label_smoothing: Share of labels taken to be wrong, in [0, 0.5).
+        sft: (node, coefficient) pairs; each adds coefficient * mean(-log p_node(winner)) to the loss, in the node's own
+            units, against falling winner likelihood.
+
+    Raises:
+        ValueError: On an unknown loss, or a parameter out of range or that the loss would not read.
+    """
 
     def __call__(
         self, system: CompoundSystem, params: Params, reference: Params, batch: PairBatch, key: Keys
     ) -> tuple[Array, Aux]:
-        """The mean loss over the batch, the nodes' margins and metrics under TRL's names, see `aux`.
+        """Both sides go through each model in one forward pass and share the noise of the key.
 
-        Both sides go through each model in one forward pass and share the noise of the key.
+        Args:
+            system: The graph that is summed over.
+            params: The policy, `{params_key: tree}`.
+            reference: The same of the trained components before training; a frozen one has no key.
+            batch: As `prepare_pairs` and `epoch_batches` make it.
+            key: Of the step's noise.
+
+        Returns:
+            The mean loss over the batch; the nodes' margins and metrics under TRL's names, see `aux`.
         """
         require_batch(batch, PairBatch, "prepare_pairs")
         rows, sides = jax.tree.leaves(batch)[0].shape[0], batch.sides()

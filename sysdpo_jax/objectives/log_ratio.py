@@ -13,7 +13,15 @@ from sysdpo_jax.typing import Features, Keys, Params
 
 
 class NodeLogps(NamedTuple):
-    """One node under policy and reference, each [batch]: log-probabilities, metrics, and the weighted log-ratio."""
+    """One node under policy and reference, one number a row each.
+
+    Attributes:
+        log_ratio: weight_k (log p_k - log p_ref,k), in nats.
+        policy: log p_k, without the weight.
+        reference: log p_ref,k, without the weight.
+        policy_metrics: What the component reports beside its log-probability, `{name: value}`.
+        reference_metrics: The same under the reference; empty where that was evaluated before.
+    """
 
     log_ratio: Array
     policy: Array
@@ -35,9 +43,18 @@ def node_log_probs(
     key: Keys,
     precomputed: Mapping[str, Array] | None = None,
 ) -> dict[str, NodeLogps]:
-    """`{node: NodeLogps}` of every trained node. No gradient flows into the reference; both see the same noise.
+    """Every trained node under policy and reference. No gradient flows into the reference; both see the same noise.
 
-    precomputed: `{node: log-probabilities [batch]}` under the reference, of the nodes whose reference tree is None.
+    Args:
+        system: The graph that is summed over.
+        params: The policy, `{params_key: tree}`.
+        reference: The same before training, without the frozen components.
+        features: `{node: features}`, encoded.
+        key: One for all rows, or one a row.
+        precomputed: `{node: log-probabilities [batch]}` under the reference, of the nodes whose reference tree is None.
+
+    Returns:
+        `{node: NodeLogps}`.
     """
     system.check_params(params)
     given = precomputed or {}
@@ -90,10 +107,18 @@ def log_probs_of_node(
 def log_ratio(
     system: CompoundSystem, params: Params, reference: Params, features: Mapping[str, Features], key: Keys
 ) -> dict[str, Array]:
-    """weight_k (log p_theta_k - log p_ref_k) of every node in nats, `{node: Float[Array, "batch"]}`.
+    """weight_k (log p_k - log p_ref,k) of every node; the plain sum is the system's (arXiv 2502.17721, section 4).
 
-    Their plain sum is the system's log-ratio (arXiv 2502.17721, section 4). A key absent from `reference` is a frozen
-    component: its nodes, like tools, contribute exactly 0 and are not evaluated.
+    Args:
+        system: The graph that is summed over.
+        params: The policy, `{params_key: tree}`.
+        reference: The same before training. A key that is absent is a frozen component: its nodes, like tools,
+            contribute exactly 0 and are not evaluated.
+        features: `{node: features}`, encoded.
+        key: One for all rows, or one a row; policy and reference see the same noise.
+
+    Returns:
+        `{node: Float[Array, "batch"]}` in nats.
     """
     node_logps = node_log_probs(system, params, reference, features, key)
     batch = jax.tree.leaves(features)[0].shape[0]

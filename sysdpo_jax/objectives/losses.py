@@ -82,6 +82,7 @@ LOSSES: dict[str, Callable[..., Float[Array, "batch"]]] = {
     "apo_zero": apo_zero_loss,
     "apo_down": apo_down_loss,
 }
+"""The losses by name: functions of the log-ratios of both sides, beta and label_smoothing, see this file."""
 
 # The losses that read label_smoothing; for the others a value would be silently ignored, so it is refused.
 SMOOTHED = frozenset({"sigmoid", "robust", "exo_pair"})

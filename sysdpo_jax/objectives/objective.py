@@ -13,9 +13,10 @@ from sysdpo_jax.typing import Keys, Params
 class Aux(NamedTuple):
     """What an objective returns beside its loss. All are means over the rows: those of parts of a batch are averaged.
 
-    terms: `{node: mean margin of its reward}`, which the step computes with: each node's share of the margin, and the
-    node to blame for a value that is not finite; empty for an objective without such a split.
-    metrics: `{name: scalar}`, which is logged; nothing is computed from it.
+    Attributes:
+        terms: `{node: mean margin of its reward}`, which the step computes with: each node's share of the margin, and
+            the node to blame for a value that is not finite; empty for an objective without such a split.
+        metrics: `{name: scalar}`, which is logged; nothing is computed from it.
     """
 
     terms: Mapping[str, Float[Array, ""]]

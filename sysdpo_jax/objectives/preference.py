@@ -42,16 +42,31 @@ class PreferenceObjective:
             raise ValueError(f"loss {self.loss!r} does not use label_smoothing: set it to 0")
 
     def mean_loss(self, log_ratios: Float[Array, "2 batch"], node_logps: Mapping[str, NodeLogps]) -> Float[Array, ""]:
-        """The loss on the system's log-ratios of the chosen and the rejected side, plus the nodes' sft terms.
+        """The loss on both sides of every pair, plus the nodes' sft terms.
 
-        node_logps: of every trained node, each array [2, batch]. Raises `GraphError` as `check`.
+        Args:
+            log_ratios: The system's, of the chosen and the rejected side.
+            node_logps: Of every trained node, each array [2, batch].
+
+        Returns:
+            The mean over the batch.
+
+        Raises:
+            GraphError: As `check`.
         """
         self.check(node_logps)
         losses = LOSSES[self.loss](log_ratios[0], log_ratios[1], self.beta, self.label_smoothing)
         return jnp.mean(losses) + self._sft(node_logps)
 
     def check(self, trained: Collection[str]) -> None:
-        """Raise `GraphError` where the loss names others than the trained nodes, which are given."""
+        """Check that the loss and the system go together.
+
+        Args:
+            trained: Names of the trained nodes.
+
+        Raises:
+            GraphError: Where the loss names other nodes.
+        """
         for name, _ in self.sft:
             if name not in trained:
                 raise GraphError(f"sft names the node {name!r}, which is not a trained node: {', '.join(trained)} are")
@@ -71,7 +86,15 @@ class PreferenceObjective:
         rise of the squared error, of a node whose component reports one; else "kl", the mean of (log p - log p_ref)^2 /
         2 in nats, which is a KL divergence to second order in the log-ratio where the values are like the reference's
         own (k2 of J. Schulman, http://joschu.net/blog/kl-approx.html) and above it further away. k1, the plain mean,
-        cancels where the chosen rise as the rejected fall; k3 overflows on the log-log_ratios of whole texts.
+        cancels where the chosen rise as the rejected fall; k3 overflows on the log-ratios of whole texts.
+
+        Args:
+            log_ratios: The system's, of the chosen and the rejected side.
+            logps: The policy's log-probabilities of these.
+            node_logps: Of every trained node, each array [2, batch].
+
+        Returns:
+            Means over the batch, without gradient.
         """
         chosen, rejected = self.beta * log_ratios
         margins = {}

@@ -34,12 +34,22 @@ class SamplingObjective(PreferenceObjective):
     logsumexp_y [log w_y + log p(y, z | x) / p_ref(y, z | x)] with w the softmax of log p_ref(y, z | x): the difference
     of two large numbers is never taken, and with one intermediate it is SysDPO-Direct's.
 
-    chunk_size: how many intermediates are evaluated at once, which bounds memory at the price of a second forward pass;
-    all of them by default. A frozen component is evaluated too: its probabilities weigh the intermediates.
-    A node's figures, and its `sft`, are means over the intermediates with their posterior p(y | x, z) as weights; the
-    nodes' margins do not add up to the system's, as those of SysDPO-Direct do.
-    A diffusion node's surrogate weighs intermediates too, by one draw of its noise: where its scale (the component's
-    weighting times the node's weight) is large, one intermediate gets all the weight. Watch the effective number.
+    A frozen component is evaluated too: its probabilities weigh the intermediates. A node's figures, and its `sft`, are
+    means over the intermediates with their posterior p(y | x, z) as weights; the nodes' margins do not add up to the
+    system's, as those of SysDPO-Direct do. A diffusion node's surrogate weighs intermediates too, by one draw of its
+    noise: where its scale (the component's weighting times the node's weight) is large, one intermediate gets all the
+    weight. Watch the effective number.
+
+    Args:
+        beta: As for `DirectObjective`.
+        loss: As for `DirectObjective`.
+        label_smoothing: As for `DirectObjective`.
+        sft: As for `DirectObjective`.
+        chunk_size: How many intermediates are evaluated at once, which bounds memory at the price of a second forward
+            pass; all of them by default.
+
+    Raises:
+        ValueError: As for `DirectObjective`, and for a chunk_size below 1.
     """
 
     chunk_size: int | None = None
@@ -52,10 +62,19 @@ class SamplingObjective(PreferenceObjective):
     def __call__(
         self, system: CompoundSystem, params: Params, reference: Params, batch: SampledBatch, key: Keys
     ) -> tuple[Array, Aux]:
-        """The mean loss over the batch, the nodes' margins and the metrics of `DirectObjective`.
+        """All sides and intermediates share the noise of the key.
 
-        All sides and intermediates share the noise of the key. More metrics: intermediates/effective/<side>, the
-        effective number 1 / sum of squared posterior weights; intermediates/distinct; intermediates/staleness in steps.
+        Args:
+            system: The graph that is summed over.
+            params: The policy, `{params_key: tree}`.
+            reference: The same of the trained components before training; a frozen one has no key.
+            batch: As `SearchedBatches` and `sampled_batch` make it.
+            key: Of the step's noise.
+
+        Returns:
+            The mean loss over the batch; the nodes' margins and the metrics of `DirectObjective`, with
+            intermediates/effective/<side>, the effective number 1 / sum of squared posterior weights,
+            intermediates/distinct, and intermediates/staleness in steps.
         """
         require_batch(batch, SampledBatch, "SearchedBatches")
         system.check_params(params)

@@ -24,15 +24,21 @@ def initialize(
 ) -> None:
     """Join the other processes of the run. Call it first: before anything asks JAX for a device.
 
-    Without arguments Cloud TPU, GKE, Slurm and Open MPI are recognised; elsewhere the run stays one process. Otherwise:
-    coordinator_address: "host:port" of process 0, with a free port; num_processes, process_id: how many there are and
-    which this one is, from 0.
+    Without arguments Cloud TPU, GKE, Slurm and Open MPI are recognised; elsewhere the run stays one process.
 
     When a process dies, JAX aborts the others and names it ("The following tasks are unhealthy"): within
     `heartbeat_timeout_seconds` and a few more, at once where it was process 0. Where a collective loses its connection
     before that, as on CPUs, it raises. A process that stops with an exception exits with code 1 at once, without
     waiting for the others. Start all of them again: they go on from the newest checkpoint.
-    Raises what `jax.distributed.initialize` does, `RuntimeError` when JAX has devices already or joined before.
+
+    Args:
+        coordinator_address: "host:port" of process 0, with a free port.
+        num_processes: How many there are.
+        process_id: Which this one is, from 0.
+        heartbeat_timeout_seconds: After which a silent process counts as dead.
+
+    Raises:
+        RuntimeError: When JAX has devices already or joined before, and what else `jax.distributed.initialize` raises.
     """
     try:
         jax.distributed.initialize(

@@ -19,7 +19,15 @@ def replicate_per_process(params: PyTree) -> PyTree:
     lie on this process's devices already stay as they are.
     While the result is in use, the devices of each process hold these arrays a second time, whole between them. It may
     share buffers with `params`: use it before these are donated to a step.
-    Raises `ShardingError` where the processes have different numbers of devices on the mesh.
+
+    Args:
+        params: Any tree of arrays.
+
+    Returns:
+        The tree on this process's devices.
+
+    Raises:
+        ShardingError: Where the processes have different numbers of devices on the mesh.
     """
     spread = [leaf for leaf in jax.tree.leaves(params) if _is_spread(leaf)]
     if not spread:

@@ -48,10 +48,21 @@ class ShardingError(ValueError):
 def make_mesh(data: int = 1, fsdp: int | None = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the first data * fsdp * tensor devices.
 
-    fsdp: None takes all that data and tensor leave. devices: jax.devices() by default, or those of a topology to
-    compile for. Those of several slices (of TPUs; JAX takes a host of GPUs for one) lie slice by slice, so that data,
-    and what is left of fsdp, span them. Raises `ShardingError` when there are fewer, when data and tensor do not divide
-    them, and where tensor would span slices.
+    Devices of several slices (of TPUs; JAX takes a host of GPUs for one) lie slice by slice, so that data, and what is
+    left of fsdp, span them.
+
+    Args:
+        data: Copies of the parameters, which share a batch.
+        fsdp: Parts that parameters and batch are cut into; None takes all that data and tensor leave.
+        tensor: Parts that the layers' widths are cut into.
+        devices: jax.devices() by default, or those of a topology to compile for.
+
+    Returns:
+        The mesh, with the axes `AXES`.
+
+    Raises:
+        ShardingError: When there are fewer devices, when data and tensor do not divide them, and where tensor would
+            span slices.
     """
     devices = jax.devices() if devices is None else devices
     if min(data, tensor, 1 if fsdp is None else fsdp) < 1:
@@ -84,13 +95,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, rules: Rules = ()) -> PyTree:
-    """A `NamedSharding` for each leaf of `tree` (anything with a shape).
+    """How arrays are cut over a mesh.
 
-    rules: (regex, spec) pairs; the first whose regex is found in the leaf's path decides. A leaf that no rule names has
-    the logical axes of the model families' tables (`models.partitioning`), of which those are cut that the mesh
-    divides. A leaf of at least `MIN_SHARDED_SIZE` elements that fsdp does not cut by then, of a model in no table or of
-    an odd width, is cut over fsdp along its largest divisible axis; a smaller one stays whole.
-    Raises `ShardingError` for a rule that does not fit the leaf and for a mesh of other axes than `AXES`.
+    A leaf that no rule names has the logical axes of the model families' tables (`models.partitioning`), of which those
+    are cut that the mesh divides. A leaf of at least `MIN_SHARDED_SIZE` elements that fsdp does not cut by then, of a
+    model in no table or of an odd width, is cut over fsdp along its largest divisible axis; a smaller one stays whole.
+
+    Args:
+        mesh: From `make_mesh`.
+        tree: Anything with a shape.
+        rules: (regex, spec) pairs; the first whose regex is found in the leaf's path decides.
+
+    Returns:
+        A `NamedSharding` for each leaf.
+
+    Raises:
+        ShardingError: For a rule that does not fit the leaf and for a mesh of other axes than `AXES`.
     """
     if tuple(mesh.axis_names) != AXES:
         raise ShardingError(f"the mesh has the axes {mesh.axis_names}, not {AXES}: make it with make_mesh")
@@ -133,16 +153,31 @@ def like_params(mesh: Mesh, tree: PyTree, params: Mapping[str, Any]) -> PyTree:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts the rows of a batch: data x fsdp."""
+    """Into how many parts a mesh cuts the rows of a batch.
+
+    Args:
+        mesh: From `make_mesh`.
+
+    Returns:
+        data x fsdp.
+    """
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): of count equal blocks of a batch's rows this process gives the index-th to `place_batch`.
+    """Which rows of a batch this process gives to `place_batch`.
 
     Processes that hold the same rows, as when tensor spans them, have the same index. Where the devices of a process
     are no neighbours along the batch, its block lies in pieces: the same rows as in one process, in another order.
-    Raises `ShardingError` for a mesh that gives two processes some rows in common, or this one none.
+
+    Args:
+        mesh: Of the run.
+
+    Returns:
+        (index, count): the index-th of count equal blocks.
+
+    Raises:
+        ShardingError: For a mesh that gives two processes some rows in common, or this one none.
     """
     parts, held = batch_parts(mesh), dict[int, set[int]]()
     places: Mapping[Any, Any] = NamedSharding(mesh, BATCH_SPEC).devices_indices_map((parts,))

@@ -51,7 +51,20 @@ def topology(name: str) -> list[Any]:
 
 
 def topology_mesh(name: str, data: int, fsdp: int | None, tensor: int) -> Mesh:
-    """A mesh of all chips of a topology. Raises `ConfigError` as `topology`, and for sizes of another number."""
+    """A mesh of all chips of a topology that need not be there.
+
+    Args:
+        name: Of the topology, such as "v5e:4x4".
+        data: As for `make_mesh`.
+        fsdp: As for `make_mesh`.
+        tensor: As for `make_mesh`.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ConfigError: As `topology`, and for sizes of another number.
+    """
     devices = topology(name)
     try:
         mesh = make_mesh(data, fsdp, tensor, devices)

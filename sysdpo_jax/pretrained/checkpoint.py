@@ -1,8 +1,5 @@
 """`load` and `save`: whole components from and to Hugging Face's folders."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any
 import jax
 
 from sysdpo_jax.components import Component, Diffusion, FlowMatching, LanguageModel
+from sysdpo_jax.io import replacing
 from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.beside import trained_beside, whole_modules
@@ -35,24 +33,34 @@ def load(
     variant: str | None = None,
     **settings: Any,
 ) -> tuple[Component, Params]:
-    """A component and its parameters from a Hugging Face checkpoint.
+    """Make a component and its parameters from a Hugging Face checkpoint.
 
     A decoder's folder (config.json) or GGUF file gives a `LanguageModel`; a pipeline's folder (model_index.json) gives
     a `Diffusion` or `FlowMatching` whose autoencoder and text encoders are frozen entries of the parameters.
-    path_or_hub_id: local folder or file, or the name of a repository, of which `revision` is downloaded.
-    dtype: of the computation. param_dtype: of the parameters, by default as they are stored; train whole models in
-    float32. remat: what is recomputed in the backward pass, None, "full" or a policy of `models/remat.py`.
-    shardings: function from abstract parameters to their shardings, for example
-    `functools.partial(tree_shardings, mesh)`; by default all are on the first device. Each
-    device's block is read by itself: no host holds a whole model that it does not keep. variant: of the weights' file
-    names, such as "fp16"; parts that lack it are read from their plain files.
-    settings: fields of the component (max_new_tokens, guidance_scale ...); for pipelines also `train_text=True`, which
-    makes the text encoders part of what is trained, and `parts`, folders or repositories that take the
-    place of the pipeline's own parts, by their names in model_index.json, such as {"vae": "path"}; where a path is a
-    whole pipeline it stands for its part of that name. {"text_encoder_3": None} leaves T5 out. Lists stand for tuples.
 
-    Raises `CheckpointError` for a checkpoint that is incomplete, of an unknown kind or pickled, whose parts do not fit
-    each other or beside which an adapter lies, naming the remedy.
+    Args:
+        path_or_hub_id: Local folder or file, or the name of a repository.
+        dtype: Of the computation.
+        param_dtype: Of the parameters, by default as they are stored; train whole models in float32.
+        remat: What is recomputed in the backward pass: None, "full" or a policy of `models/remat.py`.
+        shardings: Function from abstract parameters to their shardings, for example `functools.partial(tree_shardings,
+            mesh)`; by default all are on the first device. Each device's block is read by itself: no host holds a whole
+            model that it does not keep.
+        revision: Of the repository.
+        variant: Of the weights' file names, such as "fp16"; parts that lack it are read from their plain files.
+        settings: Fields of the component (max_new_tokens, guidance_scale ...); for pipelines also `train_text=True`,
+            which makes the text encoders part of what is trained, and `parts`, folders or repositories that take the
+            place of the pipeline's own parts, by their names in model_index.json, such as {"vae": "path"}; where a path
+            is a whole pipeline it stands for its part of that name. {"text_encoder_3": None} leaves T5 out. Lists stand
+            for tuples.
+
+    Returns:
+        The component and its parameters.
+
+    Raises:
+        CheckpointError: For a checkpoint that is incomplete, of an unknown kind or pickled, whose parts do not fit each
+            other or beside which an adapter lies, naming the remedy.
+        ValueError: For a dtype that does not exist.
     """
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value not in (*DTYPES.values(), None):
@@ -85,9 +93,16 @@ def save(path: str | Path, component: Component, params: Params) -> None:
     LoRA factors are merged into their kernels, one layer at a time; `save_adapter` writes them apart. What was read and
     is not trained goes out unchanged: configurations with all their keys, sampling settings of a
     generation_config.json, the tokenizer's files, a pipeline's scheduler file. What of it the component contradicts,
-    because it was changed after loading, is written anew.
-    Raises `FileExistsError` when `path` exists and is not an empty folder, and `CheckpointError` for a component that
-    has no Hugging Face form and for parameters that are not its own. Nothing half-written is left behind.
+    because it was changed after loading, is written anew. Nothing half-written is left behind.
+
+    Args:
+        path: A folder that does not exist or is empty.
+        component: From `load`.
+        params: Its parameters.
+
+    Raises:
+        FileExistsError: When `path` is anything else.
+        CheckpointError: For a component that has no Hugging Face form and for parameters that are not its own.
     """
     component = _writable(component, params)
     with new_folder(path) as folder:
@@ -154,13 +169,6 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists: choose another folder, or empty it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with replacing(path) as folder:
+        folder.mkdir()
         yield folder
-        # mkdtemp makes it private.
-        folder.chmod(0o755)
-        os.replace(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -36,13 +36,25 @@ def load_language_model(
     variant: str | None = None,
     **settings: Any,
 ) -> tuple[LanguageModel, Params]:
-    """A LanguageModel and its parameters from a folder of config.json and safetensors, or from a GGUF file.
+    """Make a LanguageModel and its parameters from a folder of config.json and safetensors, or from a GGUF file.
 
-    settings: fields of LanguageModel, such as a tokenizer in place of the checkpoint's; by default prompts and
-    completions have room for 512 tokens each, or half of max_position_embeddings, and sampling also stops at the ends
-    that generation_config.json lists, or config.json where that names none.
-    Raises `CheckpointError` for a model that is not known or would be computed wrongly, files that are missing or
-    damaged (the tokenizer's too, unless one is passed), and tensors that do not fit.
+    Args:
+        path: The folder or the file.
+        dtype: As for `load`.
+        param_dtype: As for `load`.
+        remat: As for `load`.
+        shardings: As for `load`.
+        variant: As for `load`.
+        settings: Fields of LanguageModel, such as a tokenizer in place of the checkpoint's; by default prompts and
+            completions have room for 512 tokens each, or half of max_position_embeddings, and sampling also stops at
+            the ends that generation_config.json lists, or config.json where that names none.
+
+    Returns:
+        The component and its parameters.
+
+    Raises:
+        CheckpointError: For a model that is not known or would be computed wrongly, files that are missing or damaged
+            (the tokenizer's too, unless one is passed), and tensors that do not fit.
     """
     check_settings(LanguageModel, settings, {"decoder", "source"})
     tensors: TensorSource

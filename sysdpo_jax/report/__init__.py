@@ -1,13 +1,11 @@
-"""What people read of a run: tables, charts, samples, and the page that holds them."""
+"""What people read of a run: tables, charts, samples, the page that holds them, and a model's card."""
 
-from sysdpo_jax.report.chart import Curve, Figure
+from sysdpo_jax.report.curves import Curve, Figure
 from sysdpo_jax.report.learning import learning_figures, run_figures, run_warnings, split_figure
 from sysdpo_jax.report.page import Report, write_report
-from sysdpo_jax.report.pictures import ImageRow, ImageSequence, image_grid
-from sysdpo_jax.report.png import write_png
-from sysdpo_jax.report.samples import ComparedRuns, ShownRun
-from sysdpo_jax.report.tables import Column, Ranged, Row, Table, console_table, markdown_table
-from sysdpo_jax.report.texts import TextTable
+from sysdpo_jax.report.pictures import ImageRow, ImageSequence, image_grid, to_image
+from sysdpo_jax.report.samples import ComparedRuns, ShownRun, TextTable
+from sysdpo_jax.report.tables import Column, Row, Table, console_table, markdown_table
 
 __all__ = [
     "Column",
@@ -16,7 +14,6 @@ __all__ = [
     "Figure",
     "ImageRow",
     "ImageSequence",
-    "Ranged",
     "Report",
     "Row",
     "ShownRun",
@@ -29,6 +26,6 @@ __all__ = [
     "run_figures",
     "run_warnings",
     "split_figure",
-    "write_png",
+    "to_image",
     "write_report",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sysdpo_jax.report.chart import Curve, Figure
+from sysdpo_jax.report.curves import Curve, Figure
 
 # Rows as `training.read_metrics` returns them, each with "step".
 Rows = Sequence[Mapping[str, Any]]

@@ -5,19 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import write_whole
-from sysdpo_jax.report.chart import Figure, html_figures
-from sysdpo_jax.report.diagram import draw_system
-from sysdpo_jax.report.markup import Markup, element, join
-from sysdpo_jax.report.pictures import ImageRow, html_images
-from sysdpo_jax.report.samples import ComparedRuns, html_runs
-from sysdpo_jax.report.style import STYLE
-from sysdpo_jax.report.tables import Table, html_table
-from sysdpo_jax.report.texts import TextTable, html_texts
-
-# The page can load nothing: whatever text it shows, it makes no request.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+from sysdpo_jax.report.curves import Figure
+from sysdpo_jax.report.diagram import diagram
+from sysdpo_jax.report.pictures import ImageRow, picture
+from sysdpo_jax.report.samples import ComparedRuns, TextTable
+from sysdpo_jax.report.tables import Table
+from sysdpo_jax.report.templates import render
 
 
 @dataclass(frozen=True)
@@ -42,67 +39,33 @@ class Report:
     headline: tuple[str, ...] = ()
     runs: tuple[ComparedRuns, ...] = ()
 
+    @property
+    def paragraphs(self) -> list[str]:
+        return [text for text in self.description.split("\n\n") if text.strip()]
+
 
 def write_report(path: str | Path, report: Report) -> None:
     """Write the page; a reader never finds half of one. Raises ValueError for pictures that are not finite."""
-    write_whole(Path(path), _page(report))
+    from sysdpo_jax.report import charts
+
+    parts = {"chart_svg": charts.chart_svg, "colour_classes": charts.colour_classes, "diagram": diagram}
+    parts |= {"dotted": _dotted, "is_list": _is_list, "is_picture": _is_picture, "picture": picture}
+    write_whole(Path(path), render("page.html.jinja", report=report, **parts))
 
 
-def _page(report: Report) -> str:
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", report.title),
-        element("style", Markup(STYLE)),
-    )
-    paragraphs = [element("p", " ".join(text.split())) for text in report.description.split("\n\n") if text.strip()]
-    headline = element("div", *(element("p", text) for text in report.headline), class_="headline")
-    top = (headline,) if report.headline else ()
-    body = element("body", element("h1", report.title), *top, *paragraphs, *_sections(report))
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 3
 
 
-def _sections(report: Report) -> Iterator[Markup]:
-    if report.warnings:
-        yield _section("Warnings", element("ul", *(element("li", text) for text in report.warnings)))
-    if report.tables:
-        yield _section("Results", *(element("div", html_table(table), class_="wide") for table in report.tables))
-    if report.figures:
-        yield _section("Learning curves", html_figures(report.figures))
-    if report.runs:
-        yield _section("Whole runs of the same prompts and seeds", *map(html_runs, report.runs))
-    if report.images:
-        yield _section("Pictures of the same prompts and seeds", html_images(report.images))
-    if report.texts:
-        samples = (element("div", html_texts(table), class_="wide") for table in report.texts)
-        yield _section("Texts of the same prompts and seeds", *samples)
-    if report.system is not None:
-        drawing = element("div", draw_system(report.system), class_="wide")
-        yield _section("The system", drawing, element("pre", report.system.describe()))
-    if report.configuration:
-        yield _section("Configuration", _settings(report.configuration))
-    if report.made_by:
-        yield _section("How this was made", _settings(report.made_by))
+def _is_list(value: Any) -> bool:
+    """A list of more than numbers, which are shown in one line."""
+    return isinstance(value, list | tuple) and not all(isinstance(item, int | float) for item in value)
 
 
-def _section(title: str, *content: str) -> Markup:
-    return element("section", element("h2", title), *content)
-
-
-def _settings(values: Mapping[str, Any]) -> Markup:
-    rows = [
-        element("tr", element("th", name, scope="row"), element("td", element("code", str(value))))
-        for name, value in _flat(values)
-    ]
-    return element("div", element("table", element("tbody", join(*rows)), class_="settings"), class_="wide")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -1,21 +1,21 @@
 """Pictures of several methods side by side, for the same prompts and seeds."""
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
+from PIL import Image
 
-from sysdpo_jax.report.markup import Markup, element, join
-from sysdpo_jax.report.png import Pixels, data_uri, to_pixels
-
-Tile = UInt8[np.ndarray, "_ _ 3"]
+Pixels = Float[np.ndarray, "height width 3"]
 
 # Small pictures are enlarged by a whole factor to at least this many pixels a side.
 SHOWN = 72
 GAP = 4
 METHOD_GAP = 24
-WHITE = 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,60 +39,56 @@ class ImageRow:
     sequences: tuple[ImageSequence, ...]
 
 
-def html_images(rows: Sequence[ImageRow]) -> Markup:
-    """A block a prompt, in it a group a method, in it the pictures with their captions below."""
-    return join(*(_html_row(row) for row in rows))
+class Picture(NamedTuple):
+    """A picture that needs no other file, and the size at which it is shown."""
+
+    uri: str
+    width: int
+    height: int
 
 
-def html_picture(image: Float[np.ndarray, "height width 3"], alt: str) -> Markup:
-    """An <img> that holds its picture, values in [0, 1]; small ones are enlarged."""
-    height, width, _ = image.shape
-    factor = _factor(width)
-    return element("img", src=data_uri(to_pixels(image)), alt=alt, width=factor * width, height=factor * height)
+def to_image(values: Pixels) -> Image.Image:
+    """Values in [0, 1], clipped, to the nearest of 256 levels. Raises ValueError for values that are not finite."""
+    if not np.isfinite(values).all():
+        raise ValueError("a picture holds values that are not finite: look for the step that made them")
+    return Image.fromarray(np.rint(np.clip(values.astype(np.float64), 0, 1) * 255).astype(np.uint8))
 
 
-def image_grid(rows: Sequence[ImageRow]) -> Pixels:
+def picture(values: Pixels) -> Picture:
+    """As a PNG file in a data: URI."""
+    file, image = io.BytesIO(), to_image(values)
+    image.save(file, "PNG", optimize=True)
+    factor = _factor(image)
+    uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return Picture(uri, factor * image.width, factor * image.height)
+
+
+def image_grid(rows: Sequence[ImageRow]) -> Image.Image:
     """One picture of all: a line a prompt, methods from left to right with wider gaps between them, no text.
 
     Raises ValueError for no pictures, or pictures of several sizes.
     """
-    lines = [[[to_pixels(image) for image in s.images] for s in row.sequences if len(s.images)] for row in rows]
-    shapes = {image.shape for line in lines for sequence in line for image in sequence}
-    if len(shapes) != 1:
-        raise ValueError(f"a grid needs pictures of one size, got {sorted(shapes) or 'none'}")
-    factor = _factor(shapes.pop()[1])
-    groups = [[_beside([_enlarge(image, factor) for image in s], GAP) for s in line] for line in lines if line]
-    drawn = [_beside(line, METHOD_GAP) for line in groups]
-    width = max(line.shape[1] for line in drawn)
-    padded = [np.pad(line, ((0, GAP), (0, width - line.shape[1]), (0, 0)), constant_values=WHITE) for line in drawn]
-    return np.concatenate(padded)[:-GAP]
+    lines = [[[to_image(values) for values in s.images] for s in row.sequences if len(s.images)] for row in rows]
+    lines = [line for line in lines if line]
+    sizes = {image.size for line in lines for images in line for image in images}
+    if len(sizes) != 1:
+        raise ValueError(f"a grid needs pictures of one size, got {sorted(sizes) or 'none'}")
+    factor = _factor(lines[0][0][0])
+    width, height = (factor * side for side in sizes.pop())
+    placed, top, right = [], 0, 0
+    for line in lines:
+        left = 0
+        for images in line:
+            for image in images:
+                placed.append((image.resize((width, height), Image.Resampling.NEAREST), (left, top)))
+                left += width + GAP
+            left += METHOD_GAP - GAP
+        top, right = top + height + GAP, max(right, left - METHOD_GAP)
+    grid = Image.new("RGB", (right, top - GAP), "white")
+    for image, place in placed:
+        grid.paste(image, place)
+    return grid
 
 
-def _html_row(row: ImageRow) -> Markup:
-    groups = [
-        element(
-            "div",
-            element("h4", sequence.method),
-            element("div", *map(_html_picture, sequence.images, sequence.captions), class_="sequence"),
-        )
-        for sequence in row.sequences
-    ]
-    return element("section", element("h3", row.prompt), element("div", *groups, class_="methods"), class_="prompt")
-
-
-def _html_picture(image: Float[np.ndarray, "height width 3"], caption: str) -> Markup:
-    return element("figure", html_picture(image, caption), element("figcaption", caption))
-
-
-def _factor(width: int) -> int:
-    return -(-SHOWN // width)
-
-
-def _enlarge(pixels: Tile, factor: int) -> Tile:
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _beside(pictures: Sequence[Tile], gap: int) -> Tile:
-    """From left to right."""
-    spaced = [np.pad(picture, ((0, 0), (0, gap), (0, 0)), constant_values=WHITE) for picture in pictures]
-    return np.concatenate(spaced, axis=1)[:, :-gap]
+def _factor(image: Image.Image) -> int:
+    return -(-SHOWN // image.width)

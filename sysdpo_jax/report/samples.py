@@ -1,13 +1,10 @@
-"""Whole runs of one prompt side by side: every value of the graph in its order, with the runs' scores."""
+"""What systems made of the same inputs and seeds, side by side: whole runs, and tables of texts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from sysdpo_jax.report.markup import Markup, element, join
-from sysdpo_jax.report.pictures import html_picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,39 +29,51 @@ class ComparedRuns:
             if list(run.values) != list(self.runs[0].values):
                 raise ValueError(f"runs {self.title!r}: {run.method!r} has other nodes than {self.runs[0].method!r}")
 
+    @property
+    def rows(self) -> Iterator[tuple[str, list[Any]]]:
+        """A name, and one value or one of each run: the inputs, the scores, and the nodes in the order of the graph."""
+        yield from ((name, [value]) for name, value in self.inputs.items())
+        yield "score", [run.score for run in self.runs]
+        yield from ((name, [run.values[name] for run in self.runs]) for name in self.runs[0].values)
 
-def html_runs(compared: ComparedRuns) -> Markup:
-    """A <table> with a column a run: the inputs over all of them, then the scores, then a row for each node."""
-    runs, number = compared.runs, len(compared.runs)
-    rows = [
-        *(_rows(name, [value], number) for name, value in compared.inputs.items()),
-        _rows("score", [run.score for run in runs], number),
-        *(_rows(name, [run.values[name] for run in runs], number) for name in runs[0].values),
-    ]
-    return element(
-        "table",
-        element("caption", compared.title),
-        element("thead", element("tr", *(element("th", run.method, scope="col") for run in runs))),
-        element("tbody", join(*rows)),
-        class_="runs",
+
+@dataclass(frozen=True)
+class TextTable:
+    """Cells of plain text under a header. Raises ValueError naming a row with too few or too many cells."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.header):
+                raise ValueError(f"table {self.title!r}, row {number}: {len(row)} cells for {len(self.header)} columns")
+
+
+def compare_runs(made: Mapping[str, Mapping[str, Any]], inputs: Sequence[str], nodes: Sequence[str]) -> ComparedRuns:
+    """{method: run} of one prompt and seed, as a runs file has them ("id", "inputs", "outputs" and "score").
+
+    The others' scores say whether they won against the first one's.
+    """
+    first, *_ = made.values()
+    shown = (
+        ShownRun(method, {name: run["outputs"][name] for name in nodes}, _score(run, first))
+        for method, run in made.items()
     )
+    return ComparedRuns(f"run {first['id']}", {name: first["inputs"][name] for name in inputs}, tuple(shown))
 
 
-def _rows(name: str, values: list[Any], columns: int) -> Markup:
-    """A name across the table, and below it the values; one value is across too."""
-    across = {"colspan": columns} if len(values) == 1 else {}
-    head = element("tr", element("th", name, colspan=columns, scope="rowgroup"))
-    return join(head, element("tr", *(element("td", _html_value(value, name), **across) for value in values)))
+def spread(number: int, shown: int) -> list[int]:
+    """Indices of at most `shown` of so many, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, number - 1, min(number, shown)).round().astype(int)).tolist()
 
 
-def _html_value(value: Any, name: str) -> Markup:
-    """A picture, the items of a list that are more than numbers, the fields of a mapping, or a text."""
-    if isinstance(value, np.ndarray) and value.ndim == 3:
-        return html_picture(value, name)
-    if isinstance(value, list | tuple) and not all(isinstance(item, int | float) for item in value):
-        return element("ol", *(element("li", _html_value(item, name)) for item in value))
-    if isinstance(value, Mapping):
-        fields = ((element("dt", str(key)), element("dd", _html_value(item, name))) for key, item in value.items())
-        return element("dl", *(part for pair in fields for part in pair))
-    text = str(value)
-    return join(text) if text.strip() else element("span", "(empty)" if not text else "(white space)", class_="empty")
+def _score(run: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    scores: Sequence[float | None] = (run["score"], before["score"])
+    if scores[0] is None:
+        return "none"
+    if run is before or scores[1] is None:
+        return f"{scores[0]:.4g}"
+    verdict = "win" if scores[0] > scores[1] else "loss" if scores[0] < scores[1] else "tie"
+    return f"{scores[0]:.4g} ({verdict})"

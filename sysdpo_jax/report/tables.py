@@ -2,27 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from sysdpo_jax.evaluation.intervals import Interval
 from sysdpo_jax.evaluation.preferences import Estimate
-from sysdpo_jax.report.markup import Markup, element, join
 
 ABSENT = "–"  # noqa: RUF001
 
 
-@dataclass(frozen=True)
-class Ranged:
-    """A figure of n runs, shown with its confidence interval instead of its standard error; None: it has none."""
-
-    value: float
-    interval: Interval | None
-    n: int
-
-
-Value = Estimate | Ranged | float | int | None
+Value = Estimate | float | int | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A method and one value for each column: an estimate, a plain number, or None for none."""
+    """A method and one value for each column: an estimate, a plain number, or None for none.
+
+    An estimate is shown with its interval, without one with its standard error.
+    """
 
     name: str
     values: tuple[Value, ...]
@@ -49,8 +41,15 @@ class Row:
     @property
     def runs(self) -> str:
         """The number of runs behind the row's estimates; several, joined by commas, where they differ."""
-        numbers = {value.n for value in self.values if isinstance(value, Estimate | Ranged)}
+        numbers = {value.n for value in self.values if isinstance(value, Estimate)}
         return ", ".join(map(str, sorted(numbers))) or ABSENT
+
+
+class Cell(NamedTuple):
+    """What a table shows of a value. best: of its column."""
+
+    text: str
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,54 +68,44 @@ class Table:
                     f"table {self.title!r}, row {row.name!r}: {len(row.values)} values for {len(self.columns)} columns"
                 )
 
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The names of the columns; the first is of the rows' names, the last of their number of runs."""
+        return (self.label, *(column.header for column in self.columns), "n")
+
+    def cells(self) -> Iterator[tuple[Cell, ...]]:
+        """A row's cells, as many as the header has."""
+        columns = zip(*(row.values for row in self.rows), strict=True)
+        shown = [_cells(column, values) for column, values in zip(self.columns, columns, strict=False)]
+        for number, row in enumerate(self.rows):
+            yield (Cell(row.name), *(cells[number] for cells in shown), Cell(row.runs))
+
 
 def markdown_table(table: Table) -> str:
     """GitHub's Markdown; the best of a column is bold."""
-    header, rows = _texts(table, lambda text: f"**{text}**")
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = [[re.sub(r"([|<\\])", r"\\\1", cell) for cell in row] for row in (header, *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+    def line(cells: Sequence[Cell]) -> str:
+        texts = [re.sub(r"([|<\\])", r"\\\1", " ".join(cell.text.split())) for cell in cells]
+        return f"| {' | '.join(f'**{t}**' if cell.best else t for t, cell in zip(texts, cells, strict=True))} |"
+
+    rule = f"| {' | '.join(['---', *['---:'] * (len(table.header) - 1)])} |"
+    return "\n".join([line([*map(Cell, table.header)]), rule, *map(line, table.cells())])
 
 
 def console_table(table: Table) -> str:
     """Aligned plain text; the best of a column carries a star."""
-    header, rows = _texts(table, lambda text: f"*{text}")
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)]
+    rows = [table.header, *([f"{'*' * cell.best}{cell.text}" for cell in row] for row in table.cells())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([table.title, lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def html_table(table: Table) -> Markup:
-    """A <table> with the title as its caption; the best of a column is bold."""
-    header, rows = _texts(table, lambda text: element("strong", text))
-    body = [
-        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
-    ]
-    return element(
-        "table",
-        element("caption", table.title),
-        element("thead", element("tr", *(element("th", cell, scope="col") for cell in header))),
-        element("tbody", join(*body)),
-        class_="results",
-    )
-
-
-def _texts(table: Table, mark: Callable[[str], str]) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows, last the column n; the best values are marked."""
-    columns = list(zip(*(row.values for row in table.rows), strict=True)) or [() for _ in table.columns]
-    cells = [_column(column, values, mark) for column, values in zip(table.columns, columns, strict=True)]
-    header = [table.label, *(column.header for column in table.columns), "n"]
-    return header, [[row.name, *(column[i] for column in cells), row.runs] for i, row in enumerate(table.rows)]
-
-
-def _column(column: Column, values: Sequence[Value], mark: Callable[[str], str]) -> list[str]:
-    texts = [_text(column, value) for value in values]
+def _cells(column: Column, values: Sequence[Value]) -> list[Cell]:
     numbers = [_number(value) for value in values]
     finite = [number for number in numbers if math.isfinite(number)]
-    if column.best is None or len(finite) < 2:
-        return texts
-    best = max(finite) if column.best == "max" else min(finite)
-    return [mark(text) if number == best else text for text, number in zip(texts, numbers, strict=True)]
+    marked = column.best is not None and len(finite) > 1
+    best = (max if column.best == "max" else min)(finite) if marked else None
+    return [Cell(_text(column, value), number == best) for value, number in zip(values, numbers, strict=True)]
 
 
 def _text(column: Column, value: Value) -> str:
@@ -128,14 +117,14 @@ def _text(column: Column, value: Value) -> str:
         return f"{(100 if column.percent else 1) * number:z.{column.digits}f}"
 
     text = rounded(_number(value))
-    if isinstance(value, Estimate):
-        return f"{text} ± {rounded(value.standard_error)}"
-    if isinstance(value, Ranged) and value.interval is not None:
+    if not isinstance(value, Estimate):
+        return text
+    if value.interval is not None:
         return f"{text} [{', '.join(map(rounded, value.interval))}]"
-    return text
+    return text if value.standard_error is None else f"{text} ± {rounded(value.standard_error)}"
 
 
 def _number(value: Value) -> float:
     if value is None:
         return math.nan
-    return value.value if isinstance(value, Estimate | Ranged) else value
+    return value.value if isinstance(value, Estimate) else value

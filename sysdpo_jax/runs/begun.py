@@ -1,24 +1,17 @@
 """An evaluation under way: its runs, then their scores, in a file that grows beside the final one until it is whole."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import sysdpo_jax as sj
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.resumable_jsonl import ResumableJsonl, note_of
+from sysdpo_jax.io import ResumableJsonl, note_of
 from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
-from sysdpo_jax.typing import Params
-
-# Whole numbers of as many bytes.
-BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 class Begun:
@@ -44,8 +37,7 @@ class Begun:
         self.runs: dict[str, Run] = {}
         self.scores: dict[str, float] = {}
         self._left: dict[str, Run] = {}
-        # A killed process or machine may have left a part of a line, or a line without its images.
-        self._file.cut(self._file.count())
+        # A machine that went down may have left a line without its images.
         for row in read_lines(own) if own.exists() else ():
             if "score" in row:
                 self.scores[row["id"]] = row["score"]
@@ -94,34 +86,6 @@ def discard(path: Path) -> None:
     """Remove what all processes had of the evaluation whose final file, at `path`, is whole."""
     for own in path.parent.glob(f"{path.name}.begun-?????-of-?????"):
         _remove(own)
-
-
-def fingerprint(params: Params) -> str:
-    """Tells parameters from others, with nothing but two numbers of each array brought to the host."""
-    sums = jax.device_get([_sums(leaf) for leaf in jax.tree.leaves(params)])
-    return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in sums)).hexdigest()[:32]
-
-
-def _sums(leaf: Any) -> Any:
-    array = jnp.asarray(leaf)
-    if array.dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.int8, jnp.uint8):
-        return _sums_of_bits(array)
-    return np.asarray(leaf)
-
-
-@jax.jit
-def _sums_of_bits(array: jax.Array) -> jax.Array:
-    """The sum of the bits as whole numbers, and that of their products with their places: exact in any order.
-
-    Elementwise up to the sums, so that an array that is cut over devices stays so.
-    """
-    bits = jax.lax.bitcast_convert_type(array, BITS[array.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
-    for axis, size in enumerate(array.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    # An odd factor spreads the places over all 32 bits.
-    weight = place * jnp.uint32(2654435761) + jnp.uint32(1)
-    return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * weight).sum(dtype=jnp.uint32)])
 
 
 def _remove(own: Path) -> None:

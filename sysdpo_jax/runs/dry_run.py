@@ -11,8 +11,7 @@ from jaxtyping import PyTree
 
 import sysdpo_jax as sj
 from sysdpo_jax.components.text_to_image import TextToImage
-from sysdpo_jax.report import write_png
-from sysdpo_jax.report.png import to_pixels
+from sysdpo_jax.report import to_image
 from sysdpo_jax.runs.run import Run, first_batch
 from sysdpo_jax.training.state import partition
 from sysdpo_jax.training.trainer import BatchSource
@@ -89,5 +88,5 @@ def _images(title: str, component: TextToImage, codec: Params, features: Feature
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(component.codec.decode(codec, latents)):
         path = folder / f"{title.replace(' ', '-')}-{number}.png"
-        write_png(path, to_pixels(image))
+        to_image(image).save(path)
         yield f"{title}: {image.shape[0]} x {image.shape[1]} pixels, after the codec, in {path}"

@@ -1,7 +1,5 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
-import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +20,14 @@ from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.preferences import SHARE
 from sysdpo_jax.evaluation.scoring import Scorer, about_scorer, make_scorer, score_runs
 from sysdpo_jax.evaluation.unscored import ScoreError
-from sysdpo_jax.io import file_digest, write_whole
+from sysdpo_jax.io import file_digest, note_of, read_json, write_json, write_json_lines
+from sysdpo_jax.manifest import check_same, digest, fingerprints
 from sysdpo_jax.parallel.distributed import gathered
-from sysdpo_jax.resumable_jsonl import note_of
-from sysdpo_jax.runs.begun import Begun, discard, fingerprint
+from sysdpo_jax.report.outcome import BEST
+from sysdpo_jax.runs.begun import Begun, discard
 from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.run import BEST, Run
-from sysdpo_jax.runs.runs_file import read_lines, write_rows
+from sysdpo_jax.runs.run import Run
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.evaluation import EvaluationError
 from sysdpo_jax.training.progress import Lines
@@ -75,9 +74,8 @@ class HeldOut:
             # Of its figures only the names count.
             return _estimates(now, now, self.samples)
         if step == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(note_of(self.path(0)), json.dumps(self.about, indent=1) + "\n")
-        write_rows(self.path(step), now)
+            write_json(note_of(self.path(0)), self.about)
+        write_json_lines(self.path(step), now)
         discard(self.path(step))
         return _estimates(now, list(read_lines(self.path(0))), self.samples)
 
@@ -85,7 +83,7 @@ class HeldOut:
         """(place, row) of the runs that this process makes; their images are written."""
         index, count = shard = jax.process_index(), jax.process_count()
         own = sj.replicate_per_process(params)
-        about = {**self.about, "seed": str(self.seed), "made_by": self.made_by, "parameters": fingerprint(own)}
+        about = {**self.about, "seed": str(self.seed), "made_by": self.made_by, "parameters": digest(fingerprints(own))}
         begun = Begun(self.path(step), about)
         size, names = self.batch_size, [f"{p}-{s}" for p in range(len(self.prompts)) for s in range(self.samples)]
         mine = [place for place in range(len(names)) if place // size % count == index]
@@ -112,13 +110,9 @@ class HeldOut:
                 f"{self.folder.parent} has trained without an evaluation, so that there are no runs from before "
                 "training to compare with: leave evaluation out, or choose another directory"
             )
-        noted = json.loads(note.read_text(encoding="utf-8")) if note.exists() else self.about
-        differing = sorted(name for name in {*self.about, *noted} if noted.get(name) != self.about.get(name))
-        if differing:
-            raise ConfigError(
-                f"{self.path(0)} was made with another evaluation.{', evaluation.'.join(differing)} (see {note}), and "
-                "scores of two kinds are not compared: give what it says, or choose another directory"
-            )
+        if note.exists():
+            remedy = "scores of two kinds are not compared; choose another directory, or give what it says"
+            check_same(str(note), {"evaluation": read_json(note)}, {"evaluation": self.about}, remedy)
 
     def path(self, step: int) -> Path:
         """The runs of a step's evaluation."""
@@ -152,7 +146,7 @@ def make_evaluation(run: Run) -> Evaluation | None:
             "batch_size": str(config.batch_size),
             "prompts": file_digest(Path(config.prompts)),
         },
-        hashlib.sha256(json.dumps(run.identity, sort_keys=True, default=str).encode()).hexdigest()[:32],
+        digest(run.identity),
     )
     held_out.check()
     few = too_few(len(held_out.prompts))

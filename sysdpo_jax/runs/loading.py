@@ -1,8 +1,5 @@
 """A system to sample from: of a configuration, of a run that has trained, or of a function of your own."""
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -13,6 +10,7 @@ import sysdpo_jax as sj
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.importing import import_function
+from sysdpo_jax.manifest import digest
 from sysdpo_jax.runs.config import MeshConfig, TrainConfig, as_dict
 from sysdpo_jax.runs.files import CONFIG, find_config, read_config
 from sysdpo_jax.runs.run import Run, assemble, identity_of, make_trainer
@@ -52,7 +50,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
         config = replace(read_config(path / CONFIG), directory=str(path.absolute()), mesh=MeshConfig())
         run = assemble(config)
         params, step = restored(run, checkpoint)
-        return Loaded(run.system, sj.replicate_per_process(params), f"{_hash(identity_of(config))} step {step}")
+        return Loaded(run.system, sj.replicate_per_process(params), f"{digest(identity_of(config))} step {step}")
     if not path.exists() and ":" in spec:
         return Loaded(*_made_by(spec), spec)
     config = read_config(find_config(spec))
@@ -60,7 +58,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
     made = build_system(replace(config, system=replace(config.system, components=components)), mesh)
-    return Loaded(*made, _hash(_before_training(config)))
+    return Loaded(*made, digest(_before_training(config)))
 
 
 def _before_training(config: TrainConfig) -> dict[str, Any]:
@@ -72,10 +70,6 @@ def _before_training(config: TrainConfig) -> dict[str, Any]:
         if part != "inputs"
     }
     return {"system": system | kept, "dtype": config.dtype, "seed": config.seed}
-
-
-def _hash(parts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:

@@ -1,13 +1,12 @@
 """A run put together from its configuration, up to the first step."""
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -19,9 +18,11 @@ from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import check_scorer, make_scorer
-from sysdpo_jax.io import write_whole
+from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.manifest import check_same
 from sysdpo_jax.objectives import Objective
+from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
 from sysdpo_jax.runs.config import DataConfig, TrainConfig, as_dict
 from sysdpo_jax.runs.files import CONFIG, read_config, write_config
@@ -53,8 +54,6 @@ FREE = (
 DATA = "data.json"
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
 TOOL_VALUES = "tool_values.jsonl"
-# Which evaluation's checkpoint is the best.
-BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 
 
 @dataclass(frozen=True)
@@ -125,21 +124,21 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
 
     about: what `describe_data` says.
     """
-    folder = Path(run.config.directory)
-    if (folder / CONFIG).exists():
-        _refuse_others(folder / CONFIG, identity_of(read_config(folder / CONFIG)), run.identity)
-    if (folder / DATA).exists():
-        noted = json.loads((folder / DATA).read_text(encoding="utf-8"))
+    config, data = (Path(run.config.directory) / name for name in (CONFIG, DATA))
+    remedy = "choose another directory, or give what it says"
+    if config.exists():
+        check_same(str(config), identity_of(read_config(config)), run.identity, remedy)
+    if data.exists():
         # A field that came later stood for what it does by default.
-        known = asdict(DataConfig()) | noted
-        _refuse_others(folder / DATA, known | {"source": about["source"]}, about)
+        known = asdict(DataConfig()) | read_json(data)
+        check_same(str(data), known | {"source": about["source"]}, about, remedy)
 
 
 def check_run_dir(run: Run, about: Mapping[str, Any]) -> None:
     """Note the configuration and the data in the run's folder: once nothing can refuse the run any more."""
     folder = Path(run.config.directory)
     write_config(folder / CONFIG, run.config)
-    write_whole(folder / DATA, json.dumps(about, indent=1) + "\n")
+    write_json(folder / DATA, about)
 
 
 def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
@@ -152,22 +151,6 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     fields = {name: value for name, value in asdict(config).items() if name not in FREE}
     # Where the preferences lie says nothing: what they are is in the run's folder.
     return fields | {"system": as_dict(config.system), "data": fields["data"] | {"source": ""}}
-
-
-def _refuse_others(path: Path, noted: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    old, new = (dict(_flat(values)) for values in (noted, present))
-    differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if differing:
-        said = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differing[:5])
-        raise ConfigError(f"{path} is of another run ({said}): choose another directory, or give what it says")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:

@@ -1,9 +1,8 @@
 """Files of runs: a line each, {"id", "inputs", "outputs"}; images as PNG beside them, sampled texts with tokens."""
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
 from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import write_whole
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 Run = dict[str, Any]
@@ -33,12 +31,6 @@ def failed_row(system: sj.CompoundSystem, inputs: Mapping[str, Any], name: str, 
     """A line in the place of a run that a tool left out. name: its id."""
     plain = {key: as_json(inputs[key], "", lambda _, image: repr(type(image))) for key in system.inputs}
     return {"id": name, "inputs": plain, "error": str(error)}
-
-
-def write_rows(path: Path, rows: Sequence[Run]) -> None:
-    """Write a file of runs, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def noted_errors(rows: Iterable[Run]) -> set[tuple[Any, str]]:

@@ -11,6 +11,7 @@ complete: a process that is killed leaves the older checkpoints and nothing else
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from sysdpo_jax.io import write_json
-from sysdpo_jax.manifest import Identity, array_types, check_same, fingerprints
+from sysdpo_jax.manifest import CheckpointMismatchError, Identity, array_types, check_same, fingerprints
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.trees import by_path
@@ -45,12 +46,21 @@ class CheckpointWriteError(OSError):
 class Checkpoints:
     """The newest `keep` checkpoints below `directory` and the best one, of equal ones the newest.
 
-    state: any state of the run, for its structure, placement, reference and frozen leaves; mask: which are trained,
-    see `SystemOptimizer.mask`. config: `{path: text}`. best: by which metric of `save`; None keeps no best one.
-    read_only: to look at the checkpoints of a run that may be writing them now; of `config` it compares what it is
-    given alone.
     Use it as a context manager: leaving waits until everything is written. Partial checkpoints that it finds are
     renamed to `<step>.corrupt-<number>` with a warning, and so are damaged ones by `restore`; not if it only reads.
+
+    Args:
+        directory: Of the checkpoints.
+        state: Any state of the run, for its structure, placement, reference and frozen leaves.
+        config: `{path: text}`, which a checkpoint must agree with.
+        keep: How many of the newest.
+        best: By which metric of `save`; None keeps no best one.
+        read_only: To look at the checkpoints of a run that may be writing them now; of `config` it compares what it is
+            given alone.
+
+    Raises:
+        FileNotFoundError: With read_only, if there is no directory.
+        ValueError: For a keep below 1.
     """
 
     def __init__(
@@ -74,10 +84,8 @@ class Checkpoints:
         self._read_only = read_only
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{self.directory} does not exist: the run has saved nothing yet")
-        for path in self.directory.glob("*") if jax.process_index() == 0 and not read_only else ():
-            problem = _missing(path) if path.name.isdigit() else None
-            if problem is not None:
-                _set_aside(path, problem)
+        if jax.process_index() == 0 and not read_only:
+            self._set_partial_aside()
         multihost_utils.sync_global_devices("sysdpo_jax: partial checkpoints are set aside")
         # Importing it takes half as long as the rest of the library.
         from orbax.checkpoint import CheckpointManager
@@ -130,11 +138,30 @@ class Checkpoints:
         """Where the checkpoints are that could not be used."""
         return tuple(sorted(self.directory.glob("*.corrupt-*")))
 
+    def _set_partial_aside(self) -> None:
+        """Of what a kill left of a checkpoint that newer ones had replaced the deletion is finished."""
+        paths = sorted((path for path in self.directory.glob("*") if path.name.isdigit()), key=lambda p: int(p.name))
+        whole = 0
+        for path in reversed(paths):
+            problem = _missing(path)
+            if problem is None:
+                whole += 1
+            elif self._best is None and whole >= self._keep:
+                shutil.rmtree(path)
+            else:
+                _set_aside(path, problem)
+
     def save(self, state: TrainState, metric: float | None = None) -> None:
         """Write the state unless its step is the newest already. Returns once the state may be donated.
 
-        metric: the value of `best`'s metric; one that is not finite is none. Raises `CheckpointWriteError` where this
-        checkpoint, or the one before it, which was still being written, cannot be written.
+        Args:
+            state: Of the run.
+            metric: The value of `best`'s metric; one that is not finite is none.
+
+        Raises:
+            CheckpointWriteError: Where this checkpoint, or the one before it, which was still being written, cannot be
+                written.
+            RuntimeError: Where Orbax does not take it.
         """
         self.wait()
         step = int(state.step)
@@ -164,28 +191,42 @@ class Checkpoints:
         """Give the newest checkpoint, once it is written, the value of `best`'s metric, in the place of any before it.
 
         For a figure that is measured when the state is safe already. Process 0's counts.
+
+        Args:
+            step: Of the newest checkpoint.
+            metric: The value.
+
+        Raises:
+            ValueError: For another step, or where there is no `best`.
         """
         if self._best is None or step != self.latest:
             raise ValueError(f"step {step} cannot be graded: the newest checkpoint is {self.latest}, best {self._best}")
         self.wait()
         if jax.process_index() == 0:
             # Where and as Orbax writes the metrics of a save.
-            path = self.directory / str(step) / "metrics" / "metrics"
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {self._best[0]: metric})
+            write_json(self.directory / str(step) / "metrics" / "metrics", {self._best[0]: metric})
         multihost_utils.sync_global_devices("sysdpo_jax: the newest checkpoint is graded")
         self._manager.reload()
 
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
-        """A checkpoint with the placement of `state`, whose reference and frozen leaves it keeps.
+        """Read a checkpoint.
 
-        step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read. Of
-        a run that is only read it is the newest. The placement may be another than that of the run which saved it, on
-        other devices or processes.
-        On several processes the one that meets the damage sets it aside and raises `CorruptCheckpointError`, because
-        the others wait for it in the middle of reading: start all of them again, and they use the one before.
-        Raises `CheckpointMismatchError` naming the differing fields when the checkpoint belongs to another run,
-        `FileNotFoundError` when there is none, and `CorruptCheckpointError` when `step` is damaged or none is left.
+        The placement may be another than that of the run which saved it, on other devices or processes. On several
+        processes the one that meets damage sets it aside and raises `CorruptCheckpointError`, because the others wait
+        for it in the middle of reading: start all of them again, and they use the one before.
+
+        Args:
+            state: For the placement; its reference and frozen leaves are kept.
+            step: None for the newest that can be read; damaged ones are set aside with a warning, once another is read.
+                Of a run that is only read it is the newest.
+
+        Returns:
+            The state of that step.
+
+        Raises:
+            CheckpointMismatchError: Naming the differing fields, when the checkpoint belongs to another run.
+            FileNotFoundError: When there is none.
+            CorruptCheckpointError: When `step` is damaged or none is left.
         """
         if step is not None:
             return self._read(state, step)
@@ -241,7 +282,8 @@ class Checkpoints:
         if self._read_only:
             known = self._identity["configuration"]
             identity["configuration"] = {name: identity["configuration"].get(name, "nothing") for name in known}
-        check_same(identity, self._identity, f"the checkpoint {path}")
+        remedy = "choose another directory, or restore what differs"
+        check_same(f"the checkpoint {path}", identity, self._identity, remedy, CheckpointMismatchError)
         mutable = by_path(state.mutable)
         wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in mutable.items()}
         with _reading(path):

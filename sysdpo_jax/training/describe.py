@@ -49,10 +49,16 @@ class ShardingReport(NamedTuple):
 def describe_sharding(step: TrainStep, state: TrainState, batch: PyTree | None = None) -> ShardingReport:
     """What each device of the step's mesh holds of every component. Nothing runs; activations take a compilation each.
 
-    state: as `create_state` or, without any array, `abstract_state` makes it.
-    batch: one batch of the step, arrays or `jax.ShapeDtypeStruct`; None leaves the activations out.
     A component's activations are those of the step's objective with the other components frozen, which leaves its own
     log-ratio; under `SamplingObjective` frozen components are evaluated too, without gradient.
+
+    Args:
+        step: Of the run.
+        state: As `create_state` or, without any array, `abstract_state` makes it.
+        batch: One batch of the step, arrays or `jax.ShapeDtypeStruct`; None leaves the activations out.
+
+    Returns:
+        Bytes by component; printed, a table.
     """
     ema = state.ema or {}
     return ShardingReport(

@@ -29,14 +29,18 @@ class EvaluationError(ValueError):
 class Evaluation:
     """What is measured while a system trains, and when its figures end the training.
 
-    measure: (step, the policy's whole parameters) -> {name: finite number}, logged as "eval/<name>"; step counts the
-    updates behind the parameters. A host function of its arguments alone, which keeps none of them: the next step
-    consumes the parameters. All processes call it and must give the same names; process 0's figures count. On several
-    processes it calls `replicate_per_process` of the parameters before it samples. Two figures <name>/low and
-    <name>/high are the ends of the confidence interval of <name>.
-    every: steps between evaluations. The first state is evaluated too, and the last one.
-    stop_on: (metric, "max" or "min", patience), such as ("eval/win_rate", "max", 3): training ends when so many
-    evaluations one after the other were no better than the best one before them.
+    Args:
+        measure: (step, the policy's whole parameters) -> {name: finite number}, logged as "eval/<name>"; step counts
+            the updates behind the parameters. A host function of its arguments alone, which keeps none of them: the
+            next step consumes the parameters. All processes call it and must give the same names; process 0's figures
+            count. On several processes it calls `replicate_per_process` of the parameters before it samples. Two
+            figures <name>/low and <name>/high are the ends of the confidence interval of <name>.
+        every: Steps between evaluations. The first state is evaluated too, and the last one.
+        stop_on: (metric, "max" or "min", patience), such as ("eval/win_rate", "max", 3): training ends when so many
+            evaluations one after the other were no better than the best one before them.
+
+    Raises:
+        ValueError: For an every below 1 and a stop_on of another form.
     """
 
     measure: Callable[[int, Params], Mapping[str, float]]

@@ -31,11 +31,20 @@ class FlopsError(ValueError):
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """The operations of `function(*arguments)` in matrix products and convolutions, on all devices together.
+    """Count the operations of a call in matrix products and convolutions; nothing is computed.
 
-    arguments: arrays, or anything with shape and dtype; nothing is computed. A scan counts length times, of a `cond`
-    the dearest branch, recomputation as often as it is asked for. Raises `FlopsError` for a product in a `while` loop,
-    which runs nobody knows how often, and for kernels whose products cannot be seen.
+    A scan counts length times, of a `cond` the dearest branch, recomputation as often as it is asked for.
+
+    Args:
+        function: Jittable.
+        arguments: Arrays, or anything with shape and dtype.
+
+    Returns:
+        Those on all devices together.
+
+    Raises:
+        FlopsError: For a product in a `while` loop, which runs nobody knows how often, and for kernels whose products
+            cannot be seen.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*jax.tree.map(_shape, arguments)).jaxpr)
 
@@ -57,7 +66,7 @@ def forward_flops(system: CompoundSystem, params: Params, features: Mapping[str,
 
 
 def step_flops(system: CompoundSystem, state: TrainState, batch: PyTree) -> dict[str, int]:
-    """`{node: operations}` that one step needs of each node's model on a `PairBatch` or `SampledBatch`.
+    """Count the operations that one step needs of each node's model.
 
     In units of a forward pass, on both sides of every pair: 3 for a trained model, whose backward pass takes two
     products for each one of the forward pass (the gradients of its input and of its weights); 2 and the thin products
@@ -66,7 +75,17 @@ def step_flops(system: CompoundSystem, state: TrainState, batch: PyTree) -> dict
     intermediates, 1. Recomputation and the optimiser are not counted. Where `trainable` picks out some of the weights
     themselves it is an upper bound; with LoRA it is a few percent too low, because the products of attention, whose
     backward pass takes two of them in any case, are counted as all others.
-    Arrays may be shapes. Raises `TypeError` for another batch.
+
+    Args:
+        system: The graph.
+        state: Arrays or shapes.
+        batch: A `PairBatch` or `SampledBatch` of arrays or shapes.
+
+    Returns:
+        `{node: operations}`.
+
+    Raises:
+        TypeError: For another batch.
     """
     match batch:
         case PairBatch():
@@ -105,9 +124,13 @@ def _of_step(
 
 
 def plain_attention(value: Any) -> Any:
-    """The component (or module, or configuration) with plain attention wherever its configurations say how.
+    """Replace fused attention, which hides its products, by that of the mathematics.
 
-    Its products are those of the mathematics, which fused kernels hide.
+    Args:
+        value: A component, a module or a configuration.
+
+    Returns:
+        It with plain attention wherever its configurations say how.
     """
     if not is_dataclass(value) or isinstance(value, type):
         return value

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from sysdpo_jax.io import append_whole, write_json_lines
 from sysdpo_jax.training.events import Events
 from sysdpo_jax.training.metric_warnings import MetricWarnings
 from sysdpo_jax.training.progress import tell
@@ -33,7 +34,10 @@ REMEDY = "make room for it, then give the same command again, which goes on from
 class NonFiniteError(FloatingPointError):
     """A step met a value that is not finite.
 
-    step: its number; nodes: those to blame; directory: where the state before it is saved, None where it could not be.
+    Args:
+        step: Its number.
+        nodes: Those to blame.
+        directory: Where the state before it is saved; None where it could not be.
     """
 
     def __init__(self, step: int, nodes: tuple[str, ...], directory: Path | None):
@@ -53,15 +57,21 @@ class MetricsWriteError(OSError):
 class MetricsLog:
     """Appends rows {"step": k, metric: value} to `directory`/metrics.jsonl and scalars to TensorBoard events.
 
-    start: the step that the run continues with; rows of it and later ones, left by a run that was killed after its last
-    checkpoint, are removed, and TensorBoard is told to hide them; what was evaluated at a saved `start` stays.
     A value that is not finite is written as null. What `MetricWarnings` warns of is in the row, as "warnings", and on
-    standard error.
-    wandb: what wandb.init takes, such as {"project": "aligned"}, to send the scalars to Weights & Biases too: a run
-    that goes on does so there. None: wandb is not imported. Raises `ImportError` when it is asked for and absent.
-    nodes: the system's, of which `MetricWarnings` looks at the figures.
-    metrics.jsonl is what counts: a row that it does not take is a `MetricsWriteError`. The other two end with a warning
-    where they fail, see `Events` and `Tracker`.
+    standard error. metrics.jsonl is what counts: a row that it does not take is a `MetricsWriteError`. TensorBoard and
+    Weights & Biases end with a warning where they fail, see `Events` and `Tracker`.
+
+    Args:
+        directory: Of the run.
+        start: The step that the run continues with; rows of it and later ones, left by a run that was killed after its
+            last checkpoint, are removed, and TensorBoard is told to hide them; what was evaluated at a saved `start`
+            stays.
+        wandb: What wandb.init takes, such as {"project": "aligned"}, to send the scalars to Weights & Biases too: a run
+            that goes on does so there. None: wandb is not imported.
+        nodes: The system's, of which `MetricWarnings` looks at the figures.
+
+    Raises:
+        ImportError: If wandb is asked for and absent.
     """
 
     def __init__(
@@ -94,7 +104,15 @@ class MetricsLog:
             self._tracker.finish(exit_code=0 if error is None else 1)
 
     def write(self, step: int, metrics: Mapping[str, float | np.ndarray]) -> None:
-        """One row, whole or not at all. metrics: `{name: scalar}`. Raises `MetricsWriteError`."""
+        """Write one row, whole or not at all.
+
+        Args:
+            step: Of the values.
+            metrics: `{name: scalar}`.
+
+        Raises:
+            MetricsWriteError: Where the file does not take it.
+        """
         values = {name: float(value) for name, value in metrics.items()}
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         warnings = self._watch.see({"step": step, **row})
@@ -108,7 +126,11 @@ class MetricsLog:
             self._events.text("warnings", text, step)
 
     def flush(self) -> None:
-        """Return once the rows are on disk: before a checkpoint that counts on them. Raises `MetricsWriteError`."""
+        """Return once the rows are on disk: before a checkpoint that counts on them.
+
+        Raises:
+            MetricsWriteError: Where they cannot be put there.
+        """
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -116,13 +138,9 @@ class MetricsLog:
         self._events.flush()
 
     def _append(self, step: int, line: str) -> None:
-        end, rest = os.fstat(self._file.fileno()).st_size, line.encode()
         try:
-            while rest:
-                rest = rest[self._file.write(rest) or 0 :]
+            append_whole(self._file, line.encode())
         except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._file.fileno(), end)
             raise MetricsWriteError(
                 f"{self._path} does not take the row of step {step}, which will be missing ({error.strerror}): {REMEDY}"
             ) from error
@@ -213,7 +231,14 @@ def require_metric(best: str, names: Collection[str]) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics.jsonl; a last row that a kill cut short is left out."""
+    """Read the rows of a run.
+
+    Args:
+        path: Of its metrics.jsonl.
+
+    Returns:
+        The complete rows; a last one that a kill cut short is left out.
+    """
     rows = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -232,12 +257,9 @@ def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
         return []
     kept = 0 if start == 0 else start + 1
     rows = [row for row in read_metrics(path) if row["step"] < (kept if _evaluated(row) else start)]
-    shorter = path.with_suffix(".tmp")
     try:
-        shorter.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        shorter.replace(path)
+        write_json_lines(path, rows)
     except OSError as error:
-        shorter.unlink(missing_ok=True)
         raise MetricsWriteError(f"{path} cannot be written ({error.strerror}): {REMEDY}") from error
     return rows
 

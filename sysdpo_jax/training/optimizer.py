@@ -26,14 +26,21 @@ class OptimizerError(ValueError):
 class ComponentOptimizer:
     """How one parameter tree is trained.
 
-    optimizer: any optax transformation, its learning rate included; as `optax.partition` has it, it sees
-    `{params_key: tree}` of this component alone. clip_norm: largest global norm of the component's gradient, in
-    float32, None for no clipping. mode: "frozen" keeps the tree as it is, out of reference and optimiser memory.
-    trainable: regex found in the "/"-joined path below the params key; leaves that it misses are not trained, nor are
-    the constants of a model (LoRA's scale, a fixed table of positions) and what a component declares `frozen`.
-    master_weights: keep float32 copies of trained leaves of less precision, which updates add up in; the parameters
-    are these, rounded. state_dtype: precision that the optimiser's arrays (moments) are kept in between updates, which
-    compute in that of the optimiser; by default both are the same.
+    Args:
+        optimizer: Any optax transformation, its learning rate included; as `optax.partition` has it, it sees
+            `{params_key: tree}` of this component alone.
+        clip_norm: Largest global norm of the component's gradient, in float32; None for no clipping.
+        mode: "frozen" keeps the tree as it is, out of reference and optimiser memory.
+        trainable: Regex found in the "/"-joined path below the params key; leaves that it misses are not trained, nor
+            are the constants of a model (LoRA's scale, a fixed table of positions) and what a component declares
+            `frozen`.
+        master_weights: Keep float32 copies of trained leaves of less precision, which updates add up in; the parameters
+            are these, rounded.
+        state_dtype: Precision that the optimiser's arrays (moments) are kept in between updates, which compute in that
+            of the optimiser; by default both are the same.
+
+    Raises:
+        OptimizerError: For a value that none of these can have.
     """
 
     optimizer: optax.GradientTransformation
@@ -72,11 +79,17 @@ class MasterState(NamedTuple):
 
 
 FROZEN = ComponentOptimizer(optax.set_to_zero(), mode="frozen")
+"""Of a component that is not trained."""
 
 
 @dataclass(frozen=True)
 class SystemOptimizer:
-    """Made by `make_optimizer`. components: (params_key, ComponentOptimizer) pairs; ema_decay: None for no average."""
+    """The optimiser of a whole system, made by `make_optimizer`.
+
+    Args:
+        components: (params_key, ComponentOptimizer) pairs.
+        ema_decay: Of the moving average; None for no average.
+    """
 
     components: tuple[tuple[str, ComponentOptimizer], ...]
     ema_decay: float | None = None
@@ -87,7 +100,15 @@ class SystemOptimizer:
         return tuple(key for key, component in self.components if component.mode != "frozen")
 
     def check(self, system: CompoundSystem) -> None:
-        """Raise `OptimizerError` naming the components that lack an optimiser, or the optimisers that lack one."""
+        """Check that components and optimisers go together.
+
+        Args:
+            system: Whose components are trained.
+
+        Raises:
+            OptimizerError: Naming the components that lack an optimiser, or the optimisers that lack one; if none is
+                trained.
+        """
         named = {key for key, _ in self.components}
         missing, unknown = set(system.param_keys) - named, named - set(system.param_keys)
         if missing or unknown:
@@ -99,9 +120,17 @@ class SystemOptimizer:
             raise OptimizerError("every component is frozen: train at least one")
 
     def mask(self, system: CompoundSystem, params: Params) -> PyTree:
-        """True for each trained leaf: those of `trainable` that no component of the system declares `frozen`.
+        """Which leaves are trained: those of `trainable` that no component of the system declares `frozen`.
 
-        Raises `OptimizerError` when a component that is not frozen trains none.
+        Args:
+            system: Whose components are trained.
+            params: `{params_key: tree}`.
+
+        Returns:
+            A tree like `params` of True and False.
+
+        Raises:
+            OptimizerError: If a component that is not frozen trains none.
         """
         masks = {}
         for key, component in self.components:
@@ -123,19 +152,41 @@ class SystemOptimizer:
         return optax.partition(transformations, {key: key for key in transformations})
 
     def norms(self, gradients: Params) -> dict[str, Float[Array, ""]]:
-        """`{params_key: global norm of its gradient, in float32}` of the components that are not frozen."""
+        """How long the gradients are, before clipping.
+
+        Args:
+            gradients: Of the trained leaves.
+
+        Returns:
+            `{params_key: global norm, in float32}` of the components that are not frozen.
+        """
         return {key: optax.tree.norm(_in_float32(gradients[key])) for key in self.trained_keys}
 
     def clipped(self, norms: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
-        """`{params_key: 1 where the clip shortened a gradient of this norm, else 0}` of the components with a clip."""
+        """Which gradients the clip shortens.
+
+        Args:
+            norms: As `norms` returns them.
+
+        Returns:
+            `{params_key: 1 where it does, else 0}` of the components with a clip.
+        """
         limits = {key: component.clip_norm for key, component in self.components if key in norms}
         return {key: (norms[key] > limit).astype(jnp.float32) for key, limit in limits.items() if limit is not None}
 
 
 def make_optimizer(components: Mapping[str, ComponentOptimizer], ema_decay: float | None = None) -> SystemOptimizer:
-    """One optimiser from `{params_key: ComponentOptimizer}`; every key of the system must be named.
+    """Put the components' optimisers together.
 
-    ema_decay: keep an exponential moving average of the trained leaves, ema <- d ema + (1 - d) params.
+    Args:
+        components: `{params_key: ComponentOptimizer}`; every key of the system must be named.
+        ema_decay: Keep an exponential moving average of the trained leaves, ema <- d ema + (1 - d) params.
+
+    Returns:
+        The optimiser of the whole system.
+
+    Raises:
+        OptimizerError: For an ema_decay outside (0, 1).
     """
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise OptimizerError(f"ema_decay must lie in (0, 1), got {ema_decay}: use None for no average")

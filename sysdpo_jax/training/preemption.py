@@ -17,7 +17,12 @@ PATIENCE = 2.0
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and has saved `step` updates. Not caught, it ends the script with exit code 0."""
+    """The run was asked to stop and has saved `step` updates. Not caught, it ends the script with exit code 0.
+
+    Args:
+        step: How many updates.
+        directory: Of the checkpoints.
+    """
 
     def __init__(self, step: int, directory: Path):
         super().__init__(0)

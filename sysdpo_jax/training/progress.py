@@ -47,7 +47,16 @@ class Board:
 
     @contextmanager
     def phase(self, label: str, start: int, steps: int) -> Iterator[Report]:
-        """A bar from `start` to `steps` that stays until the block ends: `report(steps done, text)` moves it."""
+        """A bar that stays until the block ends.
+
+        Args:
+            label: In front of it.
+            start: Where it begins.
+            steps: Where it ends.
+
+        Yields:
+            `report(steps done, text)`, which moves it.
+        """
         if not self._terminal:
             yield Lines(label, start, steps).report
             return
@@ -60,7 +69,15 @@ class Board:
 
 @contextmanager
 def progress(start: int, steps: int) -> Iterator[Report]:
-    """A single bar: `report(steps done, text)` of a run that goes from `start` to `steps`."""
+    """A single bar, until the block ends.
+
+    Args:
+        start: Where the run begins.
+        steps: Where it ends.
+
+    Yields:
+        `report(steps done, text)`, which moves it.
+    """
     with Board() as board, board.phase("step", start, steps) as report:
         yield report
 

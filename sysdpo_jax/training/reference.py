@@ -1,6 +1,5 @@
 """Reference log-probabilities computed once, before training, so that the reference's weights need no memory in it."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.batch import PairBatch
-from sysdpo_jax.columns import load_columns, save_columns
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.manifest import describe, fingerprints
+from sysdpo_jax.io import read_arrays, write_arrays
+from sysdpo_jax.manifest import describe, digest, fingerprints
 from sysdpo_jax.parallel.sharding import activation_rules, batch_parts, make_mesh, place_batch
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Features, Params
@@ -31,16 +30,28 @@ def precompute_reference(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> PairBatch:
-    """`pairs` with the log-probabilities in nats, under `reference`, of all nodes whose params key is among `keys`.
+    """Evaluate the reference once, for pairs that are seen often.
 
-    Give `create_state` the same keys as `precomputed`, and drop your own `reference` to free its memory.
-    pairs: NumPy arrays of `prepare_pairs`, whole. reference: `{params_key: tree}`, on the mesh (default: one device).
-    directory: keeps the values, a file for each node, named by a hash of the data (token ids, so the tokenizer as
-    well), the weights and the node; a second call reads it. batch_size: rows of one forward pass.
-    They agree with those of the training step up to rounding, because a forward pass alone compiles to other sums.
-    A checkpoint does not know what a freed reference was: give `Trainer(config=...)` something that names it.
-    Raises `ValueError` for a key of no node, a node that draws noise (its reference must see the noise of each step),
-    and in several processes where a file is missing.
+    Give `create_state` the same keys as `precomputed`, and drop your own `reference` to free its memory. The values
+    agree with those of the training step up to rounding, because a forward pass alone compiles to other sums. A
+    checkpoint does not know what a freed reference was: give `Trainer(config=...)` something that names it.
+
+    Args:
+        system: The graph.
+        reference: `{params_key: tree}`, on the mesh.
+        pairs: NumPy arrays of `prepare_pairs`, whole.
+        keys: Params keys: of whose nodes.
+        directory: Keeps the values, a file for each node, named by a hash of the data (token ids, so the tokenizer as
+            well), the weights and the node; a second call reads it.
+        batch_size: Rows of one forward pass.
+        mesh: By default one device.
+
+    Returns:
+        `pairs` with the log-probabilities in nats, under `reference`, of these nodes.
+
+    Raises:
+        ValueError: For a key of no node, a node that draws noise (its reference must see the noise of each step), and
+            in several processes where a file is missing.
     """
     mesh = make_mesh() if mesh is None else mesh
     unknown = set(keys) - set(system.param_keys)
@@ -63,24 +74,18 @@ def precompute_reference(
                 for side in sides[node.name]
             )
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_columns(path, dict(zip(SIDES, (chosen, rejected), strict=True)))
+                write_arrays(path, dict(zip(SIDES, (chosen, rejected), strict=True)))
         else:
-            columns = load_columns(path)
-            chosen, rejected = (np.asarray(columns[side], np.float32) for side in SIDES)
+            columns = read_arrays(path, "remove it, and its values are made anew")
+            chosen, rejected = (columns[side] for side in SIDES)
         known[node.name] = chosen, rejected
     return pairs._replace(reference=known)
 
 
 def _name(node: Node, reference: Params, sides: dict[str, list[Features]]) -> str:
     """A hash of what the values depend on, the same in every process."""
-    digest = hashlib.sha256()
-    for path, text in (describe("node", node) | fingerprints(reference[node.params_key])).items():
-        digest.update(f"{path} {text}".encode())
-    for side in sides[node.name]:
-        for path, leaf in by_path(side).items():
-            digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+    arrays = [by_path(jax.tree.map(np.asarray, side)) for side in sides[node.name]]
+    return digest([describe("node", node), fingerprints(reference[node.params_key]), arrays])
 
 
 def _log_probs(

@@ -33,10 +33,14 @@ class Mutable(NamedTuple):
 class TrainState(NamedTuple):
     """Everything a run needs to go on, apart from data and key, in the parts that the step takes: no array is in two.
 
-    step: updates made so far (int32 scalar). trained, frozen: every component's tree, each with None for the leaves of
-    the other. opt_state: of `SystemOptimizer.transformation`; ema: the trained leaves' moving average in float32.
-    reference: `{key: tree}` of the components that are not frozen, the trained leaves as they were at first; the
-    others are those of `frozen`. A tree is None where its log-probabilities were precomputed.
+    Attributes:
+        step: Updates made so far (int32 scalar).
+        trained: Every component's tree, with None for the leaves that are not trained.
+        opt_state: Of `SystemOptimizer.transformation`.
+        ema: The trained leaves' moving average in float32, if there is one.
+        frozen: Every component's tree, with None for the leaves that are trained.
+        reference: `{key: tree}` of the components that are not frozen, the trained leaves as they were at first; the
+            others are those of `frozen`. A tree is None where its log-probabilities were precomputed.
     """
 
     step: Array
@@ -63,7 +67,14 @@ class TrainState(NamedTuple):
         return Mutable(self.step, self.trained, self.opt_state, self.ema)
 
     def after(self, mutable: Mutable) -> "TrainState":
-        """The state with this part replaced."""
+        """Replace what a step changes.
+
+        Args:
+            mutable: The new part.
+
+        Returns:
+            The state with it.
+        """
         return TrainState(*mutable, self.frozen, self.reference)
 
 
@@ -76,17 +87,28 @@ def create_state(
     reference_dtype: str | None = None,
     precomputed: Sequence[str] = (),
 ) -> TrainState:
-    """The state before the first step, placed on the mesh (default: the first device), with `params` as reference.
+    """The state before the first step. Warns of trained leaves below float32.
 
-    params: `{params_key: tree}`, as `system.init` returns it; never changed nor deleted by training.
-    rules: (regex, PartitionSpec) pairs, see `tree_shardings`.
-    reference_dtype: precision of the reference's matrices (kernels and embeddings). Where a model computes in it
-    ("bfloat16", say) it rounds the policy's in the same way, and their log-ratio is 0 at first; where it computes in a
-    finer one, the rounding is an error of the loss.
-    precomputed: params keys whose reference log-probabilities come with the batches (`precompute_reference`): the state
-    holds no reference of theirs.
-    Warns of trained leaves below float32. Raises `OptimizerError`, `ShardingError`, or `ValueError` for parameters that
-    do not belong to the system and keys in `precomputed` that are not trained.
+    Args:
+        system: The graph.
+        params: `{params_key: tree}`, as `system.init` returns it; never changed nor deleted by training. It is the
+            reference too.
+        optimizer: From `make_optimizer`.
+        mesh: Where the state is placed; by default on the first device.
+        rules: (regex, PartitionSpec) pairs, see `tree_shardings`.
+        reference_dtype: Precision of the reference's matrices (kernels and embeddings). Where a model computes in it
+            ("bfloat16", say) it rounds the policy's in the same way, and their log-ratio is 0 at first; where it
+            computes in a finer one, the rounding is an error of the loss.
+        precomputed: Params keys whose reference log-probabilities come with the batches (`precompute_reference`): the
+            state holds no reference of theirs.
+
+    Returns:
+        The state, on the mesh.
+
+    Raises:
+        OptimizerError: If components and optimisers do not go together.
+        ShardingError: For a rule that does not fit.
+        ValueError: For parameters that do not belong to the system, and keys in `precomputed` that are not trained.
     """
     mesh = make_mesh() if mesh is None else mesh
     plan = abstract_state(system, params, optimizer, mesh, rules, reference_dtype, precomputed)
@@ -118,10 +140,22 @@ def abstract_state(
     reference_dtype: str | None = None,
     precomputed: Sequence[str] = (),
 ) -> TrainState:
-    """What `create_state` makes, as `jax.ShapeDtypeStruct` with shardings: for compiling ahead of time.
+    """What `create_state` makes, without any array: for compiling ahead of time.
 
-    params: anything with shapes and dtypes, `jax.eval_shape(system.init, key)` for example. Nothing is computed or
-    placed; the mesh may be of devices that are not there. Raises as `create_state` does.
+    Args:
+        system: The graph.
+        params: Anything with shapes and dtypes, `jax.eval_shape(system.init, key)` for example.
+        optimizer: From `make_optimizer`.
+        mesh: It may be of devices that are not there: nothing is computed or placed.
+        rules: As for `create_state`.
+        reference_dtype: As for `create_state`.
+        precomputed: As for `create_state`.
+
+    Returns:
+        The state of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+        ValueError: As `create_state`, whose other errors are raised too.
     """
     system.check_params(params)
     optimizer.check(system)
@@ -148,7 +182,15 @@ def abstract_state(
 
 
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
-    """(leaves where the mask is True, the others), each with None in the places of the other."""
+    """Split a tree in two.
+
+    Args:
+        tree: To be split.
+        mask: True and False for its leaves.
+
+    Returns:
+        The leaves where the mask is True and the others, each with None in the places of the other.
+    """
     kept = jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
     rest = jax.tree.map(lambda keep, x: None if keep else x, mask, tree)
     return kept, rest
@@ -160,9 +202,16 @@ def combine(first: PyTree, second: PyTree) -> PyTree:
 
 
 def ema_params(state: TrainState) -> Params:
-    """The parameters with the moving average in the trained leaves, in the parameters' own precision.
+    """The parameters with the moving average in the trained leaves.
 
-    Raises `ValueError` when the state keeps no average.
+    Args:
+        state: Of a run whose optimiser has an ema_decay.
+
+    Returns:
+        `{params_key: tree}`, in the parameters' own precision.
+
+    Raises:
+        ValueError: If the state keeps no average.
     """
     if state.ema is None:
         raise ValueError("the state keeps no moving average: give make_optimizer an ema_decay")

@@ -46,11 +46,22 @@ def make_train_step(
     mesh: Mesh | None = None,
     accumulate: int = 1,
 ) -> "TrainStep":
-    """`step(state, batch, key) -> (state, metrics)`, see `TrainStep`. mesh: the one the state was created on.
+    """Make the jitted step `(state, batch, key) -> (state, metrics)`.
 
-    accumulate: how many parts of a batch go through the models one after the other, which bounds memory; their
-    gradients are averaged in float32. Objectives are means over rows and noise is a row's own, so the update is that
-    of the whole batch, up to rounding.
+    Args:
+        system: The graph.
+        objective: The loss.
+        optimizer: From `make_optimizer`.
+        mesh: The one the state was created on.
+        accumulate: How many parts of a batch go through the models one after the other, which bounds memory; their
+            gradients are averaged in float32. Objectives are means over rows and noise is a row's own, so the update is
+            that of the whole batch, up to rounding.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: For an accumulate below 1.
     """
     optimizer.check(system)
     if accumulate < 1:
@@ -65,6 +76,13 @@ class TrainStep:
     Metrics, all scalars: loss; the objective's own; margin_share/<node>; grad_norm/<params_key> before clipping;
     clipped/<params_key>, 1 where it was clipped; finite (True when the state advanced); finite/<node> (False for a node
     whose term is not finite or, where all terms are, whose component's gradient is not).
+
+    Args:
+        system: As for `make_train_step`, which makes it.
+        objective: The loss.
+        optimizer: From `make_optimizer`.
+        mesh: The one the state was created on.
+        accumulate: Parts of a batch.
     """
 
     def __init__(
@@ -77,9 +95,20 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: PyTree, key: PRNGKeyArray, proceed: Array | np.bool_ = PROCEED
     ) -> tuple[TrainState, StepMetrics]:
-        """proceed: False leaves the state as it is; a driver passes the last step's `finite` to stop without waiting.
+        """Make one update.
 
-        Raises `ShardingError` for a batch that the mesh cannot cut, and `ValueError` for a state on another mesh.
+        Args:
+            state: Is consumed.
+            batch: As the objective takes it, encoded.
+            key: Of the run.
+            proceed: False leaves the state as it is; a driver passes the last step's `finite` to stop without waiting.
+
+        Returns:
+            The new state, and the metrics as scalars on the device.
+
+        Raises:
+            ShardingError: For a batch that the mesh cannot cut.
+            ValueError: For a state on another mesh.
         """
         batch = place_batch(self.mesh, batch)
         # Arrays on and off the mesh have different types to the tracer: place it, or the second step traces again.
@@ -88,19 +117,32 @@ class TrainStep:
         return state.after(mutable), metrics
 
     def metric_names(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str, ...]:
-        """The metrics of a step, by tracing it: nothing runs, and a call with a batch like this one traces no more.
+        """Trace the step: nothing runs, and a call with a batch like this one traces no more.
 
-        Raises what the call would raise for a state, objective and batch that do not go together.
+        It raises what the call would raise for a state, objective and batch that do not go together.
+
+        Args:
+            state: As for a call.
+            batch: As for a call.
+            key: As for a call.
+
+        Returns:
+            The names of its metrics.
         """
         batch, proceed = place_batch(self.mesh, batch), jax.device_put(PROCEED, replicated(self.mesh))
         parts = (state.mutable, state.frozen, state.reference)
         return tuple(self._jitted(state).eval_shape(*parts, batch, key, proceed)[1])
 
     def check(self, state: TrainState, rows: int) -> None:
-        """What can be said against batches before there is one. rows: of a batch, of all processes together.
+        """What can be said against batches before there is one.
 
-        Raises `ShardingError` where the mesh and `accumulate` do not cut them, and `GraphError` where the loss does not
-        go with the system.
+        Args:
+            state: As for a call.
+            rows: Of a batch, of all processes together.
+
+        Raises:
+            ShardingError: Where the mesh and `accumulate` do not cut them.
+            GraphError: Where the loss does not go with the system.
         """
         self._check_rows(rows)
         if isinstance(self.objective, PreferenceObjective):
@@ -115,7 +157,16 @@ class TrainStep:
             )
 
     def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> jax.stages.Lowered:
-        """The lowered step, to read its memory analysis or to compile ahead of time; nothing runs."""
+        """Lower the step; nothing runs.
+
+        Args:
+            state: As for a call.
+            batch: As for a call.
+            key: As for a call.
+
+        Returns:
+            What compiles ahead of time, or has its memory analysed.
+        """
         return self._jitted(state).lower(state.mutable, state.frozen, state.reference, batch, key, PROCEED)
 
     def _jitted(self, state: TrainState) -> Any:

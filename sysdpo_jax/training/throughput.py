@@ -128,15 +128,28 @@ class Throughput:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device of that kind; None for a kind that is not in `PEAK_FLOPS`."""
+    """Dense bfloat16 FLOP/s of one device.
+
+    Args:
+        device_kind: As JAX calls it.
+
+    Returns:
+        The peak; None for a kind that is not in `PEAK_FLOPS`.
+    """
     return PEAK_FLOPS.get(device_kind)
 
 
 def count_units(system: CompoundSystem, batch: PyTree) -> dict[str, int]:
-    """{"pairs_per_second": pairs of a prepared batch, "<unit>_per_second/<node>": the node's units on both sides}.
+    """What speed is counted in.
 
-    Intermediates that were searched for are the same on both sides and evaluated once: they count once. A batch that is
-    neither a `PairBatch` nor a `SampledBatch` has no units.
+    Intermediates that were searched for are the same on both sides and evaluated once: they count once.
+
+    Args:
+        system: The graph.
+        batch: Prepared; one that is neither a `PairBatch` nor a `SampledBatch` has no units.
+
+    Returns:
+        {"pairs_per_second": pairs of the batch, "<unit>_per_second/<node>": the node's units on both sides}.
     """
     features = _sides(batch)
     if not features:
@@ -172,7 +185,14 @@ def _sides(batch: PyTree) -> list[Features]:
 
 
 def memory(devices: Sequence[Any]) -> dict[str, float]:
-    """{"memory/peak_bytes", "memory/bytes_in_use"} of the fullest of these devices; {} where they do not say (CPU)."""
+    """Memory of the fullest device.
+
+    Args:
+        devices: Some of this process's.
+
+    Returns:
+        {"memory/peak_bytes", "memory/bytes_in_use"}; {} where they do not say (CPU).
+    """
     stats = [device.memory_stats() for device in devices]
     known = [stat for stat in stats if stat]
     if not known:

@@ -6,6 +6,7 @@ from concurrent.futures import Future, TimeoutError
 from pathlib import Path
 from typing import Any
 
+from sysdpo_jax.io import write_whole
 from sysdpo_jax.threads import DaemonExecutor
 from sysdpo_jax.training.progress import tell
 
@@ -43,7 +44,7 @@ class Tracker:
         self._run: Any = None
         name = directory / "wandb-id"
         if not name.exists():
-            name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            write_whole(name, uuid.uuid4().hex[:12])
         own = {"dir": str(directory), "id": name.read_text(encoding="utf-8"), "resume": "allow"}
         self._failed = False
         self._thread = DaemonExecutor(1, "wandb")

@@ -46,16 +46,31 @@ BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | Indexed[Any
 class Trainer:
     """Trains a system in a directory: checkpoints/, intermediates/, metrics.jsonl and TensorBoard events.
 
-    mesh: the one the state was created on. accumulate: parts of a batch, see `make_train_step`. checkpoint_every: steps
-    between checkpoints, of which the newest `keep` are kept; the last step is always saved. best: a metric and "min" or
-    "max", such as ("rewards/accuracies", "max"): the checkpoint with the best mean of it over the steps read since the
-    one before is kept too; of a metric "eval/<name>" the one with the best such figure. evaluation: what measures them,
-    see `Evaluation`; the state that it measures is saved, and it may change when the run resumes.
-    log_every: steps between rows of metrics, the last of all steps has one too; the host waits for the device at no
-    other step but to evaluate and save.
-    config: JSON values of the experiment (learning rates, data); like objective, system and optimiser they must be the
-    same when the run resumes. progress: shows the bar. profile: (first, last), the steps first ... last - 1 are traced
-    by jax.profiler into profile/. wandb: see `MetricsLog`; the config goes there too.
+    Objective, system, optimiser and config must be the same when the run resumes.
+
+    Args:
+        system: The graph.
+        objective: The loss.
+        optimizer: From `make_optimizer`.
+        directory: Of this run.
+        mesh: The one the state was created on.
+        accumulate: Parts of a batch, see `make_train_step`.
+        checkpoint_every: Steps between checkpoints; the last step is always saved.
+        keep: How many of the newest checkpoints are kept.
+        best: A metric and "min" or "max", such as ("rewards/accuracies", "max"): the checkpoint with the best mean of
+            it over the steps read since the one before is kept too; of a metric "eval/<name>" the one with the best
+            such figure.
+        log_every: Steps between rows of metrics, the last of all steps has one too; the host waits for the device at no
+            other step but to evaluate and save.
+        config: JSON values of the experiment (learning rates, data).
+        progress: Shows the bar.
+        profile: (first, last): the steps first ... last - 1 are traced by jax.profiler into profile/.
+        evaluation: What measures "eval/<name>", see `Evaluation`; the state that it measures is saved, and it may
+            change when the run resumes.
+        wandb: See `MetricsLog`; the config goes there too.
+
+    Raises:
+        ValueError: For a profile that is no range of steps.
     """
 
     system: CompoundSystem
@@ -94,29 +109,40 @@ class Trainer:
     ) -> TrainState:
         """Train until `steps` updates are made in all, from the newest checkpoint of the directory if there is one.
 
-        Fewer are made, as the state's step says, where the evaluation's `stop_on` ends the training.
-
-        state: from `create_state` (consumed); a resumed run must be given the same initial parameters.
-        batch_at: batch of a step, a pure function of its number, so that no data is skipped or seen twice; or what has
-        it as an element (`preference_dataset`, or a dataset of Grain), which is read ahead in threads; or
-        `SearchedBatches`, which keep what the policy drew in the directory's intermediates/. On several processes each
-        gives its own rows, see `batch_shard`. Raw features are encoded by the state's frozen entries: the data of
-        `epoch_batches` once, before the first step, other batches when they come.
         SIGTERM (on several processes: of any of them) ends the run after the step it is in: the state and the metrics
         are saved and `Preempted` is raised, which ends the script with exit code 0; so does Ctrl-C with
-        `KeyboardInterrupt`, in one process. See `stop_requests`. A batch that does not come, or
-        an evaluation that does not end, is left after a moment.
-        accepted: called by process 0 when nothing can refuse the run any more, before anything of it is written: to
-        note in the directory what the run is. The first batch is made and the step traced with it by then; of
-        `SearchedBatches`, which the policy draws, only what needs no draw is checked.
-        The directory is this process's alone meanwhile: `InUseError`, which says whose it is, where it is another's.
-        Raises `NonFiniteError` after saving the state before the bad step, and what making a batch raises after saving,
-        in one process, the state before that batch, if it is not the first of the call; what tracing the step raises;
-        `CheckpointMismatchError` when the directory belongs to another run; `CorruptCheckpointError` when it holds
-        damaged checkpoints only; `FileExistsError` when `resume` is False and the directory holds a checkpoint;
-        `ValueError` for a `best` that neither the step nor an evaluation of the Trainer's gives; what an evaluation
-        raises (`EvaluationError`, see `Evaluation`), whose state is saved; `CheckpointWriteError` and
-        `MetricsWriteError`, after saving the state where that can be done, on a full disk.
+        `KeyboardInterrupt`, in one process. See `stop_requests`. A batch that does not come, or an evaluation that does
+        not end, is left after a moment. The directory is this process's alone meanwhile.
+
+        Args:
+            state: From `create_state` (consumed); a resumed run must be given the same initial parameters.
+            batch_at: Batch of a step, a pure function of its number, so that no data is skipped or seen twice; or what
+                has it as an element (`preference_dataset`, or a dataset of Grain), which is read ahead in threads; or
+                `SearchedBatches`, which keep what the policy drew in the directory's intermediates/. On several
+                processes each gives its own rows, see `batch_shard`. Raw features are encoded by the state's frozen
+                entries: the data of `epoch_batches` once, before the first step, other batches when they come.
+            steps: Updates in all.
+            key: Of the run's noise.
+            resume: False refuses a directory that holds a checkpoint.
+            accepted: Called by process 0 when nothing can refuse the run any more, before anything of it is written: to
+                note in the directory what the run is. The first batch is made and the step traced with it by then; of
+                `SearchedBatches`, which the policy draws, only what needs no draw is checked.
+
+        Returns:
+            The last state: of fewer steps where the evaluation's `stop_on` ends the training.
+
+        Raises:
+            InUseError: Where the directory is another process's; it says whose.
+            NonFiniteError: After saving the state before the bad step.
+            CheckpointMismatchError: If the directory belongs to another run.
+            CorruptCheckpointError: If it holds damaged checkpoints only.
+            FileExistsError: If `resume` is False and it holds a checkpoint.
+            ValueError: For a `best` that neither the step nor an evaluation of the Trainer's gives.
+            EvaluationError: And what else an evaluation raises, whose state is saved.
+            CheckpointWriteError: On a full disk.
+            MetricsWriteError: On a full disk, after saving the state where that can be done.
+            Exception: What making a batch raises, after saving, in one process, the state before that batch, if it is
+                not the first of the call; what tracing the step raises.
         """
         self._check(batch_at, steps)
         own = locked_folder(Path(self.directory)) if jax.process_index() == 0 else nullcontext()
@@ -133,10 +159,17 @@ class Trainer:
     def checkpoints(
         self, state: TrainState, batch_at: BatchSource | None, key: PRNGKeyArray, read_only: bool = False
     ) -> Checkpoints:
-        """Those of the directory, to be used as a context manager; arguments as for `fit`, which leaves the state.
+        """The directory's, to be used as a context manager: `checkpoints.restore(state, checkpoints.best)` is the best
+        state.
 
-        `checkpoints.restore(state, checkpoints.best)` is the best state. read_only: beside a run that may be going on;
-        batch_at may be None then.
+        Args:
+            state: As for `fit`, which leaves it.
+            batch_at: As for `fit`; with read_only it may be None.
+            key: As for `fit`.
+            read_only: Beside a run that may be going on.
+
+        Returns:
+            The checkpoints.
         """
         configuration = self._configuration(batch_at, key)
         directory = Path(self.directory) / "checkpoints"

@@ -12,10 +12,10 @@ import sysdpo_jax as sj
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation import share_interval
 from sysdpo_jax.evaluation.unscored import ScoreError
-from sysdpo_jax.runs.begun import fingerprint
+from sysdpo_jax.manifest import digest, fingerprints
+from sysdpo_jax.report.outcome import best_evaluation, final_figures, summary
+from sysdpo_jax.report.samples import spread
 from sysdpo_jax.runs.held_out import HeldOut
-from sysdpo_jax.runs.outcome import best_evaluation, final_figures, summary
-from sysdpo_jax.runs.shown import spread
 
 SYSTEM = sj.CompoundSystem(("x",), (sj.Node("z", sj.Categorical(50, (4,)), ("x",)),))
 PROMPTS = [{"x": x} for x in range(4)]
@@ -181,6 +181,9 @@ def test_a_run_that_a_tool_gave_for_an_evaluation_is_not_made_again(tmp_path):
 
 
 def test_a_fingerprint_tells_parameters_apart():
+    def fingerprint(params):
+        return digest(fingerprints(params))
+
     tree = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": {"c": np.ones(2, np.int64), "d": np.array([True])}}
     swapped = {**tree, "a": tree["a"][[1, 0, 2]]}
     nudged = {**tree, "a": np.nextafter(tree["a"], np.float32(99))}
@@ -197,7 +200,7 @@ def test_scores_of_two_scorers_are_not_compared(tmp_path):
     measured.check()
     measured.measure(0, params(0))
     measured.check()
-    with pytest.raises(ConfigError, match=r"made with another evaluation\.scorer .* choose another directory"):
+    with pytest.raises(ConfigError, match=r"evaluation\.scorer was a, now b\): .* choose another directory"):
         replace(measured, about={"scorer": "b"}).check()
 
 

@@ -70,7 +70,7 @@ WRONG = {
     "two files": (["train", "a.yaml", "b.yaml"], "a.yaml and b.yaml are given"),
     "a group": (["train", "quickstart", "--schedul.steps", "3"], "is no flag: did you mean '--schedule.steps'?"),
     "a field": (["train", "quickstart", "--schedule.step", "3"], "did you mean '--schedule.steps'?"),
-    "a node": (["train", "quickstart", "--system.nodes.anser.prompt", "x"], "mean '--system.nodes.answer.prompt'?"),
+    "a node": (["train", "quickstart", "--system.nodes.anser.prompt", "x"], "'--system.nodes.answer.prompt'?"),
     "a bound": (["train", "quickstart", "--schedule.steps", "0"], "--schedule.steps is '0': give a whole number of"),
     "a choice": (["train", "quickstart", "--objective.kind", "both"], "give 'direct' or 'sampling'"),
     "no value": (["train", "quickstart", "--schedule.steps"], "--schedule.steps has no value: give a whole number"),

@@ -116,7 +116,7 @@ def failure(capsys, function, *arguments):
 def test_runs_of_another_configuration_are_not_mixed(files, capsys):
     roll_out(files)
     said = failure(capsys, lambda: roll_out(files, seed=1))
-    assert "runs.jsonl was made with another seed (see " in said
+    assert "runs.jsonl is of another run (seed was 0, now 1): name another output" in said
     (files / "other.jsonl").write_text("")
     assert "nothing says how it was made" in failure(capsys, lambda: roll_out(files, "other.jsonl"))
 

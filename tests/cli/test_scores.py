@@ -77,11 +77,11 @@ def test_scores_of_other_runs_or_another_scorer_are_not_mixed(files, capsys):
     roll_out(files)
     scored(files, "--scorer", f"{__name__}:brightness")
     before = (files / "scores.jsonl").read_bytes()
-    assert "another scorer" in failure(capsys, scored, files, "--scorer", f"{__name__}:stumbling")
+    assert "is of another run (scorer was" in failure(capsys, scored, files, "--scorer", f"{__name__}:stumbling")
     for path in files.glob("runs.jsonl*"):
         path.unlink()
     roll_out(files, seed=1)
-    assert "another runs" in failure(capsys, scored, files, "--scorer", f"{__name__}:brightness")
+    assert "is of another run (runs was" in failure(capsys, scored, files, "--scorer", f"{__name__}:brightness")
     assert (files / "scores.jsonl").read_bytes() == before
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 
 from sysdpo_jax import load_preferences
-from sysdpo_jax.data import preferences
+from sysdpo_jax.data import preferences, prepared
 from tests.data.prepared_systems import pictures, texts
 
 
 def main(kind: str, folder: Path, killed: int) -> None:
-    made, original = [], preferences.prepare_records
+    made, original = [], prepared.prepare_records
 
     def prepare(system, params, records):
         if len(made) + 1 == killed:
@@ -26,7 +26,7 @@ def main(kind: str, folder: Path, killed: int) -> None:
 
     preferences.PART = preferences.PART_WITH_IMAGES = 3
     preferences.TOGETHER, preferences.TOGETHER_WITH_IMAGES = 2, 2
-    preferences.prepare_records = prepare
+    prepared.prepare_records = prepare
     system = {"texts": texts, "pictures": pictures}[kind]()
     load_preferences(folder / f"{kind}.jsonl", system, params=system.init(jax.random.key(0)), cache=folder / "cache")
     print(made)

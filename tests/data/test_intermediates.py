@@ -23,7 +23,6 @@ from sysdpo_jax import (
     sampled_batch,
     without_intermediates,
 )
-from sysdpo_jax.columns import as_values, load_columns, save_columns
 from sysdpo_jax.data.records import hold_intermediates
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.values import distinct
@@ -235,27 +234,6 @@ def test_a_system_without_intermediates_has_none_to_draw():
     single = CompoundSystem(("x",), (Node("y", Categorical(2, (3,)), ("x",)),))
     with pytest.raises(GraphError, match="no intermediate values to draw"):
         draw_intermediates(single, single.init(KEY), [{"x": 0}], 2, KEY)
-
-
-def test_columns_keep_values_as_they_are(tmp_path):
-    columns = {
-        "text": ["ä b", "", "longer\n"],
-        "number": [3, 1, 2],
-        "picture": [np.full((2, 2), i, np.float32) for i in range(3)],
-        "plate": [["a", "bb"]] * 3,
-        "numbers": [[1, 2]] * 3,
-        "file": ["a", "b", "c"],
-    }
-    save_columns(tmp_path / "c.npz", columns)
-    back = {name: as_values(column) for name, column in load_columns(tmp_path / "c.npz").items()}
-    assert {name: back[name] for name in columns if name != "picture"} == {
-        name: columns[name] for name in columns if name != "picture"
-    }
-    np.testing.assert_array_equal(back["picture"], columns["picture"])
-    for bad, message in (([{"role": "user"}], "of type dict"), ([[1], [1, 2]], "not equally shaped")):
-        with pytest.raises(ValueError, match=f"the values of 'y' are {message}"):
-            save_columns(tmp_path / "d.npz", {"y": bad})
-    assert [path.name for path in tmp_path.iterdir()] == ["c.npz"]
 
 
 def test_candidates_of_a_table_without_parents():

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import sysdpo_jax.components.images
 from sysdpo_jax import (
     CompoundSystem,
     DirectObjective,
+    LanguageModel,
     Node,
     PreferenceRecord,
     Ranked,
@@ -38,10 +40,14 @@ from sysdpo_jax.batch import encode_batch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.components.sampled_text import fingerprint
 from sysdpo_jax.data import files, preferences
+from sysdpo_jax.data import prepared as stored
 from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.data.preferences import WHOLE, _Pass
 from sysdpo_jax.data.prepared import about_system
+from sysdpo_jax.decoding.beam_search import BeamSearch
+from sysdpo_jax.errors import DamagedFileError
 from sysdpo_jax.manifest import digest
+from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.objectives.log_ratio import as_rows, node_log_probs, repeated
 from sysdpo_jax.training import ComponentOptimizer
 from sysdpo_jax.values import SampledText, to_json
@@ -210,12 +216,11 @@ def test_another_setting_makes_another_folder(change, tmp_path):
     path, settings = text_file(tmp_path, 2), {"system": texts(), "cache": tmp_path / "cache"}
     load_preferences(path, **settings)
     [before] = folders(tmp_path / "cache")
-    # A reader may take no row of these.
-    try:
+    none = change == "reader of another kind"
+    with pytest.raises(RecordError) if none else nullcontext():
         load_preferences(path, **(settings | CHANGES[change]()))
-    except RecordError:
-        assert change == "reader of another kind"
-    assert len(folders(tmp_path / "cache") - {before}) == 1
+    # Of a reader that takes no row nothing is left.
+    assert len(folders(tmp_path / "cache") - {before}) == 1 - none
 
 
 def test_another_record_makes_another_folder_and_the_same_again_does_not(tmp_path):
@@ -260,12 +265,76 @@ def used(system):
     return system
 
 
+def changed(system, change):
+    return replace(system, nodes=tuple(replace(node, component=change(node.component)) for node in system.nodes))
+
+
+def with_decoder(**settings):
+    """The texts' models with other settings of their decoders."""
+    return changed(texts(), lambda own: replace(own, decoder=Decoder(replace(own.decoder.config, **settings))))
+
+
+def other_sampler():
+    base = pictures(text=TextEncoder(Embedding(), word_tokenizer(), 5))
+    return changed(base, lambda own: replace(own, num_steps=9, guidance_scale=2.0))
+
+
+class Own(LanguageModel):
+    """What its `prepare` reads is not known."""
+
+
+def own_writers(temperature):
+    def own(model):
+        return Own(**{field.name: getattr(model, field.name) for field in fields(model)})
+
+    return changed(texts(temperature=temperature), own)
+
+
+def test_all_of_a_component_of_the_users_own_counts_unless_it_says_what_does(monkeypatch):
+    def about(temperature):
+        return digest(about_system(own_writers(temperature)))
+
+    assert about(0.5) != about(0.6)
+    monkeypatch.setattr(Own, "prepared_by", LanguageModel.prepared_by, raising=False)
+    assert about(0.5) == about(0.6)
+
+
+def test_another_temperature_reads_what_is_there(tmp_path, monkeypatch):
+    path, cache = text_file(tmp_path, 8), tmp_path / "cache"
+    first = load_preferences(path, texts(), cache=cache)
+    monkeypatch.setattr(stored, "prepare_records", forbidden)
+    warmer = texts(temperature=0.5)
+    again = load_preferences(path, warmer, cache=cache)
+    same(preference_dataset(warmer, again, 2, seed=0)[0], preference_dataset(texts(), first, 2, seed=0)[0])
+
+
+@pytest.mark.parametrize("ending", [".rows.arrow", ".leaves.arrow", ".index.npz"])
+def test_a_damaged_cache_is_named_with_the_remedy(ending, tmp_path):
+    path, cache = text_file(tmp_path, 4), tmp_path / "cache"
+    load_preferences(path, texts(), cache=cache)
+    [folder] = folders(cache)
+    [part] = (cache / folder).glob(f"*{ending}")
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(DamagedFileError) as caught:
+        preference_dataset(texts(), load_preferences(path, texts(), cache=cache), 2, seed=0)[0]
+    said = str(caught.value)
+    assert said.startswith(f"{part} is damaged or incomplete (")
+    assert said.endswith(f"remove the folder {cache / folder}, whose files are made anew")
+
+
 @pytest.mark.parametrize(
     ("other", "new"),
     {
         "the same": (texts, False),
         "a node's weight": (lambda: weighted(texts(), 3.0), False),
         "a tokenizer after a call": (lambda: used(texts()), False),
+        "temperature": (lambda: texts(temperature=0.5, top_p=0.9), False),
+        "beam search": (lambda: texts(search=BeamSearch(length_penalty=2.0)), False),
+        "recomputation": (lambda: with_decoder(remat="full"), False),
+        "steps of the sampler": (other_sampler, False),
+        "ends": (lambda: texts(stop_tokens=(5,)), True),
+        "a smaller vocabulary": (lambda: with_decoder(vocab_size=200), True),
+        "a model of the user's own": (lambda: own_writers(0.5), True),
         "image size": (lambda: pictures(codec=CountingCodec(VAE, ((6, 4),), 2)), True),
         "pad token": (lambda: padded_with("<unk>"), True),
         "length of captions": (lambda: pictures(text=TextEncoder(Embedding(), word_tokenizer(), 6)), True),
@@ -330,7 +399,7 @@ def test_an_untouched_source_is_neither_hashed_nor_read(tmp_path, monkeypatch):
 @pytest.fixture
 def prepared(monkeypatch):
     """The numbers of records that were prepared together, of parts of 3 rows."""
-    sizes, original = [], preferences.prepare_records
+    sizes, original = [], stored.prepare_records
     for name in ("PART", "PART_WITH_IMAGES"):
         monkeypatch.setattr(preferences, name, 3)
 
@@ -338,7 +407,7 @@ def prepared(monkeypatch):
         sizes.append(len(records))
         return original(system, params, records)
 
-    monkeypatch.setattr(preferences, "prepare_records", counting)
+    monkeypatch.setattr(stored, "prepare_records", counting)
     return sizes
 
 

@@ -4,20 +4,21 @@ import copy
 import json
 import pickle
 
-import numpy as np
 import pytest
 
 from sysdpo_jax import CompoundSystem, LanguageModel, Node, PreferenceRecord, Tool, load_preferences, save_preferences
-from sysdpo_jax.columns import as_values, load_columns, save_columns
+from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.prepared import with_kept_values
+from sysdpo_jax.io import write_json_lines
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.row_files import RowFile, write_row_file
 from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.runs_file import as_row, lacks_images, moved, run_lines, with_images, write_rows
+from sysdpo_jax.runs.runs_file import as_row, lacks_images, moved, run_lines, with_images
 from sysdpo_jax.values import SampledText, content, distinct, from_json, to_json
 from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
+from tests.data.prepared_systems import writer
 
 MADE = SampledText("a red", (4, 5, 2), "end", "f" * 32)
 CUT = SampledText("a red", (4, 5), "cut", "f" * 32)
@@ -99,20 +100,13 @@ def test_files_of_runs(tmp_path):
     node, path = system(), tmp_path / "runs.jsonl"
     like_a_path = SampledText("runs_images/a.png", (4,), "cut", "f")
     run = {"x": "a", "drafts": [MADE, like_a_path], "answer": CUT}
-    write_rows(path, [as_row(node, run, "0-0", ImageFiles(path))])
+    write_json_lines(path, [as_row(node, run, "0-0", ImageFiles(path))])
     [line] = run_lines(path)
     assert not lacks_images(line, path)
     assert remembered(with_images(line, path)["outputs"]) == remembered({"drafts": run["drafts"], "answer": CUT})
     assert moved(line["outputs"], path, tmp_path / "other" / "pairs.jsonl") == line["outputs"]
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"x": to_json(MADE)}) + "\n")
     assert remembered(read_prompts(tmp_path / "prompts.jsonl", node)) == [{"x": remembered(MADE)}]
-
-
-def test_columns_of_drawn_values(tmp_path):
-    columns = {"one": [MADE, CUT, "a"], "lists": [[MADE, "a"], ["a", "b"], [CUT, CUT]], "plain": ["a", "b", "c"]}
-    save_columns(tmp_path / "c.npz", columns | {"numbers": np.arange(3)})
-    found = {name: as_values(column) for name, column in load_columns(tmp_path / "c.npz").items()}
-    assert remembered(found) == remembered(columns) | {"numbers": [0, 1, 2]}
 
 
 def passed_on(text):
@@ -126,3 +120,38 @@ def test_what_tools_gave(tmp_path):
     assert remembered(kept(MADE)) == remembered(MADE)
     # The same text is the same question, and its answer is the first.
     assert remembered(ToolValues(tmp_path / "values.jsonl")[kept._key(("a red",))]) == remembered(MADE)
+
+
+OWN = {"text": "a", "tokens": [4], "end": "cut", "tokenizer": "f"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    {
+        "tokens": ({"tokens": "x"}, "the tokens of a sampled text are a list of whole numbers from 0 on"),
+        "a negative token": ({"tokens": [-1]}, "the tokens of a sampled text are a list of whole numbers from 0 on"),
+        "end": ({"end": "stopped"}, "the end of a sampled text is one of end, stop, cut"),
+        "tokenizer": ({"tokenizer": 3}, "the text and the tokenizer of a sampled text are texts"),
+        "another field": ({"score": 1}, "a sampled text has the fields text, tokens, end, tokenizer and no other"),
+    }.values(),
+)
+def test_what_is_wrong_with_a_sampled_text_is_said_with_its_row_and_node(wrong, said, tmp_path):
+    row = {"inputs": {"x": "a"}, "chosen": {"y": OWN | wrong}, "rejected": {"y": "a"}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(RecordError, match=rf"row 1: chosen, node 'y': the completion .* an object \({said}"):
+        load_preferences(tmp_path / "p.jsonl", CompoundSystem(("x",), (Node("y", writer(), ("x",)),)))
+
+
+def test_a_message_without_a_role_is_named(tmp_path):
+    row = {"inputs": {"x": [{"role": "user", "content": "a"}, {"rolle": "user"}]}, "chosen": {"y": "a"}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row | {"rejected": {"y": "a"}}) + "\n")
+    with pytest.raises(RecordError, match=r"row 1: chosen, node 'y': the prompt .*; message 1 has 'rolle'\)"):
+        load_preferences(tmp_path / "p.jsonl", CompoundSystem(("x",), (Node("y", writer(), ("x",)),)))
+
+
+@pytest.mark.parametrize("values", [("a", 3), (["a"], [3]), ({"a": 1}, "x"), (2**70, 1), (True, 1.5)], ids=str)
+def test_a_table_names_the_column_that_mixes_kinds(values, tmp_path):
+    records = [PreferenceRecord({"x": "a"}, {"y": value}, {"y": "b"}) for value in values]
+    with pytest.raises(ValueError, match=r"the values of chosen, field 'y', are of several kinds .*: write a \.jsonl"):
+        save_preferences(tmp_path / "p.parquet", records)
+    assert list(tmp_path.iterdir()) == []

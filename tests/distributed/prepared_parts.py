@@ -24,7 +24,7 @@ from sysdpo_jax import (
     preference_dataset,
     replicate_per_process,
 )
-from sysdpo_jax.data import preferences
+from sysdpo_jax.data import preferences, prepared
 from tests.data.prepared_systems import pictures
 
 
@@ -36,13 +36,13 @@ def digest(tree) -> str:
 def main(folder: Path, number: int, port: str, process: int) -> None:
     if number > 1:
         initialize(f"127.0.0.1:{port}", number, process, heartbeat_timeout_seconds=10)
-    made, original = [], preferences.prepare_records
+    made, original = [], prepared.prepare_records
 
     def counting(system, params, records):
         made.append(len(records))
         return original(system, params, records)
 
-    preferences.PART_WITH_IMAGES, preferences.prepare_records = 3, counting
+    preferences.PART_WITH_IMAGES, prepared.prepare_records = 3, counting
     system, mesh = pictures(), make_mesh(data=4)
     params = system.init(jax.random.key(0))
     optimizer = make_optimizer({"image": ComponentOptimizer(optax.sgd(1.0))})

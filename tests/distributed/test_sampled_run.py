@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sysdpo_jax.columns import as_values, load_columns
+from sysdpo_jax.row_files import LEAVES, ROWS, RowFile
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import write_decoder
@@ -73,11 +73,9 @@ def losses(directory):
 def drawn(directory, step):
     """{record: its sets} of all files of a step."""
     found = {}
-    for path in (directory / "intermediates").glob(f"{step:08d}*.npz"):
-        columns = {name: as_values(column) for name, column in load_columns(path).items()}
-        texts = iter(columns["draft"])
-        for row, count in zip(columns["rows of records"], columns["sets of each row"], strict=True):
-            found[row] = [next(texts) for _ in range(count)]
+    for path in (directory / "intermediates").glob(f"{step:08d}*{ROWS}"):
+        rows = RowFile(path.with_name(path.name.removesuffix(ROWS)))
+        found |= {row["record"]: [own["draft"] for own in row["sets"]] for row in rows}
     return found
 
 
@@ -118,13 +116,13 @@ def test_what_two_processes_drew_is_gone_on_with(alone, half, tmp_path, number):
     """1e-5: the devices add in another order, in float32, and Adam carries the difference on."""
     directory = shutil.copytree(half[0], tmp_path / "run")
     assert sorted(path.name for path in (directory / "intermediates").iterdir()) == [
-        f"00000002-0000{process}-of-00002.npz" for process in (1, 2)
+        f"00000002-0000{process}-of-00002{ending}" for process in (1, 2) for ending in (LEAVES, ROWS)
     ]
     finished(number, ["-m", "tests.distributed.sampled_run", directory, 6])
     whole = losses(alone)
     assert whole[0] - whole[-1] > 0.1  # it trains, so the drafts matter
     np.testing.assert_allclose(losses(directory), whole, rtol=0, atol=1e-5)
-    assert len(list((directory / "intermediates").glob("00000004*"))) == number
+    assert len(list((directory / "intermediates").glob(f"00000004*{ROWS}"))) == number
     for step in (2, 4):
         assert drawn(directory, step) == drawn(alone, step)
         assert len(drawn(alone, step)) == 16

@@ -177,7 +177,7 @@ def test_a_judge_that_samples_is_asked_again_for_a_score(place, capsys):
 )
 def test_scores_of_another_kind_are_not_mixed(place, capsys, flags, field):
     scored(place)
-    assert f"was made with another {field} " in failure(capsys, place, *flags)
+    assert f"is of another run ({field} was " in failure(capsys, place, *flags)
     # What does not change a score may change.
     scored(place, "--judge.timeout", "9", "--judge.retries", "1", "--judge.max-tokens", "9")
     assert len(Server.seen) == RUNS

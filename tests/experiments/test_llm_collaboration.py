@@ -17,7 +17,7 @@ from experiments.collaboration.small import SmallTask
 from experiments.common.fit import FitConfig
 from experiments.common.phases import Phases
 from experiments.common.storage import load_params, overlay
-from sysdpo_jax.columns import load_columns
+from sysdpo_jax.io import read_arrays
 from sysdpo_jax.report import markdown_table
 from sysdpo_jax.training.progress import Board
 
@@ -52,7 +52,7 @@ def test_the_smoke_run_improves_the_system(folder):
 def test_figures_are_those_of_the_answers_on_disk(folder):
     """Accuracy of one method, and its error over question means, from the stored texts."""
     row = results_of(folder)["methods"]["sysdpo_sampling"]
-    stored = load_columns(folder / "seed-0" / "evaluate_sysdpo_sampling.npz")
+    stored = read_arrays(folder / "seed-0" / "evaluate_sysdpo_sampling.npz")
     right, columns = [], ("facts", "names", "operation", "answer")
     for facts, names, operation, answer in zip(*(stored[n] for n in columns), strict=True):
         values = {fact[:3]: int(fact[4:]) for fact in str(facts).split()}
@@ -99,7 +99,7 @@ def test_a_phase_whose_output_exists_is_not_repeated(folder):
 
 @pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(folder):
-    with pytest.raises(SystemExit, match=r"holds a run of another configuration .* choose another --folder"):
+    with pytest.raises(SystemExit, match=r"is of another run \(.* was .*, now .*\): choose another --folder"):
         llm_collaboration.main(["--preset", "smoke", "--folder", str(folder), "--run.task.align.beta", "0.1"])
 
 

@@ -12,7 +12,7 @@ from experiments.progressive import judge, pretrain
 from experiments.progressive.results import summarise
 from experiments.progressive.run import METHODS
 from experiments.progressive.world import ADVERBS, ATTRIBUTES, OBJECTS, Caption, Request, World, join_captions, render
-from sysdpo_jax.columns import load_columns
+from sysdpo_jax.io import read_arrays
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_smoke_run_improves_the_system(folder):
 def test_figures_are_those_of_the_pictures_on_disk(folder):
     """Score and order of one method from its stored pictures, by the definition (arXiv 2502.17721, section 5)."""
     results = results_of(folder)
-    stored = load_columns(folder / "seed-0" / "evaluate_sysdpo.npz")
+    stored = read_arrays(folder / "seed-0" / "evaluate_sysdpo.npz")
     grades = []
     for text, images in zip(stored["request"], stored["images"].astype(np.float64), strict=True):
         _, name, _, direction, attribute = str(text).split()
@@ -83,7 +83,7 @@ def test_a_phase_whose_output_exists_is_not_repeated(folder):
 
 @pytest.mark.slow
 def test_a_folder_of_another_configuration_is_refused(folder):
-    with pytest.raises(SystemExit, match=r"holds a run of another configuration .* choose another --folder"):
+    with pytest.raises(SystemExit, match=r"is of another run \(.* was .*, now .*\): choose another --folder"):
         progressive_images.main(["--preset", "smoke", "--folder", str(folder), "--run.align.beta", "0.5"])
 
 

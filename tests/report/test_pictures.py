@@ -1,4 +1,4 @@
-"""PNG files read back by Pillow, and the layout of grids."""
+"""Pictures as a page holds them, and the layout of grids."""
 
 import base64
 import io
@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sysdpo_jax.report import ImageRow, ImageSequence, image_grid, write_png
-from sysdpo_jax.report.pictures import GAP, METHOD_GAP, html_images
-from sysdpo_jax.report.png import data_uri, encode_png, to_pixels
+from sysdpo_jax.report import ImageRow, ImageSequence, Report, image_grid, to_image, write_report
+from sysdpo_jax.report.pictures import GAP, METHOD_GAP, picture
 
 
 def sequence(method, *shades, side=36):
@@ -18,30 +17,25 @@ def sequence(method, *shades, side=36):
     return ImageSequence(method, images, tuple(f"shade {shade}" for shade in shades))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 9, 3), (64, 31, 3)])
-def test_a_file_is_read_back_pixel_for_pixel(shape, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    write_png(tmp_path / "picture.png", pixels)
-    with Image.open(tmp_path / "picture.png") as picture:
-        assert (picture.format, picture.mode) == ("PNG", "RGB")
-        np.testing.assert_array_equal(np.asarray(picture), pixels)
-
-
-def test_a_data_uri_holds_the_file():
-    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    start, data = data_uri(pixels).split(",")
+@pytest.mark.parametrize(("shape", "size"), [((1, 1), (72, 72)), ((5, 9), (72, 40)), ((64, 131), (131, 64))])
+def test_a_picture_is_a_png_file_that_is_read_back_pixel_for_pixel(shape, size):
+    """And it is shown larger where it is small."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    shown = picture(pixels / 255)
+    start, data = shown.uri.split(",")
     assert start == "data:image/png;base64"
-    assert base64.b64decode(data) == encode_png(pixels)
-    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), pixels)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as read:
+        assert (read.format, read.mode) == ("PNG", "RGB")
+        np.testing.assert_array_equal(np.asarray(read), pixels)
+    assert (shown.width, shown.height) == size
 
 
 def test_values_become_the_nearest_level():
     values = np.array([-0.5, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 1.5])
-    pixels = to_pixels(np.broadcast_to(values[None, :, None], (2, 6, 3)))
+    pixels = np.asarray(to_image(np.broadcast_to(values[None, :, None], (2, 6, 3))))
     np.testing.assert_array_equal(pixels[1, :, 2], [0, 0, 0, 1, 255, 255])
     with pytest.raises(ValueError, match="not finite"):
-        to_pixels(np.full((1, 1, 3), np.nan))
+        to_image(np.full((1, 1, 3), np.nan))
 
 
 def test_a_grid_puts_prompts_below_and_methods_beside_each_other():
@@ -51,7 +45,7 @@ def test_a_grid_puts_prompts_below_and_methods_beside_each_other():
         ImageRow("second", (sequence("before", 50), ImageSequence("failed", np.zeros((0, 36, 36, 3)), ()))),
         ImageRow("nothing", ()),
     )
-    grid = image_grid(rows)
+    grid = np.asarray(image_grid(rows))
     width = 2 * (2 * 72 + GAP) + METHOD_GAP
     assert grid.shape == (2 * 72 + GAP, width, 3)
     lefts = [0, 72 + GAP, 2 * 72 + GAP + METHOD_GAP, 3 * 72 + 2 * GAP + METHOD_GAP]
@@ -64,7 +58,7 @@ def test_a_grid_puts_prompts_below_and_methods_beside_each_other():
 
 def test_pictures_of_several_sizes_are_no_grid():
     row = ImageRow("x", (sequence("a", 1, side=8), sequence("b", 1, side=9)))
-    with pytest.raises(ValueError, match=r"one size, got \[\(8, 8, 3\), \(9, 9, 3\)\]"):
+    with pytest.raises(ValueError, match=r"one size, got \[\(8, 8\), \(9, 9\)\]"):
         image_grid((row,))
     with pytest.raises(ValueError, match="got none"):
         image_grid(())
@@ -75,8 +69,10 @@ def test_a_picture_needs_a_caption():
         ImageSequence("a", np.zeros((2, 4, 4, 3)), ("only one",))
 
 
-def test_captions_stand_below_their_pictures():
-    text = html_images((ImageRow("a <prompt>", (sequence("before", 1, 2),)),))
+def test_captions_stand_below_their_pictures(tmp_path):
+    row = ImageRow("a <prompt>", (sequence("before", 1, 2),))
+    write_report(tmp_path / "report.html", Report("t", "", images=(row,)))
+    text = (tmp_path / "report.html").read_text()
     assert "a &lt;prompt&gt;" in text
     assert text.index("base64") < text.index("<figcaption>shade 1") < text.index("<figcaption>shade 2")
     assert text.count("<img ") == 2

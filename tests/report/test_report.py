@@ -1,6 +1,7 @@
 """The page parsed by html.parser: whole, closed, self-contained, and showing what it was given."""
 
 import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,7 +16,6 @@ from sysdpo_jax.report import (
     Figure,
     ImageRow,
     ImageSequence,
-    Ranged,
     Report,
     Row,
     ShownRun,
@@ -28,8 +28,7 @@ from sysdpo_jax.report import (
     run_warnings,
     write_report,
 )
-from sysdpo_jax.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, html_figure, ticks
-from sysdpo_jax.report.diagram import draw_system
+from sysdpo_jax.report.charts import COLOURS, chart_svg
 
 TABLE = Table(
     "Held-out runs",
@@ -72,7 +71,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style",):
+        if self.open and self.open[-1] != "style" and data.strip():
             self.text.append(data)
 
 
@@ -110,6 +109,8 @@ def test_a_full_page_shows_all_and_loads_nothing(tmp_path):
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", text)
     assert "<script" not in text
+    identified = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(set(identified)) == len(identified)
     shown = "\n".join(page.text)
     for expected in (
         "A <script>alert(1)</script> title", "First paragraph.", "Second & last.", "joint & <both>", "</td>",
@@ -160,32 +161,78 @@ def test_a_table_without_rows_is_its_header(tmp_path):
     assert [tag for tag, _ in page.tags].count("tr") == 1
 
 
-def paths(figure):
-    return [dict(attrs)["d"] for tag, attrs in Page(html_figure(figure)).tags if "curve" in attrs.get("class", "")
-            and tag == "path"]  # fmt: skip
+def drawn_curves(figure, kind):
+    """The lines of this kind, each an array of points, and the places of its dots; x to the right and y down."""
+    lines = []
+    for group in ET.fromstring(chart_svg(figure)).iter("g"):
+        if kind in group.get("class", "").split():
+            path = next(group.iter("path")).get("d")
+            pieces = [re.findall(r"(-?[\d.]+) (-?[\d.]+)", piece) for piece in path.split("M")[1:]]
+            dots = [(float(use.get("x")), float(use.get("y"))) for use in group.iter("use")]
+            lines.append(([np.array(piece, float) for piece in pieces], dots))
+    return lines
 
 
-def test_a_curve_runs_from_corner_to_corner():
+def test_a_curve_is_drawn_to_scale():
     """Ten points are too few to smooth, so both lines are the values; the middle one lies in the middle."""
-    raw, mean = paths(Figure("f", (Curve("c", (0, 5, 10), (2.0, 3.0, 4.0)),)))
-    right, bottom, middle = WIDTH - RIGHT, HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
-    points = [(LEFT, bottom), (middle, (TOP + bottom) / 2), (right, TOP)]
-    found = [tuple(map(float, pair)) for pair in re.findall(r"[ML]([\d.]+) ([\d.]+)", raw)]
-    np.testing.assert_allclose(found[1:], points, atol=0.05)
-    assert raw == mean
+    figure = Figure("f", (Curve("c", (0, 5, 10), (2.0, 3.0, 4.0)),))
+    [([raw], _)], [([mean], _)] = drawn_curves(figure, "raw"), drawn_curves(figure, "mean")
+    np.testing.assert_array_equal(raw, mean)
+    np.testing.assert_allclose(raw[1], (raw[0] + raw[2]) / 2, atol=0.02)
+    (left, bottom), (right, top) = raw[0], raw[2]
+    width, height = map(float, ET.fromstring(chart_svg(figure)).get("viewBox").split()[2:])
+    assert 0 < left < 0.2 * width < 0.9 * width < right < width
+    assert 0 < top < 0.2 * height < 0.7 * height < bottom < height
 
 
-def test_a_value_that_is_not_finite_breaks_the_line():
-    raw, _ = paths(Figure("f", (Curve("c", tuple(range(5)), (1.0, 2.0, None, float("nan"), 3.0)),)))
-    assert raw.count("M") == 2
-    assert "nan" not in raw
+def test_a_value_that_is_not_finite_breaks_the_line_and_one_alone_is_a_dot():
+    figure = Figure("f", (Curve("c", tuple(range(6)), (1.0, 2.0, None, float("nan"), 3.0, float("inf"))),))
+    assert "nan" not in chart_svg(figure)
+    for kind in ("raw", "mean"):
+        [(pieces, dots)] = drawn_curves(figure, kind)
+        assert [len(np.unique(piece, axis=0)) for piece in pieces] == [2, 1]
+        np.testing.assert_allclose(dots, pieces[1][:1], atol=0.02)
 
 
 def test_the_strong_line_is_the_moving_average():
     """60 steps of +1, -1: a window of 3 leaves a third of the height."""
     figure = Figure("f", (Curve("c", tuple(range(60)), tuple((-1.0) ** k for k in range(60))),))
-    raw, mean = ([float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)] for path in paths(figure))
-    np.testing.assert_allclose(np.ptp(mean[5:-5]), np.ptp(raw) / 3, atol=0.11)
+    [([raw], _)], [([mean], _)] = drawn_curves(figure, "raw"), drawn_curves(figure, "mean")
+    np.testing.assert_allclose(np.ptp(mean[5:-5, 1]), np.ptp(raw[:, 1]) / 3, atol=0.03)
+
+
+def test_a_chart_is_named_and_the_same_each_time():
+    """Whatever the names hold; they are in the page, beside the drawing."""
+    figure = Figure(
+        "loss <of> $x_{$", (Curve("$\\frac{", (0, 1), (1.0, None)), Curve("\U0001f600", (0, 1), (2.0, 1e-9)))
+    )
+    root = ET.fromstring(chart_svg(figure))
+    assert (root.get("role"), root.find("title").text) == ("img", "loss <of> $x_{$ over steps")
+    assert chart_svg(figure) == chart_svg(figure)
+
+
+@pytest.mark.parametrize(
+    "values", [(1e308, -1e308, 0.0), (0.0, 1e-310, 0.0), (-1e30, 1e30, 1e-30), (1e9, 1e9 + 100, 0)]
+)
+def test_values_of_any_size_are_drawn(values):
+    text = chart_svg(Figure("f", (Curve("c", (0, 1, 2), values),)))
+    assert "nan" not in text
+    assert "inf" not in text
+
+
+def test_more_curves_than_colours_are_told_apart(tmp_path):
+    """By dashes, in the drawing and in the legend, which has the same colours."""
+    number = len(COLOURS) + 1
+    figure = Figure("f", tuple(Curve(f"c{k}", (0, 1), (0.0, k)) for k in range(number)))
+    _, page = page_of(Report("t", "", figures=(figure,)), tmp_path)
+    drawn = [group for group in ET.fromstring(chart_svg(figure)).iter("g") if "mean" in group.get("class", "")]
+    looks = [next(group.iter("path")).get("style") for group in drawn]
+    assert len(set(looks)) == number
+    assert ["dasharray" in look for look in looks] == [False] * (number - 1) + [True]
+    legend = [attrs["class"] for tag, attrs in page.tags if tag == "li"]
+    assert [set(name.split()) for name in legend] == [
+        set(group.get("class").split()) - {"curve", "mean"} for group in drawn
+    ]
 
 
 @pytest.mark.parametrize(
@@ -214,13 +261,12 @@ def test_a_figure_is_drawn_whole_where_one_of_its_curves_changes(tmp_path):
     figures = (Figure("both", (flat, small)), Figure("flat ones", (flat, Curve("other", (0, 1), (1.0, 1.0)))))
     _, page = page_of(Report("t", "", figures=figures), tmp_path)
     assert [tag for tag, _ in page.tags].count("svg") == 1
-    assert [attrs["class"] for tag, attrs in page.tags if tag == "path" and "mean" in attrs.get("class", "")] == [
-        "curve c0 mean", "curve c1 mean"]  # fmt: skip
+    assert len([attrs for _, attrs in page.tags if "mean" in attrs.get("class", "")]) == 2
     assert "flat ones: flat 0.5 at all 2 steps; other 1 at all 2 steps" in page.text
 
 
 def test_a_figure_with_an_interval_is_shown_with_it():
-    rows = (Row("a", (Ranged(1.0, Interval(0.81, 1.0), 16), None)), Row("b", (Ranged(0.5, None, 1), 0.25)))
+    rows = (Row("a", (Estimate(1.0, 0.1, 16, Interval(0.81, 1.0)), None)), Row("b", (Estimate(0.5, None, 1), 0.25)))
     lines = markdown_table(
         Table("t", (Column("wins", digits=1, percent=True), Column("y", digits=2)), rows)
     ).splitlines()
@@ -229,7 +275,7 @@ def test_a_figure_with_an_interval_is_shown_with_it():
 
 def test_the_headline_stands_before_all_else(tmp_path):
     _, page = page_of(Report("t", "described", headline=("Win rate 75% <b>", "More")), tmp_path)
-    assert page.text[-3:] == ["Win rate 75% <b>", "More", "described"]
+    assert page.text == ["t", "t", "Win rate 75% <b>", "More", "described"]
     assert ("div", {"class": "headline"}) in page.tags
     assert "headline" not in page_of(Report("t", "described"), tmp_path)[0].split("</style>")[1]
 
@@ -253,19 +299,23 @@ def test_whole_runs_stand_side_by_side(tmp_path):
 
 
 def test_long_curves_are_thinned():
-    raw, mean = paths(Figure("f", (Curve("c", tuple(range(20000)), tuple(np.sin(np.arange(20000.0)).tolist())),)))
-    assert max(raw.count("L"), mean.count("L")) <= 400
+    figure = Figure("f", (Curve("c", tuple(range(20000)), tuple(np.sin(np.arange(20000.0)).tolist())),))
+    for kind in ("raw", "mean"):
+        [([line], _)] = drawn_curves(figure, kind)
+        assert 2 <= len(line) <= 400
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 7), (0.691, 0.693), (0, 20000), (1e-7, 3e-7), (-5, -4.9)])
-def test_ticks_are_round_and_inside(low, high):
-    values = ticks(low, high)
-    assert 2 <= len(values) <= 7
-    assert low - 1e-12 <= values[0]
-    assert values[-1] <= high + 1e-12
-    steps = np.diff(values)
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-4)
-    assert f"{steps[0]:.0e}"[0] in "125"
+def test_ticks_are_round(low, high):
+    """Beside the lines of the grid; steps of a run are whole."""
+    root = ET.fromstring(chart_svg(Figure("f", (Curve("c", (0, 3), (low, high)),))))
+    texts = [element.text.replace("\u2212", "-") for element in root.iter("text")]
+    steps, values = texts[: texts.index("step")], [float(text) for text in texts[texts.index("step") + 1 :]]
+    assert steps == ["0", "1", "2", "3"]
+    assert 2 <= len(values) <= 8
+    gaps = np.diff(values)
+    np.testing.assert_allclose(gaps, gaps[0], rtol=1e-4)
+    assert f"{gaps[0]:.0e}"[0] in "125"
 
 
 def test_learning_figures_leave_out_what_no_run_has():
@@ -289,11 +339,13 @@ def test_a_run_is_shown_with_its_splits_its_evaluations_and_their_bands():
     win_rate, length = run_figures(made)[3:5]
     assert win_rate.curves[0] == Curve("eval/win_rate", (4, 10), (0.55, 0.6), ((0.4, 0.4), (0.7, 0.7)))
     assert length.curves[0].band is None
-    # The band runs from the first step to the last along the upper ends, and back along the lower ones.
-    [outline] = [dict(a)["d"] for tag, a in Page(html_figure(win_rate)).tags if "band" in a.get("class", "")]
-    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML]([\d.]+) ([\d.]+)", outline)][1:]
-    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
-    np.testing.assert_allclose(points, [(left, top), (right, top), (right, bottom), (left, bottom)], atol=0.05)
+    # The band is as wide as the interval at each of the steps: a rectangle here.
+    band = next(g for g in ET.fromstring(chart_svg(win_rate)).iter("g") if "band" in g.get("class", ""))
+    outline = np.array(re.findall(r"(-?[\d.]+) (-?[\d.]+)", next(band.iter("path")).get("d")), float)
+    [([line], _)] = drawn_curves(win_rate, "mean")
+    assert sorted(set(outline[:, 0])) == sorted(line[:, 0])
+    low, high = sorted(set(outline[:, 1]))
+    np.testing.assert_allclose((high - low) / (line[0, 1] - line[1, 1]), (0.7 - 0.4) / (0.6 - 0.55), rtol=1e-3)
     compared = learning_figures({"a": made, "b": rows()})
     assert [[curve.name for curve in f.curves] for f in compared if f.title == "eval/win_rate"] == [["a"]]
 
@@ -313,23 +365,26 @@ def test_a_curve_needs_a_step_for_each_value():
             Curve("c", (1,), values, band)
 
 
-def drawn(system):
-    """{name: (classes, its texts, its outlines)} and the number of edges."""
-    text = draw_system(system)
-    page = Page(text)
-    names = [attrs["data-name"] for _, attrs in page.tags if "data-name" in attrs]
-    groups = re.findall(r'<g class="node (\w+)" data-name="\w+">(.*?)</g>', text)
+def drawn(system, tmp_path):
+    """The graph of the page, {name: (class, its texts, its outlines)} and the number of edges."""
+    text, _ = page_of(Report("t", "", system=system), tmp_path)
+    root = ET.fromstring(re.search(r'<svg[^>]*class="graph".*?</svg>', text, re.DOTALL)[0])
+    groups = [group for group in root.iter("g") if "data-name" in group.attrib]
     nodes = {
-        name: (kind, re.findall(r"<text[^>]*>(.*?)</text>", group), len(re.findall("<rect|<polygon", group)))
-        for name, (kind, group) in zip(names, groups, strict=True)
+        group.get("data-name"): (
+            group.get("class").removeprefix("node "),
+            [element.text for element in group.iter("text")],
+            [element for element in group if element.tag in ("rect", "polygon")],
+        )
+        for group in groups
     }
-    assert len(nodes) == len(names)
-    return nodes, sum(attrs.get("class") == "edge" for _, attrs in page.tags)
+    assert len(nodes) == len(groups)
+    return root, nodes, [element.get("d") for element in root.iter("path") if element.get("class") == "edge"]
 
 
-def test_the_graph_shows_each_node_once_and_every_edge():
-    nodes, edges = drawn(SYSTEM)
-    assert nodes == {
+def test_the_graph_shows_each_node_once_and_every_edge(tmp_path):
+    _, nodes, edges = drawn(SYSTEM, tmp_path)
+    assert {name: (kind, lines, len(outlines)) for name, (kind, lines, outlines) in nodes.items()} == {
         "request": ("input", ["request", "input"], 1),
         "context": ("input", ["context", "input"], 1),
         "answer": ("component", ["answer", "Categorical", "params lm"], 1),
@@ -337,26 +392,46 @@ def test_the_graph_shows_each_node_once_and_every_edge():
         "images": ("component", ["images x3", "Categorical", "params unet", "weight 50"], 3),
         "review": ("component", ["review", "Categorical", "params lm"], 1),
     }
-    assert edges == 1 + 2 + 1 + 3
+    assert len(edges) == 1 + 2 + 1 + 3
 
 
-def test_both_nodes_that_share_parameters_say_so():
-    nodes, _ = drawn(CompoundSystem(("x",), (Node("a", BINARY, ("x",)), Node("b", BINARY, ("a",), params="a"))))
+def test_both_nodes_that_share_parameters_say_so(tmp_path):
+    system = CompoundSystem(("x",), (Node("a", BINARY, ("x",)), Node("b", BINARY, ("a",), params="a")))
+    _, nodes, _ = drawn(system, tmp_path)
     assert nodes["a"][1] == ["a", "Categorical", "params a"]
     assert nodes["b"][1] == ["b", "Categorical", "params a"]
 
 
-def test_boxes_do_not_overlap_and_edges_run_to_the_right():
-    text = draw_system(SYSTEM)
-    boxes = [
-        [float(value) for value in match]
-        for match in re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', text)
-    ]
-    # Copies of a plate overlap by design: keep the last, which is the one in front.
-    fronts = [box for box, after in zip(boxes, [*boxes[1:], None], strict=True) if not after or box[2:] != after[2:]]
-    for number, (x, y, width, height) in enumerate(fronts):
-        for left, top, across, down in fronts[number + 1 :]:
-            assert x + width <= left or left + across <= x or y + height <= top or top + down <= y
-    for path in re.findall(r'<path d="([^"]+)" class="edge"', text):
-        across = [float(path[1:].split()[0]), *map(float, re.findall(r" ([\d.]+) [\d.]+(?=H|$)", path))]
+def test_a_node_may_have_any_name(tmp_path):
+    name = '"><script>alert(1)</script>'
+    _, nodes, edges = drawn(CompoundSystem(("x",), (Node(name, BINARY, ("x",)),)), tmp_path)
+    assert nodes[name][1] == [name, "Categorical"]
+    assert len(edges) == 1
+
+
+def test_boxes_do_not_overlap_and_edges_run_to_the_right(tmp_path):
+    root, nodes, edges = drawn(SYSTEM, tmp_path)
+    x, y, width, height = map(float, root.get("viewBox").split())
+    # The last outline is the one in front.
+    boxes = [outline_box(outlines[-1]) for _, _, outlines in nodes.values()]
+    for number, (left, top, right, bottom) in enumerate(boxes):
+        assert x <= left < right <= x + width
+        assert y <= top < bottom <= y + height
+        for other in boxes[number + 1 :]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+    for path in edges:
+        across = [float(path[1:].split()[0]), *map(float, re.findall(r" ([\d.]+) [\d.]+(?=H|C|$)", path))]
         assert across == sorted(across)
+        # Between its ends it is in no box.
+        middles = [(float(a), float(b)) for a, b in re.findall(r"([\d.]+) ([\d.]+)H", path)]
+        for left, top, right, bottom in boxes:
+            assert not any(left <= a <= right and top <= b <= bottom for a, b in middles)
+
+
+def outline_box(outline):
+    """Left, top, right and bottom."""
+    if outline.tag == "rect":
+        x, y, width, height = (float(outline.get(name)) for name in ("x", "y", "width", "height"))
+        return x, y, x + width, y + height
+    corners = np.array([point.split(",") for point in outline.get("points").split()], float)
+    return (*corners.min(0), *corners.max(0))

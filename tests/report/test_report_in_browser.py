@@ -20,7 +20,6 @@ from sysdpo_jax.report import (
     ComparedRuns,
     ImageRow,
     ImageSequence,
-    Ranged,
     Report,
     Row,
     ShownRun,
@@ -50,8 +49,8 @@ addEventListener("load", () => {
   found.scrolling = scrolling.map((e) => [e.className, e.firstElementChild.tagName]);
   found.tables = [...page.querySelectorAll("table.results")].map((e) => [e.rows.length, width(e) > 100]);
   found.charts = [...page.querySelectorAll(".chart svg")].map(width);
-  found.curves = [...page.querySelectorAll("path.curve.mean")].map((e) => e.getTotalLength() > 50);
-  found.colours = new Set([...page.querySelectorAll("path.curve.mean")].map((e) => getComputedStyle(e).stroke)).size;
+  found.curves = [...page.querySelectorAll(".curve.mean > path")].map((e) => e.getTotalLength() > 50);
+  found.colours = new Set([...page.querySelectorAll(".curve.mean > path")].map((e) => getComputedStyle(e).stroke)).size;
   const top = page.querySelector(".headline").getBoundingClientRect();
   found.headline = [page.querySelector(".headline p").innerText, top.left >= 0, top.right <= WIDTH, top.bottom < 800];
   const shown = [...page.querySelectorAll("table.results tbody tr")].map((e) => e.cells[1].getBoundingClientRect());
@@ -101,7 +100,9 @@ def report():
             Table(
                 "Evaluations",
                 (Column("win rate", digits=1, percent=True), Column("score"), Column("change")),
-                tuple(Row(f"step {k}, best", (Ranged(0.75, Interval(0.7, 0.8), 500),) * 3) for k in (4000, 8000)),
+                tuple(
+                    Row(f"step {k}, best", (Estimate(0.75, None, 500, Interval(0.7, 0.8)),) * 3) for k in (4000, 8000)
+                ),
             ),
         ),
         figures=run_figures([step(k) for k in range(30)]),

@@ -1,6 +1,7 @@
 """The loop: resuming bit for bit, refusing another run's checkpoint, and stopping at a value that is not finite."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -98,19 +99,20 @@ def test_another_run_is_refused_by_path(tmp_path):
     def message(state, **changes):
         with pytest.raises(CheckpointMismatchError) as caught:
             trainer(tmp_path, **{"config": {"data": "A"}, **changes}).fit(state, BATCH_AT, 4, KEY)
-        return str(caught.value).splitlines()[1:]
+        said = re.search(r"is of another run \((.*)\): choose another directory", str(caught.value))
+        return said[1].split("; ")
 
-    assert message(fresh(), config={"data": "B"}) == ['  configuration config data: saved "A", now "B"']
+    assert message(fresh(), config={"data": "B"}) == ['configuration.config data was "A", now "B"']
     objective = DirectObjective(beta=0.2)
-    assert message(fresh(), objective=objective) == ["  configuration objective.beta: saved 0.1, now 0.2"]
-    assert [line.split(":")[0] for line in message(fresh(1))] == [
-        "  frozen c/kernel",
-        *(f"  reference {name}/kernel" for name in ("a", "b")),
+    assert message(fresh(), objective=objective) == ["configuration.objective.beta was 0.1, now 0.2"]
+    assert [line.split(" was ")[0] for line in message(fresh(1))] == [
+        "frozen.c/kernel",
+        *(f"reference.{name}/kernel" for name in ("a", "b")),
     ]
     other = make_optimizer(dict(OPTIMIZER.components) | {"b": FROZEN}, ema_decay=0.9)
     lines = message(fresh(optimizer=other), optimizer=other)
-    assert "  array opt_state/inner_states/b/inner_state/1/0/trace/b/kernel: saved float32[3,2], now nothing" in lines
-    assert "  configuration optimizer b.mode: saved 'full', now 'frozen'" in lines
+    assert "array.opt_state/inner_states/b/inner_state/1/0/trace/b/kernel was float32[3,2], now nothing" in lines
+    assert "configuration.optimizer b.mode was 'full', now 'frozen'" in lines
 
 
 def test_starting_over_needs_another_directory(tmp_path):

@@ -17,12 +17,12 @@ Denoiser = Callable[[Array, Array], Array]
 
 @runtime_checkable
 class Sampler(Protocol):
-    """From standard normal noise [B, ...] to latents in num_steps steps, on the schedule the denoiser was trained on.
+    """From standard normal noise to latents, on the schedule the denoiser was trained on.
 
     Only samplers that draw noise of their own use the key. Where num_steps does not divide the schedule's length,
-    diffusers lands between the times it visits next; here every step ends at the time where the next one begins.
-    Raises ValueError when the schedule has no num_steps such times. Where the SNR is 0, z_0 does not follow from eps:
-    DDIM, DDPM and PNDM raise ValueError there, Euler and DPMSolver take an SNR of 2^-24 instead, as diffusers does.
+    diffusers lands between the times it visits next; here every step ends at the time where the next one begins. Where
+    the SNR is 0, z_0 does not follow from eps: DDIM, DDPM and PNDM raise ValueError there, Euler and DPMSolver take an
+    SNR of 2^-24 instead, as diffusers does.
     """
 
     def __call__(
@@ -33,7 +33,24 @@ class Sampler(Protocol):
         prediction_type: PredictionType,
         num_steps: int,
         key: PRNGKeyArray,
-    ) -> Float[Array, "batch *rest"]: ...
+    ) -> Float[Array, "batch *rest"]:
+        """Turn noise into latents.
+
+        Args:
+            denoise: (latents, time of each row) -> prediction.
+            noise: Standard normal.
+            schedule: Of the noise in training.
+            prediction_type: What the denoiser predicts.
+            num_steps: Steps of the sampler.
+            key: Of the sampler's own noise.
+
+        Returns:
+            The latents.
+
+        Raises:
+            ValueError: When the schedule has no num_steps such times.
+        """
+        ...
 
 
 def guides(scale: float) -> bool:

@@ -16,8 +16,11 @@ from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, clean_
 class DDIM:
     """DDIM with eta 0 (arXiv 2010.02502, equation 12), from the first of the spaced times down to clean latents.
 
-    clip: bound on the estimate of z_0 at every step (for pixels in [-1, 1]: 1.0), or None.
-    steps_offset: added to the times of leading spacing. set_alpha_to_one: False ends at the level of t = 0 instead.
+    Args:
+        clip: Bound on the estimate of z_0 at every step (for pixels in [-1, 1]: 1.0), or None.
+        spacing: Of the times, see `tables.spaced_times`.
+        steps_offset: Added to the times of leading spacing.
+        set_alpha_to_one: False ends at the level of t = 0 instead of at clean latents.
     """
 
     clip: float | None = None

@@ -17,9 +17,13 @@ from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, clean_
 class DDPM:
     """DDPM (arXiv 2006.11239, equations 6 and 7) between the spaced times, then to clean latents.
 
-    variance_type: of the noise, "fixed_small" the posterior's given z_0, "fixed_large" the forward process's.
     The last step adds no noise; diffusers adds it unless that step is at t = 0, which only matters for "fixed_large".
-    clip: bound on the estimate of z_0 at every step, or None. steps_offset: added to the times of leading spacing.
+
+    Args:
+        clip: Bound on the estimate of z_0 at every step, or None.
+        spacing: Of the times, see `tables.spaced_times`.
+        steps_offset: Added to the times of leading spacing.
+        variance_type: Of the noise, "fixed_small" the posterior's given z_0, "fixed_large" the forward process's.
     """
 
     clip: float | None = None

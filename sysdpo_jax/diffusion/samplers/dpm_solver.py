@@ -23,8 +23,12 @@ from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, clean_
 class DPMSolver:
     """Algorithm 2 of arXiv 2211.01095 (midpoint form), down to clean latents; the first and last step are first-order.
 
-    Linspace and leading spacing drop the lowest of num_steps + 1 times, as in diffusers. steps_offset: added to the
-    times of leading spacing. use_karras_sigmas: space sigma / alpha by `tables.karras` over the whole schedule.
+    Linspace and leading spacing drop the lowest of num_steps + 1 times, as in diffusers.
+
+    Args:
+        spacing: Of the times, see `tables.spaced_times`.
+        steps_offset: Added to the times of leading spacing.
+        use_karras_sigmas: Space sigma / alpha by `tables.karras` over the whole schedule.
     """
 
     spacing: Spacing = "linspace"

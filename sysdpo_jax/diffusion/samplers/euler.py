@@ -24,7 +24,12 @@ class Euler:
 
     An Euler step of z / alpha in sigma / alpha is a DDIM step of z, so latents stay variance-preserving throughout:
     the denoiser's input needs no scaling. Times may be fractions. As in diffusers, linspace and trailing spacing scale
-    the noise to the first sigma instead of to 1, and karras spaces the ratios by `tables.karras`.
+    the noise to the first sigma instead of to 1.
+
+    Args:
+        spacing: Of the times, see `tables.spaced_times`.
+        steps_offset: Added to the times of leading spacing.
+        use_karras_sigmas: Space sigma / alpha by `tables.karras`.
     """
 
     spacing: Spacing = "linspace"

@@ -14,11 +14,12 @@ from sysdpo_jax.diffusion.schedules import FlowSchedule, expand
 
 @dataclass(frozen=True)
 class FlowEuler:
-    """Euler steps of dz/dsigma = velocity from sigma = 1 (noise) to 0 (data), arXiv 2209.03003; the key is not used.
+    """Euler steps of dz/dsigma = velocity from sigma = 1 (noise) to 0 (data), arXiv 2209.03003.
 
-    The denoiser is given the noise level sigma in [0, 1]. Raises ValueError when there is no step to take.
-    spacing: of the times before the shift. "trailing" is even, 1, (N - 1) / N, ..., 1 / N; "linspace" runs from 1 to
-    the least time of FlowMatchEulerDiscreteScheduler, which diffusers has then already shifted once.
+    Args:
+        schedule: Which times are visited.
+        spacing: Of the times before the shift. "trailing" is even, 1, (N - 1) / N, ..., 1 / N; "linspace" runs from 1
+            to the least time of FlowMatchEulerDiscreteScheduler, which diffusers has then already shifted once.
     """
 
     schedule: FlowSchedule = FlowSchedule()
@@ -27,6 +28,20 @@ class FlowEuler:
     def __call__(
         self, denoise: Denoiser, noise: Float[Array, "batch *rest"], num_steps: int, key: PRNGKeyArray
     ) -> Float[Array, "batch *rest"]:
+        """Turn noise into latents.
+
+        Args:
+            denoise: (latents, noise level sigma in [0, 1] of each row) -> velocity.
+            noise: Standard normal.
+            num_steps: Calls of the denoiser.
+            key: Not used.
+
+        Returns:
+            The latents.
+
+        Raises:
+            ValueError: When there is no step to take.
+        """
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be at least 1")
         first = np.array([1 / self.schedule.num_train_timesteps])

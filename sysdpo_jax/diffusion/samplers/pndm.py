@@ -31,8 +31,12 @@ class PNDM:
     """The linear multistep half of PNDM (arXiv 2202.09778, equations 9 and 12), diffusers' skip_prk_steps=True.
 
     The first step is taken twice, the second time with the mean of the predictions at both its ends, so num_steps
-    steps, if there are two or more, call the denoiser num_steps + 1 times. Epsilon and v_prediction models only.
-    set_alpha_to_one: True ends at clean latents, False at the level of t = 0. steps_offset: for leading spacing.
+    steps, if there are two or more, call the denoiser num_steps + 1 times.
+
+    Args:
+        spacing: Of the times, see `tables.spaced_times`.
+        steps_offset: Added to the times of leading spacing.
+        set_alpha_to_one: True ends at clean latents, False at the level of t = 0.
     """
 
     spacing: Spacing = "leading"
@@ -48,6 +52,11 @@ class PNDM:
         num_steps: int,
         key: PRNGKeyArray,
     ) -> Float[Array, "batch *rest"]:
+        """As `Sampler`, of epsilon and v_prediction models alone.
+
+        Raises:
+            ValueError: For a model that predicts z_0.
+        """
         if prediction_type == "sample":
             raise ValueError("PNDM takes epsilon or v_prediction models: sample this one with DDIM or DPMSolver")
         spaced = spaced_times(self.spacing, schedule.num_timesteps, num_steps, self.steps_offset)

@@ -1,15 +1,17 @@
 """What a run came to, in numbers for results.json and in sentences for the terminal and the report."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sysdpo_jax.evaluation import Interval, too_few
-from sysdpo_jax.runs.run import BEST
 
+# Which evaluation is the best.
+BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 EVALUATED = "eval/"
 # Of these the last values say how training ended.
 ENDED = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 Row = Mapping[str, Any]
+Figures = Mapping[str, int | float]
 
 
 def evaluations(rows: Sequence[Row]) -> list[Row]:
@@ -28,7 +30,7 @@ def best_evaluation(rows: Sequence[Row]) -> int | None:
     return max(graded)[1] if graded else None
 
 
-def final_figures(rows: Sequence[Row]) -> dict[str, float]:
+def final_figures(rows: Sequence[Row]) -> dict[str, int | float]:
     """The figures of the best evaluation, of the last one where none is better than before training.
 
     "step", and as in the rows without "eval/"; "score_before" is of the same pairs of runs as "score". Empty where
@@ -42,7 +44,13 @@ def final_figures(rows: Sequence[Row]) -> dict[str, float]:
     return {"step": row["step"], **figures, "score_before": figures["score"] - figures["score_difference"]}
 
 
-def interval_of(figures: Mapping[str, float], name: str) -> Interval | None:
+def last_figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """How training ended: "step" and the figures of its last row; empty where there is none."""
+    trained = [row for row in rows if "loss" in row]
+    return {name: trained[-1].get(name) for name in ("step", *ENDED)} if trained else {}
+
+
+def interval_of(figures: Figures, name: str) -> Interval | None:
     """The interval that was logged beside a figure, None for none."""
     ends = figures.get(f"{name}/low"), figures.get(f"{name}/high")
     return None if ends[0] is None or ends[1] is None else Interval(ends[0], ends[1])
@@ -72,11 +80,11 @@ def summary(rows: Sequence[Row], steps: int) -> Iterator[str]:
             yield f"the last evaluation was at step {made[-1]['step']} of {steps}"
 
 
-def _plain(row: Row) -> dict[str, float]:
+def _plain(row: Row) -> dict[str, int | float]:
     return {name.removeprefix(EVALUATED): value for name, value in row.items()}
 
 
-def _win_rate(figures: Mapping[str, float]) -> str:
+def _win_rate(figures: Figures) -> str:
     ends = interval_of(figures, "win_rate")
     text = f"{100 * figures['win_rate']:.1f}%"
     if ends is None:
@@ -85,7 +93,7 @@ def _win_rate(figures: Mapping[str, float]) -> str:
     return f"{text} [{100 * ends.low:.1f}, {100 * ends.high:.1f}]{chance}"
 
 
-def _ranged(figures: Mapping[str, float], name: str, sign: str = "-") -> str:
+def _ranged(figures: Figures, name: str, sign: str = "-") -> str:
     ends = interval_of(figures, name)
     text = f"{figures[name]:{sign}.4g}"
     if ends is None:
@@ -95,7 +103,7 @@ def _ranged(figures: Mapping[str, float], name: str, sign: str = "-") -> str:
     return f"{text} [{ends.low:{sign}.3g}, {ends.high:{sign}.3g}]"
 
 
-def over(figures: Mapping[str, float]) -> str:
+def over(figures: Figures) -> str:
     """What figures are of, in words: "24 prompts x 2 samples"."""
     samples = figures["runs"] / figures["prompts"]
     prompts = f"{figures['prompts']:.0f} prompt{'' if figures['prompts'] == 1 else 's'}"

@@ -1,0 +1,131 @@
+"""Curves as inline SVG, by matplotlib: a pale line of the values, a strong one of their moving average, a pale band.
+
+matplotlib takes a second to import, so this module is imported where a page is written. Text stays text, colours are
+those of the page's style sheet, and the same figure is the same SVG.
+"""
+
+import io
+import re
+import threading
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.figure
+import numpy as np
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+
+from sysdpo_jax.report.curves import Curve, Figure, Line, as_floats
+
+# In inches, of which the SVG makes 72 units: about as wide as a telephone, so that its text is legible there.
+SIZE = (5.0, 2.9)
+MAX_POINTS = 400
+# The moving average spans about this share of a curve.
+SMOOTHING = 0.05
+# The length of an axis must be a number, too.
+GREATEST = 1e300
+# What is drawn in these colours has those of the style sheet's variables, which follow the light and the dark mode.
+COLOURS = ("#2b62c4", "#c4501b", "#2e8540", "#8b3fb0", "#a67800", "#0f8a94", "#c22f68", "#5b6470")
+FAINT, RULE = "#69707a", "#d9dde3"
+VARIABLES = {colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)} | {
+    FAINT: "var(--faint)",
+    RULE: "var(--rule)",
+}
+TEXT: dict[Any, Any] = {
+    "axes.labelcolor": FAINT,
+    "font.size": 11,
+    "svg.fonttype": "none",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+}
+METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+# matplotlib's settings belong to the process.
+SETTINGS = threading.Lock()
+
+
+def chart_svg(figure: Figure) -> Markup:
+    """The drawing of a figure that changes. Its curves are of the classes curve, raw, mean or band, and c0 to c7."""
+    file = io.BytesIO()
+    with SETTINGS, mpl.rc_context(TEXT | {"svg.hashsalt": repr(figure)}):
+        drawn = mpl.figure.Figure(SIZE, layout="constrained")
+        axes = drawn.add_subplot()
+        for box in (drawn.patch, axes.patch, axes.spines[:]):
+            box.set_visible(False)
+        axes.margins(x=0.02)
+        axes.grid(axis="y", color=RULE, linewidth=1, clip_on=False)
+        axes.tick_params(left=False, bottom=False)
+        axes.set_xlabel("step")
+        whole = all(float(step).is_integer() for curve in figure.curves for step in curve.steps)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=whole))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        for number, curve in enumerate(figure.curves):
+            _draw(axes, curve, number)
+        drawn.savefig(file, format="svg", metadata=METADATA)
+    return _inline(ET.fromstring(file.getvalue()), f"{figure.title} over steps")
+
+
+def colour_classes(number: int) -> str:
+    """A colour for each of the first curves, then the same colours dashed."""
+    return f"c{number % len(COLOURS)}" + (" dashed" if number >= len(COLOURS) else "")
+
+
+def _draw(axes: Any, curve: Curve, number: int) -> None:
+    """A curve on matplotlib's axes."""
+    steps = as_floats(curve.steps)
+    values, low, high = (as_floats(y).clip(-GREATEST, GREATEST) for y in (curve.values, *(curve.band or ((), ()))))
+    colour, named = COLOURS[number % len(COLOURS)], colour_classes(number)
+    dashed = number >= len(COLOURS)
+    if curve.band is not None:
+        seen = np.isfinite(low) & np.isfinite(high)
+        look: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0, "clip_on": False}
+        axes.fill_between(steps[seen], low[seen], high[seen], gid=f"curve band {named}", **look)
+    # A long curve is drawn at some of its points; the average has seen all of them.
+    rows = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int))
+    pale: dict[str, Any] = {"linewidth": 1, "alpha": 0.25}
+    strong: dict[str, Any] = {"linewidth": 1.8, "linestyle": (0, (3, 2)) if dashed else "solid"}
+    for kind, shown, look in (("raw", values, pale), ("mean", _smooth(values), strong)):
+        look |= {"color": colour, "marker": "o", "markersize": 2.5, "clip_on": False}
+        axes.plot(steps[rows], shown[rows], gid=f"curve {kind} {named}", markevery=_alone(shown[rows]), **look)
+
+
+def _smooth(values: Line) -> Line:
+    """Centred moving average over the finite values; the gaps stay."""
+    kernel = np.ones(2 * int(SMOOTHING * len(values) / 2) + 1)
+    seen = np.isfinite(values)
+    if not seen.any():
+        return np.full(len(values), np.nan)
+    total = np.convolve(np.where(seen, values, 0), kernel, "same")
+    count = np.convolve(seen.astype(np.float64), kernel, "same")
+    return np.where(seen, total / np.maximum(count, 1), np.nan)
+
+
+def _alone(values: Line) -> list[int]:
+    """Where a finite value has no neighbour, so that a line does not show it."""
+    seen = np.pad(np.isfinite(values), 1)
+    return np.flatnonzero(seen[1:-1] & ~seen[:-2] & ~seen[2:]).tolist()
+
+
+def _inline(root: ET.Element, title: str) -> Markup:
+    """matplotlib's file as a part of a page: without namespaces, size and a style sheet of its own, and with a name."""
+    for element in list(root.iter()):
+        element.tag = element.tag.split("}")[-1]
+        element.attrib = {name.split("}")[-1]: value for name, value in element.attrib.items()}
+        if "style" in element.attrib:
+            style = re.sub("#[0-9a-f]{6}", lambda match: VARIABLES.get(match[0], match[0]), element.attrib["style"])
+            element.set("style", re.sub("'DejaVu Sans'.*?(?=;|$)", "system-ui, sans-serif", style))
+        element.attrib.pop("transform", None)
+        for name in {"d", "x", "y"} & set(element.attrib):
+            element.set(name, re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.2f}", element.attrib[name]))
+        if element.tag == "g" and "id" in element.attrib:
+            name = element.attrib.pop("id")
+            element.attrib |= {"class": name} if name.startswith("curve ") else {}
+        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
+            element.remove(child)
+    named = ET.Element("title")
+    named.text = title
+    root.insert(0, named)
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img"}
+    return Markup(ET.tostring(root, encoding="unicode"))

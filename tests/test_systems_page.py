@@ -1,0 +1,76 @@
+"""The systems of docs/systems.md are built and run dry: as Python, and as the nodes of a configuration."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+import sysdpo_jax as sj
+from sysdpo_jax.models.decoder import Decoder
+from tests.components.stubs import word_tokenizer
+from tests.objectives.mixtures import DECODER
+
+PAGE = (Path(__file__).parents[1] / "docs" / "systems.md").read_text()
+SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
+# What a generative node's value looks like, and an input's.
+TEXT = "a red ball on the left"
+
+
+def lm(prompt=None):
+    """In the place of the page's own, which loads a checkpoint."""
+    return sj.LanguageModel(Decoder(DECODER), word_tokenizer(), 8, 6, prompt=prompt, truncation="keep_end")
+
+
+def code(section, language):
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def systems():
+    """{title: system}; functions of earlier sections are known to later ones."""
+    names, found = {"__name__": "page", "sj": sj, "lm": lm}, {}
+    for section in SECTIONS:
+        for snippet in code(section, "python"):
+            exec(compile(snippet, "docs/systems.md", "exec"), names)
+        found[section.splitlines()[0]] = names["system"]
+    return found
+
+
+def test_the_page_has_the_systems_that_people_ask_for(systems):
+    assert list(systems) == [
+        "Two parents in one prompt",
+        "An agent loop, unrolled, with shared weights",
+        "A router",
+        "Retrieval",
+        "A black box",
+    ]
+    assert systems["An agent loop, unrolled, with shared weights"].param_keys == ("agent",)
+
+
+@pytest.mark.parametrize("title", [section.splitlines()[0] for section in SECTIONS])
+def test_a_recorded_run_is_prepared_and_has_a_log_probability(systems, title):
+    """Tools are called, prompts are made of their parents, and the step can be traced; nothing is compiled."""
+    system = systems[title]
+    record = dict.fromkeys(system.inputs, TEXT)
+    for node in system.nodes:
+        if not node.deterministic:
+            record[node.name] = 1 if isinstance(node.component, sj.Categorical) else TEXT
+    features = system.prepare([record, record])
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    logps = jax.eval_shape(system.log_prob, params, features, jax.random.key(1))
+    assert {name: value.shape for name, value in logps.items()} == {node.name: (2,) for node in system.nodes}
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])
+def test_the_configuration_says_the_same(systems, section):
+    system = systems[section.splitlines()[0]]
+    [text] = code(section, "yaml")
+    nodes = yaml.safe_load(text)
+    assert {name: tuple(node["parents"]) for name, node in nodes.items()} == {n.name: n.parents for n in system.nodes}
+    assert [name for name, node in nodes.items() if "tool" in node] == [n.name for n in system.nodes if n.deterministic]
+    for node in nodes.values():
+        # A prompt names all of the parents and nothing else.
+        fields = set(re.findall(r"\{(\w+)\}", node.get("prompt", "")))
+        assert fields == set(node["parents"]) or (not fields and len(node["parents"]) == 1)
