@@ -91,7 +91,7 @@ def _command_parser(command: ModuleType, name: str, every: bool) -> ArgumentPars
     if hasattr(command, "SHOWN") and not every:
         shown = {name: shown[name] for name in command.SHOWN}
         details += f"\nEvery field of the file is a flag: sysdpo {name} {HELP_ALL} lists them.\n"
-    word = "RECIPE_OR_FILE" if configured else getattr(command, "POSITIONAL", "").upper()
+    word = "RECIPE_OR_FILE (or --config FILE)" if configured else getattr(command, "POSITIONAL", "").upper()
     usage = " ".join(filter(None, ("sysdpo", name, word, "[--FLAG VALUE ...]")))
     return help_parser(usage, description, list(shown.values()), details.strip("\n"))
 

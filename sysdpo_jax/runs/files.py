@@ -112,6 +112,8 @@ def configure(kind: type[C], arguments: Sequence[str]) -> C:
     Raises:
         ConfigError: As `find_config`, `read_config` and `read_flags`, and for no file or several.
     """
+    # --config FILE is the other way to name the file, which scripts are used to.
+    arguments = [word.removeprefix("--config=") for word in arguments if word != "--config"]
     files, _ = read_flags(kind, arguments)
     if len(files) != 1:
         said = f"{' and '.join(files)} are given" if files else "neither is given"

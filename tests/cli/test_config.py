@@ -47,9 +47,12 @@ def file(tmp_path):
 
 
 def test_the_file_gives_the_values_and_flags_win(file):
-    config = configure(TrainConfig, [str(file(ROUTED)), "--schedule.steps", "9", "--system.nodes.answer.weight", "2"])
+    flags = ["--schedule.steps", "9", "--system.nodes.answer.weight", "2"]
+    config = configure(TrainConfig, [str(file(ROUTED)), *flags])
     assert (config.schedule.steps, config.schedule.learning_rate) == (9, 1e-3)
     assert (config.system.nodes["answer"].weight, config.system.nodes["route"].weight) == (2.0, 1.0)
+    for named in (["--config", str(file(ROUTED))], [f"--config={file(ROUTED)}"]):
+        assert configure(TrainConfig, [*named, *flags]) == config
     wider = configure(TrainConfig, [str(file(ROUTED)), "--system.components.router.settings.num-values", "5"])
     assert wider == read_config(file(ROUTED.replace("num_values: 3", "num_values: 5")))
 
