@@ -14,19 +14,18 @@ ROOT = Path(__file__).parents[2]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
-def printed(module, **settings):
+def printed(module):
     """What a module of this folder prints when it runs in a process with 8 devices."""
     command = [sys.executable, "-W", "error", "-m", f"tests.distributed.{module}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | settings
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    # The resumed run compiles nothing new.
-    return printed("eight_devices", JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("cache")))
+def results():
+    return printed("eight_devices")
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "mixed"])
