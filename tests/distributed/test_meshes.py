@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Level 0 compiles in half the time and keeps every collective.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 
 def printed(module):
