@@ -139,12 +139,13 @@ def test_pndm_down_to_clean_latents():
 
 
 KARRAS = ("leading", 20, True)
+OTHERS_WITH_KARRAS = [*((*grid, False) for grid in OTHERS), KARRAS]
 WITH_KARRAS = [*((*grid, False) for grid in GRIDS), ("linspace", 7, True), KARRAS, ("trailing", 1, True)]
 
 
 @pytest.mark.parametrize(
     ("prediction_type", "spacing", "steps", "karras"),
-    typed(WITH_KARRAS, [*((*grid, False) for grid in OTHERS), KARRAS]),
+    typed(WITH_KARRAS, OTHERS_WITH_KARRAS),
 )
 def test_euler(prediction_type, spacing, steps, karras):
     settings = {"prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}
@@ -154,7 +155,7 @@ def test_euler(prediction_type, spacing, steps, karras):
 
 @pytest.mark.parametrize(
     ("prediction_type", "spacing", "steps", "karras"),
-    typed(WITH_KARRAS, [*((*grid, False) for grid in OTHERS), KARRAS]),
+    typed(WITH_KARRAS, OTHERS_WITH_KARRAS),
 )
 def test_dpm_solver(prediction_type, spacing, steps, karras):
     settings = {"prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}
