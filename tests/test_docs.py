@@ -41,6 +41,7 @@ from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
 from tests.training.systems import CHAIN, pairs
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted(recipes().values())

@@ -16,6 +16,7 @@ from experiments.progressive.report import results_table
 from sysdpo_jax.report import markdown_table
 from tests.pretrained.checkpoints import stable_diffusion_1, write_decoder
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RUN = ROOT / "docs" / "progressive_images"

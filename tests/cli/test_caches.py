@@ -26,9 +26,10 @@ print(json.dumps([jax.config.jax_compilation_cache_dir, len(hits)]))
 
 def compiled(where, **environment):
     """Where a process keeps its programs, and how many it found there."""
-    settings = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
+    # Without the tests' own cache.
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, where], env=os.environ | settings, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM, where], env=inherited | environment, cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -49,8 +50,9 @@ def test_jaxs_own_setting_goes_before(tmp_path):
 
 
 @pytest.fixture
-def kept():
+def kept(monkeypatch):
     """JAX's settings are put back."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
     before = {name: getattr(jax.config, name) for name in names}
     yield

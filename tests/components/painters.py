@@ -14,6 +14,11 @@ VAE = AutoencoderKL(
     AutoencoderConfig(block_out_channels=(8,), layers_per_block=1, latent_channels=2, norm_num_groups=2)
 )
 
+# Of equal components one program each: run operation by operation, the autoencoder is a hundred of them.
+init = jax.jit(lambda node, key: node.init(key), static_argnums=0)
+encode = jax.jit(lambda node, params, features: node.encode(params, features), static_argnums=0)
+log_prob = jax.jit(lambda node, params, features, key: node.log_prob(params, features, key), static_argnums=0)
+
 
 class Counting(TextEncoder):
     """Notes how many rows each call encodes."""

@@ -10,13 +10,23 @@ from sysdpo_jax import CompoundSystem, Diffusion, GraphError, LatentCodec, Node,
 from sysdpo_jax.components.base import Component, Raw
 from sysdpo_jax.encoding import encode_sides
 from sysdpo_jax.models.lora import LoRA, add_lora
-from tests.components.painters import VAE, CountingCodec, arrays_in, encoded_since, images, painter
+from tests.components.painters import (
+    VAE,
+    CountingCodec,
+    arrays_in,
+    encode,
+    encoded_since,
+    images,
+    init,
+    log_prob,
+    painter,
+)
 
 KEY = jax.random.key(0)
 
 
 def test_no_field_holds_an_array_and_other_weights_are_the_same_component():
-    node, params = painter(), painter().init(KEY)
+    node, params = painter(), init(painter(), KEY)
     assert list(arrays_in(node, "painter")) == []
     # The same walk finds one that is hidden.
     hiding = replace(node)
@@ -32,7 +42,7 @@ def test_no_field_holds_an_array_and_other_weights_are_the_same_component():
 
 def test_encode_gives_the_models_own_latents_and_states_and_leaves_what_is_encoded():
     node = painter(caption_dropout=0.5)
-    params, captions = node.init(KEY), ["a red ball", "cube", "a red ball"]
+    params, captions = init(node, KEY), ["a red ball", "cube", "a red ball"]
     raw = node.prepare(images(3), {"caption": captions})
     assert {name: leaf.dtype for name, leaf in (("pixels", raw["pixels"]), ("ids", raw["captions"]["tokens"]))} == {
         "pixels": np.uint8,
@@ -42,7 +52,7 @@ def test_encode_gives_the_models_own_latents_and_states_and_leaves_what_is_encod
     assert system.encodes == ("image",)
     made = system.encode({"image": params}, {"image": raw})["image"]
     pixels = 2 * (raw["pixels"].astype(np.float32) / 255) - 1
-    mean, _ = VAE.apply({"params": params["codec"]}, jax.numpy.asarray(pixels), method="encode")
+    mean, _ = jax.jit(VAE.apply, static_argnames="method")({"params": params["codec"]}, pixels, method="encode")
     np.testing.assert_allclose(made["latents"], 0.18215 * np.asarray(mean), rtol=1e-5, atol=1e-6)
     table = np.asarray(params["text"]["text_encoder"]["table"]["embedding"])
     np.testing.assert_array_equal(made["text"]["encoded"][0], table[raw["captions"]["tokens"]])
@@ -50,20 +60,20 @@ def test_encode_gives_the_models_own_latents_and_states_and_leaves_what_is_encod
     assert {type(leaf) for leaf in jax.tree.leaves(made)} == {np.ndarray}
     assert made["null"]["encoded"][0].strides[0] == raw["null_captions"]["tokens"].strides[0] == 0
     # Jittable, and of encoded features the identity: the very arrays.
-    jitted = jax.jit(node.encode)(params, raw)
+    jitted = encode(node, params, raw)
     assert jax.tree.structure(jitted) == jax.tree.structure(made)
     again = system.encode(system.frozen_params({"image": params}), {"image": made})["image"]
     assert all(x is y for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(made), strict=True))
     with pytest.raises(ValueError, match=r"hold pixels, captions, null_captions.* CompoundSystem\.encode"):
         node.log_prob(params, raw, KEY)
-    assert np.isfinite(node.log_prob(params, made, KEY)).all()
+    assert np.isfinite(log_prob(node, params, made, KEY)).all()
 
 
 @pytest.mark.parametrize("leading", [(6,), (3, 2), (1, 3, 2)])
 def test_equal_images_and_captions_are_encoded_once_whatever_axes_they_have(leading):
     """Six rows, two images, three captions: two images of one slice, three texts and a row of padding."""
     node = painter(caption_dropout=0.5)
-    params, first, second = node.init(KEY), *images(2)
+    params, first, second = init(node, KEY), *images(2)
     captions = ["a", "ball", "cube", "a", "ball", "cube"]
     raw = node.prepare([first, first.copy(), first, second, second, second.copy()], {"caption": captions})
     shaped = jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), raw)
@@ -75,7 +85,7 @@ def test_equal_images_and_captions_are_encoded_once_whatever_axes_they_have(lead
     assert made["latents"].shape == (*leading, 4, 6, 2)
     assert made["text"]["encoded"][0].shape == (*leading, 5, 4)
     assert made["text"]["truncated"].shape == leading
-    one_by_one = [node.encode(params, jax.tree.map(lambda x, row=row: x[row : row + 1], raw)) for row in range(6)]
+    one_by_one = [encode(node, params, jax.tree.map(lambda x, row=row: x[row : row + 1], raw)) for row in range(6)]
     flat = jax.tree.map(lambda x: x.reshape(6, *x.shape[len(leading) :]), made)
     for row, expected in enumerate(one_by_one):
         for x, y in zip(jax.tree.leaves(flat), jax.tree.leaves(expected), strict=True):
@@ -84,7 +94,7 @@ def test_equal_images_and_captions_are_encoded_once_whatever_axes_they_have(lead
 
 def test_slices_are_of_few_sizes_and_no_rows_are_none():
     node = painter()
-    params, system = node.init(KEY), CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
+    params, system = init(node, KEY), CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
     raw = node.prepare(images(5), {"caption": ["a"] * 5})
     encoded_since()
     system.encode({"image": params}, {"image": raw})
@@ -104,7 +114,7 @@ def test_systems_with_other_weights_share_what_is_compiled():
     for seed in (1, 2):
         other = CompoundSystem(("caption",), (Node("image", painter(num_steps=3), ("caption",)),))
         assert other == system
-        [run] = other.sample(other.init(jax.random.key(seed)), [{"caption": "a ball"}], KEY)
+        [run] = other.sample({"image": init(node, jax.random.key(seed))}, [{"caption": "a ball"}], KEY)
         pictures.append(run["image"])
     assert sampler._cache_size() == before + 1
     assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
@@ -112,7 +122,7 @@ def test_systems_with_other_weights_share_what_is_compiled():
 
 def test_sampling_decodes_with_the_parameters_codec_and_reads_the_frozen_states():
     """Trained and frozen conditioners sample the same; another autoencoder gives another picture."""
-    params, asked = painter().init(KEY), {"caption": ["a red ball", "cube"]}
+    params, asked = init(painter(), KEY), {"caption": ["a red ball", "cube"]}
     settings = {"guidance_scale": 2.0}
     frozen, trained = (painter(kind, **settings).sample(params, asked, KEY) for kind in (True, False))
     np.testing.assert_allclose(np.stack(frozen), np.stack(trained), atol=1e-5)
@@ -184,14 +194,14 @@ def test_the_images_of_a_call_get_the_nearest_of_several_sizes(shapes, size):
 
 def test_features_of_every_size_have_a_log_probability_and_sampling_has_the_first():
     node = painter(codec=LatentCodec(VAE, SIZES))
-    params = node.init(KEY)
+    params = init(node, KEY)
     system = CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
     for shape in ((9, 9), (9, 20), (20, 9)):
         raw = node.prepare([np.full((*shape, 3), 90, np.uint8)], {"caption": ["a"]})
         made = system.encode({"image": params}, {"image": raw})["image"]
         assert made["latents"].shape[1:3] == raw["pixels"].shape[1:3]
         assert node.units(made) == node.units(raw) == {"images": 1}
-        assert np.isfinite(node.log_prob(params, made, KEY)).all()
+        assert np.isfinite(log_prob(node, params, made, KEY)).all()
     [image] = node.sample(params, {"caption": ["a"]}, KEY)
     assert image.shape == (4, 4, 3)
 
@@ -214,7 +224,7 @@ def test_bad_sizes_are_refused(sizes):
 def test_sides_of_other_sizes_are_encoded_apart_and_equal_ones_once():
     """Sides that were prepared by themselves may have sizes of their own; what both hold is encoded once."""
     node = painter(codec=CountingCodec(VAE, SIZES, 2))
-    params = {"image": node.init(KEY)}
+    params = {"image": init(node, KEY)}
     nodes = (Node("image", node, ("caption",)),)
     wide, square = (
         {"image": node.prepare([np.full((*shape, 3), 90, np.uint8)] * 2, {"caption": ["a", "ball"]})}

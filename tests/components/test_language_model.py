@@ -264,16 +264,16 @@ def test_a_long_prompt_of_messages_is_cut_after_its_completion_was_found():
 
 
 def test_samples_are_prepared_as_they_were_drawn(torch_model, params):
-    """The share in 4000 draws of each text of two words is exp(log_prob) of it, within 5 standard errors.
+    """The share in 1000 draws of each text of two words is exp(log_prob) of it, within 5 standard errors.
 
     Shorter texts are left out: padding and starts are dropped from a text, so it stands for more than one draw.
     """
     node = component(max_new_tokens=2)
-    draws = node.sample(params, {"x": ["a red"] * 4000}, KEY)
+    draws = node.sample(params, {"x": ["a red"] * 1000}, KEY)
     texts = [f"{first} {second}" for first in WORDS for second in WORDS]
     p = np.exp(log_prob(node, params, node.prepare(texts, {"x": ["a red"] * 100}), KEY))
-    share = np.array([draws.count(text) for text in texts]) / 4000
-    assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 1e-6).all()
+    share = np.array([draws.count(text) for text in texts]) / 1000
+    assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / 1000) + 1e-6).all()
     assert p.max() > 4 * np.median(p)
 
 
@@ -291,13 +291,13 @@ def test_samples_of_a_chat_are_prepared_as_they_were_drawn(params):
     table[:, 0], head[0] = 2, 0
     head[0, [SPECIAL.index("<pad>"), EOS, UNK]] = -9
     biased = params | {"embed_tokens": {"embedding": table}, "lm_head": {"kernel": head}}
-    draws = node.sample(biased, {"x": [ASKED] * 4000}, KEY)
+    draws = node.sample(biased, {"x": [ASKED] * 1000}, KEY)
     texts = ["", *WORDS, *(f"{first} {second}" for first in WORDS for second in WORDS)]
     p = np.exp(log_prob(node, biased, node.prepare(texts, {"x": [ASKED] * len(texts)}), KEY))
     np.testing.assert_allclose(p.sum(), 1, atol=1e-4)
     counts = np.array([draws.count(text) for text in texts])
-    assert counts.sum() == 4000
-    assert (np.abs(counts / 4000 - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 1e-6).all()
+    assert counts.sum() == 1000
+    assert (np.abs(counts / 1000 - p) < 5 * np.sqrt(p * (1 - p) / 1000) + 1e-6).all()
     assert p[1 : 1 + len(WORDS)].sum() > 0.1
     assert p.max() > 4 * np.median(p)
 

@@ -134,7 +134,7 @@ def test_memory_of_the_head() -> None:
     assert chunked <= plain / 8
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 3, 4, 16])
 def test_chunks_never_cost_memory(rows: int) -> None:
     """On both sides of the threshold, which 4 rows of the length 64 pass for this head."""
     width, vocab = 512, 16384

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -15,6 +16,9 @@ from tests.components.stubs import CHAT_TEMPLATE, SPECIAL, WORDS, word_tokenizer
 TEMPLATE = CHAT_TEMPLATE.replace(
     "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
 )
+
+# One program for equal systems: run operation by operation, the painter's autoencoder is a hundred of them.
+init = jax.jit(CompoundSystem.init, static_argnums=0)
 
 
 def tokenizer(template=TEMPLATE):

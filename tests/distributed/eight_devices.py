@@ -47,7 +47,6 @@ SYSTEM = CompoundSystem(
 RULES = (("lm/.*(q_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")), ("lm/embed_tokens", P("fsdp")))
 MESHES = {
     "one": ({"data": 1}, ()),
-    "data": ({"data": 8}, ()),
     "fsdp": ({"fsdp": 8}, (("lm/embed_tokens", P("fsdp")), ("lm/layers/.*kernel", P(None, None, "fsdp")))),
     "mixed": ({"data": 2, "fsdp": 2, "tensor": 2}, RULES),
 }
@@ -123,7 +122,7 @@ def rows_on_a_device(array):
 
 def main() -> None:
     batch_at = epoch_batches(preferences(), ROWS, seed=0)
-    params = SYSTEM.init(jax.random.key(7))
+    params = jax.jit(SYSTEM.init)(jax.random.key(7))
     runs = {name: run(name, batch_at, params) for name in MESHES}
     states = {name: result.pop("state") for name, result in runs.items()}
     same = resume("fsdp", batch_at, params) == states["fsdp"]

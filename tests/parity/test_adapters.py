@@ -14,7 +14,6 @@ import optax
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
-from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,6 +127,9 @@ def language_model(tie):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("tie", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_peft_loads_a_language_models_adapter(tie, tmp_path):
+    # Takes seconds to import.
+    from peft import PeftModel
+
     model, component, params = language_model(tie)
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 9))
     found = jax.jit(component.decoder.apply)({"params": params}, jnp.array(tokens))
@@ -272,6 +274,8 @@ def scaled(params, path):
 # peft 0.21 asks transformers for a name that version 5 deprecates.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_embedding_and_head_that_were_trained_beside_the_factors_are_in_the_adapter(tmp_path):
+    from peft import PeftModel
+
     component, params = loaded(tmp_path / "base")
     params = scaled(scaled(params, "embed_tokens/embedding"), "lm_head/kernel")
     save_adapter(tmp_path / "adapter", component, params)

@@ -32,8 +32,15 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 # Every spacing with numbers of steps that divide 1000 and with others.
 STEPS = {"leading": (1, 7, 48), "trailing": (1, 7, 20), "linspace": (2, 20)}
 GRIDS = [(spacing, steps) for spacing, counts in STEPS.items() for steps in counts]
+# The times do not depend on what the model predicts: every spacing with one type, every type with one of each spacing.
+OTHERS = [("leading", 7), ("trailing", 20), ("linspace", 20)]
 # Of a file of diffusers, where it makes an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def typed(first, others, types=TYPES):
+    """Cases for the tests below: `first` with the first of the prediction types, `others` with each of the rest."""
+    return [(types[0], *case) for case in first] + [(kind, *case) for kind in types[1:] for case in others]
 
 
 def torch_denoiser(z, t):
@@ -87,8 +94,7 @@ def gaps_to_the_next(times):
     return [*(a - b for a, b in itertools.pairwise(times)), 1000]
 
 
-@pytest.mark.parametrize(("spacing", "steps"), GRIDS)
-@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize(("prediction_type", "spacing", "steps"), typed(GRIDS, OTHERS))
 def test_ddim(prediction_type, spacing, steps):
     """Told the true gap, diffusers agrees everywhere; by itself where 1000 // steps is that gap."""
     settings = {"prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}
@@ -115,8 +121,7 @@ def test_ddim_with_every_schedule_and_clipped(prediction_type, kind, clip):
     assert_same(ours(DDIM(clip), prediction_type, 20, NoiseSchedule(kind)), theirs(scheduler, 20))
 
 
-@pytest.mark.parametrize(("spacing", "steps"), GRIDS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("prediction_type", "spacing", "steps"), typed(GRIDS, OTHERS, TYPES[:2]))
 def test_pndm(prediction_type, spacing, steps):
     settings = {"prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}
     scheduler = PNDMScheduler(**BETAS, **settings, skip_prk_steps=True)
@@ -133,19 +138,25 @@ def test_pndm_down_to_clean_latents():
     assert_same(ours(PNDM(set_alpha_to_one=True), "epsilon", 20), theirs(scheduler, 20))
 
 
-WITH_KARRAS = [*((*grid, False) for grid in GRIDS), ("linspace", 7, True), ("leading", 20, True), ("trailing", 1, True)]
+KARRAS = ("leading", 20, True)
+OTHERS_WITH_KARRAS = [*((*grid, False) for grid in OTHERS), KARRAS]
+WITH_KARRAS = [*((*grid, False) for grid in GRIDS), ("linspace", 7, True), KARRAS, ("trailing", 1, True)]
 
 
-@pytest.mark.parametrize(("spacing", "steps", "karras"), WITH_KARRAS)
-@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize(
+    ("prediction_type", "spacing", "steps", "karras"),
+    typed(WITH_KARRAS, OTHERS_WITH_KARRAS),
+)
 def test_euler(prediction_type, spacing, steps, karras):
     settings = {"prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}
     scheduler = EulerDiscreteScheduler(**BETAS, **settings, use_karras_sigmas=karras)
     assert_same(ours(Euler(spacing, 1, karras), prediction_type, steps), theirs(scheduler, steps))
 
 
-@pytest.mark.parametrize(("spacing", "steps", "karras"), WITH_KARRAS)
-@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize(
+    ("prediction_type", "spacing", "steps", "karras"),
+    typed(WITH_KARRAS, OTHERS_WITH_KARRAS),
+)
 def test_dpm_solver(prediction_type, spacing, steps, karras):
     settings = {"prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}
     scheduler = DPMSolverMultistepScheduler(**BETAS, **settings, use_karras_sigmas=karras)
@@ -165,9 +176,17 @@ def shared_noise(monkeypatch):
     return share
 
 
-@pytest.mark.parametrize(("variance_type", "clip"), [("fixed_small", 0.9), ("fixed_large", None)])
-@pytest.mark.parametrize(("spacing", "steps"), [("leading", 7), ("trailing", 12), ("linspace", 5)])
-@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize(
+    ("prediction_type", "spacing", "steps", "variance_type", "clip"),
+    typed(
+        [
+            ("leading", 7, "fixed_small", 0.9),
+            ("trailing", 12, "fixed_large", None),
+            ("linspace", 5, "fixed_small", 0.9),
+        ],
+        [("leading", 7, "fixed_large", None), ("trailing", 12, "fixed_small", 0.9)],
+    ),
+)
 def test_ddpm_with_the_same_noise(prediction_type, spacing, steps, variance_type, clip, shared_noise):
     shared_noise(steps)
     settings = {"prediction_type": prediction_type, "timestep_spacing": spacing, "steps_offset": 1}

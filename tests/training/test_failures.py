@@ -32,7 +32,6 @@ from sysdpo_jax.training.preemption import PATIENCE, Preempted
 from tests.test_locks import held
 from tests.training.systems import CHAIN, pairs
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 KEY = jax.random.key(3)
 OPTIMIZER = make_optimizer({"a": ComponentOptimizer(optax.adam(1e-2)), "b": FROZEN, "c": FROZEN})
 BATCH_AT = epoch_batches(pairs(40), 8, seed=1)

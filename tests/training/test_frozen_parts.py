@@ -158,6 +158,7 @@ def test_searched_batches_encode_each_image_once_for_all_intermediates(tmp_path)
     assert int(state.step) == 1
 
 
+@pytest.mark.slow
 def test_frozen_parts_are_cut_over_a_mesh_and_encode_there():
     """On 8 virtual devices: every large leaf lies over fsdp, and the features are those of one device to 1e-5."""
     found = printed("frozen_parts")

@@ -27,7 +27,6 @@ from sysdpo_jax.training import (
 from sysdpo_jax.training.events import Events
 from tests.training.systems import CHAIN, pairs
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 KEY = jax.random.key(3)
 OPTIMIZER = make_optimizer({"a": ComponentOptimizer(optax.adam(1e-2)), "b": FROZEN, "c": FROZEN})
 

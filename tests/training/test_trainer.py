@@ -23,7 +23,6 @@ from sysdpo_jax.training import (
 from sysdpo_jax.training.checkpoints import CorruptCheckpointError
 from tests.training.systems import CHAIN, pairs, trained_rows
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 KEY = jax.random.key(3)
 
 
