@@ -16,9 +16,16 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over steps; None or a value that is not finite leaves a gap. Raises ValueError if the lengths differ.
+    """Values over steps.
 
-    band: the lower and the upper end of each value's interval, None for no band.
+    Args:
+        name: In the legend.
+        steps: Of the values.
+        values: None or one that is not finite leaves a gap.
+        band: The lower and the upper end of each value's interval; None for no band.
+
+    Raises:
+        ValueError: If the lengths differ.
     """
 
     name: str
@@ -46,7 +53,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Figure:
-    """Curves over the steps, on one pair of axes."""
+    """Curves over the steps, on one pair of axes.
+
+    Args:
+        title: Above them.
+        curves: One or several.
+    """
 
     title: str
     curves: tuple[Curve, ...]

@@ -23,9 +23,13 @@ SPLITS = {
 
 
 def learning_figures(runs: Mapping[str, Rows]) -> tuple[Figure, ...]:
-    """{run: rows} -> loss, accuracy, margin and evaluations of all runs, then margins by node.
+    """Compare runs: loss, accuracy, margin and evaluations of all, then one figure of each run that compares its nodes.
 
-    The first figures compare the runs; then each run has one that compares its nodes. Absent metrics are left out.
+    Args:
+        runs: `{run: rows of its metrics}`; metrics that are absent are left out.
+
+    Returns:
+        The figures.
     """
     titles = LEARNING | {metric: metric for rows in runs.values() for metric in _evaluations(rows)}
     together = [
@@ -37,7 +41,14 @@ def learning_figures(runs: Mapping[str, Rows]) -> tuple[Figure, ...]:
 
 
 def run_figures(rows: Rows) -> tuple[Figure, ...]:
-    """All there is to see of one run: loss, accuracy, margin, its evaluations, and the splits by node and component."""
+    """All there is to see of one run: loss, accuracy, margin, its evaluations, and the splits by node and component.
+
+    Args:
+        rows: Of its metrics.
+
+    Returns:
+        The figures.
+    """
     titles = LEARNING | {metric: metric for metric in _evaluations(rows)}
     single = [Figure(title, (_curve(title, rows, metric),)) for metric, title in titles.items() if _has(rows, metric)]
     splits = [split_figure(title, rows, prefix) for prefix, title in SPLITS.items()]
@@ -45,13 +56,29 @@ def run_figures(rows: Rows) -> tuple[Figure, ...]:
 
 
 def split_figure(title: str, rows: Rows, prefix: str) -> Figure:
-    """A curve for every metric "<prefix><name>", called by that name; none where there is no such metric."""
+    """A curve for every metric "<prefix><name>", called by that name.
+
+    Args:
+        title: Of the figure.
+        rows: Of a run's metrics.
+        prefix: Which metrics.
+
+    Returns:
+        The figure, without curves where there is no such metric.
+    """
     metrics = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
     return Figure(title, tuple(_curve(metric.removeprefix(prefix), rows, metric) for metric in metrics))
 
 
 def run_warnings(rows: Rows) -> tuple[str, ...]:
-    """What the run warned of, in the order of its steps."""
+    """What a run warned of.
+
+    Args:
+        rows: Of its metrics.
+
+    Returns:
+        The texts, in the order of its steps.
+    """
     return tuple(text for row in rows for text in row.get("warnings", ()))
 
 

@@ -21,9 +21,19 @@ from sysdpo_jax.report.templates import render
 class Report:
     """What the page shows; parts that are empty are left out.
 
-    description: paragraphs, separated by empty lines. configuration: may be nested. made_by: the machine, the date, the
-    command line and the like. warnings: texts, such as `run_warnings` of a run. headline: the result, a sentence each,
-    on top of the page.
+    Args:
+        title: Of the page.
+        description: Paragraphs, separated by empty lines.
+        tables: Of figures.
+        figures: Of curves.
+        images: Pictures of several methods beside each other.
+        system: Whose graph is drawn.
+        configuration: May be nested.
+        made_by: The machine, the date, the command line and the like.
+        texts: Tables of text.
+        warnings: Texts, such as `run_warnings` of a run.
+        headline: The result, a sentence each, on top of the page.
+        runs: Whole runs of several methods.
     """
 
     title: str
@@ -45,7 +55,15 @@ class Report:
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write the page; a reader never finds half of one. Raises ValueError for pictures that are not finite."""
+    """Write the page; a reader never finds half of one.
+
+    Args:
+        path: Of the file.
+        report: What it shows.
+
+    Raises:
+        ValueError: For pictures that are not finite.
+    """
     from sysdpo_jax.report import charts
 
     parts = {"chart_svg": charts.chart_svg, "colour_classes": charts.colour_classes, "diagram": diagram}

@@ -20,7 +20,16 @@ METHOD_GAP = 24
 
 @dataclass(frozen=True, eq=False)
 class ImageSequence:
-    """What one method made: pictures in [0, 1] and the caption of each. Raises ValueError if the numbers differ."""
+    """What one method made.
+
+    Args:
+        method: Its name.
+        images: Pictures in [0, 1].
+        captions: One a picture.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
 
     method: str
     images: Float[np.ndarray, "images height width 3"]
@@ -33,7 +42,12 @@ class ImageSequence:
 
 @dataclass(frozen=True, eq=False)
 class ImageRow:
-    """What several methods made of the same prompt and seed."""
+    """What several methods made of the same prompt and seed.
+
+    Args:
+        prompt: Of the row.
+        sequences: One a method.
+    """
 
     prompt: str
     sequences: tuple[ImageSequence, ...]
@@ -48,7 +62,17 @@ class Picture(NamedTuple):
 
 
 def to_image(values: Pixels) -> Image.Image:
-    """Values in [0, 1], clipped, to the nearest of 256 levels. Raises ValueError for values that are not finite."""
+    """Round values to the nearest of 256 levels.
+
+    Args:
+        values: In [0, 1]; others are clipped.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: For values that are not finite.
+    """
     if not np.isfinite(values).all():
         raise ValueError("a picture holds values that are not finite: look for the step that made them")
     return Image.fromarray(np.rint(np.clip(values.astype(np.float64), 0, 1) * 255).astype(np.uint8))
@@ -66,7 +90,14 @@ def picture(values: Pixels) -> Picture:
 def image_grid(rows: Sequence[ImageRow]) -> Image.Image:
     """One picture of all: a line a prompt, methods from left to right with wider gaps between them, no text.
 
-    Raises ValueError for no pictures, or pictures of several sizes.
+    Args:
+        rows: One a prompt.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: For no pictures, or pictures of several sizes.
     """
     lines = [[[to_image(values) for values in s.images] for s in row.sequences if len(s.images)] for row in rows]
     lines = [line for line in lines if line]

@@ -9,7 +9,13 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class ShownRun:
-    """A run. method: what made it. values: of all nodes, in order; arrays are pictures. score: a text."""
+    """A run.
+
+    Args:
+        method: What made it.
+        values: Of all nodes, in order; arrays are pictures.
+        score: A text.
+    """
 
     method: str
     values: Mapping[str, Any]
@@ -18,7 +24,16 @@ class ShownRun:
 
 @dataclass(frozen=True, eq=False)
 class ComparedRuns:
-    """Runs of several methods on the same inputs and seed. Raises ValueError where they are not of the same nodes."""
+    """Runs of several methods on the same inputs and seed.
+
+    Args:
+        title: Above them.
+        inputs: `{input: value}`.
+        runs: One a method.
+
+    Raises:
+        ValueError: Where they are not of the same nodes.
+    """
 
     title: str
     inputs: Mapping[str, Any]
@@ -39,7 +54,16 @@ class ComparedRuns:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells of plain text under a header. Raises ValueError naming a row with too few or too many cells."""
+    """Cells of plain text under a header.
+
+    Args:
+        title: Above them.
+        header: Names of the columns.
+        rows: As many cells each.
+
+    Raises:
+        ValueError: Naming a row with too few or too many cells.
+    """
 
     title: str
     header: tuple[str, ...]

@@ -16,7 +16,14 @@ Value = Estimate | float | int | None
 
 @dataclass(frozen=True)
 class Column:
-    """A figure. digits: after the point; percent: shares in [0, 1], shown times 100; best: which value is marked."""
+    """A figure.
+
+    Args:
+        name: Of the column.
+        digits: After the point.
+        percent: Whether its values are shares in [0, 1], shown times 100.
+        best: Which value is marked.
+    """
 
     name: str
     digits: int = 3
@@ -30,9 +37,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A method and one value for each column: an estimate, a plain number, or None for none.
+    """A method and its figures. An estimate is shown with its interval, without one with its standard error.
 
-    An estimate is shown with its interval, without one with its standard error.
+    Args:
+        name: Of the method.
+        values: For each column an estimate, a plain number, or None for none.
     """
 
     name: str
@@ -54,7 +63,17 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in the order in which they are shown. Raises ValueError naming a row with too few or too many values."""
+    """Rows in the order in which they are shown.
+
+    Args:
+        title: Above them.
+        columns: The figures.
+        rows: The methods.
+        label: What the rows' names are.
+
+    Raises:
+        ValueError: Naming a row with too few or too many values.
+    """
 
     title: str
     columns: tuple[Column, ...]
@@ -74,7 +93,11 @@ class Table:
         return (self.label, *(column.header for column in self.columns), "n")
 
     def cells(self) -> Iterator[tuple[Cell, ...]]:
-        """A row's cells, as many as the header has."""
+        """Lay the table out.
+
+        Yields:
+            A row's cells, as many as the header has.
+        """
         columns = zip(*(row.values for row in self.rows), strict=True)
         shown = [_cells(column, values) for column, values in zip(self.columns, columns, strict=False)]
         for number, row in enumerate(self.rows):
@@ -82,7 +105,14 @@ class Table:
 
 
 def markdown_table(table: Table) -> str:
-    """GitHub's Markdown; the best of a column is bold."""
+    """GitHub's Markdown; the best of a column is bold.
+
+    Args:
+        table: To be shown.
+
+    Returns:
+        The text.
+    """
 
     def line(cells: Sequence[Cell]) -> str:
         texts = [re.sub(r"([|<\\])", r"\\\1", " ".join(cell.text.split())) for cell in cells]
@@ -93,7 +123,14 @@ def markdown_table(table: Table) -> str:
 
 
 def console_table(table: Table) -> str:
-    """Aligned plain text; the best of a column carries a star."""
+    """Aligned plain text; the best of a column carries a star.
+
+    Args:
+        table: To be shown.
+
+    Returns:
+        The text.
+    """
     rows = [table.header, *([f"{'*' * cell.best}{cell.text}" for cell in row] for row in table.cells())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
