@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from sysdpo_jax.report.curves import Curve, Figure, Line, as_floats
+from sysdpo_jax.report.curves import Curve, Figure, Line, Values, as_floats
 
 # In inches, of which the SVG makes 72 units: about as wide as a telephone, so that its text is legible there.
 SIZE = (5.0, 2.9)
@@ -75,7 +75,7 @@ def colour_classes(number: int) -> str:
 def _draw(axes: Any, curve: Curve, number: int) -> None:
     """A curve on matplotlib's axes."""
     steps = as_floats(curve.steps)
-    values, low, high = (as_floats(y).clip(-GREATEST, GREATEST) for y in (curve.values, *(curve.band or ((), ()))))
+    values, low, high = map(_drawable, (curve.values, *(curve.band or ((), ()))))
     colour, named = COLOURS[number % len(COLOURS)], colour_classes(number)
     dashed = number >= len(COLOURS)
     if curve.band is not None:
@@ -87,8 +87,14 @@ def _draw(axes: Any, curve: Curve, number: int) -> None:
     pale: dict[str, Any] = {"linewidth": 1, "alpha": 0.25}
     strong: dict[str, Any] = {"linewidth": 1.8, "linestyle": (0, (3, 2)) if dashed else "solid"}
     for kind, shown, look in (("raw", values, pale), ("mean", _smooth(values), strong)):
-        look |= {"color": colour, "marker": "o", "markersize": 2.5, "clip_on": False}
+        look |= {"color": colour, "solid_capstyle": "round", "marker": "o", "markersize": 2.5, "clip_on": False}
         axes.plot(steps[rows], shown[rows], gid=f"curve {kind} {named}", markevery=_alone(shown[rows]), **look)
+
+
+def _drawable(values: Values) -> Line:
+    """NaN for what is not finite."""
+    numbers = as_floats(values)
+    return np.where(np.isfinite(numbers), numbers.clip(-GREATEST, GREATEST), np.nan)
 
 
 def _smooth(values: Line) -> Line:

@@ -53,6 +53,7 @@ class Tables(HTMLParser):
 
     def handle_endtag(self, tag):
         self._top = self._top and tag != "div"
+        self._cell = False
 
     def handle_data(self, data):
         if self._cell:
