@@ -124,7 +124,7 @@ def quickstart(folder, judge, recipe="quickstart"):
 
 def test_the_quickstart_leads_to_a_report_and_models(place, judge):
     found = quickstart(place, judge)
-    names = ["train", "rollout", "score", "pairs", "score", "train", "train", "export"]
+    names = ["train", "recipes", "rollout", "score", "pairs", "score", "train", "train", "export"]
     assert [name for name, *_ in found] == names
     run(found)
     judged = [json.loads(line) for line in (place / "judged.jsonl").read_text().splitlines()]
@@ -147,7 +147,7 @@ def test_the_quickstart_with_the_real_model_makes_answers_shorter(tmp_path, monk
     path.write_text(text.replace("quickstart_held_out.txt", str(RECIPES / "quickstart_held_out.txt")))
     monkeypatch.chdir(tmp_path)
     # The first command trains on what comes with the small recipe.
-    for words in quickstart(tmp_path, judge, str(path))[1:]:
+    for words in quickstart(tmp_path, judge, str(path))[2:]:
         began = time.monotonic()
         dispatch(words)
         print(f"{words[0]} took {time.monotonic() - began:.0f} seconds")
