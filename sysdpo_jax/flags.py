@@ -186,6 +186,9 @@ def help_parser(usage: str, description: str, fields: Sequence[Field], epilog: s
         named: dict[str, Any] = {"metavar": field.name.rpartition(".")[2].upper()}
         if get_origin(field.kind) is Literal:
             named = {"choices": get_args(field.kind)}
+        elif field.kind is bool:
+            # A flag alone is true.
+            named = {"choices": ("true", "false")}
         flag = f"--{_dashed(field.name)}"
         parser.add_argument(flag, help=text.replace("%", "%%"), **named)
     return parser

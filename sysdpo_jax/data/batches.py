@@ -298,13 +298,21 @@ class PreferenceBatches:
         self._use(rows, np.arange(len(rows)))
 
     def fingerprint(self) -> dict[str, str]:
-        """What the rows of a step depend on, as a run that goes on must have it."""
+        """What a run that goes on must have.
+
+        Returns:
+            `{what: text}` of all that the rows of a step depend on.
+        """
         batch_size, seed, _, shapes = self._settings
         source = self._records.counts.sha256 if isinstance(self._records, Preferences) else "rows in memory"
         return {"batches": f"{len(self._records)} rows, {batch_size=}, {seed=}, {shapes=}", "records": source}
 
     def describe(self) -> str:
-        """The static shapes of the batches in a line, and what fills no batch."""
+        """The batches in a line.
+
+        Returns:
+            Their static shapes, and what fills no batch.
+        """
         if self._rows is None:
             return "batches whose frozen parts have still to encode"
         shapes = sum(map(len, self.plan.shapes))
@@ -353,10 +361,8 @@ def preference_dataset(
         records: A list, what `load_preferences` returns, or anything with a length whose rows are found by number.
         batch_size: Rows of the global batch.
         seed: Of the order.
-        shard: (index, count) gives the index-th of count equal blocks of its rows, as `batch_shard(mesh)` says for this
-            process.
-        shapes: How many shapes of batches there are at most, each of which is compiled once; images of several sizes
-            have at least one each.
+        shard: (index, count): this process gives the index-th of count equal blocks of its rows, see `batch_shard`.
+        shapes: At most so many of batches, each compiled once; images of several sizes have at least one each.
 
     Returns:
         The batches by step.
@@ -372,14 +378,12 @@ def preference_dataset(
 def read_ahead(dataset: Indexed[T], step: int) -> Iterator[Iterator[T]]:
     """Read a dataset in threads, ahead of who takes its elements; they end with the context.
 
-    The threads are left alone after a moment where an element never comes.
-
     Args:
         dataset: Elements by number.
         step: Of the first one.
 
     Yields:
-        An iterator over the elements.
+        An iterator over the elements. Threads are left alone after a moment where one never comes.
     """
     with DaemonExecutor(THREADS, "read-ahead") as threads:
         yield _elements(dataset, step, threads)

@@ -353,7 +353,7 @@ def test_there_are_forty():
 JUDGE = {"url": "http://localhost:1", "model": "m", "template": "question.txt"}
 # Nothing of these depends on the models.
 EVALUATIONS = {
-    "no template": ({"judge": JUDGE | {"template": "no.txt"}}, "evaluation.judge.template no.txt does not exist"),
+    "no template": ({"judge": JUDGE | {"template": "no.txt"}}, "no.txt does not exist"),
     "no address": ({"judge": JUDGE | {"url": "localhost:1"}}, "judge.url is 'localhost:1': begin it with http://"),
     "no model": ({"judge": JUDGE | {"model": ""}}, "evaluation.judge: a judge needs url, model and template"),
     "both": ({"judge": JUDGE, "scorer": "builtins:len"}, "give either evaluation.scorer or evaluation.judge.url"),

@@ -145,7 +145,7 @@ def test_a_refused_command_leaves_the_folder_as_it_is(trained, tmp_path, capsys)
     [
         (["--schedule.accumulate", "3"], "8 rows cannot be cut into 3 equal parts"),
         (
-            ["--objective.sft", "nonode", "0.1"],
+            ["--objective.sft.nonode", "0.1"],
             "sft names the node 'nonode', which is not a trained node",
         ),
     ],

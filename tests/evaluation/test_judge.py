@@ -112,7 +112,7 @@ def test_what_a_judge_is_asked(place):
     assert text.startswith("question 0 is answered by 0.\n\nThe score is a number from 1 to 9.")
     assert text.endswith('{"score": 1}.')
     (place[0] / "scores.jsonl").unlink()
-    scored(place, "--judge.answer", "last_number", "--judge.temperature", "None")
+    scored(place, "--judge.answer", "last_number", "--judge.temperature", "null")
     body = Server.seen[-1][1]
     assert body == {"model": "m", "messages": [{"role": "user", "content": "question 11 is answered by 11."}]}
 
@@ -189,7 +189,7 @@ def test_scores_of_another_kind_are_not_mixed(place, capsys, flags, field):
         (("--judge.url", "localhost:8000"), "begin it with http:// or https://"),
         (("--judge.url", ""), "a judge needs url, model and template"),
         (("--judge.range", "5", "1"), "judge.range is 5.0 1.0: give the lowest score"),
-        (("--judge.timeout", "0"), "judge.timeout is 0.0: input should be greater than 0"),
+        (("--judge.timeout", "0"), "--judge.timeout is '0': give a number above 0"),
         (("--scorer", "builtins:len"), "give either --scorer or --judge.url"),
         (("--judge.template", "nowhere.txt"), "--judge.template nowhere.txt does not exist"),
     ],
