@@ -139,7 +139,7 @@ $(DOCS)/.installed: requirements-docs.txt
 	touch $@
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 
 lint: $(DEV)
 	$(BIN)/ruff check .
