@@ -23,7 +23,7 @@ from jaxtyping import Int, PyTree
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.data.loaded import Preferences
+from sysdpo_jax.data.preferences import Preferences
 from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_in_groups, write_part
 from sysdpo_jax.data.records import PreferenceRecord, require_intermediates
 from sysdpo_jax.graph import CompoundSystem

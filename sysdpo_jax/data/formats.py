@@ -1,12 +1,15 @@
 """Rows of data sets that exist -> preference records. Readers refuse what they do not read, see `refuse_unread`."""
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import (
@@ -19,11 +22,18 @@ from sysdpo_jax.components.conversations import (
     read_messages,
     read_tools,
 )
+from sysdpo_jax.components.images import open_picture
+from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.row_files import pack
 from sysdpo_jax.user_code import is_users, name_of, shown, user_code
 from sysdpo_jax.values import from_json
+
+# States of files.
+States: TypeAlias = dict[str, tuple[int, int]]
 
 
 class Names(NamedTuple):
@@ -193,6 +203,39 @@ def call_reader(convert: Reader, row: Mapping[str, Any], system: CompoundSystem 
             "for a tie"
         )
     return found
+
+
+def placed(record: PreferenceRecord, system: CompoundSystem | None, folder: Path, images: States) -> PreferenceRecord:
+    """The record with paths of images taken from a folder, the source's. images: gets the state of each file."""
+    nodes = () if system is None else system.nodes
+    names = {node.name for node in nodes if isinstance(node.component, TextToImage)}
+
+    def below(value: Any) -> Any:
+        if isinstance(value, list):
+            return [below(item) for item in value]
+        if isinstance(value, Image.Image):
+            return open_picture(value, "an image of the reader")
+        if not isinstance(value, str):
+            return value
+        found = str(folder / value)
+        images[found] = file_state(found)
+        return found
+
+    sides = [dict(side) for side in (record.chosen, record.rejected)]
+    for side in sides:
+        side |= {name: below(side[name]) for name in names & side.keys()}
+    return PreferenceRecord(record.inputs, *sides)
+
+
+def require_holdable(convert: Reader, record: PreferenceRecord) -> None:
+    """Raise `RecordError` for a value of a user's reader that no file of rows can hold."""
+    try:
+        json.dumps(pack([record.inputs, record.chosen, record.rejected], lambda leaf: 0))
+    except TypeError as error:
+        raise RecordError(
+            f"the reader {name_of(convert)} gave a value that no file can hold ({error}): give texts, "
+            "numbers, lists, objects, bytes, arrays of numbers or images"
+        ) from None
 
 
 def only_names(system: CompoundSystem | None) -> Names:

@@ -13,7 +13,6 @@ from jaxtyping import Int
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.batches import epoch_rows
-from sysdpo_jax.data.draws import draw_intermediates, failed, stop_on_failure
 from sysdpo_jax.data.records import (
     SIDES,
     PreferenceRecord,
@@ -22,6 +21,7 @@ from sysdpo_jax.data.records import (
     require_inputs,
     without_intermediates,
 )
+from sysdpo_jax.data.rollouts import draw_intermediates, failed, stop_on_failure
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known
 from sysdpo_jax.manifest import describe, digest
 from sysdpo_jax.row_files import LEAVES, ROWS, RowFile, write_row_file

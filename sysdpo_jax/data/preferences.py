@@ -1,6 +1,5 @@
 """Preferences from files: read, prepared, encoded and stored in one pass, once. Few rows are in memory at a time."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,20 +10,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import jax
 import numpy as np
-from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.components.tool_values import ToolValues
-from sysdpo_jax.data.files import Row, file_state, known_digest, read_rows, source_digest
-from sysdpo_jax.data.formats import READERS, Reader, call_reader
-from sysdpo_jax.data.loaded import About, Preferences
+from sysdpo_jax.data.files import Row, known_digest, read_rows, source_digest
+from sysdpo_jax.data.formats import READERS, Reader, States, call_reader, placed, require_holdable
 from sysdpo_jax.data.prepared import (
     Prepared,
     PreparedRows,
@@ -42,17 +38,93 @@ from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.processes import by_all
-from sysdpo_jax.row_files import pack
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import is_users, name_of
+from sysdpo_jax.user_code import is_users
 
 # Rows of the source in a part, which a kill loses at most; records that are prepared together: without and with images.
 PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
 # Raised when what is written changes; files that say how many parts there are, and where values of tools came from.
 FORMAT, WHOLE, TOOLS = 1, "parts.json", "tool_values.json"
 
-# States of files.
-States: TypeAlias = dict[str, tuple[int, int]]
+# The digest of a system and the fingerprints of its frozen parts.
+About: TypeAlias = tuple[str, dict[str, str]]
+
+
+@dataclass(eq=False, repr=False)
+class Preferences(Sequence[PreferenceRecord]):
+    """Records by number, read from memory-mapped files when they are asked for, and their features where there are any.
+
+    Args:
+        rows: What is on disk; `load_preferences` makes it.
+        usable: The numbers of the rows that count.
+        counts: Of the rows that were read, and of those left out.
+        source: Where they come from.
+        system: The one that the features are of; None where there are none.
+        about: Its digest, and fingerprints of what encoded them.
+    """
+
+    rows: PreparedRows
+    usable: np.ndarray
+    counts: Counts
+    source: str
+    system: CompoundSystem | None
+    about: About
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    @overload
+    def __getitem__(self, row: int) -> PreferenceRecord: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[PreferenceRecord]: ...
+
+    def __getitem__(self, row: int | slice) -> PreferenceRecord | list[PreferenceRecord]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"record {row} of {len(self)}")
+        return self.rows.record(int(self.usable[row]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def fits(self, system: CompoundSystem) -> bool:
+        """Whether the features are there, and those that the system prepares: with these tokenizers and settings.
+
+        Args:
+            system: To compare with.
+
+        Returns:
+            Whether they are.
+        """
+        return self.system is not None and digest(about_system(system)) == self.about[0]
+
+    def encoded_by(self, params: Params) -> bool:
+        """Whether the frozen parts of these parameters are those that encoded the features.
+
+        Args:
+            params: `{params_key: tree}`.
+
+        Returns:
+            Whether they are.
+        """
+        return self.system is not None and fingerprints(self.system.frozen_params(params)) == self.about[1]
+
+    @property
+    def held(self) -> bool:
+        """Whether the records hold the system's intermediate values; True where no system is known."""
+        return bool(self.rows.held[self.usable[0]])
+
+    def summary(self) -> str:
+        """The counts in a line.
+
+        Returns:
+            With the first of the errors and how many were left out for what.
+        """
+        return self.counts.summary(self.source)
 
 
 def load_preferences(
@@ -286,7 +358,10 @@ class _Pass:
                 if isinstance(row.values, RecordError):
                     raise row.values
                 values = {name: value for name, value in row.values.items() if name not in self.ignore}
-                found = [self._placed(record, images) for record in call_reader(self.convert, values, self.system)]
+                made = call_reader(self.convert, values, self.system)
+                found = [placed(record, self.system, self.folder, images) for record in made]
+                for record in found if is_users(self.convert) else ():
+                    require_holdable(self.convert, record)
             except RecordError as error:
                 yield row.number, error
             else:
@@ -306,33 +381,3 @@ class _Pass:
             return Row(row.number, RecordError(said))
         ids[own] = row.number
         return row
-
-    def _placed(self, record: PreferenceRecord, images: States) -> PreferenceRecord:
-        """The record with paths of images taken from the folder of the source."""
-        nodes = () if self.system is None else self.system.nodes
-        names = {node.name for node in nodes if isinstance(node.component, TextToImage)}
-
-        def below(value: Any) -> Any:
-            if isinstance(value, list):
-                return [below(item) for item in value]
-            if isinstance(value, Image.Image):
-                return open_picture(value, "an image of the reader")
-            if not isinstance(value, str):
-                return value
-            found = str(self.folder / value)
-            images[found] = file_state(found)
-            return found
-
-        chosen, rejected = (dict(side) for side in (record.chosen, record.rejected))
-        for side in (chosen, rejected):
-            side |= {name: below(side[name]) for name in names & side.keys()}
-        placed = PreferenceRecord(record.inputs, chosen, rejected)
-        if is_users(self.convert):
-            try:
-                json.dumps(pack([placed.inputs, placed.chosen, placed.rejected], lambda leaf: 0))
-            except TypeError as error:
-                raise RecordError(
-                    f"the reader {name_of(self.convert)} gave a value that no file can hold ({error}): give texts, "
-                    "numbers, lists, objects, bytes, arrays of numbers or images"
-                ) from None
-        return placed
