@@ -31,7 +31,7 @@ setup(
     package_data={
         "sysdpo_jax": ["py.typed"],
         "sysdpo_jax.recipes": ["*.yaml", "*.txt", "*.jsonl"],
-        "sysdpo_jax.report": ["*.html*", "*.css"],
+        "sysdpo_jax.report": ["*.jinja", "*.css"],
     },
     entry_points={"console_scripts": ["sysdpo=sysdpo_jax.cli.main:main"]},
     install_requires=[
