@@ -1,5 +1,6 @@
 """The models that make up a pipeline, one folder each: what they are called, how they are read and written."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,8 +83,9 @@ def part_tensors(folder: Path, part: Part, variant: str | None) -> Safetensors:
     return Safetensors(folder, part.stem, variant if has_variant(folder, part, variant) else None)
 
 
+@functools.cache
 def abstract_params(part: Part, module: Any) -> Params:
-    """Shapes and types of a part's parameters; nothing is computed."""
+    """Shapes and types of a part's parameters; nothing is computed. Tracing takes a second: equal parts share it."""
     inputs = part.example(module.config)
     return jax.eval_shape(lambda key: module.init(key, *inputs), jax.random.key(0))["params"]
 

@@ -18,7 +18,9 @@ FLAGS = (
 
 def printed(module):
     """What a module of this folder prints when it runs in a process with 8 devices."""
-    command = [sys.executable, "-W", "error", "-m", f"tests.distributed.{module}"]
+    # Another process may be writing a program just now.
+    warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache entry"]
+    command = [sys.executable, *warnings, "-m", f"tests.distributed.{module}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]

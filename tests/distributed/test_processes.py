@@ -38,14 +38,14 @@ class Run:
     directory: Path
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, number: int, steps: int, pause: float = 0.0, bad: int | None = None) -> "Run":
+    def start(self, cache: Path, number: int, steps: int, pause: float = 0.0, bad: int | None = None) -> "Run":
         self.directory.mkdir(exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         # Level 0 compiles in half the time and keeps every collective.
         flags = f"--xla_force_host_platform_device_count={8 // number} --xla_backend_optimization_level=0"
-        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
         command = [sys.executable, "-W", "error", "-m", "tests.distributed.two_processes"]
         command += [str(self.directory), str(steps), str(pause)]
         for process in range(number):
@@ -92,15 +92,15 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(tmp_path_factory):
     """`start(directory, processes, steps, ...)` a run; what is left of the one before, of a failed test, is ended."""
-    runs: list[Run] = []
+    cache, runs = tmp_path_factory.mktemp("cache"), []
 
     def begin(directory: Path, *args: Any, **settings: Any) -> Run:
         for run in runs:
             run.end()
         runs.append(Run(directory))
-        return runs[-1].start(*args, **settings)
+        return runs[-1].start(cache, *args, **settings)
 
     yield begin
     for run in runs:

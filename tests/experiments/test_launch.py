@@ -247,6 +247,8 @@ def test_a_slurm_job_is_preempted_requeued_and_goes_on(tmp_path, material, tasks
         "JAX_PLATFORMS": "cpu",
         # Compilation is most of the time.
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHON": sys.executable,
         "CONFIG": str(material / "run.yaml"),
         "DIRECTORY": str(run),

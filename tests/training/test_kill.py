@@ -1,5 +1,6 @@
 """A run that is killed at random moments, or asked to stop, and restarted ends as one that was not, bit for bit."""
 
+import os
 import random
 import signal
 import subprocess
@@ -16,11 +17,21 @@ STEPS = 40
 ROOT = Path(__file__).parents[2]
 
 
-def start(kind, directory, steps, pause):
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The same compiled step for all starts, which then take a fraction of the time.
+
+    Kept for them alone: a process that is killed may leave half a program.
+    """
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | cache
+
+
+def start(environment, kind, directory, steps, pause):
     directory.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.training.killed_run", kind, str(directory), str(steps), str(pause)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
 
 def wait_for_steps(run, number):
@@ -33,8 +44,8 @@ def steps_of(text):
     return [int(line) for line in text.splitlines()]
 
 
-def finished(kind, directory, steps):
-    run = start(kind, directory, steps, 0.0)
+def finished(environment, kind, directory, steps):
+    run = start(environment, kind, directory, steps, 0.0)
     # Long only on a machine that others keep busy.
     text, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors[-3000:]
@@ -49,12 +60,12 @@ def check_same(left, right, note):
     assert trained_rows(left) == trained_rows(right), note
 
 
-def kill_and_compare(kind, tmp_path, kills, steps):
+def kill_and_compare(environment, kind, tmp_path, kills, steps):
     """Kill so many starts at random moments, then finish. Returns how many kills met a checkpoint half-written."""
     seed = random.randrange(2**32)
     rng, note, newest, torn = random.Random(seed), f"seed {seed}", 0, 0
     for number in range(kills):
-        run = start(kind, tmp_path / "killed", steps, pause=0.01)
+        run = start(environment, kind, tmp_path / "killed", steps, pause=0.01)
         seen = wait_for_steps(run, rng.randint(1, max(1, steps // (2 * kills))))
         time.sleep(rng.uniform(0, 0.2))
         run.send_signal(signal.SIGKILL)
@@ -64,32 +75,32 @@ def kill_and_compare(kind, tmp_path, kills, steps):
         assert seen[0] >= newest - 2, note
         newest = max(seen + steps_of(text))
         torn += any("checkpoint-tmp" in path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
-    last = finished(kind, tmp_path / "killed", steps)
+    last = finished(environment, kind, tmp_path / "killed", steps)
     assert last == list(range(last[0], steps))
     assert newest - 2 <= last[0] <= newest + 1, note
-    assert finished(kind, tmp_path / "whole", steps) == list(range(steps))
+    assert finished(environment, kind, tmp_path / "whole", steps) == list(range(steps))
     check_same(tmp_path / "killed", tmp_path / "whole", note)
     left = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
     assert sorted(left) == [str(steps - 1), str(steps)]
     return torn
 
 
-def test_killed_and_restarted(tmp_path):
-    kill_and_compare("direct", tmp_path, kills=1, steps=STEPS)
+def test_killed_and_restarted(environment, tmp_path):
+    kill_and_compare(environment, "direct", tmp_path, kills=1, steps=STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["direct", "sampling"])
-def test_killed_twenty_times(tmp_path, kind):
-    torn = kill_and_compare(kind, tmp_path, kills=20, steps=200)
+def test_killed_twenty_times(environment, tmp_path, kind):
+    torn = kill_and_compare(environment, kind, tmp_path, kills=20, steps=200)
     print(f"{torn} of 20 kills met a checkpoint half-written")
     assert torn > 0
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(tmp_path):
+def test_sigterm_saves_and_exits_with_0(environment, tmp_path):
     """Within 30 seconds, as the grace period of a preempted machine is; it takes a fraction of one."""
-    run = start("sampling", tmp_path / "asked", STEPS, pause=0.02)
+    run = start(environment, "sampling", tmp_path / "asked", STEPS, pause=0.02)
     seen = wait_for_steps(run, 7)
     asked = time.monotonic()
     run.send_signal(signal.SIGTERM)
@@ -100,18 +111,18 @@ def test_sigterm_saves_and_exits_with_0(tmp_path):
     assert newest < STEPS - 1
     assert f"asked to stop: step {newest + 1} is saved in {tmp_path / 'asked' / 'checkpoints'}, the same" in errors
     assert not (tmp_path / "asked" / "final.npz").exists()
-    assert finished("sampling", tmp_path / "asked", STEPS) == list(range(newest + 1, STEPS))
-    finished("sampling", tmp_path / "whole", STEPS)
+    assert finished(environment, "sampling", tmp_path / "asked", STEPS) == list(range(newest + 1, STEPS))
+    finished(environment, "sampling", tmp_path / "whole", STEPS)
     check_same(tmp_path / "asked", tmp_path / "whole", "SIGTERM")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("room", "said"), [(200, "does not take the checkpoint of step 1"), (1500, None)])
-def test_a_quota_ends_the_run_with_an_error_or_costs_a_side_output(tmp_path, room, said):
+def test_a_quota_ends_the_run_with_an_error_or_costs_a_side_output(environment, tmp_path, room, said):
     """A checkpoint takes 1.3 MB, the rows of 40 steps far less. room: KiB of a file, which the shell limits."""
     run = [sys.executable, "-m", "tests.training.killed_run", "direct", str(tmp_path), str(STEPS), "0"]
     command = ["bash", "-c", 'ulimit -f "$0" && exec "$@"', str(room), *run]
-    settings = {"cwd": ROOT, "text": True, "capture_output": True, "timeout": 120}
+    settings = {"cwd": ROOT, "env": environment, "text": True, "capture_output": True, "timeout": 120}
     ended = subprocess.run(command, **settings)
     if said is None:
         assert ended.returncode == 0, ended.stderr[-3000:]
