@@ -67,7 +67,7 @@ USERS = {
     "configuration": (
         "config.yaml",
         lambda path, text: write_config(path, TrainConfig(directory=text)),
-        lambda path: read_config(path).directory,
+        lambda path: Path(read_config(path).directory).name,
     ),
     "metrics": ("metrics.jsonl", metrics, lambda path: read_metrics(path)[0]["loss"]),
     "parameters": (

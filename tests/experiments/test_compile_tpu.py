@@ -127,6 +127,7 @@ def test_unknown_names_are_answered_with_the_known_ones(monkeypatch):
     for name in ("v5x:2x2", "v5e", "v5e:2x"):
         with pytest.raises(ConfigError, match="v4, v5e, v5p, v6e"):
             chips.topology(name)
+    topology = chips.topology
     monkeypatch.setattr(chips, "topology", lambda name: jax.devices()[:1])
     with pytest.raises(ConfigError, match="v5e:2x2: data 3 x tensor 1 does not divide the 1 devices"):
         compile_tpu.run(compile_tpu.Config(data=3))
@@ -135,7 +136,7 @@ def test_unknown_names_are_answered_with_the_known_ones(monkeypatch):
         compile_tpu.run(compile_tpu.Config(fsdp=1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'libtpu: pip install "sysdpo_jax\[tpu-aot\]"'):
-        chips.topology("v5e:2x2")
+        topology("v5e:2x2")
 
 
 def test_the_plan_of_full_fine_tuning_and_of_lora():
