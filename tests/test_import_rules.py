@@ -44,6 +44,7 @@ ALLOWED = {
     "training": {"models", "components", "parallel", "batch", "graph", "manifest", "objectives", "data"},
     "pretrained": {"models", "decoding", "diffusion", "components", "manifest"},
     "evaluation": {"components", "graph", "data"},
+    "runs": {"components", "parallel", "batch", "graph", "manifest", "objectives", "data", "training", "evaluation"},
     "report": {"components", "graph", "evaluation"},
     "recipes": {"*"},
     "cli": {"*"},

@@ -26,7 +26,7 @@ def best_evaluation(rows: Sequence[Row]) -> int | None:
     return max(graded)[1] if graded else None
 
 
-def final_figures(rows: Sequence[Row]) -> dict[str, float]:
+def final_figures(rows: Sequence[Row]) -> dict[str, float | int]:
     """The figures of the best evaluation, of the last one where none is better than before training.
 
     "step", and as in the rows without "eval/"; "score_before" is of the same pairs of runs as "score". Empty where
@@ -40,7 +40,7 @@ def final_figures(rows: Sequence[Row]) -> dict[str, float]:
     return {"step": row["step"], **figures, "score_before": figures["score"] - figures["score_difference"]}
 
 
-def interval_of(figures: Mapping[str, float], name: str) -> Interval | None:
+def interval_of(figures: Mapping[str, float | int], name: str) -> Interval | None:
     """The interval that was logged beside a figure, None for none."""
     ends = figures.get(f"{name}/low"), figures.get(f"{name}/high")
     return None if ends[0] is None or ends[1] is None else Interval(ends[0], ends[1])
@@ -70,11 +70,11 @@ def summary(rows: Sequence[Row], steps: int) -> Iterator[str]:
             yield f"the last evaluation was at step {made[-1]['step']} of {steps}"
 
 
-def _plain(row: Row) -> dict[str, float]:
+def _plain(row: Row) -> dict[str, float | int]:
     return {name.removeprefix(EVALUATED): value for name, value in row.items()}
 
 
-def _win_rate(figures: Mapping[str, float]) -> str:
+def _win_rate(figures: Mapping[str, float | int]) -> str:
     ends = interval_of(figures, "win_rate")
     text = f"{100 * figures['win_rate']:.1f}%"
     if ends is None:
@@ -83,7 +83,7 @@ def _win_rate(figures: Mapping[str, float]) -> str:
     return f"{text} [{100 * ends.low:.1f}, {100 * ends.high:.1f}]{chance}"
 
 
-def _ranged(figures: Mapping[str, float], name: str, sign: str = "-") -> str:
+def _ranged(figures: Mapping[str, float | int], name: str, sign: str = "-") -> str:
     ends = interval_of(figures, name)
     text = f"{figures[name]:{sign}.4g}"
     if ends is None:
@@ -93,7 +93,7 @@ def _ranged(figures: Mapping[str, float], name: str, sign: str = "-") -> str:
     return f"{text} [{ends.low:{sign}.3g}, {ends.high:{sign}.3g}]"
 
 
-def over(figures: Mapping[str, float]) -> str:
+def over(figures: Mapping[str, float | int]) -> str:
     """What figures are of, in words: "24 prompts x 2 samples"."""
     samples = figures["runs"] / figures["prompts"]
     prompts = f"{figures['prompts']:.0f} prompt{'' if figures['prompts'] == 1 else 's'}"

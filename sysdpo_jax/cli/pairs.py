@@ -15,13 +15,13 @@ import numpy as np
 
 from sysdpo_jax.cli.config import parse_flags
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.cli.runs_file import Run, moved, read_lines, run_lines
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
 from sysdpo_jax.locks import locked_file
+from sysdpo_jax.runs.runs_file import Run, moved, read_lines, run_lines
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.runs_file import read_lines
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.values import from_json
 
 

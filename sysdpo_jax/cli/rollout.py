@@ -24,7 +24,6 @@ from sysdpo_jax.cli.config import parse_flags
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
 from sysdpo_jax.cli.loading import Which, load_system
 from sysdpo_jax.cli.prompts import read_prompts
-from sysdpo_jax.cli.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
@@ -33,6 +32,7 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.resumable_jsonl import ResumableJsonl
+from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.training import Board
 from sysdpo_jax.typing import Params, Positive
 

@@ -19,7 +19,6 @@ from typing import Literal
 
 from sysdpo_jax.cli.config import parse_flags
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.cli.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer, scores
@@ -27,6 +26,7 @@ from sysdpo_jax.evaluation.unscored import ScoreError, counted
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.resumable_jsonl import ResumableJsonl, note_of
+from sysdpo_jax.runs.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
 from sysdpo_jax.training import Board
 
 # So many runs without a score, and none with one, are no accident.

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from sysdpo_jax.cli.held_out import FOLDER, runs_name
 from sysdpo_jax.cli.run import Run
-from sysdpo_jax.cli.runs_file import run_lines, with_images
 from sysdpo_jax.report import ComparedRuns, ShownRun
+from sysdpo_jax.runs.held_out import FOLDER, runs_name
+from sysdpo_jax.runs.runs_file import run_lines, with_images
 
 
 def compared_runs(run: Run, steps: Mapping[str, int]) -> Iterator[ComparedRuns]:

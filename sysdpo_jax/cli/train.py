@@ -20,7 +20,7 @@ from sysdpo_jax.cli.caches import keep_compilations
 from sysdpo_jax.cli.config import TrainConfig, parse
 from sysdpo_jax.cli.dry_run import describe_run
 from sysdpo_jax.cli.ending import Terminated, bounded_exit, user_errors
-from sysdpo_jax.cli.held_out import make_evaluation
+from sysdpo_jax.cli.evaluation import make_evaluation
 from sysdpo_jax.cli.report import result_lines, write_run_report
 from sysdpo_jax.cli.run import (
     Run,

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.cli.begun import fingerprint
-from sysdpo_jax.cli.held_out import HeldOut
 from sysdpo_jax.cli.outcome import best_evaluation, final_figures, summary
 from sysdpo_jax.cli.shown import spread
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation import share_interval
 from sysdpo_jax.evaluation.unscored import ScoreError
+from sysdpo_jax.runs.begun import fingerprint
+from sysdpo_jax.runs.held_out import HeldOut
 
 SYSTEM = sj.CompoundSystem(("x",), (sj.Node("z", sj.Categorical(50, (4,)), ("x",)),))
 PROMPTS = [{"x": x} for x in range(4)]

@@ -9,7 +9,7 @@ import pytest
 import sysdpo_jax as sj
 from sysdpo_jax.cli import pairs as make_pairs
 from sysdpo_jax.cli import rollout
-from sysdpo_jax.cli.runs_file import read_lines, run_lines, with_images
+from sysdpo_jax.runs.runs_file import read_lines, run_lines, with_images
 from tests.components.test_conversations import TOOL, USER, model
 from tests.data.test_preference_files import PAINTER
 

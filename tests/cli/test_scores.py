@@ -10,7 +10,7 @@ import pytest
 import sysdpo_jax as sj
 from sysdpo_jax.cli import pairs as make_pairs
 from sysdpo_jax.cli import score
-from sysdpo_jax.cli.runs_file import read_lines
+from sysdpo_jax.runs.runs_file import read_lines
 from tests.cli.test_runs import SYSTEM, failure, files, read_runs, roll_out
 
 __all__ = ["files"]

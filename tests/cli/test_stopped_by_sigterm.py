@@ -13,7 +13,7 @@ import yaml
 
 from sysdpo_jax.cli import rollout, score, train
 from sysdpo_jax.cli.ending import user_errors
-from sysdpo_jax.cli.runs_file import read_lines
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.user_code import user_code
 from tests.cli.test_ending import configured
 

@@ -12,7 +12,7 @@ import yaml
 
 from sysdpo_jax.cli import export, rollout, train
 from sysdpo_jax.cli.loading import load_system
-from sysdpo_jax.cli.runs_file import read_lines
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.values import from_json
 from tests.cli.test_runs import failure

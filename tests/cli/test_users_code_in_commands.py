@@ -11,10 +11,10 @@ import sysdpo_jax as sj
 from sysdpo_jax.cli import pairs as make_pairs
 from sysdpo_jax.cli import rollout, score, train
 from sysdpo_jax.cli.config import NodeConfig, read_config
-from sysdpo_jax.cli.runs_file import read_lines
 from sysdpo_jax.cli.system import _component
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.importing import import_object
+from sysdpo_jax.runs.runs_file import read_lines
 
 RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError, CancelledError)
 

@@ -9,13 +9,13 @@ import pytest
 
 from sysdpo_jax import CompoundSystem, LanguageModel, Node, PreferenceRecord, Tool, load_preferences, save_preferences
 from sysdpo_jax.cli.prompts import read_prompts
-from sysdpo_jax.cli.runs_file import as_row, lacks_images, moved, run_lines, with_images, write_rows
 from sysdpo_jax.columns import as_values, load_columns, save_columns
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.prepared import with_kept_values
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.row_files import RowFile, write_row_file
+from sysdpo_jax.runs.runs_file import as_row, lacks_images, moved, run_lines, with_images, write_rows
 from sysdpo_jax.values import SampledText, content, distinct, from_json, to_json
 from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
 

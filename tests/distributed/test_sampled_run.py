@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from sysdpo_jax.cli.runs_file import read_lines
 from sysdpo_jax.columns import as_values, load_columns
+from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import write_decoder
 

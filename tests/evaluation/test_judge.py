@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from sysdpo_jax.cli import score
-from sysdpo_jax.cli.runs_file import read_lines
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation import judge_client
 from sysdpo_jax.evaluation.in_parallel import as_completed
@@ -23,6 +22,7 @@ from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.judge_template import Template, read_template
 from sysdpo_jax.evaluation.scoring import check_scorer, score_runs
 from sysdpo_jax.evaluation.unscored import ScoreError
+from sysdpo_jax.runs.runs_file import read_lines
 
 RUNS = 12
 
