@@ -40,6 +40,9 @@ from sysdpo_jax.graph import CompoundSystem, GraphError, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_PARAMS
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
+from sysdpo_jax.runs.online import online
+from sysdpo_jax.runs.online_training import OnlineResult, RoundSummary
+from sysdpo_jax.runs.rounds import Rounds
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
@@ -84,6 +87,7 @@ __all__ = [
     "LoRA",
     "Node",
     "NonFiniteError",
+    "OnlineResult",
     "PairBatch",
     "PixelCodec",
     "Preempted",
@@ -91,6 +95,8 @@ __all__ = [
     "Preferences",
     "Ranked",
     "RecordError",
+    "RoundSummary",
+    "Rounds",
     "SD3Text",
     "SDXLText",
     "SampledBatch",
@@ -116,6 +122,7 @@ __all__ = [
     "make_optimizer",
     "make_pairs",
     "make_train_step",
+    "online",
     "precompute_reference",
     "preference_dataset",
     "prepare_pairs",

@@ -3,21 +3,17 @@
 import hashlib
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
 
 from sysdpo_jax.cli.prompts import read_prompts
 from sysdpo_jax.cli.run import BEST, Run
-from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.evaluation.scoring import about_scorer, make_scorer
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.runs.held_out import FOLDER, HeldOut
 from sysdpo_jax.training import Evaluation
-from sysdpo_jax.training.evaluation import EvaluationError
-from sysdpo_jax.typing import Params
 
 
 def make_evaluation(run: Run) -> Evaluation | None:
@@ -26,7 +22,7 @@ def make_evaluation(run: Run) -> Evaluation | None:
     if not config.prompts:
         return None
     stop_on = None if config.patience is None else (*BEST, config.patience)
-    return Evaluation(partial(measured, make_held_out(run)), config.every, stop_on)
+    return make_held_out(run).evaluation(config.every, stop_on)
 
 
 def make_held_out(run: Run) -> HeldOut:
@@ -56,11 +52,3 @@ def make_held_out(run: Run) -> HeldOut:
     if few and jax.process_index() == 0:
         print(f"warning: evaluation.prompts {config.prompts}: {few}", file=sys.stderr, flush=True)
     return held_out
-
-
-def measured(held_out: HeldOut, step: int, params: Params) -> dict[str, float]:
-    """What `HeldOut.measure` says is wrong is named already."""
-    try:
-        return held_out.measure(step, params)
-    except (ConfigError, OSError) as error:
-        raise EvaluationError(f"the evaluation at step {step}: {error}") from error

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import write_whole
 from sysdpo_jax.resumable_jsonl import note_of
+from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.typing import Params
 
 FOLDER = "evaluation"
@@ -101,6 +102,18 @@ class HeldOut:
 
     def _prompts_of(self, kept: Bool[np.ndarray, "runs"]) -> np.ndarray:
         return np.arange(len(kept))[kept] // self.samples
+
+    def evaluation(self, every: int, stop_on: tuple[str, Literal["max", "min"], int] | None) -> Evaluation:
+        """What a `Trainer` takes: `measure` every so many steps, with the end of training that `stop_on` describes."""
+
+        def measured(step: int, params: Params) -> dict[str, float]:
+            # What is wrong is named already.
+            try:
+                return self.measure(step, params)
+            except (ConfigError, OSError) as error:
+                raise EvaluationError(f"the evaluation at step {step}: {error}") from error
+
+        return Evaluation(measured, every, stop_on)
 
     def check(self) -> None:
         """Raise `ConfigError` where the folder's first runs were made or scored in another way, or are missing."""

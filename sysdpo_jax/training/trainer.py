@@ -54,7 +54,8 @@ class Trainer:
     log_every: steps between rows of metrics, the last of all steps has one too; the host waits for the device at no
     other step but to evaluate and save.
     config: JSON values of the experiment (learning rates, data); like objective, system and optimiser they must be the
-    same when the run resumes. progress: shows the bar. profile: (first, last), the steps first ... last - 1 are traced
+    same when the run resumes. log_directory: has metrics.jsonl and the events instead, which rounds of one run share.
+    progress: shows the bar. profile: (first, last), the steps first ... last - 1 are traced
     by jax.profiler into profile/. wandb: see `MetricsLog`; the config goes there too.
     """
 
@@ -73,6 +74,7 @@ class Trainer:
     profile: tuple[int, int] | None = None
     evaluation: Evaluation | None = None
     wandb: Mapping[str, Any] | None = None
+    log_directory: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
@@ -165,7 +167,8 @@ class Trainer:
             if rank_zero and accepted is not None:
                 accepted()
             names = [node.name for node in self.system.nodes]
-            log = stack.enter_context(MetricsLog(self.directory, done, self._wandb(), names)) if rank_zero else None
+            logs = self.directory if self.log_directory is None else self.log_directory
+            log = stack.enter_context(MetricsLog(logs, done, self._wandb(), names)) if rank_zero else None
             report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
             throughput = Throughput(self.system, self.step.mesh)
             reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best, steps - 1)
