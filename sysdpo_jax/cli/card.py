@@ -11,7 +11,7 @@ import yaml
 import sysdpo_jax as sj
 from sysdpo_jax.cli.outcome import final_figures, interval_of, over
 from sysdpo_jax.cli.report import ENDED
-from sysdpo_jax.cli.run import DATA, Run
+from sysdpo_jax.cli.run import DATA, Run, best_of
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.training.metrics import read_metrics
@@ -62,10 +62,11 @@ def _lines(
         f"Loss {objective.loss}, beta {objective.beta}; {schedule.batch_size} pairs a step, AdamW at {rate:g}{lora}; "
         f"sysdpo_jax {sj.__version__}.\n"
     )
-    yield f"Data: {data['source']}, {data['kept']} preferences, SHA-256 {data['sha256']}.\n"
+    pairs = "prompts of online rounds" if data["kept"] is None else f"{data['kept']} preferences"
+    yield f"Data: {data['source']}, {pairs}, SHA-256 {data['sha256']}.\n"
     yield "## Figures\n"
     yield "| figure | value | step |\n| --- | ---: | ---: |"
-    final = final_figures(rows)
+    final = final_figures(rows, best_of(run.config))
     intervals = {title: interval_of(final, title) for title in EVALUATED if title in final}
     for title, ends in intervals.items():
         shown = "" if ends is None else f" [{ends.low:.3g}, {ends.high:.3g}]"

@@ -10,6 +10,7 @@ import tyro
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, with_config
 
+from sysdpo_jax.data.rollouts import Pairs
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.io import write_whole
@@ -178,10 +179,42 @@ class EvaluationConfig:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class OnlineConfig:
+    """Rounds of `sysdpo online`, which makes its own preferences with the evaluation's scorer or judge; see
+    docs/online.md.
+
+    prompts: that the rounds make runs of, a file as for the evaluation. rounds: how many; it may grow when the run goes
+    on. samples: runs of each prompt in a round. batch_size: of runs. group, pairs, min_margin: which runs of a prompt
+    make a pair, see `sysdpo_jax.Rounds`. mix: share of earlier rounds' pairs. reference: of a round, the policy at its
+    start (reset) or the first one (keep). epochs: passes over a round's pairs at most; a round has `schedule.steps`
+    updates at most. stop_on: held-out figures that end the run where they fall below their best by more than their
+    noise, or by more than `fall`; the first says which evaluation is the best. figures: further ones by name,
+    "module:function" of a run.
+    """
+
+    prompts: str = ""
+    rounds: Positive = 2
+    samples: Positive = 8
+    batch_size: Positive = 16
+    group: Positive | None = None
+    pairs: Pairs = "best_worst"
+    min_margin: float = 0.0
+    mix: float = 0.0
+    reference: Literal["reset", "keep"] = "reset"
+    epochs: Positive | None = 12
+    stop_on: tuple[str, ...] = ("score",)
+    fall: float | None = None
+    figures: dict[str, str] = field(default_factory=dict)
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class TrainConfig:
     """A run. Given again with the same directory it goes on from the newest checkpoint.
 
-    directory: of checkpoints, metrics and report. dtype: of the computation; weights that are trained whole are kept in
+    directory: of checkpoints, metrics and report. init_from: folder of another run, from whose parameters this one
+    starts, those of its newest or its best checkpoint (init_checkpoint), instead of from those of its components.
+    dtype: of the computation; weights that are trained whole are kept in
     float32. remat: see `pretrained.load`. profile: steps (first, last) to trace. wandb: project of Weights & Biases,
     none by default. resume: False refuses a directory that holds a checkpoint. preempted_exit_code: after SIGTERM.
     compilation_cache: of compiled programs, "user", "none" or a folder. prepared_cache: of prepared preferences, "user"
@@ -189,12 +222,15 @@ class TrainConfig:
     """
 
     directory: str = ""
+    init_from: str = ""
+    init_checkpoint: Literal["newest", "best"] = "newest"
     system: SystemConfig = SystemConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    online: OnlineConfig = OnlineConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str | None = None
     seed: int = 0

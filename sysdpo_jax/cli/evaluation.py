@@ -11,6 +11,7 @@ from sysdpo_jax.cli.prompts import read_prompts
 from sysdpo_jax.cli.run import BEST, Run
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.evaluation.scoring import about_scorer, make_scorer
+from sysdpo_jax.importing import import_function
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.runs.held_out import FOLDER, HeldOut
 from sysdpo_jax.training import Evaluation
@@ -44,8 +45,13 @@ def make_held_out(run: Run) -> HeldOut:
             "samples": str(config.samples),
             "batch_size": str(config.batch_size),
             "prompts": file_digest(Path(config.prompts)),
-        },
+        }
+        | {f"figure {name}": function for name, function in run.config.online.figures.items()},
         hashlib.sha256(json.dumps(run.identity, sort_keys=True, default=str).encode()).hexdigest()[:32],
+        {
+            name: import_function(function, f"online.figures.{name}")
+            for name, function in run.config.online.figures.items()
+        },
     )
     held_out.check()
     few = too_few(len(held_out.prompts))

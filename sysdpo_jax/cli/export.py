@@ -16,11 +16,11 @@ from sysdpo_jax.cli.card import model_card
 from sysdpo_jax.cli.config import MeshConfig, TrainConfig, parse_flags, read_config
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
 from sysdpo_jax.cli.exporting import write_component
-from sysdpo_jax.cli.loading import Which, restored
 from sysdpo_jax.cli.outcome import best_evaluation
-from sysdpo_jax.cli.run import CONFIG, assemble
+from sysdpo_jax.cli.run import CONFIG, assemble, best_of, restored
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_whole
+from sysdpo_jax.runs.round_store import Which
 from sysdpo_jax.training import read_metrics
 
 
@@ -51,7 +51,7 @@ def export(config: Config) -> list[Path]:
     # On the devices that are here, whatever it was trained on, and where the folder is now.
     run = assemble(replace(train, directory=str(config.directory), mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
-    best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"))
+    best = best_evaluation(read_metrics(config.directory / "metrics.jsonl"), best_of(train))
     if step == 0:
         why = "has not trained yet" if config.checkpoint == "newest" else "was never better than before training"
         raise ConfigError(f"{config.directory} {why}, so that there is nothing aligned to export: train on")

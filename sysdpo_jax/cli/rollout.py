@@ -22,7 +22,7 @@ import sysdpo_jax as sj
 from sysdpo_jax.cli.caches import keep_compilations
 from sysdpo_jax.cli.config import parse_flags
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.cli.loading import Which, load_system
+from sysdpo_jax.cli.loading import load_system
 from sysdpo_jax.cli.prompts import read_prompts
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
@@ -32,6 +32,7 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.resumable_jsonl import ResumableJsonl
+from sysdpo_jax.runs.round_store import Which
 from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.training import Board
 from sysdpo_jax.typing import Params, Positive

@@ -73,10 +73,10 @@ def train(config: TrainConfig, arguments: list[str]) -> None:
     finally:
         # After a stop or a value that is not finite the report is wanted most.
         if begun:
-            _tell(run, arguments, began)
+            tell_result(run, arguments, began)
 
 
-def _tell(run: Run, arguments: list[str], began: float) -> None:
+def tell_result(run: Run, arguments: list[str], began: float) -> None:
     """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
     try:
         for line in result_lines(run):
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     with user_errors():
         config = parse(arguments, __doc__)
         try:
-            with _own(config):
+            with own_folder(config):
                 train(config, arguments)
         except sj.Preempted:
             raise SystemExit(config.preempted_exit_code) from None
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
             raise Terminated(config.preempted_exit_code) from None
 
 
-def _own(config: TrainConfig) -> AbstractContextManager[None]:
+def own_folder(config: TrainConfig) -> AbstractContextManager[None]:
     """The run's folder is this command's alone, from before it reads what may be long: process 0 of several has it."""
     writes = config.directory and not config.dry_run and jax.process_index() == 0
     return locked_folder(Path(config.directory)) if writes else nullcontext()
