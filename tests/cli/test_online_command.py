@@ -1,4 +1,4 @@
-"""Online rounds as a command: components made by factories, more rounds later, a report, and runs that start from it."""
+"""Online rounds as a command: components made by factories, more rounds later, a report, a run that starts from it."""
 
 import json
 
@@ -113,7 +113,8 @@ def test_the_best_round_is_what_rollouts_and_exports_take(trained, tmp_path):
     assert len(list(read_lines(tmp_path / "runs.jsonl"))) == 12
     export.main(["--directory", str(run), "--output", str(tmp_path / "aligned"), "--checkpoint", "best"])
     card = (tmp_path / "aligned" / "router" / "README.md").read_text()
-    assert f"after {best} steps" in card and "prompts of online rounds" in card
+    assert f"after {best} steps" in card
+    assert "prompts of online rounds" in card
 
 
 def test_a_run_starts_from_the_parameters_of_another(trained, tmp_path):
