@@ -1,4 +1,4 @@
-"""One of several processes of online rounds: `python online_run.py DIRECTORY ROUNDS PORT COUNT ID`. Prints their end."""
+"""One process of online rounds: `python online_run.py DIRECTORY ROUNDS PORT COUNT ID`. Prints what they came to."""
 
 import json
 import sys
