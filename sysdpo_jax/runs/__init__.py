@@ -1,0 +1,1 @@
+"""Runs of a system in files, what they score, and rounds of training on them."""
