@@ -11,10 +11,10 @@ import numpy as np
 
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
-from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.resumable_jsonl import ResumableJsonl, note_of
+from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
 from sysdpo_jax.typing import Params
 
 # Whole numbers of as many bytes.

@@ -10,9 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from sysdpo_jax.runs.runs_file import read_lines, write_rows
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.runs.begun import discard
 from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.preferences import (
     SHARE,
@@ -23,12 +21,14 @@ from sysdpo_jax.evaluation.preferences import (
     paired_difference,
     win_rate,
 )
-from sysdpo_jax.runs.scored_runs import RunScorer
 from sysdpo_jax.evaluation.scoring import Scorer
 from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import write_whole
 from sysdpo_jax.resumable_jsonl import note_of
+from sysdpo_jax.runs.begun import discard
+from sysdpo_jax.runs.runs_file import read_lines, write_rows
+from sysdpo_jax.runs.scored_runs import RunScorer
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.typing import Params
 

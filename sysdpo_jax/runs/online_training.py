@@ -117,8 +117,8 @@ class OnlineTraining:
             tell(f"round {number}: {len(rows)} runs, mean score {score:.4g}; {len(records)} pairs, {steps} steps")
         evaluation = None
         if self.held_out is not None:
-            stop_on = None if self.patience is None else (store.figure, "max", self.patience)
-            evaluation = self.held_out.evaluation(self.every or sys.maxsize, stop_on)
+            every, patience = self.every or sys.maxsize, self.patience
+            evaluation = self.held_out.evaluation(every, None if patience is None else (store.figure, "max", patience))
         trainer = store.trainer_of(number, steps, evaluation)
         state, batches = store.state(trainer, initial, current, first), self.batches or self._batches
         state = trainer.fit(state, batches(records, self.store.seed + number), first + steps, store.key)

@@ -10,13 +10,13 @@ from jaxtyping import PRNGKeyArray
 
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
-from sysdpo_jax.runs.runs_file import Run
-from sysdpo_jax.runs.begun import Begun, fingerprint
 from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.scoring import Scorer, score_of, score_runs
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.parallel.distributed import gathered
 from sysdpo_jax.parallel.replicate import replicate_per_process
+from sysdpo_jax.runs.begun import Begun, fingerprint
+from sysdpo_jax.runs.runs_file import Run
 from sysdpo_jax.training.progress import Lines
 from sysdpo_jax.typing import Params
 

@@ -56,9 +56,7 @@ def optimizer(rate):
     return sj.make_optimizer({name: sj.ComponentOptimizer(optax.adam(rate)) for name in ("route", "answer")})
 
 
-ROUNDS = sj.Rounds(
-    number=3, samples=64, sample_batch=96, group=8, pairs="all", steps=30, batch_size=64, epochs=None
-)
+ROUNDS = sj.Rounds(number=3, samples=64, sample_batch=96, group=8, pairs="all", steps=30, batch_size=64, epochs=None)
 RUNS, HELD_OUT = 3 * 64, 3 * 16
 
 
