@@ -1,4 +1,4 @@
-"""Online preference optimisation: rounds of runs, scores, pairs and training, each on the policy that the last one left.
+"""Online preference optimisation: rounds of runs, scores, pairs and training, each on the policy of the one before it.
 
 In a round the current policy pi_k makes runs, a scorer or judge ranks them, and the SysDPO loss is minimised on their
 pairs. With reference="reset" the loss compares with pi_k itself: its minimiser over all policies is pi_(k+1)
@@ -34,7 +34,7 @@ def online(
     params: Params,
     prompts: Sequence[Record],
     scorer: Scorer | Judge,
-    rounds: Rounds = Rounds(),
+    rounds: Rounds,
     *,
     held_out: Sequence[Record] = (),
     held_out_samples: int = 8,

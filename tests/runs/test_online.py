@@ -155,7 +155,8 @@ def test_what_stopped_goes_on_to_the_same_end_and_nothing_is_scored_twice(whole,
     last = Counting()
     again = trained(tmp_path, scorer=last)
     assert calls + scorer.calls + last.calls == 3 * RUNS + 4 * HELD_OUT
-    assert again.step == result.step and again.rounds == result.rounds
+    assert again.step == result.step
+    assert again.rounds == result.rounds
     assert same(again.params, result.params)
     assert rows_of(tmp_path) == rows_of(folder)
 
@@ -167,7 +168,8 @@ def test_more_rounds_go_on_where_fewer_ended(whole, tmp_path):
     scorer = Counting()
     more = trained(tmp_path, scorer=scorer)
     assert scorer.calls == 2 * RUNS + 2 * HELD_OUT
-    assert more.rounds == result.rounds and same(more.params, result.params)
+    assert more.rounds == result.rounds
+    assert same(more.params, result.params)
     # All is done: nothing is scored, and the same is returned.
     assert same(trained(tmp_path, scorer=Counting(0)).params, result.params)
 
@@ -177,7 +179,8 @@ def test_a_figure_that_falls_ends_the_rounds_and_the_best_is_what_counts(tmp_pat
     rounds = replace(ROUNDS, stop_on=("other", "score"))
     given = {"figures": {"other": lambda run: -worth(run)}, "held_out": PROMPTS * 8, "held_out_samples": 4}
     result = trained(tmp_path, rounds, **given)
-    assert "other on held-out prompts changed by -0." in result.stopped and "since step 0" in result.stopped
+    assert "other on held-out prompts changed by -0." in result.stopped
+    assert "since step 0" in result.stopped
     assert (len(result.rounds), result.step) == (1, 0)
     assert same(result.params, first())
     assert same(trained(tmp_path, replace(rounds, number=9), **given).params, first())
@@ -190,7 +193,8 @@ def test_a_fall_within_the_noise_ends_the_rounds_where_it_is_too_far(tmp_path):
     rounds = replace(ROUNDS, number=2, stop_on=("score", "other"))
     assert trained(tmp_path / "noise", rounds, **one).stopped is None
     stopped = trained(tmp_path / "fall", replace(rounds, fall=0.01), **one)
-    assert stopped.stopped is not None and len(stopped.rounds) == 1
+    assert stopped.stopped is not None
+    assert len(stopped.rounds) == 1
 
 
 def test_patience_ends_the_run_within_a_round(tmp_path):
@@ -222,7 +226,7 @@ def test_other_settings_are_refused_by_name(whole):
     folder, _ = whole
     with pytest.raises(ConfigError, match=r"online.json is of another run \(rounds.mix was 0.0, now 0.5\)"):
         trained(folder, replace(ROUNDS, mix=0.5))
-    with pytest.raises(ConfigError, match="runs scorer was tests.runs.test_online:worth|runs scorer was test_online"):
+    with pytest.raises(ConfigError, match=r"runs scorer was .*test_online:worth, now .*test_online:right"):
         trained(folder, scorer=right)
     with pytest.raises(ConfigError, match="stop_on 'wrong' is no held-out figure: choose among score, right"):
         trained(folder, replace(ROUNDS, stop_on=("wrong",)))
@@ -231,7 +235,7 @@ def test_other_settings_are_refused_by_name(whole):
 def test_rounds_without_pairs_are_said_to_be_so(tmp_path):
     with pytest.raises(ConfigError, match="round 1: no two runs of a prompt differ by 2 or more: sample more"):
         trained(tmp_path / "none", replace(ROUNDS, min_margin=2.0))
-    with pytest.raises(ConfigError, match="round 1 has [0-9]+ pairs, and a step takes 4096: sample more runs"):
+    with pytest.raises(ConfigError, match=r"round 1 has [0-9]+ pairs, and a step takes 4096: sample more runs"):
         trained(tmp_path / "few", replace(ROUNDS, batch_size=4096))
     for wrong in ({"samples": 1}, {"mix": 1.0}, {"number": 0}, {"fall": 0.0}, {"stop_on": ()}):
         with pytest.raises(ConfigError, match=f"rounds: {next(iter(wrong))}"):
