@@ -1,4 +1,4 @@
-"""Online rounds for the kill test: `python -m tests.runs.killed_online DIRECTORY`. Prints a line for each run it scores."""
+"""Online rounds for the kill test: `python -m tests.runs.killed_online DIRECTORY`. Prints a line for each score."""
 
 import json
 import sys
