@@ -52,8 +52,8 @@ class OnlineTraining:
     """The rounds of a run, which go on wherever they were stopped.
 
     prompts: Of all rounds. maker: Makes and scores the runs. cache: Of prepared preferences, None for none. held_out:
-    What is evaluated, at the end of each round and every `every` steps; None for nothing. patience: Evaluations without a
-    better figure that end the run; None for no such end. batches: Of a round's preferences and seed;
+    What is evaluated, at the end of each round and every `every` steps; None for nothing. patience: Evaluations without
+    a better figure that end the run; None for no such end. batches: Of a round's preferences and seed;
     `preference_dataset` by default.
     """
 
