@@ -258,6 +258,9 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         kept["online"].pop("rounds")
     else:
         kept.pop("online")
+    if not config.init_from:
+        # It says nothing then, and folders of earlier versions lack it.
+        kept = {name: value for name, value in kept.items() if name not in ("init_from", "init_checkpoint")}
     return kept | {"system": as_dict(config.system)}
 
 
