@@ -13,6 +13,7 @@ from PIL import Image
 
 import sysdpo_jax as sj
 from sysdpo_jax.cli import train
+from sysdpo_jax.cli.main import dispatch
 from tests.pretrained.checkpoints import stable_diffusion_1, write_decoder
 
 ROW = {

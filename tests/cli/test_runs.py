@@ -127,7 +127,7 @@ def test_prompts_that_were_edited_are_others(files, capsys):
     moved = shutil.copytree(files, files.with_name(f"{files.name}_moved"))
     assert roll_out(moved, prompts=shutil.move(moved / "prompts.txt", moved / "again.txt")).read_bytes() == text
     (files / "prompts.txt").write_text("one\ntwo\nthree\nfour\nsix\n")
-    assert "another prompts" in failure(capsys, lambda: roll_out(files))
+    assert "of another run (prompts was" in failure(capsys, lambda: roll_out(files))
     assert (files / "runs.jsonl").read_bytes() == text
 
 
