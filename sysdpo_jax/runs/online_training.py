@@ -37,8 +37,12 @@ REMEDY = "choose another directory, or give what it says"
 class OnlineResult(NamedTuple):
     """What the rounds came to.
 
-    params: Of the best held-out evaluation, the first parameters among them; without held-out prompts of the last step.
-    step: The one whose parameters they are. rounds: One after the other. stopped: Why they ended early, or None.
+    Args:
+        params: Of the best held-out evaluation, the first parameters among them; without held-out prompts of the last
+            step.
+        step: The one whose parameters they are.
+        rounds: One after the other.
+        stopped: Why they ended early, or None.
     """
 
     params: Params

@@ -25,8 +25,17 @@ Which = Literal["newest", "best"]
 
 
 class RoundSummary(NamedTuple):
-    """A round: the steps first ... last - 1, of `steps` that were planned, on `pairs`, `earlier` of them of rounds
-    before it, from `runs` with this mean score. stopped: why the rounds end with it, None where they do not.
+    """A round: the steps first ... last - 1.
+
+    Args:
+        first: Its first step.
+        last: The step at which it ended.
+        steps: That were planned.
+        pairs: That it trained on.
+        earlier: How many of them are of rounds before it.
+        runs: That were made for it.
+        score: Their mean score.
+        stopped: Why the rounds end with it, None where they do not.
     """
 
     first: int

@@ -36,6 +36,9 @@ class Rounds:
         stop_on: Held-out figures that are watched, "score" or others that are measured; the first says which
             evaluation is the best.
         fall: How far a watched figure may lie below its best, whatever its noise; None for no such limit.
+
+    Raises:
+        ConfigError: For a value that no round can have.
     """
 
     number: int = 2
@@ -70,13 +73,31 @@ class Rounds:
             raise ConfigError(f"rounds: fall {self.fall:g} must be above 0; leave it out for the noise alone")
 
     def samples_of(self, number: int) -> int:
-        """The runs of each prompt in a round, counted from 1."""
+        """The runs of each prompt in a round.
+
+        Args:
+            number: Of the round, counted from 1.
+
+        Returns:
+            How many.
+        """
         if isinstance(self.samples, int):
             return self.samples
         return self.samples[min(number, len(self.samples)) - 1] if self.samples else 0
 
     def steps_of(self, pairs: int, where: str) -> int:
-        """The updates of a round with so many pairs. Raises `ConfigError` where they fill no batch."""
+        """The updates of a round.
+
+        Args:
+            pairs: That it has.
+            where: Names it, for the message.
+
+        Returns:
+            How many.
+
+        Raises:
+            ConfigError: For pairs that fill no batch.
+        """
         if pairs < self.batch_size:
             raise ConfigError(
                 f"{where} has {pairs} pairs, and a step takes {self.batch_size}: sample more runs, or lower batch_size "

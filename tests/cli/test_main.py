@@ -195,5 +195,5 @@ def test_every_command_ends_within_bounds_and_those_that_share_work_find_each_ot
     monkeypatch.setattr(main, "_run", lambda command, name, words: entered.append((name, words, command_line())))
     monkeypatch.setattr(sys, "argv", ["sysdpo", name, "x"])
     main.main()
-    shared = ["initialized"] if name in ("train", "rollout", "prepare") else []
+    shared = ["initialized"] if name in ("train", "online", "rollout", "prepare") else []
     assert entered == ["bounded", *shared, (name, ["x"], f"sysdpo {name} x")]

@@ -61,13 +61,13 @@ def material(tmp_path_factory):
             },
         },
         "objective": {"beta": 0.5},
-        "schedule": {"steps": 12, "batch_size": 8, "warmup": 2, "learning_rate": 0.2},
+        "schedule": {"steps": 24, "batch_size": 8, "warmup": 2, "learning_rate": 0.2},
         "evaluation": {"prompts": str(folder / "held_out.txt"), "scorer": f"{HERE}:worth", "samples": 8},
         "online": {
             "prompts": str(folder / "prompts.txt"),
             "rounds": 1,
-            "samples": 16,
-            "group": 2,
+            "samples": 64,
+            "group": 4,
             "mix": 0.25,
             "figures": {"route": f"{HERE}:route"},
         },
@@ -103,7 +103,7 @@ def test_rounds_leave_one_run_with_one_report(trained):
     assert results["rounds"][1]["earlier"] > 0
     report = (run / "report.html").read_text()
     assert all(text in report for text in ("end of round 1", "round 2, steps", "of earlier rounds"))
-    assert len(list(read_lines(run / "round-1" / "runs.jsonl"))) == 6 * 16
+    assert len(list(read_lines(run / "round-1" / "runs.jsonl"))) == 6 * 64
 
 
 def test_the_best_round_is_what_rollouts_and_exports_take(trained, tmp_path):
