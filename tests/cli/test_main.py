@@ -147,6 +147,8 @@ def test_paths_begin_at_the_file_and_those_of_flags_at_the_working_directory(tmp
 data: {source: pairs.jsonl}
 evaluation: {prompts: held.txt, judge: {template: ../question.txt}}
 prepared_cache: cache
+init_from: runs/first
+online: {prompts: many.txt}
 system:
   components:
     local: {checkpoint: models/small, settings: {parts: {vae: ./vae}, truncation: keep_start}}
@@ -162,6 +164,7 @@ system:
     assert config.evaluation.judge.template == str(tmp_path / "question.txt")
     assert config.prepared_cache == str(folder / "cache")
     assert config.compilation_cache == "user"
+    assert (config.init_from, config.online.prompts) == (str(folder / "runs" / "first"), str(folder / "many.txt"))
     assert components["local"].checkpoint == str(folder / "models" / "small")
     assert components["local"].settings == {"parts": {"vae": str(folder / "vae")}, "truncation": "keep_start"}
     assert components["file"].checkpoint == str(folder / "weights.gguf")

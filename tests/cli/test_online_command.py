@@ -106,6 +106,13 @@ def test_rounds_leave_one_run_with_one_report(trained):
     assert len(list(read_lines(run / "round-1" / "runs.jsonl"))) == 6 * 64
 
 
+def test_the_report_of_rounds_is_written_again_as_it_was(trained):
+    run = trained / "run"
+    before = {name: (run / name).read_text() for name in ("report.html", "results.json", "data.json")}
+    dispatch(["report", "--directory", str(run)])
+    assert {name: (run / name).read_text() for name in before} == before
+
+
 def test_the_best_round_is_what_rollouts_and_exports_take(trained, tmp_path):
     run = trained / "run"
     best = json.loads((run / "results.json").read_text())["best_step"]
