@@ -42,7 +42,7 @@ PRESETS = {
             world=World(attributes=("bright", "large"), validation=2, held_out=8),
             language=FitConfig(400, 3e-3, batch_size=32, examples=4096),
             image=FitConfig(700, 2e-3, batch_size=32, examples=4096, ema_decay=0.99),
-            align=AlignConfig(steps=80, batch_size=16, samples=64, online_samples=32, min_margin=0.2),
+            align=AlignConfig(steps=80, batch_size=16, samples=64, online_samples=32, min_margin=0.2, sample_batch=128),
             test_samples=16,
             local_samples=8,
             batch_runs=128,

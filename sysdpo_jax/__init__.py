@@ -49,6 +49,10 @@ from sysdpo_jax.graph import CompoundSystem, GraphError, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_PARAMS
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
+from sysdpo_jax.runs.online import online
+from sysdpo_jax.runs.online_training import OnlineResult
+from sysdpo_jax.runs.round_store import RoundSummary
+from sysdpo_jax.runs.rounds import Rounds
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
@@ -96,6 +100,7 @@ __all__ = [  # noqa: RUF022
     "LatentCodec",
     "LoRA",
     "NonFiniteError",
+    "OnlineResult",
     "PairBatch",
     "PixelCodec",
     "Preempted",
@@ -103,6 +108,8 @@ __all__ = [  # noqa: RUF022
     "Preferences",
     "Ranked",
     "RecordError",
+    "RoundSummary",
+    "Rounds",
     "SD3Text",
     "SDXLText",
     "SampledBatch",
@@ -126,6 +133,7 @@ __all__ = [  # noqa: RUF022
     "make_optimizer",
     "make_pairs",
     "make_train_step",
+    "online",
     "precompute_reference",
     "preference_dataset",
     "prepare_pairs",

@@ -33,6 +33,7 @@ from sysdpo_jax.runs.config import (
     MeshConfig,
     NodeConfig,
     ObjectiveConfig,
+    OnlineConfig,
     ScheduleConfig,
     TrainConfig,
 )
@@ -244,6 +245,7 @@ def test_the_page_of_the_configuration_has_every_field(tmp_path):
     for name, kind in (("data", DataConfig), ("objective", ObjectiveConfig), ("schedule", ScheduleConfig)):
         assert set(given[name]) == {field.name for field in fields(kind)}
         assert replace(getattr(config, name), **({"source": ""} if name == "data" else {})) == kind()
+    assert set(given["online"]) == {field.name for field in fields(OnlineConfig)}
     assert set(given["mesh"]) == {field.name for field in fields(MeshConfig)}
     assert set(given["evaluation"]) == {field.name for field in fields(EvaluationConfig)}
     assert set(given["evaluation"]["judge"]) == {field.name for field in fields(JudgeConfig)}

@@ -1,6 +1,6 @@
 """Alignment of the reference system, or of one component of it alone, with the library's Trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,21 +8,26 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from experiments.common.fit import adam_with_warmup
+from experiments.progressive import judge
 from experiments.progressive.system import IMAGE, LANGUAGE
+from experiments.progressive.world import Request
 from sysdpo_jax import (
     FROZEN,
     CompoundSystem,
     Diffusion,
     DirectObjective,
     Node,
+    OnlineResult,
     PreferenceRecord,
+    Rounds,
     Trainer,
     create_state,
     epoch_batches,
     make_optimizer,
+    online,
     prepare_pairs,
 )
-from sysdpo_jax.training import ProgressFactory
+from sysdpo_jax.training import ProgressFactory, SystemOptimizer
 from sysdpo_jax.typing import Params
 
 # Parameters through which the caption acts on the picture.
@@ -34,6 +39,8 @@ class AlignConfig:
     """Preference pairs and the optimisation on them.
 
     samples, online_samples: runs of each request that the pairs of the first and of later rounds come from.
+    online_rounds: after the first; held_out_samples: runs of each validation request after a round; fall: of their mean
+    score or order consistency that ends the rounds whatever its noise.
     group, min_margin: the best run of a group against its worst, when their scores differ by this much.
     image_weight, timesteps: of the images' log-ratio, see `system.build`. sft: of the winner's answer.
     epochs: most passes over the pairs; fewer pairs mean fewer steps.
@@ -51,8 +58,70 @@ class AlignConfig:
     samples: int = 160
     online_samples: int = 96
     online_rounds: int = 1
+    held_out_samples: int = 24
+    fall: float = 0.05
+    sample_batch: int = 256
     group: int = 8
     min_margin: float = 0.4
+
+
+def optimizer_of(system: CompoundSystem, trained: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
+    """Adam with the rates of the configuration over so many steps. trained: the parameter keys that are not frozen."""
+    rates = {LANGUAGE: (config.language_rate, ".*"), IMAGE: (config.image_rate, CONDITIONING)}
+    return make_optimizer(
+        {key: adam_with_warmup(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
+    )
+
+
+def objective_of(trained: Sequence[str], config: AlignConfig) -> DirectObjective:
+    """SysDPO-Direct, with the likelihood of the winner's answer where the language model is trained."""
+    return DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
+
+
+def align_in_rounds(
+    system: CompoundSystem,
+    params: Params,
+    requests: Mapping[str, Sequence[Request]],
+    config: AlignConfig,
+    number: int,
+    directory: Path,
+    seed: int,
+    progress: ProgressFactory,
+) -> OnlineResult:
+    """The system after so many online rounds on the training requests; rounds that are in the directory count.
+
+    They end where the score or the order consistency of validation requests falls.
+    """
+    rounds = Rounds(
+        number=number,
+        samples=(config.samples, config.online_samples),
+        sample_batch=config.sample_batch,
+        group=config.group,
+        min_margin=config.min_margin,
+        steps=config.steps,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        stop_on=("score", "order"),
+        fall=config.fall,
+    )
+    both = (LANGUAGE, IMAGE)
+    first = optimizer_of(system, both, config, config.steps)
+    trainer = Trainer(
+        system, objective_of(both, config), first, directory, checkpoint_every=100, keep=1, progress=progress
+    )
+    inputs = {part: [{"request": request.text} for request in requests[part]] for part in ("train", "validation")}
+    return online(
+        trainer,
+        params,
+        inputs["train"],
+        judge.score,
+        rounds,
+        held_out=inputs["validation"],
+        held_out_samples=config.held_out_samples,
+        figures={"order": judge.in_order},
+        optimizer=lambda steps: optimizer_of(system, both, config, steps),
+        seed=seed,
+    )
 
 
 def align(
@@ -73,11 +142,7 @@ def align(
     """
     batch_size = config.batch_size * rows_per_pair
     steps = min(config.steps, config.epochs * (len(pairs) // batch_size))
-    rates = {LANGUAGE: (config.language_rate, ".*"), IMAGE: (config.image_rate, CONDITIONING)}
-    optimizer = make_optimizer(
-        {key: adam_with_warmup(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
-    )
-    objective = DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
+    optimizer, objective = optimizer_of(system, trained, config, steps), objective_of(trained, config)
     seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
     trainer = Trainer(system, objective, optimizer, directory, checkpoint_every=100, keep=1, progress=progress)
     batches = epoch_batches(prepare_pairs(system, pairs), batch_size, seed)

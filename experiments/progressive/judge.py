@@ -7,7 +7,15 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.progressive.world import ATTRIBUTES, CAPTIONS, OBJECTS, Request, parse, render, well_formed
-from sysdpo_jax.evaluation import CalibratedScorer, brightness, height, preference_score, redness, size
+from sysdpo_jax.evaluation import (
+    CalibratedScorer,
+    brightness,
+    height,
+    order_consistency,
+    preference_score,
+    redness,
+    size,
+)
 from sysdpo_jax.typing import Record
 
 MEASURES = {"bright": brightness, "large": size, "red": redness, "high": height}
@@ -39,6 +47,20 @@ def grades(requests: Sequence[Request], records: Sequence[Record]) -> Float[np.n
     rows = [np.clip(measured[r.attribute][CAPTIONS * i : CAPTIONS * (i + 1)], 0, 1) for i, r in enumerate(requests)]
     signs = np.array([1.0 if r.direction == "more" else -1.0 for r in requests])
     return np.asarray(rows) * signs[:, None]
+
+
+def score(run: Record) -> float:
+    """The preference score of one run."""
+    return float(preference_score(_own_grades(run))[0])
+
+
+def in_order(run: Record) -> float:
+    """Whether the three pictures of one run are in the asked order."""
+    return float(order_consistency(_own_grades(run))[0])
+
+
+def _own_grades(run: Record) -> Float[np.ndarray, "1 3"]:
+    return grades([Request.parse(run["request"])], [run])
 
 
 def caption_grades(request: Request, answer: str) -> Float[np.ndarray, "3"]:

@@ -12,19 +12,19 @@ from jaxtyping import PRNGKeyArray
 from experiments.common.fit import FitConfig, fit
 from experiments.common.phases import Phases
 from experiments.common.runs import best_of, reported_rollout
-from experiments.common.storage import load_pairs, save_pairs
 from experiments.progressive import judge, pretrain
-from experiments.progressive.align import AlignConfig, align, image_part, language_part
+from experiments.progressive.align import AlignConfig, align, align_in_rounds, image_part, language_part
 from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, diffusion, language_model
 from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Request, World, well_formed
-from sysdpo_jax import PreferenceRecord, make_pairs, rollout
+from sysdpo_jax import PreferenceRecord, load_preferences, make_pairs, rollout
 from sysdpo_jax.evaluation import order_consistency, preference_score
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.row_files import ROWS
 from sysdpo_jax.training import Board, Report
 from sysdpo_jax.typing import Params, Record
 
+# The folder of the online rounds.
+ROUNDS = "rounds"
 METHODS = (
     "before",
     "best_of_n",
@@ -70,8 +70,10 @@ class SeedRun:
         return self._phases.seconds
 
     def run(self) -> dict[str, dict[str, np.ndarray]]:
-        before = {LANGUAGE: self._pretrain_language(), IMAGE: self._pretrain_images()}
-        pairs = self._pairs("pairs", before, self.config.align.samples)
+        before = self.pretrained()
+        sysdpo = self.in_rounds("sysdpo", before, 1)
+        # Those of the first round: all methods that need pairs on whole runs have the same ones.
+        pairs = load_preferences(self.folder / ROUNDS / "round-1" / "preferences.jsonl", self.system)
         language = self._align("lm_only", before, pairs, (LANGUAGE,))
         image = self._align("diffusion_only", before, pairs, (IMAGE,))
         policies = {
@@ -81,12 +83,30 @@ class SeedRun:
             # With the other component frozen the system loss is a component's own: these two are that row's halves.
             "separate_system": {LANGUAGE: language[LANGUAGE], IMAGE: image[IMAGE]},
             "separate_local": self._separate_local(before),
-            "sysdpo": self._align("sysdpo", before, pairs, (LANGUAGE, IMAGE)),
+            "sysdpo": sysdpo,
+            "sysdpo_online": self.in_rounds("sysdpo_online", before, self.config.align.online_rounds + 1),
         }
-        policies["sysdpo_online"] = self._online(policies["sysdpo"])
-        figures = {name: self._evaluate(name, params) for name, params in policies.items()}
+        figures = {name: self.evaluate(name, params) for name, params in policies.items()}
         figures["best_of_n"] = self._best_of_n(before, figures["before"])
         return {name: figures[name] for name in METHODS}
+
+    def pretrained(self) -> Params:
+        """Both models before alignment, with their faults."""
+        return {LANGUAGE: self._pretrain_language(), IMAGE: self._pretrain_images()}
+
+    def in_rounds(self, name: str, before: Params, number: int) -> Params:
+        """The system after so many online rounds, of which the best on validation requests counts.
+
+        A later call with more rounds goes on where one with fewer ended.
+        """
+        config, folder = self.config.align, self.folder / ROUNDS
+        progress = self._phases.progress(name)
+
+        def make(report: Report) -> Params:
+            made = align_in_rounds(self.system, before, self.requests, config, number, folder, self.seed, progress)
+            return made.params
+
+        return self._phases.params(name, None, make)
 
     def _pretrain_language(self) -> Params:
         config = self.config
@@ -110,19 +130,6 @@ class SeedRun:
 
         return self._phases.params("pretrain_images", config.image.steps, make)
 
-    def _pairs(self, name: str, params: Params, samples: int) -> list[PreferenceRecord]:
-        """Preferences on whole runs of the system on the training requests."""
-        requests = self.requests["train"]
-
-        def make(report: Report) -> list[PreferenceRecord]:
-            records = self._rollout(params, requests, samples, self._named(name), report)
-            asked = [request for request in requests for _ in range(samples)]
-            scores = preference_score(judge.grades(asked, records))
-            return make_pairs(self.system, records, scores, self.config.align.group, self.config.align.min_margin)
-
-        path = self.folder / f"{name}{ROWS}"
-        return self._phases.run(name, path, len(requests) * samples, make, load_pairs, save_pairs)
-
     def _align(self, name: str, params: Params, pairs: Sequence[PreferenceRecord], trained: Sequence[str]) -> Params:
         config, key = self.config.align, self._named("align")
         progress = self._phases.progress(name)
@@ -131,13 +138,6 @@ class SeedRun:
             return align(self.system, params, pairs, trained, config, self.folder / name, key, progress)
 
         return self._phases.params(name, None, make)
-
-    def _online(self, params: Params) -> Params:
-        """Further rounds: pairs from the aligned system, which becomes the reference."""
-        for number in range(2, self.config.align.online_rounds + 2):
-            pairs = self._pairs(f"pairs_round_{number}", params, self.config.align.online_samples)
-            params = self._align(f"sysdpo_round_{number}", params, pairs, (LANGUAGE, IMAGE))
-        return params
 
     def _separate_local(self, before: Params) -> Params:
         """Each component on preferences about its own output: captions by their adverbs, pictures by their captions."""
@@ -181,7 +181,7 @@ class SeedRun:
 
         return self._phases.params("separate_local_unet", None, make)[IMAGE]
 
-    def _evaluate(self, name: str, params: Params, repeat: int = 0) -> dict[str, np.ndarray]:
+    def evaluate(self, name: str, params: Params, repeat: int = 0) -> dict[str, np.ndarray]:
         """Figures of held-out runs. The key depends on the repeat alone: every method draws the same noise."""
         requests, samples = self.requests[self.config.evaluate_on], self.config.test_samples
         label = f"evaluate_{name}" if repeat == 0 else f"evaluate_{name}_{repeat}"
@@ -215,7 +215,7 @@ class SeedRun:
 
     def _best_of_n(self, before: Params, first: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """For every held-out run the best of N runs of the unaligned system, by the judge itself."""
-        runs = [first, *(self._evaluate("before", before, repeat) for repeat in range(1, self.config.best_of))]
+        runs = [first, *(self.evaluate("before", before, repeat) for repeat in range(1, self.config.best_of))]
         return best_of(runs) | {"fidelity": np.mean([run["fidelity"] for run in runs])}
 
     def _rollout(

@@ -40,6 +40,12 @@ class Request:
     def text(self) -> str:
         return f"a {self.object} getting {self.direction} {self.attribute}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Request":
+        """The request of such a text."""
+        _, name, _, direction, attribute = text.split()
+        return cls(name, attribute, direction)
+
 
 @dataclass(frozen=True)
 class World:

@@ -25,8 +25,8 @@ from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.config import MeshConfig
 from sysdpo_jax.runs.exporting import write_component
 from sysdpo_jax.runs.files import CONFIG, read_config
-from sysdpo_jax.runs.loading import Which, restored
-from sysdpo_jax.runs.run import DATA, assemble
+from sysdpo_jax.runs.round_store import Which
+from sysdpo_jax.runs.run import DATA, assemble, best_of, restored
 from sysdpo_jax.training import read_metrics
 
 
@@ -62,14 +62,15 @@ def export(config: Config) -> list[Path]:
     run = assemble(replace(train, directory=str(config.directory.absolute()), mesh=MeshConfig()))
     params, step = restored(run, config.checkpoint)
     rows = read_metrics(config.directory / "metrics.jsonl")
-    best = best_evaluation(rows)
+    best = best_evaluation(rows, best_of(train))
     if step == 0:
         why = "has not trained yet" if config.checkpoint == "newest" else "was never better than before training"
         raise ConfigError(f"{config.directory} {why}, so that there is nothing aligned to export: train on")
     if config.checkpoint == "newest" and best not in (None, 0, step):
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
     data = json.loads((config.directory / DATA).read_text(encoding="utf-8"))
-    about = (run.system, asdict(train), data, [row for row in rows if row["step"] <= step], step, sj.__version__)
+    kept = [row for row in rows if row["step"] <= step]
+    about = (run.system, asdict(train), data, kept, step, sj.__version__, best_of(train))
     written = []
     for name in trained:
         folder = config.output / name

@@ -20,6 +20,7 @@ from sysdpo_jax.runs.files import configure
 # Each is the module of its name beside this one.
 COMMANDS = {
     "train": "align a system from preferences",
+    "online": "align a system in rounds, on preferences between its own runs",
     "rollout": "sample whole runs of a system on prompts",
     "score": "score runs, with a function of your own or a judge",
     "pairs": "turn scored runs into preferences",
@@ -30,7 +31,7 @@ COMMANDS = {
     "recipes": "list the packaged configurations, or print one",
 }
 # Several processes may share their work.
-SHARED = ("train", "rollout", "prepare")
+SHARED = ("train", "online", "rollout", "prepare")
 EXAMPLE = "example:\n  sysdpo train quickstart --dry-run"
 HELP, HELP_ALL, COMPLETION = ("-h", "--help"), "--help.all", "--print_completion"
 

@@ -6,6 +6,7 @@ example:
 The figures are those in the run's folder; nothing is sampled or scored. A run that is going on is left as it is.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,13 +20,12 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import ComparedRuns, write_report
-from sysdpo_jax.report.outcome import summary
 from sysdpo_jax.report.samples import compare_runs, spread
-from sysdpo_jax.report.training import compared_steps, run_report, run_results
+from sysdpo_jax.report.training import compared_steps, run_report, run_results, run_summary
 from sysdpo_jax.runs.config import MeshConfig
 from sysdpo_jax.runs.files import CONFIG, read_config
 from sysdpo_jax.runs.held_out import FOLDER, runs_name
-from sysdpo_jax.runs.run import DATA, Run, assemble
+from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, round_store
 from sysdpo_jax.runs.runs_file import run_lines, with_images
 from sysdpo_jax.training.metrics import read_metrics
 
@@ -55,7 +55,17 @@ def run(config: Config) -> None:
 
 def result_lines(run: Run) -> list[str]:
     """The result in sentences, as the terminal and the report have it."""
-    return list(summary(_metrics(run), run.config.schedule.steps))
+    return list(run_summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)))
+
+
+def tell_result(run: Run, began: float) -> None:
+    """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
+    try:
+        for line in result_lines(run):
+            print(line, flush=True)
+        print(write_run_report(run, made_by(time.monotonic() - began)), flush=True)
+    except Exception as error:
+        print(f"warning: the report is not written: {error}", file=sys.stderr, flush=True)
 
 
 def made_by(seconds: float) -> dict[str, Any]:
@@ -75,13 +85,23 @@ def write_run_report(run: Run, made_by: Mapping[str, Any]) -> Path:
     """
     folder, rows = Path(run.config.directory), _metrics(run)
     data = read_json(folder / DATA)
-    results = run_results(rows, run.config.schedule.steps) | {"data": data, "made_by": dict(made_by)}
+    steps, best, rounds = run.config.schedule.steps, best_of(run.config), _rounds(run)
+    results = run_results(rows, steps, best, rounds) | {"data": data, "made_by": dict(made_by)}
+    if is_online(run.config):
+        data["kept"] = sum(each["pairs"] - each["earlier"] for each in rounds)
+        results |= {"rounds": rounds}
     write_json(folder / "results.json", results)
     title = f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system"
     configuration = {name: value for name, value in asdict(run.config).items() if name != "directory"}
-    runs = tuple(_compared_runs(run, compared_steps(rows)))
-    write_report(folder / "report.html", run_report(title, rows, results, run.system, configuration, runs))
+    runs = tuple(_compared_runs(run, compared_steps(rows, best)))
+    report = run_report(title, rows, results, run.system, configuration, runs, best)
+    write_report(folder / "report.html", report)
     return folder / "report.html"
+
+
+def _rounds(run: Run) -> list[dict[str, Any]]:
+    """Those of an online run that are done."""
+    return [each._asdict() for each in round_store(run).summaries()] if is_online(run.config) else []
 
 
 def _metrics(run: Run) -> list[dict[str, Any]]:

@@ -26,8 +26,9 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import ResumableJsonl, file_digest
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.runs.loading import Which, load_system
+from sysdpo_jax.runs.loading import load_system
 from sysdpo_jax.runs.prompts import read_prompts
+from sysdpo_jax.runs.round_store import Which
 from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
 from sysdpo_jax.training import Board
 from sysdpo_jax.typing import Params, Positive

@@ -11,22 +11,23 @@ find each other by what Slurm, GKE or Cloud TPU put into their environment, and 
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
 import sysdpo_jax as sj
 from sysdpo_jax.cli.ending import Terminated
-from sysdpo_jax.cli.report import made_by, result_lines, write_run_report
+from sysdpo_jax.cli.report import tell_result
 from sysdpo_jax.data.batches import PreferenceBatches
 from sysdpo_jax.runs.caches import keep_compilations
+from sysdpo_jax.runs.checks import check_first
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.dry_run import describe_run
-from sysdpo_jax.runs.held_out import make_evaluation
+from sysdpo_jax.runs.evaluation import make_evaluation
 from sysdpo_jax.runs.run import (
-    Run,
     assemble,
-    check_first,
     check_run_dir,
     describe_data,
     make_batches,
@@ -89,26 +90,23 @@ def train(config: TrainConfig) -> None:
     finally:
         # After a stop or a value that is not finite the report is wanted most.
         if begun:
-            _tell(run, began)
+            tell_result(run, began)
 
 
-def _tell(run: Run, began: float) -> None:
-    """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
+@contextmanager
+def stoppable(config: TrainConfig) -> Iterator[None]:
+    """The run's folder is this command's alone, and a stop ends the process with the configuration's code."""
     try:
-        for line in result_lines(run):
-            print(line, flush=True)
-        print(write_run_report(run, made_by(time.monotonic() - began)), flush=True)
-    except Exception as error:
-        print(f"warning: the report is not written: {error}", file=sys.stderr, flush=True)
+        with owned(config):
+            yield
+    except sj.Preempted:
+        raise SystemExit(config.preempted_exit_code) from None
+    except Terminated:
+        # Before the first step or after the last one, in a rollout for example.
+        raise Terminated(config.preempted_exit_code) from None
 
 
 def run(config: TrainConfig) -> None:
     """Train, or say what training would be. Raises as `train`, and SystemExit where it was stopped."""
-    try:
-        with owned(config):
-            train(config)
-    except sj.Preempted:
-        raise SystemExit(config.preempted_exit_code) from None
-    except Terminated:
-        # Before the first step or after the last one.
-        raise Terminated(config.preempted_exit_code) from None
+    with stoppable(config):
+        train(config)

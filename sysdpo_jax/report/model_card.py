@@ -7,7 +7,7 @@ import yaml
 
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.report.outcome import ENDED, Figures, final_figures, interval_of, over
+from sysdpo_jax.report.outcome import BEST, ENDED, Best, Figures, final_figures, interval_of, over
 from sysdpo_jax.report.templates import render
 
 # Of an evaluation, as `final_figures` names them.
@@ -25,6 +25,7 @@ def model_card(
     rows: Rows,
     step: int,
     version: str,
+    best: Best = BEST,
 ) -> str:
     """The text of the README.md of a component.
 
@@ -34,22 +35,23 @@ def model_card(
         hub: names on the hub, as the fields "base_model" and "datasets" of the head.
         system: what was aligned.
         configuration: of the run, as it is written in its folder.
-        data: "source", "kept" and "sha256" of the preferences.
+        data: "source", "kept" and "sha256" of the preferences; of online rounds those of their prompts, without "kept".
         rows: the metrics of the run up to the step.
         step: of the exported checkpoint.
         version: of the library.
+        best: by which figure an evaluation is the best.
     """
     tag = "text-to-image" if library == "diffusers" else "text-generation"
     loaded = {} if library is None else {"library_name": library, "pipeline_tag": tag}
     head = yaml.safe_dump({**loaded, "tags": ["sysdpo", "dpo", "compound-system"], **hub}, sort_keys=False)
     run = {"system": system, "configuration": configuration, "data": data, "step": step, "version": version}
-    figures, evaluated = tuple(_figures(rows)), _evaluated(final_figures(rows))
+    final = final_figures(rows, best)
+    figures, evaluated = tuple(_figures(rows, final)), _evaluated(final)
     return render("model_card.md.jinja", name=name, head=head, figures=figures, evaluated=evaluated, **run)
 
 
-def _figures(rows: Rows) -> Iterator[tuple[str, str, int]]:
+def _figures(rows: Rows, final: Figures) -> Iterator[tuple[str, str, int]]:
     """Name, value and step: of the best evaluation, then the last of each figure of training."""
-    final = final_figures(rows)
     for name in EVALUATED if final else ():
         ends = interval_of(final, name)
         shown = "" if ends is None else f" [{ends.low:.3g}, {ends.high:.3g}]"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from sysdpo_jax.evaluation import Interval, too_few
 
 # Which evaluation is the best.
+Best = tuple[str, Literal["min", "max"]]
 BEST: tuple[str, Literal["max"]] = ("eval/win_rate", "max")
 EVALUATED = "eval/"
 # Of these the last values say how training ended.
@@ -19,27 +20,27 @@ def evaluations(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.get(BEST[0]) is not None]
 
 
-def best_evaluation(rows: Sequence[Row]) -> int | None:
+def best_evaluation(rows: Sequence[Row], best: Best = BEST) -> int | None:
     """The step of the best evaluation, of equal ones the last, as of checkpoints; None where none is.
 
-    It is 0 where every later one is worse than the system before training.
+    best: by which figure. It is 0 where every later one is worse than the system before training.
     """
-    metric, mode = BEST
+    metric, mode = best
     sign = 1 if mode == "max" else -1
     graded = [(sign * row[metric], row["step"]) for row in evaluations(rows)]
     return max(graded)[1] if graded else None
 
 
-def final_figures(rows: Sequence[Row]) -> dict[str, int | float]:
+def final_figures(rows: Sequence[Row], best: Best = BEST) -> dict[str, int | float]:
     """The figures of the best evaluation, of the last one where none is better than before training.
 
     "step", and as in the rows without "eval/"; "score_before" is of the same pairs of runs as "score". Empty where
     there is no evaluation but that before training, or none at all.
     """
-    made, best = evaluations(rows), best_evaluation(rows)
+    made, step = evaluations(rows), best_evaluation(rows, best)
     if not made or made[-1]["step"] == 0:
         return {}
-    row = next(row for row in made if row["step"] == (best or made[-1]["step"]))
+    row = next(row for row in made if row["step"] == (step or made[-1]["step"]))
     figures = {name.removeprefix(EVALUATED): value for name, value in row.items() if name.startswith(EVALUATED)}
     return {"step": row["step"], **figures, "score_before": figures["score"] - figures["score_difference"]}
 
@@ -56,19 +57,19 @@ def interval_of(figures: Figures, name: str) -> Interval | None:
     return None if ends[0] is None or ends[1] is None else Interval(ends[0], ends[1])
 
 
-def summary(rows: Sequence[Row], steps: int) -> Iterator[str]:
+def summary(rows: Sequence[Row], steps: int, best: Best = BEST) -> Iterator[str]:
     """The result in sentences, of which there are none without an evaluation. Brackets hold 95% intervals.
 
     steps: of the whole training, which may have been stopped before.
     """
-    made, figures = evaluations(rows), final_figures(rows)
+    made, figures = evaluations(rows), final_figures(rows, best)
     if made and not figures:
         yield (
             f"score {_ranged(_plain(made[-1]), 'score')} before training over {over(_plain(made[-1]))}; no "
             "evaluation since, so that there is nothing to compare it with"
         )
     if figures:
-        yield f"win rate {_win_rate(figures)} over {over(figures)}, {_which(made, int(figures['step']))}"
+        yield f"win rate {_win_rate(figures)} over {over(figures)}, {_which(made, int(figures['step']), best)}"
         yield (
             f"score {figures['score_before']:.4g} before, {figures['score']:.4g} after: difference "
             f"{_ranged(figures, 'score_difference', '+')}"
@@ -112,8 +113,8 @@ def over(figures: Figures) -> str:
     return f"{prompts}, {figures['runs']:.0f} runs ({figures['unscored']:.0f} left out, which have no score)"
 
 
-def _which(made: Sequence[Row], step: int) -> str:
+def _which(made: Sequence[Row], step: int, best: Best) -> str:
     later = sum(row["step"] > 0 for row in made)
-    if best_evaluation(made) == 0:
+    if best_evaluation(made, best) == 0:
         return f"at step {step}, the last: no evaluation was better than the system before training"
     return f"best of {later} evaluations at step {step}" if later > 1 else f"at step {step}"

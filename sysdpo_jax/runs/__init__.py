@@ -1,4 +1,4 @@
-"""A run as a configuration describes it: its fields, the system and the trainer made of them, its folder."""
+"""A run as a configuration describes it: its fields, the system and trainer made of them, its folder, its rounds."""
 
 from sysdpo_jax.runs.caches import keep_compilations
 

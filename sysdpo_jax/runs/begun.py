@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-import sysdpo_jax as sj
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import ResumableJsonl, note_of
 from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, read_lines, values_of, with_images
 
@@ -46,7 +46,7 @@ class Begun:
 
     def add_runs(
         self,
-        system: sj.CompoundSystem,
+        system: CompoundSystem,
         prompts: Sequence[Mapping[str, Any]],
         images: ImageFiles,
         found: Sequence[tuple[str, Any]],

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from sysdpo_jax.data.rollouts import Pairs
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.typing import AboveZero, Natural, Positive
 
@@ -218,17 +219,55 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """Rounds of `sysdpo online`, which makes its own preferences with the evaluation's scorer or judge.
+
+    Args:
+        prompts: That the rounds make runs of, a file as for the evaluation.
+        rounds: How many; it may grow when the run goes on.
+        samples: Runs of each prompt in a round.
+        batch_size: Runs at a time.
+        group: Runs of a prompt among which a pair is made; null for all of them.
+        pairs: Of a group, the best and the worst, or all pairs.
+        min_margin: Smallest difference of scores that makes a pair.
+        mix: Share of earlier rounds' pairs in a round.
+        reference: The policy at the start of the round (reset), or the first one (keep).
+        epochs: Passes over a round's pairs at most; a round has `schedule.steps` updates at most.
+        stop_on: Held-out figures whose fall ends the rounds; the first says which evaluation is the best.
+        fall: How far they may fall, whatever the noise.
+        figures: Further held-out figures by name, "module:function" of a run.
+    """
+
+    prompts: str = ""
+    rounds: Positive = 2
+    samples: Positive = 8
+    batch_size: Positive = 16
+    group: Positive | None = None
+    pairs: Pairs = "best_worst"
+    min_margin: float = 0.0
+    mix: float = 0.0
+    reference: Literal["reset", "keep"] = "reset"
+    epochs: Positive | None = 12
+    stop_on: tuple[str, ...] = ("score",)
+    fall: float | None = None
+    figures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A run. Given again with the same directory it goes on from the newest checkpoint.
 
     Args:
         directory: Of checkpoints, metrics and report; by default runs/NAME after the file's name.
+        init_from: The folder of another run, from whose parameters this one starts.
+        init_checkpoint: Which of that run's checkpoints.
         system: The graph and its models.
         data: The preferences.
         objective: What is minimised.
         schedule: How long and how fast.
         mesh: The devices.
         evaluation: On held-out prompts.
+        online: Rounds of preferences that the run makes itself.
         dtype: Of the computation; weights that are trained whole are kept in float32.
         remat: "full" computes again in the backward pass what does not fit, see `pretrained.load`.
         seed: Of all that is random.
@@ -244,12 +283,15 @@ class TrainConfig:
     """
 
     directory: str = ""
+    init_from: str = ""
+    init_checkpoint: Literal["newest", "best"] = "newest"
     system: SystemConfig = SystemConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    online: OnlineConfig = OnlineConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str | None = None
     seed: int = 0

@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 # What a run's folder says of it.
 CONFIG = "config.yaml"
 # Fields that name files and folders, and those that do so or say "user" or "none".
-FILES = ("directory", "evaluation.prompts", "evaluation.judge.template")
+FILES = ("directory", "init_from", "evaluation.prompts", "evaluation.judge.template", "online.prompts")
 CACHES = ("compilation_cache", "prepared_cache")
 # A text that begins so is a path, whether or not there is anything.
 MARKS = ("./", "../", "/", "~")

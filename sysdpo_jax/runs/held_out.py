@@ -1,39 +1,38 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-import sysdpo_jax as sj
-from sysdpo_jax.data.files import ImageFiles
-from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.evaluation import clustered_mean, interval_figures, paired_difference, too_few, win_rate
 from sysdpo_jax.evaluation.judge import Judge
-from sysdpo_jax.evaluation.preferences import SHARE
-from sysdpo_jax.evaluation.scoring import Scorer, about_scorer, make_scorer, score_runs
+from sysdpo_jax.evaluation.preferences import (
+    SHARE,
+    Bounds,
+    Estimate,
+    clustered_mean,
+    interval_figures,
+    paired_difference,
+    win_rate,
+)
+from sysdpo_jax.evaluation.scoring import Scorer
 from sysdpo_jax.evaluation.unscored import ScoreError
-from sysdpo_jax.io import file_digest, note_of, read_json, write_json, write_json_lines
-from sysdpo_jax.manifest import check_same, digest, fingerprints
-from sysdpo_jax.parallel.distributed import gathered
-from sysdpo_jax.report.outcome import BEST
-from sysdpo_jax.runs.begun import Begun, discard
-from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.run import Run
+from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
+from sysdpo_jax.manifest import check_same
+from sysdpo_jax.runs.begun import discard
 from sysdpo_jax.runs.runs_file import read_lines
-from sysdpo_jax.training import Evaluation
-from sysdpo_jax.training.evaluation import EvaluationError
-from sysdpo_jax.training.progress import Lines
+from sysdpo_jax.runs.scored_runs import RunScorer
+from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.typing import Params
 
 FOLDER = "evaluation"
+SCORE = "score"
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,10 @@ class HeldOut:
     what is drawn does not depend on their number.
     folder: has runs-<step>.jsonl of every evaluation; that of step 0 is what later ones are compared with.
     made_by: tells what the runs depend on beside the parameters and what `about` says.
+    figures: further functions of a run, by name, whose means are figures too.
     """
 
-    system: sj.CompoundSystem
+    system: CompoundSystem
     prompts: Sequence[Mapping[str, Any]]
     scorer: Scorer | Judge
     parallel: int
@@ -57,6 +57,7 @@ class HeldOut:
     folder: Path
     about: Mapping[str, str]
     made_by: str
+    figures: Mapping[str, Scorer] = field(default_factory=dict)
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
         """score, win_rate and score_difference, with their intervals where there are two prompts or more.
@@ -68,39 +69,49 @@ class HeldOut:
         Whatever ends it, a kill included, runs and scores that are there are taken when the step is measured again with
         the same parameters.
         """
-        numbered = [pair for pairs in gathered(self._own_runs(step, params)) for pair in pairs]
-        now = [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
+        about = {**self.about, "seed": str(self.seed), "made_by": self.made_by}
+        made = RunScorer(self.system, self.scorer, self.parallel, self.skip, self.batch_size, about, self.figures)
+        key, label = jax.random.key(self.seed), f"evaluation at step {step}"
+        now = made.rows(self.path(step), params, self.prompts, self.samples, key, label)
         if jax.process_index() > 0:
             # Of its figures only the names count.
-            return _estimates(now, now, self.samples)
+            return _estimates(now, now, self.samples, tuple(self.figures))
         if step == 0:
             write_json(note_of(self.path(0)), self.about)
         write_json_lines(self.path(step), now)
         discard(self.path(step))
-        return _estimates(now, list(read_lines(self.path(0))), self.samples)
+        return _estimates(now, list(read_lines(self.path(0))), self.samples, tuple(self.figures))
 
-    def _own_runs(self, step: int, params: Params) -> list[tuple[int, Any]]:
-        """(place, row) of the runs that this process makes; their images are written."""
-        index, count = shard = jax.process_index(), jax.process_count()
-        own = sj.replicate_per_process(params)
-        about = {**self.about, "seed": str(self.seed), "made_by": self.made_by, "parameters": digest(fingerprints(own))}
-        begun = Begun(self.path(step), about)
-        size, names = self.batch_size, [f"{p}-{s}" for p in range(len(self.prompts)) for s in range(self.samples)]
-        mine = [place for place in range(len(names)) if place // size % count == index]
-        done = {place for place in mine if names[place] in begun.runs}
-        lines, images = Lines(f"evaluation at step {step}, runs", len(done), len(mine)), ImageFiles(self.path(step))
-        key = jax.random.key(self.seed)
-        for batch in run_batches(self.system, own, self.prompts, key, self.samples, size, shard, frozenset(done)):
-            stop = begun.add_runs(self.system, self.prompts, images, [(names[place], run) for place, run in batch])
-            if stop is not None:
-                raise stop
-            done |= {place for place, _ in batch}
-            if index == 0:
-                lines.report(len(done), "")
-        # Of the lines, as `sysdpo score` has them: a run has the same score after a stop as without one.
-        waiting = [names[place] for place in mine if names[place] in begun.runs and names[place] not in begun.scores]
-        score_runs(self.scorer, waiting, begun.values, self.parallel, self.skip, begun.add_score)
-        return [(place, begun.row(names[place])) for place in mine]
+    def difference(self, name: str, step: int, earlier: int) -> Estimate:
+        """How a figure (the score, or one of `figures`) changed between two evaluations, of runs that have both.
+
+        Its interval is None where fewer than two prompts have such runs. Raises `ScoreError` where none has.
+        """
+        rows = [list(read_lines(self.path(at))) for at in (step, earlier)]
+        now, then = (_column(each, name) for each in rows)
+        both = np.isfinite(now) & np.isfinite(then)
+        if not both.any():
+            raise ScoreError(f"no run has a {name} at step {step} and at step {earlier}: fix the scorer")
+        prompts = self._prompts_of(both)
+        now, then = now[both], then[both]
+        if len(np.unique(prompts)) < 2:
+            return Estimate(float((now - then).mean()), float("nan"), len(now))
+        return paired_difference(now, then, prompts, _bounds(now, then))
+
+    def _prompts_of(self, kept: Bool[np.ndarray, "runs"]) -> np.ndarray:
+        return np.arange(len(kept))[kept] // self.samples
+
+    def evaluation(self, every: int, stop_on: tuple[str, Literal["max", "min"], int] | None) -> Evaluation:
+        """What a `Trainer` takes: `measure` every so many steps, with the end of training that `stop_on` describes."""
+
+        def measured(step: int, params: Params) -> dict[str, float]:
+            # What is wrong is named already.
+            try:
+                return self.measure(step, params)
+            except (ConfigError, OSError) as error:
+                raise EvaluationError(f"the evaluation at step {step}: {error}") from error
+
+        return Evaluation(measured, every, stop_on)
 
     def check(self) -> None:
         """Raise `ConfigError` where the folder's first runs were made or scored in another way, or are missing."""
@@ -124,55 +135,24 @@ def runs_name(step: int) -> str:
     return f"runs-{step:08d}.jsonl"
 
 
-def make_evaluation(run: Run) -> Evaluation | None:
-    """The evaluation that the configuration asks for, None for none. Raises `ConfigError`, also as `HeldOut.check`."""
-    config = run.config.evaluation
-    if not config.prompts:
-        return None
-    scorer = make_scorer(config.scorer, config.judge, "evaluation.")
-    held_out = HeldOut(
-        run.system,
-        read_prompts(config.prompts, run.system, config.ignore),
-        scorer,
-        config.judge.parallel,
-        config.on_error == "skip",
-        config.samples,
-        config.batch_size,
-        run.config.seed,
-        Path(run.config.directory) / FOLDER,
-        about_scorer(config.scorer, config.judge)
-        | {
-            "samples": str(config.samples),
-            "batch_size": str(config.batch_size),
-            "prompts": file_digest(Path(config.prompts)),
-        },
-        digest(run.identity),
-    )
-    held_out.check()
-    few = too_few(len(held_out.prompts))
-    if few and jax.process_index() == 0:
-        print(f"warning: evaluation.prompts {config.prompts}: {few}", file=sys.stderr, flush=True)
-    stop_on = None if config.patience is None else (*BEST, config.patience)
-    return Evaluation(partial(_measured, held_out), config.every, stop_on)
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, "runs"]:
+    """A figure of each run, NaN for a run without a score."""
+    values = (row[SCORE] if name == SCORE else row.get("figures", {}).get(name) for row in rows)
+    return np.array(list(values), np.float64)
 
 
-def _measured(held_out: HeldOut, step: int, params: Params) -> dict[str, float]:
-    """What `HeldOut.measure` says is wrong is named already."""
-    try:
-        return held_out.measure(step, params)
-    except (ConfigError, OSError) as error:
-        raise EvaluationError(f"the evaluation at step {step}: {error}") from error
+def _bounds(*values: Float[np.ndarray, "runs"]) -> Bounds | None:
+    """Right or wrong: the mean is a share."""
+    return SHARE if np.isin(values, (0, 1)).all() else None
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs"]:
-    """NaN for a run without a score."""
-    return np.array([row["score"] for row in rows], np.float64)
-
-
-def _estimates(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], samples: int) -> dict[str, float]:
-    scores, before = _scores(runs), _scores(first)
+def _estimates(
+    runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], samples: int, figures: Sequence[str]
+) -> dict[str, float]:
+    scores, before = _column(runs, SCORE), _column(first, SCORE)
     numbers, both = np.arange(len(scores)) // samples, np.isfinite(scores) & np.isfinite(before)
     now, then, prompts = scores[both], before[both], numbers[both]
+    others = {name: _column(runs, name)[both] for name in figures}
     counts = {
         "runs": float(len(now)),
         "prompts": float(len(np.unique(prompts))),
@@ -181,17 +161,21 @@ def _estimates(runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, A
     if samples == len(scores) and len(now):
         # One prompt tells nothing of how others would differ.
         wins = float((np.sign(now - then).mean() + 1) / 2)
-        return {"score": float(now.mean()), "win_rate": wins, "score_difference": float((now - then).mean()), **counts}
+        means = {name: float(column.mean()) for name, column in others.items()}
+        alone = {"score": float(now.mean()), "win_rate": wins, "score_difference": float((now - then).mean())}
+        return {**alone, **means, **counts}
     if counts["prompts"] < 2:
         raise ScoreError(_too_few_scores(list(zip(runs, first, strict=True)), int(both.sum())))
-    # Right or wrong: the score is a share.
-    bounds = SHARE if np.isin([now, then], (0, 1)).all() else None
-    return {
-        **interval_figures("score", clustered_mean(now, prompts, bounds)),
-        **interval_figures("win_rate", win_rate(now, then, prompts)),
-        **interval_figures("score_difference", paired_difference(now, then, prompts, bounds)),
-        **counts,
+    bounds = _bounds(now, then)
+    figured = {name: clustered_mean(column, prompts, _bounds(column)) for name, column in others.items()}
+    estimates = {
+        "score": clustered_mean(now, prompts, bounds),
+        "win_rate": win_rate(now, then, prompts),
+        "score_difference": paired_difference(now, then, prompts, bounds),
+        **figured,
     }
+    ranged = [interval_figures(name, estimate) for name, estimate in estimates.items()]
+    return {name: value for each in ranged for name, value in each.items()} | counts
 
 
 def _too_few_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], number: int) -> str:

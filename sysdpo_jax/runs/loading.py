@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,14 +13,11 @@ from sysdpo_jax.importing import import_function
 from sysdpo_jax.manifest import digest
 from sysdpo_jax.runs.config import MeshConfig, TrainConfig, as_dict
 from sysdpo_jax.runs.files import CONFIG, find_config, read_config
-from sysdpo_jax.runs.run import Run, assemble, identity_of, make_trainer
+from sysdpo_jax.runs.round_store import Which
+from sysdpo_jax.runs.run import assemble, identity_of, read_origin, restored
 from sysdpo_jax.runs.system import build_system
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import shown, user_code
-
-# The newest checkpoint of a run, or the one that evaluation found best.
-Which: TypeAlias = Literal["newest", "best"]
-
 
 # Of components and nodes: what a system that has not trained does not depend on.
 TRAINING = ("mode", "lora", "learning_rate", "weight")
@@ -57,8 +54,13 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
-    made = build_system(replace(config, system=replace(config.system, components=components)), mesh)
-    return Loaded(*made, digest(_before_training(config)))
+    origin, identity = None, _before_training(config)
+    if config.init_from:
+        origin = read_origin(config)
+        origin = replace(origin, params=sj.replicate_per_process(origin.params))
+        identity |= {"init_from": config.init_from, "init_step": origin.step}
+    made = build_system(replace(config, system=replace(config.system, components=components)), mesh, origin)
+    return Loaded(*made, digest(identity))
 
 
 def _before_training(config: TrainConfig) -> dict[str, Any]:
@@ -85,17 +87,3 @@ def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--system: {spec}: {error}") from None
     return system, params
-
-
-def restored(run: Run, checkpoint: Which) -> tuple[Params, int]:
-    """The parameters of a checkpoint of the run, which may be going on, and the step.
-
-    Raises `ConfigError` where there is none.
-    """
-    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
-    with make_trainer(run).checkpoints(state, None, run.key, read_only=True) as checkpoints:
-        step = checkpoints.latest if checkpoint == "newest" else checkpoints.best
-        if step is None:
-            lacks = "checkpoint: train first" if checkpoint == "newest" else "best checkpoint: give it an evaluation"
-            raise ConfigError(f"{checkpoints.directory} holds no {lacks}")
-        return checkpoints.restore(state, step).params, step

@@ -3,21 +3,18 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
-from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.evaluation.judge_config import JudgeConfig
-from sysdpo_jax.evaluation.scoring import check_scorer, make_scorer
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import check_same
@@ -26,8 +23,10 @@ from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
 from sysdpo_jax.runs.config import DataConfig, TrainConfig, as_dict
 from sysdpo_jax.runs.files import CONFIG, read_config, write_config
-from sysdpo_jax.runs.system import build_optimizer, build_system
+from sysdpo_jax.runs.round_store import RoundStore, Which
+from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
 from sysdpo_jax.training import Evaluation
+from sysdpo_jax.training.metrics import EVALUATED
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import LINE_EVERY, tell
 from sysdpo_jax.training.sources import encoder
@@ -58,7 +57,17 @@ TOOL_VALUES = "tool_values.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """What a `Trainer` takes. params: also those that are not trained; reference is what they are at first."""
+    """What a `Trainer` takes.
+
+    Args:
+        config: Of the run.
+        mesh: The devices.
+        system: The graph.
+        params: Also those that are not trained; the reference is what they are at first.
+        optimizer: Of what is trained.
+        objective: What is minimised.
+        origin: The step of the run that they are from, "init_step", where they are from one.
+    """
 
     config: TrainConfig
     mesh: Mesh
@@ -66,6 +75,7 @@ class Run:
     params: Params
     optimizer: SystemOptimizer
     objective: Objective
+    origin: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> PRNGKeyArray:
@@ -74,43 +84,79 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part of the configuration that must be the same when the run goes on."""
-        return identity_of(self.config)
-
-
-def check_first(config: TrainConfig) -> None:
-    """Raise `ConfigError` for what is wrong whatever the models are: before they are loaded, which takes a while.
-
-    That is a field that must be given, a file that is missing, and an evaluation that is half given or whose scorer or
-    judge cannot be had.
-    """
-    if not config.directory:
-        raise ConfigError("directory is empty: name the folder of the run, for example runs/my_run")
-    if not config.data.source:
-        raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
-    for field, path in (("data.source", config.data.source), ("evaluation.prompts", config.evaluation.prompts)):
-        if Path(path).suffix in (*LINES, *TABLE, ".txt") and not Path(path).exists():
-            raise ConfigError(f"{field} {path} does not exist: give the file")
-    own = config.evaluation
-    if own.prompts:
-        scorer = make_scorer(own.scorer, own.judge, "evaluation.")
-        check_scorer(scorer, (*config.system.inputs, *config.system.nodes), "the system")
-        return
-    given = {"scorer": own.scorer, "judge": own.judge != JudgeConfig(), "ignore": own.ignore}
-    names = [f"evaluation.{name}" for name, value in given.items() if value]
-    if names:
-        raise ConfigError(
-            f"evaluation.prompts is empty: give the held-out prompts too, or leave {' and '.join(names)} out"
-        )
+        """The part of the configuration that must be the same when the run goes on: `steps` and `rounds` may grow."""
+        identity = identity_of(self.config)
+        if not is_online(self.config):
+            identity["schedule"].pop("steps")
+        return identity
 
 
 def assemble(config: TrainConfig) -> Run:
     """Load the models onto the mesh. Raises `ConfigError` and what loading raises, each naming the field or file."""
     mesh = sj.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     objective, optimizer = _objective(config), build_optimizer(config)
-    system, params = build_system(config, mesh)
+    origin = None if not config.init_from else read_origin(config)
+    system, params = build_system(config, mesh, origin)
     optimizer.check(system)
-    return Run(config, mesh, system, params, optimizer, objective)
+    return Run(config, mesh, system, params, optimizer, objective, {} if origin is None else {"init_step": origin.step})
+
+
+def read_origin(config: TrainConfig) -> Origin:
+    """The run that this one starts from. Raises `ConfigError` where it is none, or has no such checkpoint."""
+    folder = Path(config.init_from)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"init_from {folder} is no folder of a run ({CONFIG} is missing): give what it trained in")
+    if config.directory and folder.resolve() == Path(config.directory).resolve():
+        raise ConfigError(f"init_from {folder} is this run's own directory: choose another directory")
+    noted = replace(read_config(folder / CONFIG), directory=str(folder), mesh=config.mesh)
+    try:
+        params, step = restored(assemble(noted), config.init_checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {error}") from error
+    return Origin(str(folder), noted.system.components, params, step)
+
+
+def restored(run: Run, checkpoint: Which) -> tuple[Params, int]:
+    """The parameters of a checkpoint of the run, which may be going on, and the step.
+
+    Raises `ConfigError` where there is none.
+    """
+    if is_online(run.config):
+        return round_store(run).restored(run.params, checkpoint)
+    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
+    with make_trainer(run).checkpoints(state, None, run.key, read_only=True) as checkpoints:
+        step = checkpoints.latest if checkpoint == "newest" else checkpoints.best
+        if step is None:
+            lacks = "checkpoint: train first" if checkpoint == "newest" else "best checkpoint: give it an evaluation"
+            raise ConfigError(f"{checkpoints.directory} holds no {lacks}")
+        return checkpoints.restore(state, step).params, step
+
+
+def round_store(run: Run) -> RoundStore:
+    """The rounds of an online run. Raises `ConfigError` for settings that no round can have."""
+    own, schedule = run.config.online, run.config.schedule
+    rounds = sj.Rounds(
+        own.rounds,
+        own.samples,
+        own.batch_size,
+        own.group,
+        own.pairs,
+        own.min_margin,
+        own.mix,
+        own.reference,
+        schedule.steps,
+        own.epochs,
+        schedule.batch_size,
+        own.stop_on,
+        own.fall,
+    )
+
+    def optimizer(steps: int) -> SystemOptimizer:
+        # A round of few pairs has fewer steps, and a warm-up in proportion.
+        shorter = replace(schedule, steps=steps, warmup=schedule.warmup * steps // schedule.steps)
+        return build_optimizer(replace(run.config, schedule=shorter))
+
+    return RoundStore(make_trainer(run), rounds, run.config.seed, optimizer)
 
 
 def owned(config: TrainConfig) -> AbstractContextManager[None]:
@@ -122,16 +168,33 @@ def owned(config: TrainConfig) -> AbstractContextManager[None]:
 def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
     """Raise `ConfigError` naming the fields and both values where the run's folder holds a run of others.
 
-    about: what `describe_data` says.
+    Warns of more steps than before, whose schedule is another one. about: what `describe_data` says.
     """
     config, data = (Path(run.config.directory) / name for name in (CONFIG, DATA))
     remedy = "choose another directory, or give what it says"
     if config.exists():
-        check_same(str(config), identity_of(read_config(config)), run.identity, remedy)
+        noted = read_config(config)
+        check_same(str(config), replace(run, config=noted).identity, run.identity, remedy)
+        _extend(noted.schedule.steps, run.config)
     if data.exists():
         # A field that came later stood for what it does by default.
         known = asdict(DataConfig()) | read_json(data)
         check_same(str(data), known | {"source": about["source"]}, about, remedy)
+
+
+def _extend(before: int, config: TrainConfig) -> None:
+    """Say what more steps mean, and refuse fewer."""
+    now = config.schedule.steps
+    if now < before:
+        raise ConfigError(
+            f"schedule.steps was {before}, now {now}: a run may be given more steps, not fewer: choose another "
+            "directory"
+        )
+    if now > before:
+        tell(
+            f"warning: schedule.steps grows from {before} to {now}, and the learning rate follows the cosine of {now} "
+            f"steps from here on: what was trained before had that of {before} steps, which ended at 0"
+        )
 
 
 def check_run_dir(run: Run, about: Mapping[str, Any]) -> None:
@@ -143,14 +206,34 @@ def check_run_dir(run: Run, about: Mapping[str, Any]) -> None:
 
 def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
     """What a run's folder and its model cards say of the preferences."""
-    return {**asdict(run.config.data), "kept": len(records), "sha256": records.counts.sha256}
+    return {**asdict(run.config.data), "kept": len(records), "sha256": records.counts.sha256, **run.origin}
 
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:
-    """The part of a configuration that must be the same when the run goes on."""
+    """What made the weights of a run: all of its configuration but what it may go on without."""
     fields = {name: value for name, value in asdict(config).items() if name not in FREE}
-    # Where the preferences lie says nothing: what they are is in the run's folder.
-    return fields | {"system": as_dict(config.system), "data": fields["data"] | {"source": ""}}
+    # Where preferences and prompts lie says nothing: what they are is in the run's folder.
+    fields["data"]["source"] = ""
+    if is_online(config):
+        for name in ("prompts", "rounds"):
+            fields["online"].pop(name)
+    else:
+        fields.pop("online")
+    if not config.init_from:
+        # It says nothing then, and folders of earlier versions lack it.
+        fields.pop("init_from")
+        fields.pop("init_checkpoint")
+    return fields | {"system": as_dict(config.system)}
+
+
+def is_online(config: TrainConfig) -> bool:
+    """Whether the run makes its own preferences in rounds."""
+    return bool(config.online.prompts)
+
+
+def best_of(config: TrainConfig) -> tuple[str, Literal["max"]]:
+    """Which evaluation's checkpoint is the best."""
+    return (f"{EVALUATED}{config.online.stop_on[0]}", "max") if is_online(config) else BEST
 
 
 def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
@@ -204,9 +287,13 @@ def _rate() -> Callable[[int], None]:
     return tell_rate
 
 
-def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
-    """The batches of the objective. Raises `ConfigError` where it does not go with the records."""
+def make_batches(run: Run, records: sj.Preferences, seed: int | None = None) -> BatchSource:
+    """The batches of the objective. seed: of their order, by default the run's.
+
+    Raises `ConfigError` where it does not go with the records.
+    """
     schedule, objective = run.config.schedule, run.config.objective
+    seed = run.config.seed if seed is None else seed
     shard = sj.batch_shard(run.mesh)
     held = bool(run.system.intermediates) and records.held
     if objective.kind == "direct":
@@ -215,10 +302,10 @@ def make_batches(run: Run, records: sj.Preferences) -> BatchSource:
                 "objective.kind is direct, but the preferences hold no intermediate values "
                 f"({', '.join(node.name for node in run.system.intermediates)}): set it to sampling to search for them"
             )
-        return sj.preference_dataset(run.system, records, schedule.batch_size, run.config.seed, shard)
+        return sj.preference_dataset(run.system, records, schedule.batch_size, seed, shard)
     final = sj.without_intermediates(run.system, records) if held else records
     return sj.SearchedBatches(
-        run.system, final, schedule.batch_size, run.config.seed, objective.intermediates, objective.every, shard
+        run.system, final, schedule.batch_size, seed, objective.intermediates, objective.every, shard
     )
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-import sysdpo_jax as sj
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.images import read_image
 from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 Run = dict[str, Any]
@@ -20,14 +20,14 @@ Run = dict[str, Any]
 IMAGE = re.compile(r"[^/\n]+_images/[^/\n]+\.png")
 
 
-def as_row(system: sj.CompoundSystem, run: Mapping[str, Any], name: str, images: ImageFiles) -> Run:
+def as_row(system: CompoundSystem, run: Mapping[str, Any], name: str, images: ImageFiles) -> Run:
     """A run of `rollout` as a line of a file has it. name: its id."""
     outputs = {node.name: as_json(run[node.name], f"{name}-{node.name}", images.beside) for node in system.nodes}
     inputs = {key: as_json(run[key], f"{name}-{key}", images.beside) for key in system.inputs}
     return {"id": name, "inputs": inputs, "outputs": outputs}
 
 
-def failed_row(system: sj.CompoundSystem, inputs: Mapping[str, Any], name: str, error: Exception) -> Run:
+def failed_row(system: CompoundSystem, inputs: Mapping[str, Any], name: str, error: Exception) -> Run:
     """A line in the place of a run that a tool left out. name: its id."""
     plain = {key: as_json(inputs[key], "", lambda _, image: repr(type(image))) for key in system.inputs}
     return {"id": name, "inputs": plain, "error": str(error)}

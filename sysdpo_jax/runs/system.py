@@ -15,9 +15,10 @@ import sysdpo_jax as sj
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.importing import built, call, import_function
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.models.lora import LoRAError
+from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
 from sysdpo_jax.runs.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import name_of, shown, user_code
 
@@ -46,16 +47,27 @@ class Template:
         return [{"role": "user", "content": prompt}] if self.chat else prompt
 
 
-def build_system(config: TrainConfig, mesh: Mesh) -> tuple[sj.CompoundSystem, Params]:
+@dataclass(frozen=True)
+class Origin:
+    """The run that another one starts from. components: of its configuration; params: at `step`."""
+
+    folder: str
+    components: Mapping[str, ComponentConfig]
+    params: Params
+    step: int
+
+
+def build_system(config: TrainConfig, mesh: Mesh, origin: Origin | None = None) -> tuple[sj.CompoundSystem, Params]:
     """The system and its parameters on the mesh, LoRA factors included.
 
+    origin: the run whose parameters take the place of the components' own.
     Raises `ConfigError` naming the field, `GraphError`, and `CheckpointError` for a checkpoint that cannot be read.
     """
     system = config.system
     _check(system)
     # The graph first: its errors should not wait for weights to be read.
     sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
-    models = {name: _model(name, component, config, mesh) for name, component in system.components.items()}
+    models = {name: _model(name, component, config, mesh, origin) for name, component in system.components.items()}
     nodes = [_node(name, node, _component(name, node, models)) for name, node in system.nodes.items()]
     return sj.CompoundSystem(system.inputs, tuple(nodes)), {name: params for name, (_, params) in models.items()}
 
@@ -120,7 +132,7 @@ def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.C
     return replace(component, prompt=Template(text, node.parents, node.chat))
 
 
-def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> Model:
+def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh, origin: Origin | None) -> Model:
     field = f"system.components.{name}"
     settings = built(config.settings, f"{field}.settings")
     key = named_key(jax.random.key(run.seed), name)
@@ -134,13 +146,45 @@ def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh) -> 
         except TypeError as error:
             # A setting that the component does not have.
             raise ConfigError(f"{field}.settings: {error}") from error
-    if config.mode == "lora":
+    has_factors = False
+    if origin is not None:
+        params, has_factors = _started(name, config, params, origin)
+    if config.mode == "lora" and not has_factors:
         lora = sj.LoRA(config.lora.rank, config.lora.alpha, config.lora.targets)
         try:
             params = sj.add_lora(params, lora, key)
         except LoRAError as error:
             raise ConfigError(f"{field} (mode lora): {error}; or train it in mode full") from error
     return component, params
+
+
+def _started(name: str, config: ComponentConfig, params: Params, origin: Origin) -> tuple[Params, bool]:
+    """The component's parameters in the run `origin`, and whether they hold the LoRA factors that it goes on with.
+
+    Factors of the same settings are kept, others are merged into the weights. params: the component's own, whose shapes
+    those of the run must have. Raises `ConfigError` naming what does not fit.
+    """
+    if name not in origin.params:
+        known = ", ".join(origin.params)
+        raise ConfigError(
+            f"init_from {origin.folder} has no component {name!r} (it has {known}): give components the same names"
+        )
+    before, found = origin.components[name], origin.params[name]
+    keeps = before.mode == config.mode == "lora" and before.lora == config.lora
+    if not keeps:
+        found = merge_lora(found)
+    theirs, own = by_path(strip_lora(found)), by_path(params)
+    for path in {**own, **theirs}:
+        shapes = [None if path not in tree else tree[path].shape for tree in (theirs, own)]
+        if shapes[0] != shapes[1]:
+            said = ["nothing" if shape is None else f"shape {list(shape)}" for shape in shapes]
+            raise ConfigError(
+                f"init_from {origin.folder}: {path} of component {name!r} is {said[0]} there and {said[1]} here: start "
+                "from a run of the same model"
+            )
+    kinds = {path: leaf.dtype for path, leaf in own.items()}
+    cast = {path: leaf.astype(kinds.get(path, leaf.dtype)) for path, leaf in by_path(found).items()}
+    return jax.tree.unflatten(jax.tree.structure(found), [cast[path] for path in by_path(found)]), keeps
 
 
 def _of_factory(factory: str, settings: Mapping[str, Any], field: str, key: PRNGKeyArray) -> Model:

@@ -86,13 +86,14 @@ def create_state(
     rules: Rules = (),
     reference_dtype: str | None = None,
     precomputed: Sequence[str] = (),
+    reference: Params | None = None,
+    step: int = 0,
 ) -> TrainState:
     """The state before the first step. Warns of trained leaves below float32.
 
     Args:
         system: The graph.
-        params: `{params_key: tree}`, as `system.init` returns it; never changed nor deleted by training. It is the
-            reference too.
+        params: `{params_key: tree}`, as `system.init` returns it; never changed nor deleted by training.
         optimizer: From `make_optimizer`.
         mesh: Where the state is placed; by default on the first device.
         rules: (regex, PartitionSpec) pairs, see `tree_shardings`.
@@ -101,6 +102,8 @@ def create_state(
             computes in a finer one, the rounding is an error of the loss.
         precomputed: Params keys whose reference log-probabilities come with the batches (`precompute_reference`): the
             state holds no reference of theirs.
+        reference: Another one than `params`, which differs in trained leaves alone.
+        step: The number of the first step, where others came before it.
 
     Returns:
         The state, on the mesh.
@@ -113,19 +116,23 @@ def create_state(
     mesh = make_mesh() if mesh is None else mesh
     plan = abstract_state(system, params, optimizer, mesh, rules, reference_dtype, precomputed)
     placed = jax.tree.map(_place, params, jax.tree.map(lambda leaf: leaf.sharding, plan.params))
-    initial, frozen = partition(placed, optimizer.mask(system, params))
+    mask = optimizer.mask(system, params)
+    initial, frozen = partition(placed, mask)
+    compared = initial
+    if reference is not None:
+        compared, _ = partition(jax.tree.map(_place, reference, jax.tree.map(lambda x: x.sharding, plan.params)), mask)
     # The step donates its trained leaves: they need buffers of their own.
     trained = jax.tree.map(_copy, initial)
     _warn_of_coarse(optimizer, trained)
     slots = jax.tree.map(lambda leaf: leaf.sharding, plan.opt_state)
     return TrainState(
-        step=_place(jnp.zeros((), jnp.int32), replicated(mesh)),
+        step=_place(jnp.asarray(step, jnp.int32), replicated(mesh)),
         trained=trained,
         opt_state=jax.jit(lambda leaves: _own(optimizer.transformation.init(leaves)), out_shardings=slots)(trained),
         ema=None if optimizer.ema_decay is None else jax.tree.map(_average, trained),
         frozen=frozen,
         reference={
-            key: None if tree is None else jax.tree.map(_in_dtype, initial[key], tree)
+            key: None if tree is None else jax.tree.map(_in_dtype, compared[key], tree)
             for key, tree in plan.reference.items()
         },
     )

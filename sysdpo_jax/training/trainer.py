@@ -68,6 +68,7 @@ class Trainer:
         evaluation: What measures "eval/<name>", see `Evaluation`; the state that it measures is saved, and it may
             change when the run resumes.
         wandb: See `MetricsLog`; the config goes there too.
+        log_directory: Has metrics.jsonl and the events instead, which rounds of one run share.
 
     Raises:
         ValueError: For a profile that is no range of steps.
@@ -88,6 +89,7 @@ class Trainer:
     profile: tuple[int, int] | None = None
     evaluation: Evaluation | None = None
     wandb: Mapping[str, Any] | None = None
+    log_directory: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.profile is not None and not 0 <= self.profile[0] < self.profile[1]:
@@ -198,7 +200,8 @@ class Trainer:
             if rank_zero and accepted is not None:
                 accepted()
             names = [node.name for node in self.system.nodes]
-            log = stack.enter_context(MetricsLog(self.directory, done, self._wandb(), names)) if rank_zero else None
+            logs = self.directory if self.log_directory is None else self.log_directory
+            log = stack.enter_context(MetricsLog(logs, done, self._wandb(), names)) if rank_zero else None
             report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
             throughput = Throughput(self.system, self.step.mesh)
             reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best, steps - 1)

@@ -147,6 +147,8 @@ def test_paths_begin_at_the_file_and_those_of_flags_at_the_working_directory(tmp
 data: {source: pairs.jsonl}
 evaluation: {prompts: held.txt, judge: {template: ../question.txt}}
 prepared_cache: cache
+init_from: runs/first
+online: {prompts: many.txt}
 system:
   components:
     local: {checkpoint: models/small, settings: {parts: {vae: ./vae}, truncation: keep_start}}
@@ -162,6 +164,7 @@ system:
     assert config.evaluation.judge.template == str(tmp_path / "question.txt")
     assert config.prepared_cache == str(folder / "cache")
     assert config.compilation_cache == "user"
+    assert (config.init_from, config.online.prompts) == (str(folder / "runs" / "first"), str(folder / "many.txt"))
     assert components["local"].checkpoint == str(folder / "models" / "small")
     assert components["local"].settings == {"parts": {"vae": str(folder / "vae")}, "truncation": "keep_start"}
     assert components["file"].checkpoint == str(folder / "weights.gguf")
@@ -195,5 +198,5 @@ def test_every_command_ends_within_bounds_and_those_that_share_work_find_each_ot
     monkeypatch.setattr(main, "_run", lambda command, name, words: entered.append((name, words, command_line())))
     monkeypatch.setattr(sys, "argv", ["sysdpo", name, "x"])
     main.main()
-    shared = ["initialized"] if name in ("train", "rollout", "prepare") else []
+    shared = ["initialized"] if name in ("train", "online", "rollout", "prepare") else []
     assert entered == ["bounded", *shared, (name, ["x"], f"sysdpo {name} x")]

@@ -11,9 +11,13 @@ import transformers
 import yaml
 
 from sysdpo_jax.cli.main import dispatch
+from sysdpo_jax.models.lora import merge_lora
+from sysdpo_jax.runs.files import read_config
 from sysdpo_jax.runs.loading import load_system
+from sysdpo_jax.runs.run import assemble, restored
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
+from sysdpo_jax.trees import by_path
 from sysdpo_jax.values import from_json
 from tests.cli.test_runs import failure
 from tests.pretrained.checkpoints import write_decoder
@@ -301,3 +305,56 @@ def test_data_that_changed_under_a_run_are_refused(trained, capsys):
         path.write_text(rows)
     assert "data.json is of another run (kept was 200, now 201; sha256 was" in said
     assert account.read_text() == noted
+
+
+def test_a_finished_run_goes_on_with_more_steps(trained, tmp_path, capsys):
+    """Not with fewer; what the learning rate does is said."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    flags = ["--config", str(trained / "run.yaml"), "--directory", str(tmp_path / "run")]
+    said = failure(capsys, dispatch, ["train", *flags, "--schedule.steps", "3"])
+    assert f"schedule.steps was {STEPS}, now 3: a run may be given more steps, not fewer" in said
+    dispatch(["train", *flags, "--schedule.steps", "6"])
+    assert f"schedule.steps grows from {STEPS} to 6, and the learning rate follows the cosine of 6" in (
+        capsys.readouterr().err
+    )
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(6))
+    assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4, 6]
+    before = read_metrics(trained / "run" / "metrics.jsonl")
+    assert [row["loss"] for row in rows if "loss" in row][:STEPS] == [row["loss"] for row in before if "loss" in row]
+
+
+def started(folder, tmp_path, **components):
+    """A run that starts from the trained one, with other settings of its components; its parameters."""
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    for name, settings in components.items():
+        config["system"]["components"][name] |= settings
+    config |= {"init_from": str(folder / "run"), "directory": str(tmp_path / "next")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return assemble(read_config(tmp_path / "run.yaml")).params
+
+
+def test_a_run_starts_with_the_factors_of_another_or_with_them_merged(trained, tmp_path, capsys):
+    whole = assemble(read_config(trained / "run" / "config.yaml"))
+    theirs, _ = restored(whole, "newest")
+    same = by_path(started(trained, tmp_path))
+    for path, leaf in by_path(theirs).items():
+        np.testing.assert_array_equal(same[path], leaf)
+    merged = started(trained, tmp_path, drafter={"mode": "full"})["drafter"]
+    wanted = by_path(merge_lora(theirs["drafter"]))
+    for path, leaf in by_path(merged).items():
+        np.testing.assert_array_equal(leaf, wanted[path])
+    anew = by_path(started(trained, tmp_path, drafter={"lora": {"rank": 3}})["drafter"])
+    factors = [leaf for path, leaf in anew.items() if path.endswith("lora_b")]
+    assert factors
+    assert all(np.abs(leaf).max() == 0 for leaf in factors)
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(anew[path], leaf)
+    # Another step of that run is another beginning.
+    dispatch(["train", "--config", str(tmp_path / "run.yaml")])
+    noted = tmp_path / "next" / "data.json"
+    about = json.loads(noted.read_text())
+    assert about["init_step"] == STEPS
+    noted.write_text(json.dumps(about | {"init_step": 2}))
+    said = failure(capsys, dispatch, ["train", "--config", str(tmp_path / "run.yaml")])
+    assert f"is of another run (init_step was 2, now {STEPS})" in said
