@@ -171,7 +171,7 @@ class ScheduleConfig:
     """How long and how fast.
 
     Args:
-        steps: Updates in all.
+        steps: Updates in all; of online rounds, in each.
         batch_size: Pairs a step, of all processes together.
         accumulate: Parts that a batch is cut into.
         learning_rate: AdamW's after `warmup` steps, from which a cosine falls to 0.
