@@ -165,7 +165,7 @@ def test_a_trace_computes_no_table():
     assert sum(constant.nbytes for constant in traced.consts) == 2 * 384 * 768 * 4
 
 
-@pytest.mark.parametrize(("size", "dtype"), zip(SIZES, (torch.float32, torch.bfloat16, torch.float32), strict=True))
+@pytest.mark.parametrize(("size", "dtype"), [*zip(SIZES, (torch.float32, torch.bfloat16, torch.float32), strict=True)])
 def test_whatever_table_is_stored_is_added(dtype, size):
     """1e-4 as above; a rounded table is added in float32."""
     config = CONFIGS["sd3"]
