@@ -201,7 +201,7 @@ def _find(config: Any, path: Sequence[str], flag: str) -> tuple[list[str], Any]:
         raise ConfigError(f"{flag} is no flag: what it begins with has no fields")
     hints, name, rest = _hints(kind), path[0].replace("-", "_"), path[1:]
     if name not in hints:
-        raise ConfigError(f"{flag} is no flag: {_meant(path[0], hints, flag)}")
+        raise ConfigError(f"{flag} is no flag: {_meant_elsewhere(config, path) or _meant(path[0], hints, flag)}")
     hint, value = hints[name], None if isinstance(config, type) else getattr(config, name)
     item = _item(hint)
     if not rest:
@@ -308,6 +308,18 @@ def _refuse_missing(kind: type, given: Mapping[str, Any], prefix: str) -> None:
 
 def _below(place: str, name: Any) -> str:
     return f"{place}.{name}" if place else str(name)
+
+
+def _meant_elsewhere(config: Any, path: Sequence[str]) -> str:
+    """The flags that are called so in a group that was not named, in words: --schedule.steps for --steps."""
+    last, names = path[-1].replace("-", "_"), [field.name for field in fields_of(config)]
+    found = [name for name in names if "." in name and name.rpartition(".")[2] == last and "NAME" not in name]
+    if not found and len(path) > 1:
+        found = [
+            f"{group}{'.'.join(path)}"
+            for group in {n.partition(f"{path[0]}.")[0] for n in names if f".{path[0]}." in n}
+        ]
+    return f"did you mean {' or '.join(repr(f'--{_dashed(name)}') for name in found[:3])}?" if found else ""
 
 
 def _meant(name: Any, known: Mapping[str, Any], flag: str = "") -> str:

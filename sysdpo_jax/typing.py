@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
 from jaxtyping import Array, Key, PyTree
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Params = PyTree
 Features = PyTree
@@ -23,3 +23,4 @@ Keys = Key[Array, "..."]
 Positive: TypeAlias = Annotated[int, PositiveInt]
 Natural: TypeAlias = Annotated[int, NonNegativeInt]
 AboveZero: TypeAlias = Annotated[float, PositiveFloat]
+NotNegative: TypeAlias = Annotated[float, NonNegativeFloat]

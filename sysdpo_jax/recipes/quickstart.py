@@ -6,7 +6,7 @@ from typing import Any
 from sysdpo_jax.components import LanguageModel
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 
-# What the questions are made of; the writers answer in the same words.
+# Some words of the questions, in which the writers answer; they read the others as [unk].
 WORDS = "colour grass capital italy france sky wheels car hens bark animal day night snow ice months red green blue"
 SPECIAL = ("[pad]", "[end]", "[unk]")
 

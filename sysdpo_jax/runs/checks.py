@@ -45,7 +45,9 @@ def check_rounds(config: TrainConfig) -> None:
     if not is_online(config):
         raise ConfigError("online.prompts is empty: give the prompts that the rounds make runs of")
     if config.data.source:
-        raise ConfigError("data.source is given, and rounds make their own preferences: leave it out")
+        raise ConfigError(
+            "data.source is given, and rounds make their own preferences: leave it out, or give --data.source ''"
+        )
     if not config.evaluation.prompts:
         raise ConfigError("evaluation.prompts is empty: give held-out prompts, which say when the rounds should end")
     if config.dry_run:

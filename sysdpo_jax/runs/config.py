@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from sysdpo_jax.data.rollouts import Pairs
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
-from sysdpo_jax.typing import AboveZero, Natural, Positive
+from sysdpo_jax.typing import AboveZero, Natural, NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ComponentConfig:
     factory: str | None = None
     mode: Literal["full", "lora", "frozen"] = "lora"
     lora: LoraConfig = LoraConfig()
-    learning_rate: float | None = None
+    learning_rate: AboveZero | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -177,16 +177,16 @@ class ScheduleConfig:
         learning_rate: AdamW's after `warmup` steps, from which a cosine falls to 0.
         warmup: Steps.
         weight_decay: AdamW's.
-        clip_norm: Of each component's gradient.
+        clip_norm: Of each component's gradient; null for no clipping.
     """
 
     steps: Positive = 1000
     batch_size: Positive = 16
     accumulate: Positive = 1
-    learning_rate: float = 1e-5
+    learning_rate: AboveZero = 1e-5
     warmup: Natural = 100
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    weight_decay: NotNegative = 0.0
+    clip_norm: AboveZero | None = 1.0
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,15 @@ WRONG = {
     "a file": (["train", "no/such.yaml"], "no/such.yaml does not exist"),
     "nothing to train": (["train", "--dry-run"], "give the file of one run, or the name of a recipe"),
     "two files": (["train", "a.yaml", "b.yaml"], "a.yaml and b.yaml are given"),
+    "a name without its group": (["train", "quickstart", "--steps", "3"], "did you mean '--schedule.steps'?"),
+    "half a path": (
+        ["train", "quickstart", "--components.drafter.mode", "full"],
+        "did you mean '--system.components.drafter.mode'?",
+    ),
+    "a rate that would train backwards": (
+        ["train", "quickstart", "--schedule.learning-rate", "-0.1"],
+        "--schedule.learning-rate is '-0.1': give",
+    ),
     "a group": (["train", "quickstart", "--schedul.steps", "3"], "is no flag: did you mean '--schedule.steps'?"),
     "a field": (["train", "quickstart", "--schedule.step", "3"], "did you mean '--schedule.steps'?"),
     "a node": (["train", "quickstart", "--system.nodes.anser.prompt", "x"], "'--system.nodes.answer.prompt'?"),
