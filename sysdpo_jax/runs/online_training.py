@@ -85,6 +85,7 @@ class OnlineTraining:
         store, leads = self.store, jax.process_index() == 0
         with locked_folder(store.folder) if leads else nullcontext():
             by_all(self._check_same)
+            self.rounds.check_prompts(len(self.prompts))
             if leads and accepted is not None:
                 accepted()
             current, first, stopped = params, 0, None

@@ -85,6 +85,24 @@ class Rounds:
             return self.samples
         return self.samples[min(number, len(self.samples)) - 1] if self.samples else 0
 
+    def check_prompts(self, prompts: int) -> None:
+        """Refuse prompts of which the first round cannot make the pairs of a step, before a run is made or paid for.
+
+        Args:
+            prompts: How many there are.
+
+        Raises:
+            ConfigError: Naming the numbers and what to change.
+        """
+        samples = self.samples_of(1)
+        sizes = [min(self.group or samples, samples - start) for start in range(0, samples, self.group or samples)]
+        most = prompts * sum(size > 1 if self.pairs == "best_worst" else size * (size - 1) // 2 for size in sizes)
+        if most < self.batch_size:
+            raise ConfigError(
+                f"{prompts} prompts with {samples} runs each give {most} pairs at most, and a step takes "
+                f"{self.batch_size}: give more prompts, smaller groups of runs, or a smaller batch_size of the schedule"
+            )
+
     def steps_of(self, pairs: int, where: str) -> int:
         """The updates of a round.
 
@@ -100,8 +118,8 @@ class Rounds:
         """
         if pairs < self.batch_size:
             raise ConfigError(
-                f"{where} has {pairs} pairs, and a step takes {self.batch_size}: sample more runs, or lower batch_size "
-                "or min_margin"
+                f"{where} has {pairs} pairs, and a step takes {self.batch_size}: give more prompts or a smaller "
+                "batch_size, in another directory"
             )
         return self.steps if self.epochs is None else min(self.steps, self.epochs * (pairs // self.batch_size))
 

@@ -235,8 +235,15 @@ def test_other_settings_are_refused_by_name(whole):
 def test_rounds_without_pairs_are_said_to_be_so(tmp_path):
     with pytest.raises(ConfigError, match="round 1: no two runs of a prompt differ by 2 or more: sample more"):
         trained(tmp_path / "none", replace(ROUNDS, min_margin=2.0))
-    with pytest.raises(ConfigError, match=r"round 1 has [0-9]+ pairs, and a step takes 4096: sample more runs"):
-        trained(tmp_path / "few", replace(ROUNDS, batch_size=4096))
+    with pytest.raises(ConfigError, match=r"round 1 has [0-9]+ pairs, and a step takes 672: give more prompts"):
+        trained(tmp_path / "few", replace(ROUNDS, batch_size=672))
+    # Of 3 questions and 8 groups of 8 runs: 3 * 8 * 28.
+    with pytest.raises(ConfigError, match="3 prompts with 64 runs each give 672 pairs at most, and a step takes 673"):
+        trained(tmp_path / "fewer", replace(ROUNDS, batch_size=673))
+    assert not [*(tmp_path / "fewer").rglob("*runs*")]
+    sj.Rounds(samples=7, group=3, batch_size=4).check_prompts(2)
+    with pytest.raises(ConfigError, match="give 4 pairs at most, and a step takes 5"):
+        sj.Rounds(samples=7, group=3, batch_size=5).check_prompts(2)
     for wrong in ({"samples": 1}, {"mix": 1.0}, {"number": 0}, {"fall": 0.0}, {"stop_on": ()}):
         with pytest.raises(ConfigError, match=f"rounds: {next(iter(wrong))}"):
             sj.Rounds(**wrong)
