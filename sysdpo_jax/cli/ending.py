@@ -1,6 +1,5 @@
 """What people see of an entry point that cannot go on: one line on standard error, exit code 1."""
 
-import logging
 import signal
 import sys
 import threading
@@ -25,9 +24,6 @@ EXIT = 10.0
 # Seconds after a SIGTERM in which another one is of the same request: some senders reach a process twice.
 SAME = 2.0
 
-# Of Orbax, about what is meant: saving before the evaluation has its figure, looking at a run from outside.
-EXPECTED = ("Requested `tracked_metric`", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
-
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: a stop like Ctrl-C, which users' code lets through. code: what the process exits with."""
@@ -44,7 +40,6 @@ def user_errors() -> Iterator[None]:
     After Ctrl-C the code is 130, after SIGTERM that of `Terminated`; locks and half-made things are gone then.
     What other libraries raise, and we did not expect, is a fault of the program: it shows where it happened.
     """
-    logging.getLogger("absl").addFilter(_is_news)
     try:
         with _terminable():
             yield
@@ -111,10 +106,6 @@ def _end(code: int) -> None:
     time.sleep(EXIT)
     print("warning: something in the background does not end and is left alone", file=sys.stderr, flush=True)
     leave(code)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(EXPECTED)
 
 
 def _is_ours(error: BaseException) -> bool:

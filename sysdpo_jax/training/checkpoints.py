@@ -10,6 +10,7 @@ complete: a process that is killed leaves the older checkpoints and nothing else
 """
 
 import json
+import logging
 import math
 import shutil
 import warnings
@@ -28,6 +29,9 @@ from sysdpo_jax.manifest import CheckpointMismatchError, Identity, array_types, 
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.trees import by_path
+
+# What Orbax warns of, and is meant: saving before the evaluation has its figure, looking at a run from outside.
+EXPECTED = ("Requested `tracked_metric`", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
 
 # The name of a metric, and which of its values is the best.
 Best = tuple[str, Literal["min", "max"]]
@@ -366,3 +370,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(EXPECTED)
+
+
+logging.getLogger("absl").addFilter(_is_news)
