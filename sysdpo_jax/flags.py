@@ -138,7 +138,7 @@ def parse_flags(config: type[C] | C, arguments: Sequence[str], positional: str =
     """
     alone, flags = read_flags(config, arguments)
     if positional and alone:
-        flags.append(Flag([positional], str, [alone.pop(0)], positional))
+        flags.append(Flag(*_find(config, [positional], positional), [alone.pop(0)], positional))
     if alone:
         raise ConfigError(f"{alone[0]!r} belongs to no flag: write --name value")
     if not isinstance(config, type):

@@ -30,7 +30,7 @@ Identity = dict[str, dict[str, str]]
 # In the place of a field that a description lacks.
 NOTHING = object()
 # Differences that a message names, and letters of a value in it.
-SHOWN, LONG = 20, 80
+SHOWN, LONG = 5, 80
 
 
 class CheckpointMismatchError(ValueError):

@@ -225,7 +225,7 @@ def test_of_long_values_the_part_is_shown_that_differs(tmp_path):
     assert "old" in said
     assert "new" in said
     many = [{f"n{number}": value for number in range(25)} for value in (0, 1)]
-    with pytest.raises(KeyError, match=r"it is of another run \(n0 was 0, now 1; .*; and 5 more\): do this"):
+    with pytest.raises(KeyError, match=r"it is of another run \(n0 was 0, now 1; .*; and 20 more\): do this"):
         check_same("it", *many, "do this", KeyError)
 
 

@@ -1,7 +1,7 @@
 """Write the aligned components of a run, each with a model card.
 
 example:
-  sysdpo export --directory runs/my_run --output aligned
+  sysdpo export runs/my_run --output aligned
 
 Every component that was trained gets a folder of its name, which transformers or diffusers load: with LoRA merged into
 the weights or, with --adapters, as the factors alone. A component of your own writes its own files where it has a
@@ -28,6 +28,9 @@ from sysdpo_jax.runs.files import CONFIG, read_config
 from sysdpo_jax.runs.round_store import Which
 from sysdpo_jax.runs.run import DATA, assemble, best_of, restored
 from sysdpo_jax.training import read_metrics
+
+# The run's folder may be given without its flag.
+POSITIONAL = "directory"
 
 
 @dataclass(frozen=True)

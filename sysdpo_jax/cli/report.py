@@ -1,7 +1,7 @@
 """Write a run's report.html again: what changed since the first evaluation, and how training went.
 
 example:
-  sysdpo report --directory runs/my_run
+  sysdpo report runs/my_run
 
 The figures are those in the run's folder; nothing is sampled or scored. A run that is going on is left as it is.
 """
@@ -28,6 +28,9 @@ from sysdpo_jax.runs.held_out import FOLDER, runs_name
 from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, round_store
 from sysdpo_jax.runs.runs_file import run_lines, with_images
 from sysdpo_jax.training.metrics import read_metrics
+
+# The run's folder may be given without its flag.
+POSITIONAL = "directory"
 
 
 @dataclass(frozen=True)

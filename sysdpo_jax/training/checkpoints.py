@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,9 @@ from sysdpo_jax.trees import by_path
 
 # What Orbax warns of, and is meant: saving before the evaluation has its figure, looking at a run from outside.
 EXPECTED = ("Requested `tracked_metric`", "CheckpointManagerOptions.read_only=True", "Given directory is read only")
+
+# Of all the runs of a process.
+ONE_SAVE = threading.Lock()
 
 # The name of a metric, and which of its values is the best.
 Best = tuple[str, Literal["min", "max"]]
@@ -177,8 +181,12 @@ class Checkpoints:
         items = {ARRAYS: args.StandardSave(by_path(state.mutable)), ABOUT: args.JsonSave(about)}
         known = self._best is not None and metric is not None and math.isfinite(metric)
         metrics = {self._best[0]: metric} if self._best is not None and known else None
-        with self._reported(step):
+        with self._reported(step), ONE_SAVE:
             taken = self._manager.save(step, args=args.Composite(**items), metrics=metrics, force=True)
+            if threading.current_thread() is not threading.main_thread():
+                # Orbax numbers the saves of a process, and a save waits for signs of its number: of two that overlap,
+                # as those of runs side by side, one would wait for the other's.
+                self._manager.wait_until_finished()
         if not taken:
             raise RuntimeError(
                 f"{self.directory} did not take the checkpoint of step {step}; its newest is {self.latest}"

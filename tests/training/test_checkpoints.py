@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, what is done about damaged ones, and that other errors are not taken for damage."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -150,6 +151,26 @@ def test_the_same_step_can_be_saved_and_damaged_again(tmp_path):
             same(restore(tmp_path), state_of(1))
     with opened(tmp_path) as checkpoints:
         assert [path.name for path in checkpoints.set_aside] == ["3.corrupt-1", "3.corrupt-2"]
+
+
+def test_runs_side_by_side_in_threads_save_at_the_same_time(tmp_path):
+    """As seeds do: each save is whole, and none waits for another's signs, which would take five minutes."""
+    together, steps = threading.Barrier(3), range(1, 9)
+
+    def run(name):
+        with opened(tmp_path / name) as checkpoints:
+            for step in steps:
+                together.wait(60)
+                checkpoints.save(state_of(step))
+
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for name in "abc":
+        same(restore(tmp_path / name), state_of(steps[-1]))
 
 
 def test_a_deletion_that_was_killed_is_finished(tmp_path):
