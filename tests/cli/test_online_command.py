@@ -109,7 +109,7 @@ def test_rounds_leave_one_run_with_one_report(trained):
 def test_the_report_of_rounds_is_written_again_as_it_was(trained):
     run = trained / "run"
     before = {name: (run / name).read_text() for name in ("report.html", "results.json", "data.json")}
-    dispatch(["report", "--directory", str(run)])
+    dispatch(["report", str(run)])
     assert {name: (run / name).read_text() for name in before} == before
 
 
