@@ -112,9 +112,9 @@ def configure(kind: type[C], arguments: Sequence[str]) -> C:
     Raises:
         ConfigError: As `find_config`, `read_config` and `read_flags`, and for no file or several.
     """
-    # --config FILE is the other way to name the file, which scripts are used to.
-    arguments = [word.removeprefix("--config=") for word in arguments if word != "--config"]
+    named, arguments = _named_by_flag(arguments)
     files, _ = read_flags(kind, arguments)
+    files = [*named, *files]
     if len(files) != 1:
         said = f"{' and '.join(files)} are given" if files else "neither is given"
         raise ConfigError(f"give the file of one run, or the name of a recipe ({', '.join(recipes())}): {said}")
@@ -124,6 +124,22 @@ def configure(kind: type[C], arguments: Sequence[str]) -> C:
     return with_flags(
         config, [flag._replace(words=_located(flag.words, Path(), ".".join(flag.path))) for flag in flags]
     )
+
+
+def _named_by_flag(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What --config names, the other way to give the file, which scripts are used to; and the other words."""
+    named, rest, words = list[str](), list[str](), iter(arguments)
+    for word in words:
+        if word == "--config":
+            file = next(words, "--")
+            if file.startswith("--"):
+                raise ConfigError("--config has no value: give the YAML file of the run behind it")
+            named.append(file)
+        elif word.startswith("--config="):
+            named.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return named, rest
 
 
 def write_config(path: Path, config: TrainConfig) -> None:

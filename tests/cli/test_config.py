@@ -53,6 +53,10 @@ def test_the_file_gives_the_values_and_flags_win(file):
     assert (config.system.nodes["answer"].weight, config.system.nodes["route"].weight) == (2.0, 1.0)
     for named in (["--config", str(file(ROUTED))], [f"--config={file(ROUTED)}"]):
         assert configure(TrainConfig, [*named, *flags]) == config
+    # Behind a flag that takes several words it is none of them.
+    assert configure(TrainConfig, ["--profile", "1", "2", "--config", str(file(ROUTED))]).profile == (1, 2)
+    with pytest.raises(ConfigError, match="--config has no value"):
+        configure(TrainConfig, ["--config", "--dry-run"])
     wider = configure(TrainConfig, [str(file(ROUTED)), "--system.components.router.settings.num-values", "5"])
     assert wider == read_config(file(ROUTED.replace("num_values: 3", "num_values: 5")))
 
