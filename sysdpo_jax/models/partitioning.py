@@ -17,6 +17,8 @@ from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from sysdpo_jax.models.attention_request import Queries, Slots
+
 # Names of trailing axes; the axes before them (stacked layers, a convolution's window) have no name and are never cut.
 Axes = tuple[str | None, ...]
 Table = tuple[tuple[str, Axes], ...]
@@ -165,12 +167,7 @@ def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Ar
     )
 
 
-def on_own_heads(
-    kernel: Callable[..., Float[Array, "batch length heads width"]],
-    queries: Float[Array, "batch length heads width"],
-    keys: Float[Array, "batch slots groups width"],
-    values: Float[Array, "batch slots groups width"],
-) -> Float[Array, "batch length heads width"]:
+def on_own_heads(kernel: Callable[..., Queries], queries: Queries, keys: Slots, values: Slots) -> Queries:
     """kernel(queries, keys, values), each device with its own rows and heads: the compiler cannot cut a kernel.
 
     They lie as the rules in force lay out the axes "batch" and "heads"; one that does not divide is whole on every
