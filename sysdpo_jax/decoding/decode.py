@@ -17,6 +17,7 @@ from sysdpo_jax.models.decoder import Decoder, KVCache, init_cache
 
 Prompts = Int[Array | np.ndarray, "batch prompt"]
 Lengths = Int[Array | np.ndarray, " batch"]
+Settings = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 class Generated(NamedTuple):
@@ -162,15 +163,12 @@ def beam_generate(
     """
     decoding = _Decoding(decoder, max_new_tokens, stop_tokens, pad_token)
     decoding.check("beam_generate", prompts, prompt_lengths)
-    beams = num_beams, search.groups(num_beams), search.penalties()
-    return _beam_generate(decoding, *beams, params, jnp.asarray(prompts), jnp.asarray(prompt_lengths))
+    beams, inputs = (num_beams, search.groups(num_beams)), (jnp.asarray(prompts), jnp.asarray(prompt_lengths))
+    return _beam_generate(decoding, beams, search.penalties(), params, *inputs)
 
 
 def sample_token(
-    logits: Float[Array, "batch vocab"],
-    key: PRNGKeyArray,
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
+    logits: Float[Array, "batch vocab"], key: PRNGKeyArray, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, " batch"]:
     """One token per row by the rules of `generate`; only the branch taken runs: top_p 1 pays for no sort."""
 
@@ -195,12 +193,7 @@ def sample_token(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(
-    decoding: _Decoding,
-    params: PyTree,
-    prompts: Int[Array, "batch prompt"],
-    prompt_lengths: Int[Array, " batch"],
-    key: PRNGKeyArray,
-    settings: tuple[Float[Array, ""], Float[Array, ""]],
+    decoding: _Decoding, params: PyTree, prompts: Prompts, lengths: Lengths, key: PRNGKeyArray, settings: Settings
 ) -> Generated:
     (batch, prompt), room = prompts.shape, decoding.max_new_tokens
     stops = jnp.array(decoding.stop_tokens, jnp.int32)
@@ -218,11 +211,11 @@ def _generate(
         )
 
     def step(state: _State) -> _State:
-        slot, positions = prompt + state.made - 1, prompt_lengths + state.made - 1
+        slot, positions = prompt + state.made - 1, lengths + state.made - 1
         return record(state, *decoding.extend(params, state.token, state.cache, slot, positions))
 
     # The last token made is never fed back, so it needs no slot.
-    logits, cache = decoding.prefill(params, prompts, prompt_lengths, room - 1)
+    logits, cache = decoding.prefill(params, prompts, lengths, room - 1)
     start = _State(
         made=jnp.int32(0),
         token=jnp.zeros(batch, jnp.int32),
@@ -236,28 +229,27 @@ def _generate(
     return Generated(end.tokens, end.lengths)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _beam_generate(
     decoding: _Decoding,
-    num_beams: int,
-    num_groups: int,
+    beams: tuple[int, int],
     penalties: Penalties,
     params: PyTree,
-    prompts: Int[Array, "batch prompt"],
-    prompt_lengths: Int[Array, " batch"],
+    prompts: Prompts,
+    lengths: Lengths,
 ) -> Beams:
-    batch, prompt = prompts.shape
+    (batch, prompt), (num_beams, num_groups) = prompts.shape, beams
 
     def step(
         tokens: Array, parents: Array | None, cache: KVCache, made: Array
     ) -> tuple[Float[Array, "batch beams vocab"], KVCache]:
         if parents is not None:
             cache = _reorder(cache, parents, prompt)
-        positions = jnp.repeat(prompt_lengths + made - 1, num_beams)
+        positions = jnp.repeat(lengths + made - 1, num_beams)
         logits, cache = decoding.extend(params, tokens.ravel(), cache, prompt + made - 1, positions)
         return logits.reshape(batch, num_beams, -1), cache
 
-    logits, cache = decoding.prefill(params, prompts, prompt_lengths, 0)
+    logits, cache = decoding.prefill(params, prompts, lengths, 0)
     return beam_search(
         step,
         logits,

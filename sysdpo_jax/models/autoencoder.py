@@ -49,36 +49,25 @@ class MidBlock(nn.Module):
         return ResnetBlock2D(c, channels, name="resnets_1")(x, None)
 
 
-class EncoderBlock(nn.Module):
-    """DownEncoderBlock2D: residual blocks, then half the image unless it is the last."""
+class Level(nn.Module):
+    """DownEncoderBlock2D or UpDecoderBlock2D: residual blocks, then half or twice the image, if asked."""
 
     config: AutoencoderConfig
     channels: int
-    downsample: bool
+    blocks: int
+    resize: str | None
 
     @nn.compact
     def __call__(self, x: Image) -> Float[Array, "batch h w out"]:
-        for i in range(self.config.layers_per_block):
+        for i in range(self.blocks):
             x = ResnetBlock2D(self.config, self.channels, name=f"resnets_{i}")(x, None)
-        # Padded on the right and at the bottom alone, unlike the U-Net's.
-        return Resampler(self.config, 2, (0, 1), name="downsamplers_0")(x) if self.downsample else x
-
-
-class DecoderBlock(nn.Module):
-    """UpDecoderBlock2D: one more residual block than the encoder's, then twice the image unless it is the last."""
-
-    config: AutoencoderConfig
-    channels: int
-    upsample: bool
-
-    @nn.compact
-    def __call__(self, x: Image) -> Float[Array, "batch h w out"]:
-        for i in range(self.config.layers_per_block + 1):
-            x = ResnetBlock2D(self.config, self.channels, name=f"resnets_{i}")(x, None)
-        if not self.upsample:
-            return x
-        doubled = nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
-        return Resampler(self.config, 1, name="upsamplers_0")(doubled)
+        if self.resize == "half":
+            # Padded on the right and at the bottom alone, unlike the U-Net's.
+            return Resampler(self.config, 2, (0, 1), name="downsamplers_0")(x)
+        if self.resize == "twice":
+            doubled = nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
+            return Resampler(self.config, 1, name="upsamplers_0")(doubled)
+        return x
 
 
 class Encoder(nn.Module):
@@ -91,7 +80,7 @@ class Encoder(nn.Module):
         c, levels = self.config, len(self.config.block_out_channels)
         x = Conv(c, c.block_out_channels[0], name="conv_in")(x)
         for i, channels in enumerate(c.block_out_channels):
-            x = EncoderBlock(c, channels, i < levels - 1, name=f"down_blocks_{i}")(x)
+            x = Level(c, channels, c.layers_per_block, "half" if i < levels - 1 else None, name=f"down_blocks_{i}")(x)
         x = nn.silu(group_norm(c, "conv_norm_out")(MidBlock(c, name="mid_block")(x)))
         return Conv(c, 2 * c.latent_channels, name="conv_out")(x)
 
@@ -106,7 +95,9 @@ class Decoder(nn.Module):
         c, levels = self.config, len(self.config.block_out_channels)
         x = MidBlock(c, name="mid_block")(Conv(c, c.block_out_channels[-1], name="conv_in")(x))
         for i, channels in enumerate(reversed(c.block_out_channels)):
-            x = DecoderBlock(c, channels, i < levels - 1, name=f"up_blocks_{i}")(x)
+            x = Level(c, channels, c.layers_per_block + 1, "twice" if i < levels - 1 else None, name=f"up_blocks_{i}")(
+                x
+            )
         x = nn.silu(group_norm(c, "conv_norm_out")(x))
         return Conv(c, c.out_channels, name="conv_out")(x).astype(jnp.float32)
 

@@ -22,7 +22,7 @@ from sysdpo_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from sysdpo_jax.models.layers import Dense, RMSNorm, embedding, join_heads, split_heads
 from sysdpo_jax.models.lora import low_rank
 from sysdpo_jax.models.partitioning import constrain, residual
-from sysdpo_jax.models.rotary import rotary_angles, rotate
+from sysdpo_jax.models.rotary import Angles, rotary_angles, rotate
 from sysdpo_jax.typing import Params
 
 SCALE = 0.02
@@ -37,7 +37,7 @@ Pair = tuple[Array, Array] | None
 # Which slots a token sees, in the layers of one kind and of all; None where that is every token before it.
 Visible = Bool[Array, "batch length slots"] | None
 VisibleByKind = Bool[Array, "kinds batch length slots"] | None
-Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+Rotation = tuple[Angles, Angles]
 Rotations = tuple[Float[Array, "kinds batch length half"], Float[Array, "kinds batch length half"]]
 
 

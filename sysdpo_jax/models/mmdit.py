@@ -110,9 +110,7 @@ def position_table(c: MMDiTConfig) -> Float[Array, "1 patches width"]:
     return jnp.concatenate([columns, rows], axis=-1).reshape(1, size**2, c.width)
 
 
-def modulate(
-    x: Float[Array, "batch length width"], scale: Condition, shift: Condition
-) -> Float[Array, "batch length width"]:
+def modulate(x: Patches, scale: Condition, shift: Condition) -> Patches:
     """standardised x * (1 + scale) + shift, in float32: a LayerNorm whose affine part is given (arXiv 2212.09748)."""
     normed = standardise(x.astype(jnp.float32), (-1,), EPS)
     return (normed * (1 + scale.astype(jnp.float32)[:, None]) + shift.astype(jnp.float32)[:, None]).astype(x.dtype)

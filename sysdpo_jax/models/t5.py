@@ -3,7 +3,7 @@
 Axes: B batch, S tokens, H heads, K head width, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from sysdpo_jax.models.partitioning import constrain, residual
 
 States = Float[Array, "batch tokens width"]
 Mask = Bool[Array, "batch tokens"] | None
-Bias = Float[Array, "heads tokens tokens"]
+Bias = Float[Array, "1 heads tokens tokens"]
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,6 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     return np.where(distance < exact, distance, far) + np.where(offset > 0, half, 0)
 
 
-def attend_with_bias(
-    queries: Float[Array, "batch tokens heads head_width"],
-    keys: Float[Array, "batch tokens heads head_width"],
-    values: Float[Array, "batch tokens heads head_width"],
-    bias: Bias,
-    mask: Mask,
-) -> Float[Array, "batch tokens heads head_width"]:
-    """softmax(q k + bias) v with the softmax in float32 and no scaling; tokens outside the mask are seen by none."""
-    scores = jnp.einsum("bqhk,bshk->bhqs", queries, keys, preferred_element_type=jnp.float32) + bias
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("bhqs,bshk->bqhk", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
-
-
 class T5Attention(nn.Module):
     """Parameters: q, k, v, o and, in the first block, relative_attention_bias. Returns the bias for the next blocks."""
 
@@ -87,19 +73,15 @@ class T5Attention(nn.Module):
         c = self.config
         if bias is None:
             buckets = relative_buckets(x.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)
-            table = nn.Embed(
-                c.relative_attention_num_buckets,
-                c.num_heads,
-                "float32",
-                c.param_dtype,
-                embedding_init=nn.initializers.normal(c.d_model**-0.5),
-                name="relative_attention_bias",
-            )
-            bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)
+            exact, scale = replace(c, dtype="float32"), c.d_model**-0.5
+            table = embedding(exact, c.relative_attention_num_buckets, c.num_heads, scale, "relative_attention_bias")
+            bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
         queries, keys, values = (
             split_heads(Dense(c, c.num_heads * c.d_kv, False, name=name)(x), c.num_heads) for name in "qkv"
         )
-        mixed = attend_with_bias(queries, keys, values, bias, mask)
+        seen = None if mask is None else mask[:, None, None]
+        # Without a scale; the softmax is float32.
+        mixed = jax.nn.dot_product_attention(queries, keys, values, bias, seen, scale=1.0, implementation="xla")
         return Dense(c, c.d_model, False, name="o")(join_heads(mixed)), bias
 
 
