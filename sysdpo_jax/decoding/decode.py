@@ -56,7 +56,7 @@ class _Decoding:
                 "an empty prompt needs at least a start token."
             )
 
-    def prefill(self, params: PyTree, prompts: Array, lengths: Array, spare: int) -> tuple[Array, KVCache]:
+    def prefill(self, params: PyTree, prompts: Prompts, lengths: Lengths, spare: int) -> tuple[Array, KVCache]:
         """Logits [B, V] of the first new token, and the cache of the prompts with so many spare slots behind."""
         batch, prompt = prompts.shape
         mask, empty = jnp.arange(prompt) < lengths[:, None], init_cache(self.decoder.config, batch, prompt + spare)
@@ -64,7 +64,7 @@ class _Decoding:
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
         return self._run(params, "head", last)[:, 0], cache
 
-    def extend(self, params: PyTree, tokens: Array, cache: KVCache, slot: Array, at: Array) -> tuple[Array, KVCache]:
+    def extend(self, params: PyTree, tokens: Array, cache: KVCache, slot: Array, at: Lengths) -> tuple[Array, KVCache]:
         """Logits [rows, V] after one more token [rows] of each row, put at a slot of the cache and a position `at`."""
         hidden, cache = self._run(params, "extend", tokens[:, None], cache, slot, at[:, None])
         return self._run(params, "head", hidden)[:, 0], cache
