@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 TEST = [
     "beartype>=0.23",
     "accelerate>=1.15",
+    "chex>=0.1.91",
     "diffusers>=0.42",
     "gguf>=0.17",
     "grain>=0.2.18",
@@ -35,7 +36,6 @@ setup(
     },
     entry_points={"console_scripts": ["sysdpo=sysdpo_jax.cli.main:main"]},
     install_requires=[
-        "chex>=0.1.91",
         "datasets>=4.0",
         "docstring-parser>=0.16",
         "filelock>=3.24",

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from experiments.common.words import word_tokenizer
 from experiments.progressive.world import CAPTION_WORDS, CAPTIONS, SIZE, VOCABULARY, split_captions
 from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, TextEncoder, Tool
-from sysdpo_jax.diffusion import Constant, NoiseSchedule
-from sysdpo_jax.diffusion.samplers import DDIM
+from sysdpo_jax.diffusion import DDIM, Constant, NoiseSchedule
 from sysdpo_jax.models import CLIPTextConfig, CLIPTextEncoder, Decoder, DecoderConfig, UNet2DCondition, UNetConfig
 
 LANGUAGE, IMAGE = "lm", "unet"

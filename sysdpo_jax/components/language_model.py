@@ -25,9 +25,8 @@ from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
 from sysdpo_jax.components.turns import closing
-from sysdpo_jax.decoding.beam_decode import beam_generate
 from sysdpo_jax.decoding.beam_search import BeamSearch
-from sysdpo_jax.decoding.decode import generate
+from sysdpo_jax.decoding.decode import beam_generate, generate
 from sysdpo_jax.models.decoder import Decoder, head_params
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents

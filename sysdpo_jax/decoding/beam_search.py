@@ -189,8 +189,7 @@ def beam_search(
     likeliest = min(vocab, wanted + (num_beams - size + stops if num_groups > 1 else 0))
 
     def advance(loop: _Loop, log_probs: Array, tokens: Array) -> _Loop:
-        def row(running: _Running, finished: _Finished, log_probs: Array, tokens: Array) -> Any:
-            beams = running, finished, log_probs, tokens
+        def row(*beams: Any) -> Any:
             return _advance(*beams, loop.made, penalties, num_groups, wanted, stop_tokens)
 
         running, finished, parents = jax.vmap(row)(loop.running, loop.finished, log_probs, tokens)

@@ -1,9 +1,10 @@
-"""Sampling of continuations from a decoder with a key-value cache, compiled once per shape.
+"""Sampling of continuations from a decoder with a key-value cache and beam search over them, compiled once per shape.
 
-Axes: B batch, P padded prompt length, N new tokens, V vocabulary.
+Axes: B batch, R beams, P padded prompt length, N new tokens, V vocabulary.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from sysdpo_jax.decoding.beam_search import Beams, BeamSearch, Penalties, beam_search
 from sysdpo_jax.models.decoder import Decoder, KVCache, init_cache
+
+Prompts = Int[Array | np.ndarray, "batch prompt"]
+Lengths = Int[Array | np.ndarray, " batch"]
+Settings = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 class Generated(NamedTuple):
@@ -26,6 +32,47 @@ class Generated(NamedTuple):
     lengths: Array
 
 
+@dataclass(frozen=True)
+class _Decoding:
+    """What the compiled loops depend on beside shapes, and the model as they call it."""
+
+    decoder: Decoder
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...]
+    pad_token: int
+
+    def check(self, caller: str, prompts: Prompts, prompt_lengths: Lengths) -> None:
+        """Raises the ValueErrors of `generate` on prompts and lengths, in the name of the caller."""
+        room, longest = self.decoder.config.max_position_embeddings, prompts.shape[1]
+        if self.max_new_tokens < 1 or longest + self.max_new_tokens > room:
+            raise ValueError(
+                f"{caller}: max_new_tokens {self.max_new_tokens} must be at least 1 and, after prompts of "
+                f"{longest} tokens, fit in max_position_embeddings {room}."
+            )
+        # A device array may be traced or spread over hosts, so only host arrays can be checked.
+        if isinstance(prompt_lengths, np.ndarray) and np.any((prompt_lengths < 1) | (prompt_lengths > longest)):
+            raise ValueError(
+                f"{caller}: prompt_lengths must lie in [1, {longest}], got {prompt_lengths.tolist()}; "
+                "an empty prompt needs at least a start token."
+            )
+
+    def prefill(self, params: PyTree, prompts: Prompts, lengths: Lengths, spare: int) -> tuple[Array, KVCache]:
+        """Logits [B, V] of the first new token, and the cache of the prompts with so many spare slots behind."""
+        batch, prompt = prompts.shape
+        mask, empty = jnp.arange(prompt) < lengths[:, None], init_cache(self.decoder.config, batch, prompt + spare)
+        hidden, cache = self._run(params, "extend", prompts, empty, 0, None, mask)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+        return self._run(params, "head", last)[:, 0], cache
+
+    def extend(self, params: PyTree, tokens: Array, cache: KVCache, slot: Array, at: Lengths) -> tuple[Array, KVCache]:
+        """Logits [rows, V] after one more token [rows] of each row, put at a slot of the cache and a position `at`."""
+        hidden, cache = self._run(params, "extend", tokens[:, None], cache, slot, at[:, None])
+        return self._run(params, "head", hidden)[:, 0], cache
+
+    def _run(self, params: PyTree, method: str, *inputs: Any) -> Any:
+        return self.decoder.apply({"params": params}, *inputs, method=method)
+
+
 class _State(NamedTuple):
     made: Array  # tokens made so far, the same for all rows
     token: Array  # [B] the newest token
@@ -38,8 +85,8 @@ class _State(NamedTuple):
 def generate(
     decoder: Decoder,
     params: PyTree,
-    prompts: Int[Array | np.ndarray, "batch prompt"],
-    prompt_lengths: Int[Array | np.ndarray, " batch"],
+    prompts: Prompts,
+    prompt_lengths: Lengths,
     key: PRNGKeyArray,
     *,
     max_new_tokens: int,
@@ -73,41 +120,55 @@ def generate(
         ValueError: If prompts and new tokens outnumber max_position_embeddings, a setting is out of range, or
             prompt_lengths is a NumPy array with values outside [1, P]; lengths on the device are not looked at.
     """
-    check_prompts("generate", decoder, prompts, prompt_lengths, max_new_tokens)
+    decoding = _Decoding(decoder, max_new_tokens, stop_tokens, pad_token)
+    decoding.check("generate", prompts, prompt_lengths)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1].")
-    static = decoder, max_new_tokens, stop_tokens, pad_token
     settings = jnp.float32(temperature), jnp.float32(top_p)
-    return _generate(*static, params, jnp.asarray(prompts), jnp.asarray(prompt_lengths), key, settings)
+    return _generate(decoding, params, jnp.asarray(prompts), jnp.asarray(prompt_lengths), key, settings)
 
 
-def check_prompts(
-    caller: str,
+def beam_generate(
     decoder: Decoder,
-    prompts: Int[Array | np.ndarray, "batch prompt"],
-    prompt_lengths: Int[Array | np.ndarray, " batch"],
+    params: PyTree,
+    prompts: Prompts,
+    prompt_lengths: Lengths,
+    *,
+    num_beams: int,
+    search: BeamSearch,
     max_new_tokens: int,
-) -> None:
-    """Raises the ValueErrors of `generate` on prompts and lengths, in the name of the caller."""
-    room, total = decoder.config.max_position_embeddings, prompts.shape[1] + max_new_tokens
-    if max_new_tokens < 1 or total > room:
-        raise ValueError(
-            f"{caller}: max_new_tokens {max_new_tokens} must be at least 1 and, after prompts of "
-            f"{prompts.shape[1]} tokens, fit in max_position_embeddings {room}."
-        )
-    # A device array may be traced or spread over hosts, so only host arrays can be checked.
-    if isinstance(prompt_lengths, np.ndarray) and np.any((prompt_lengths < 1) | (prompt_lengths > prompts.shape[1])):
-        raise ValueError(
-            f"{caller}: prompt_lengths must lie in [1, {prompts.shape[1]}], got {prompt_lengths.tolist()}; "
-            "an empty prompt needs at least a start token."
-        )
+    stop_tokens: tuple[int, ...],
+    pad_token: int,
+) -> Beams:
+    """Find the num_beams best distinct continuations of each right-padded prompt.
+
+    Penalties, early stopping and parameters of other values do not compile anew; the loop ends when no row can improve.
+
+    Args:
+        decoder: The model.
+        params: Its parameters.
+        prompts: Token ids.
+        prompt_lengths: In tokens.
+        num_beams: How many continuations.
+        search: Settings of the search.
+        max_new_tokens: A sequence ends there, if not at a stop token.
+        stop_tokens: Ids that end a sequence.
+        pad_token: What fills a sequence after its end.
+
+    Returns:
+        The sequences, the best first.
+
+    Raises:
+        ValueError: For beams that do not divide into the groups, and for prompts and lengths as `generate`.
+    """
+    decoding = _Decoding(decoder, max_new_tokens, stop_tokens, pad_token)
+    decoding.check("beam_generate", prompts, prompt_lengths)
+    beams, inputs = (num_beams, search.groups(num_beams)), (jnp.asarray(prompts), jnp.asarray(prompt_lengths))
+    return _beam_generate(decoding, beams, search.penalties(), params, *inputs)
 
 
 def sample_token(
-    logits: Float[Array, "batch vocab"],
-    key: PRNGKeyArray,
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
+    logits: Float[Array, "batch vocab"], key: PRNGKeyArray, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, " batch"]:
     """One token per row by the rules of `generate`; only the branch taken runs: top_p 1 pays for no sort."""
 
@@ -130,30 +191,16 @@ def sample_token(
     return jax.lax.switch(branch, (greedy, full, nucleus))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=0)
 def _generate(
-    decoder: Decoder,
-    max_new_tokens: int,
-    stop_tokens: tuple[int, ...],
-    pad_token: int,
-    params: PyTree,
-    prompts: Int[Array, "batch prompt"],
-    prompt_lengths: Int[Array, " batch"],
-    key: PRNGKeyArray,
-    settings: tuple[Float[Array, ""], Float[Array, ""]],
+    decoding: _Decoding, params: PyTree, prompts: Prompts, lengths: Lengths, key: PRNGKeyArray, settings: Settings
 ) -> Generated:
-    batch, prompt = prompts.shape
-    stops = jnp.array(stop_tokens, jnp.int32)
+    (batch, prompt), room = prompts.shape, decoding.max_new_tokens
+    stops = jnp.array(decoding.stop_tokens, jnp.int32)
 
-    def run(method: str, *inputs: Any) -> Any:
-        return decoder.apply({"params": params}, *inputs, method=method)
-
-    def choose(hidden: Array, made: Array) -> Array:
-        logits = run("head", hidden)[:, 0]
-        return sample_token(logits, jax.random.fold_in(key, made), *settings).astype(jnp.int32)
-
-    def record(state: _State, token: Array, cache: KVCache) -> _State:
-        token = jnp.where(state.stopped, pad_token, token)
+    def record(state: _State, logits: Array, cache: KVCache) -> _State:
+        token = sample_token(logits, jax.random.fold_in(key, state.made), *settings).astype(jnp.int32)
+        token = jnp.where(state.stopped, decoding.pad_token, token)
         return _State(
             made=state.made + 1,
             token=token,
@@ -164,24 +211,79 @@ def _generate(
         )
 
     def step(state: _State) -> _State:
-        newest = prompt + state.made - 1
-        positions = (prompt_lengths + state.made - 1)[:, None]
-        hidden, cache = run("extend", state.token[:, None], state.cache, newest, positions)
-        return record(state, choose(hidden, state.made), cache)
+        slot, positions = prompt + state.made - 1, lengths + state.made - 1
+        return record(state, *decoding.extend(params, state.token, state.cache, slot, positions))
 
-    mask = jnp.arange(prompt) < prompt_lengths[:, None]
     # The last token made is never fed back, so it needs no slot.
-    empty = init_cache(decoder.config, batch, prompt + max_new_tokens - 1)
-    hidden, cache = run("extend", prompts, empty, 0, None, mask)
-    last = jnp.take_along_axis(hidden, prompt_lengths[:, None, None] - 1, axis=1)
+    logits, cache = decoding.prefill(params, prompts, lengths, room - 1)
     start = _State(
         made=jnp.int32(0),
         token=jnp.zeros(batch, jnp.int32),
-        tokens=jnp.full((batch, max_new_tokens), pad_token, jnp.int32),
+        tokens=jnp.full((batch, room), decoding.pad_token, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         stopped=jnp.zeros(batch, bool),
-        cache=empty,
+        cache=cache,
     )
-    first = record(start, choose(last, start.made), cache)
-    end = jax.lax.while_loop(lambda s: (s.made < max_new_tokens) & ~jnp.all(s.stopped), step, first)
+    first = record(start, logits, cache)
+    end = jax.lax.while_loop(lambda s: (s.made < room) & ~jnp.all(s.stopped), step, first)
     return Generated(end.tokens, end.lengths)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _beam_generate(
+    decoding: _Decoding,
+    beams: tuple[int, int],
+    penalties: Penalties,
+    params: PyTree,
+    prompts: Prompts,
+    lengths: Lengths,
+) -> Beams:
+    (batch, prompt), (num_beams, num_groups) = prompts.shape, beams
+
+    def step(
+        tokens: Array, parents: Array | None, cache: KVCache, made: Array
+    ) -> tuple[Float[Array, "batch beams vocab"], KVCache]:
+        if parents is not None:
+            cache = _reorder(cache, parents, prompt)
+        positions = jnp.repeat(lengths + made - 1, num_beams)
+        logits, cache = decoding.extend(params, tokens.ravel(), cache, prompt + made - 1, positions)
+        return logits.reshape(batch, num_beams, -1), cache
+
+    logits, cache = decoding.prefill(params, prompts, lengths, 0)
+    return beam_search(
+        step,
+        logits,
+        # The last token made is never fed back, so it needs no slot.
+        _spread(cache, num_beams, decoding.max_new_tokens - 1),
+        num_beams=num_beams,
+        num_groups=num_groups,
+        penalties=penalties,
+        max_new_tokens=decoding.max_new_tokens,
+        stop_tokens=decoding.stop_tokens,
+        pad_token=decoding.pad_token,
+    )
+
+
+def _spread(cache: KVCache, beams: int, slots: int) -> KVCache:
+    """The cache with each row repeated for its beams and so many empty slots behind."""
+
+    def spread(x: Array, rows: int) -> Array:
+        pads = [(0, slots if axis == rows + 1 else 0) for axis in range(x.ndim)]
+        return jnp.pad(jnp.repeat(x, beams, axis=rows), pads)
+
+    keys, values = spread(cache.keys, 1), spread(cache.values, 1)
+    return KVCache(keys, values, spread(cache.valid, 0), spread(cache.positions, 0))
+
+
+def _reorder(cache: KVCache, parents: Int[Array, "batch beams"], prompt: int) -> KVCache:
+    """The cache of the beams that `parents` [B, R] name, counted within their row.
+
+    The slots of the prompt, and which slots hold a token at which position, are the same for all beams of a row.
+    """
+    batch, beams = parents.shape
+    rows = (jnp.arange(batch)[:, None] * beams + parents).ravel()
+
+    def made(x: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, x[:, rows, prompt:], prompt, axis=2)
+
+    return cache._replace(keys=made(cache.keys), values=made(cache.values))

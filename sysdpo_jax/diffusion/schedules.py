@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sysdpo_jax.typing import Rows
+
+Latents = Float[Array, "batch *rest"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 # On the device, or on the host for tables.
 Times = TypeVar("Times", Array, np.ndarray)
@@ -137,28 +140,17 @@ def _cosine_betas(steps: int) -> np.ndarray:
     return np.minimum(1.0 - level[1:] / level[:-1], 0.999)
 
 
-def expand(rows: Float[Array, "batch"], like: Float[Array, "batch *rest"]) -> Float[Array, "batch *ones"]:
+def expand(rows: Rows, like: Latents) -> Float[Array, "batch *ones"]:
     """Per-row coefficients shaped to broadcast against `like`."""
     return rows.reshape(rows.shape[0], *(1,) * (like.ndim - 1))
 
 
-def add_noise(
-    clean: Float[Array, "batch *rest"],
-    noise: Float[Array, "batch *rest"],
-    alpha: Float[Array, "batch"],
-    sigma: Float[Array, "batch"],
-) -> Float[Array, "batch *rest"]:
+def add_noise(clean: Latents, noise: Latents, alpha: Rows, sigma: Rows) -> Latents:
     """z_t = alpha_t z_0 + sigma_t eps."""
     return expand(alpha, clean) * clean + expand(sigma, clean) * noise
 
 
-def target(
-    clean: Float[Array, "batch *rest"],
-    noise: Float[Array, "batch *rest"],
-    alpha: Float[Array, "batch"],
-    sigma: Float[Array, "batch"],
-    prediction_type: PredictionType,
-) -> Float[Array, "batch *rest"]:
+def target(clean: Latents, noise: Latents, alpha: Rows, sigma: Rows, prediction_type: PredictionType) -> Latents:
     """What the model is trained to output: eps, v = alpha eps - sigma z_0 (arXiv 2202.00512, appendix D) or z_0."""
     if prediction_type == "epsilon":
         return noise
@@ -168,12 +160,8 @@ def target(
 
 
 def clean_and_noise(
-    prediction: Float[Array, "batch *rest"],
-    noisy: Float[Array, "batch *rest"],
-    alpha: Float[Array, "batch"],
-    sigma: Float[Array, "batch"],
-    prediction_type: PredictionType,
-) -> tuple[Float[Array, "batch *rest"], Float[Array, "batch *rest"]]:
+    prediction: Latents, noisy: Latents, alpha: Rows, sigma: Rows, prediction_type: PredictionType
+) -> tuple[Latents, Latents]:
     """The estimates of z_0 and eps that a prediction implies.
 
     An epsilon prediction divides by alpha and a z_0 prediction by sigma: callers see to it that neither is 0.

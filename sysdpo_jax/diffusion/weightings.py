@@ -10,18 +10,19 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType
+from sysdpo_jax.typing import Rows
+
+Times = Int[Array, "batch"]
 
 
 @runtime_checkable
 class Weighting(Protocol):
     """T * omega of a denoising error, so that log p ~= -(T omega / 2) * mean squared error."""
 
-    def __call__(
-        self, schedule: NoiseSchedule, t: Int[Array, "batch"], prediction_type: PredictionType, size: int
-    ) -> Float[Array, "batch"]:
+    def __call__(self, schedule: NoiseSchedule, t: Times, prediction_type: PredictionType, size: int) -> Rows:
         """Weigh the error of each row.
 
         Args:
@@ -47,9 +48,7 @@ class Constant:
 
     scale: float = 50_000.0
 
-    def __call__(
-        self, schedule: NoiseSchedule, t: Int[Array, "batch"], prediction_type: PredictionType, size: int
-    ) -> Float[Array, "batch"]:
+    def __call__(self, schedule: NoiseSchedule, t: Times, prediction_type: PredictionType, size: int) -> Rows:
         return jnp.full(t.shape, self.scale)
 
 
@@ -65,9 +64,7 @@ class MinSNR:
     scale: float = 50_000.0
     gamma: float = 5.0
 
-    def __call__(
-        self, schedule: NoiseSchedule, t: Int[Array, "batch"], prediction_type: PredictionType, size: int
-    ) -> Float[Array, "batch"]:
+    def __call__(self, schedule: NoiseSchedule, t: Times, prediction_type: PredictionType, size: int) -> Rows:
         snr = schedule.snr()
         capped = np.minimum(snr, self.gamma)
         # min(SNR, gamma) / SNR is written so that it is 1, not 0 / 0, where the SNR is 0.
@@ -84,9 +81,7 @@ class ELBO:
     On an epsilon error it is infinite where the SNR is 0: `Diffusion` refuses to train such a model at that step.
     """
 
-    def __call__(
-        self, schedule: NoiseSchedule, t: Int[Array, "batch"], prediction_type: PredictionType, size: int
-    ) -> Float[Array, "batch"]:
+    def __call__(self, schedule: NoiseSchedule, t: Times, prediction_type: PredictionType, size: int) -> Rows:
         snr = schedule.snr()
         on_clean = np.append(0.0, snr[:-1] - snr[1:])
         clean_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones_like(snr)}[prediction_type]

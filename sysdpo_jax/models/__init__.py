@@ -7,10 +7,8 @@ from sysdpo_jax.models.autoencoder_config import AutoencoderConfig
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.models.decoder_config import FULL, SLIDING, DecoderConfig
-from sysdpo_jax.models.mmdit import MMDiT
-from sysdpo_jax.models.mmdit_config import MMDiTConfig
-from sysdpo_jax.models.unet import UNet2DCondition
-from sysdpo_jax.models.unet_config import UNetConfig
+from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 
 __all__ = [
     "FULL",

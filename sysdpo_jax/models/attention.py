@@ -11,10 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from sysdpo_jax.models import cudnn
-from sysdpo_jax.models.attention_request import AttentionRequest
+from sysdpo_jax.models.attention_request import AttentionRequest, Queries, Slots
 from sysdpo_jax.models.partitioning import on_own_heads
 
 # What a configuration's `attention` may name.
@@ -27,9 +27,9 @@ _BACKEND: ContextVar[str | None] = ContextVar("_BACKEND", default=None)
 
 
 def attend(
-    queries: Float[Array, "batch length heads width"],
-    keys: Float[Array, "batch slots groups width"],
-    values: Float[Array, "batch slots groups width"],
+    queries: Queries,
+    keys: Slots,
+    values: Slots,
     visible: Bool[Array, "batch length slots"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -37,7 +37,7 @@ def attend(
     causal: bool = False,
     window: int | None = None,
     implementation: str = "auto",
-) -> Float[Array, "batch length heads width"]:
+) -> Queries:
     """softmax(scale q k) v with the softmax in float32; heads may share key-value heads (arXiv 2305.13245).
 
     A query that sees no slot gets a finite average.
@@ -49,7 +49,8 @@ def attend(
     """
     if window is not None and not causal:
         raise ValueError(f"attend: window {window} needs causal=True")
-    request = AttentionRequest.of(queries, keys, values, visible, softcap, causal, window)
+    restrictions = {"masked": visible is not None, "softcap": softcap is not None, "causal": causal, "window": window}
+    request = AttentionRequest.of(queries, keys, values, **restrictions)
     kind = choose(implementation, _BACKEND.get() or jax.default_backend(), request)
     if kind in FUSED.values() and implementation == "auto" and jax.device_count() > 1:
         # The compiler cannot cut a kernel, and without a mesh nobody says how to spread it.
@@ -146,7 +147,7 @@ def _both(
 
 def _plain(
     queries: Array, keys: Array, values: Array, visible: Array | None, scale: float | None, softcap: float | None
-) -> Float[Array, "batch length heads width"]:
+) -> Queries:
     """The heads that share a key-value head are stacked along the length: one matrix product per group."""
     batch, length, heads, width = queries.shape
     slots, groups = keys.shape[1:3]

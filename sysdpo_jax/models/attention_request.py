@@ -1,8 +1,13 @@
 """What an attention is asked to do: all that the choice of a kernel depends on."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import jax
+from jaxtyping import Array, Float
+
+Queries = Float[Array, "batch length heads width"]
+# Keys or values.
+Slots = Float[Array, "batch slots groups width"]
 
 
 @dataclass(frozen=True)
@@ -26,29 +31,8 @@ class AttentionRequest:
     window: int | None = None
 
     @classmethod
-    def of(
-        cls,
-        queries: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        visible: jax.Array | None,
-        softcap: float | None,
-        causal: bool,
-        window: int | None,
-    ) -> "AttentionRequest":
-        """That of these arguments of `attend`."""
-        batch, length, heads, width = queries.shape
+    def of(cls, queries: Queries, keys: Slots, values: Slots, **restrictions: Any) -> "AttentionRequest":
+        """That of these arguments of `attend` and what restricts it, by the names of the fields."""
+        (batch, length, heads, width), (_, slots, groups, _) = queries.shape, keys.shape
         dtype = ", ".join(sorted({x.dtype.name for x in (queries, keys, values)}))
-        return cls(
-            batch,
-            length,
-            keys.shape[1],
-            heads,
-            keys.shape[2],
-            width,
-            dtype,
-            visible is not None,
-            softcap is not None,
-            causal,
-            window,
-        )
+        return cls(batch, length, slots, heads, groups, width, dtype, **restrictions)

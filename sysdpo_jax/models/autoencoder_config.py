@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 
+from sysdpo_jax.models.config import Precision
+
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Precision):
     """Defaults are those of diffusers. The activation is SiLU, the blocks DownEncoderBlock2D and UpDecoderBlock2D.
 
     block_out_channels: of each level, from the image inwards; each level but the last halves the image.
     scaling_factor, shift_factor: of the latents that a denoiser works on, see `scale_latents`.
     sample_size, force_upcast: kept for the checkpoint, for pipelines in PyTorch; nothing here depends on them.
-    dtype: precision of the products; norms, softmax and the outputs are float32 in any case.
     Raises ValueError for groups that do not divide the channels.
     """
 
@@ -27,8 +28,6 @@ class AutoencoderConfig:
     mid_block_add_attention: bool = True
     sample_size: int | tuple[int, int] = 32
     force_upcast: bool = True
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for channels in self.block_out_channels:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.attention import attend
-from sysdpo_jax.models.layers import Dense, LayerNorm
+from sysdpo_jax.models.config import Precision
+from sysdpo_jax.models.layers import Dense, LayerNorm, embedding, join_heads, split_heads
 from sysdpo_jax.models.partitioning import constrain, residual
 
+States = Float[Array, "batch tokens width"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -22,12 +24,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(Precision):
     """Shape of a text encoder, under the field names and with the defaults of transformers' CLIPTextConfig.
 
     with_projection: transformers' CLIPTextModelWithProjection, whose pooled state is projected to projection_dim.
     eos_token_id: where the pooled state is read, see `CLIPTextEncoder.outputs`.
-    dtype: precision of the products; norms, softmax and the output are float32 in any case.
     Raises ValueError for an unknown activation or heads that do not divide the width.
     """
 
@@ -42,8 +43,6 @@ class CLIPTextConfig:
     projection_dim: int = 512
     with_projection: bool = False
     eos_token_id: int = 49407
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
@@ -60,17 +59,9 @@ class CLIPTextOutputs(NamedTuple):
     pooled: last_hidden_state at the end of the text, projected where the encoder has a projection.
     """
 
-    last_hidden_state: Float[Array, "batch tokens width"]
-    penultimate: Float[Array, "batch tokens width"]
+    last_hidden_state: States
+    penultimate: States
     pooled: Float[Array, "batch pooled"]
-
-
-def _dense(c: CLIPTextConfig, features: int, name: str, use_bias: bool = True) -> Dense:
-    return Dense(features, use_bias, c.dtype, c.param_dtype, name=name)
-
-
-def _norm(c: CLIPTextConfig, name: str) -> LayerNorm:
-    return LayerNorm(c.layer_norm_eps, c.dtype, c.param_dtype, name=name)
 
 
 class CLIPAttention(nn.Module):
@@ -79,15 +70,13 @@ class CLIPAttention(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: States) -> States:
         c = self.config
         queries, keys, values = (
-            _dense(c, c.hidden_size, name)(x).reshape(*x.shape[:2], c.num_attention_heads, -1)
+            split_heads(Dense(c, c.hidden_size, name=name)(x), c.num_attention_heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        queries, keys, values = (constrain(y, "batch", "length", "heads", None) for y in (queries, keys, values))
-        mixed = constrain(attend(queries, keys, values, causal=True), "batch", "length", "heads", None)
-        return _dense(c, c.hidden_size, "out_proj")(mixed.reshape(x.shape))
+        return Dense(c, c.hidden_size, name="out_proj")(join_heads(attend(queries, keys, values, causal=True)))
 
 
 class CLIPMLP(nn.Module):
@@ -96,10 +85,10 @@ class CLIPMLP(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: States) -> States:
         c = self.config
-        h = ACTIVATIONS[c.hidden_act](_dense(c, c.intermediate_size, "fc1")(x))
-        return _dense(c, c.hidden_size, "fc2")(constrain(h, "batch", "length", "mlp"))
+        h = ACTIVATIONS[c.hidden_act](Dense(c, c.intermediate_size, name="fc1")(x))
+        return Dense(c, c.hidden_size, name="fc2")(constrain(h, "batch", "length", "mlp"))
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -108,10 +97,11 @@ class CLIPEncoderLayer(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(self, x: States) -> States:
         c = self.config
-        x = residual(x + CLIPAttention(c, name="self_attn")(_norm(c, "layer_norm1")(x)))
-        return residual(x + CLIPMLP(c, name="mlp")(_norm(c, "layer_norm2")(x)))
+        first, second = (LayerNorm(c, c.layer_norm_eps, name=f"layer_norm{i}") for i in (1, 2))
+        x = residual(x + CLIPAttention(c, name="self_attn")(first(x)))
+        return residual(x + CLIPMLP(c, name="mlp")(second(x)))
 
 
 class CLIPTextEncoder(nn.Module):
@@ -123,7 +113,7 @@ class CLIPTextEncoder(nn.Module):
 
     config: CLIPTextConfig
 
-    def __call__(self, token_ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
+    def __call__(self, token_ids: Int[Array, "batch tokens"]) -> States:
         """Raises ValueError for more tokens than positions. The output is float32."""
         return self.outputs(token_ids).last_hidden_state
 
@@ -139,21 +129,15 @@ class CLIPTextEncoder(nn.Module):
             raise ValueError(
                 f"CLIPTextEncoder: {length} tokens, but max_position_embeddings={c.max_position_embeddings}"
             )
-        tokens = self._embedding("token_embedding", c.vocab_size)(token_ids)
-        positions = self._embedding("position_embedding", c.max_position_embeddings)(jnp.arange(length))
-        x = penultimate = residual(tokens + positions)
+        tokens = embedding(c, c.vocab_size, c.hidden_size, 0.02, "token_embedding")(token_ids)
+        places = embedding(c, c.max_position_embeddings, c.hidden_size, 0.02, "position_embedding")
+        x = penultimate = residual(tokens + places(jnp.arange(length)))
         for i in range(c.num_hidden_layers):
             penultimate = x
             x = CLIPEncoderLayer(c, name=f"layers_{i}")(x)
-        last = _norm(c, "final_layer_norm")(x)
+        last = LayerNorm(c, c.layer_norm_eps, name="final_layer_norm")(x)
         end = jnp.argmax(token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id, axis=1)
         pooled = last[jnp.arange(batch), end]
         if c.with_projection:
-            pooled = _dense(c, c.projection_dim, "text_projection", use_bias=False)(pooled)
+            pooled = Dense(c, c.projection_dim, False, name="text_projection")(pooled)
         return CLIPTextOutputs(*(y.astype(jnp.float32) for y in (last, penultimate, pooled)))
-
-    def _embedding(self, name: str, rows: int) -> nn.Embed:
-        init = nn.initializers.normal(0.02)
-        return nn.Embed(
-            rows, self.config.hidden_size, self.config.dtype, self.config.param_dtype, embedding_init=init, name=name
-        )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sysdpo_jax.models.attention_request import AttentionRequest
+from sysdpo_jax.models.attention_request import AttentionRequest, Queries, Slots
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +47,7 @@ def refusal(request: AttentionRequest) -> str | None:
     return _own_refusal(request)
 
 
-def cudnn(
-    queries: Float[Array, "batch length heads width"],
-    keys: Float[Array, "batch slots groups width"],
-    values: Float[Array, "batch slots groups width"],
-    scale: float,
-    causal: bool,
-    window: int | None,
-) -> Float[Array, "batch length heads width"]:
+def cudnn(queries: Queries, keys: Slots, values: Slots, scale: float, causal: bool, window: int | None) -> Queries:
     """softmax(scale q k) v in cuDNN's kernel, its backward pass too; lengths are padded to `MULTIPLE`.
 
     Queries that were added are cut off again. Slots that were added are hidden: by causality, or by the number of slots
@@ -77,7 +70,7 @@ def cudnn(
     return mixed[:, :length]
 
 
-def _padded(x: Float[Array, "batch length heads width"]) -> Float[Array, "batch padded heads width"]:
+def _padded(x: Queries) -> Float[Array, "batch padded heads width"]:
     spare = -x.shape[1] % MULTIPLE
     return jnp.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0))) if spare else x
 

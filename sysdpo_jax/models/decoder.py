@@ -17,17 +17,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sysdpo_jax.models.attention import attend
+from sysdpo_jax.models.config import recomputed
 from sysdpo_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
-from sysdpo_jax.models.layers import Dense, RMSNorm
+from sysdpo_jax.models.layers import Dense, RMSNorm, embedding, join_heads, split_heads
 from sysdpo_jax.models.lora import low_rank
 from sysdpo_jax.models.partitioning import constrain, residual
-from sysdpo_jax.models.remat import recomputed
-from sysdpo_jax.models.rotary import rotary_angles, rotate
+from sysdpo_jax.models.rotary import Angles, rotary_angles, rotate
 from sysdpo_jax.typing import Params
 
-INIT = nn.initializers.normal(0.02)
+SCALE = 0.02
+INIT = nn.initializers.normal(SCALE)
+Tokens = Int[Array, "batch length"]
+Mask = Bool[Array, "batch length"] | None
+Hidden = Float[Array, "batch length width"]
+Logits = Float[Array, "batch length vocab"]
 Slot = int | Int[Array, ""]
-Rotation = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+# Keys and values, of a cache [N, B, S, G, K], in a layer without N, or of new tokens, [B, L, G, K].
+Pair = tuple[Array, Array] | None
+# Which slots a token sees, in the layers of one kind and of all; None where that is every token before it.
+Visible = Bool[Array, "batch length slots"] | None
+VisibleByKind = Bool[Array, "kinds batch length slots"] | None
+Rotation = tuple[Angles, Angles]
 Rotations = tuple[Float[Array, "kinds batch length half"], Float[Array, "kinds batch length half"]]
 
 
@@ -48,11 +58,11 @@ def init_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
 
 
 def _dense(config: DecoderConfig, features: int, name: str, use_bias: bool = False) -> Dense:
-    return Dense(features, use_bias, config.dtype, config.param_dtype, INIT, name=name)
+    return Dense(config, features, use_bias, INIT, name=name)
 
 
 def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
-    return RMSNorm(config.rms_norm_eps, config.dtype, config.param_dtype, config.norm_unit_offset, name=name)
+    return RMSNorm(config, config.rms_norm_eps, config.norm_unit_offset, name=name)
 
 
 class Attention(nn.Module):
@@ -61,14 +71,7 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch length width"],
-        past: tuple[Array, Array] | None,
-        rotation: Rotation,
-        visible: Bool[Array, "batch length slots"] | None,
-        slot: Slot,
-    ) -> tuple[Float[Array, "batch length width"], tuple[Array, Array] | None]:
+    def __call__(self, x: Hidden, past: Pair, rotation: Rotation, visible: Visible, slot: Slot) -> tuple[Hidden, Pair]:
         """The layer's output and, if `past` was given, the new keys and values [B, L, G, K].
 
         visible: as in `Block`, of this layer's kind.
@@ -76,9 +79,7 @@ class Attention(nn.Module):
         c = self.config
 
         def heads(name: str, count: int) -> Array:
-            projected = _dense(c, count * c.head_width, name, c.attention_bias or c.qkv_bias)(x)
-            projected = projected.reshape(*x.shape[:2], count, c.head_width)
-            return constrain(projected, "batch", "length", "heads", None)
+            return split_heads(_dense(c, count * c.head_width, name, c.attention_bias or c.qkv_bias)(x), count)
 
         queries, keys = heads("q_proj", c.num_attention_heads), heads("k_proj", c.num_key_value_heads)
         values = heads("v_proj", c.num_key_value_heads)
@@ -101,8 +102,7 @@ class Attention(nn.Module):
             window=c.window(c.layer_kinds[0]) if visible is None else None,
             implementation=c.attention if past is None else "auto",
         )
-        mixed = constrain(mixed, "batch", "length", "heads", None)
-        return _dense(c, x.shape[-1], "o_proj", c.attention_bias)(mixed.reshape(*x.shape[:2], -1)), fresh
+        return _dense(c, x.shape[-1], "o_proj", c.attention_bias)(join_heads(mixed)), fresh
 
 
 class MLP(nn.Module):
@@ -111,13 +111,11 @@ class MLP(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
-        inner = self.config.intermediate_size
-        gate = _dense(self.config, inner, "gate_proj")(x)
-        up = _dense(self.config, inner, "up_proj")(x)
-        activated = ACTIVATIONS[self.config.hidden_act](gate)
-        hidden = constrain(activated * up, "batch", "length", "mlp")
-        return _dense(self.config, x.shape[-1], "down_proj")(hidden)
+    def __call__(self, x: Hidden) -> Hidden:
+        c = self.config
+        gate, up = (_dense(c, c.intermediate_size, name)(x) for name in ("gate_proj", "up_proj"))
+        hidden = constrain(ACTIVATIONS[c.hidden_act](gate) * up, "batch", "length", "mlp")
+        return _dense(c, x.shape[-1], "down_proj")(hidden)
 
 
 class Block(nn.Module):
@@ -131,14 +129,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch length width"],
-        past: tuple[Array, Array] | None,
-        kind: Int[Array, ""],
-        rotations: Rotations,
-        visible: Bool[Array, "kinds batch length slots"] | None,
-        slot: Slot,
-    ) -> tuple[Float[Array, "batch length width"], tuple[Array, Array] | None]:
+        self, x: Hidden, past: Pair, kind: Int[Array, ""], rotations: Rotations, visible: VisibleByKind, slot: Slot
+    ) -> tuple[Hidden, Pair]:
         c, (cos, sin) = self.config, (_pick(table, kind) for table in rotations)
         seen = None if visible is None else _pick(visible, kind)
         normed = _norm(c, "input_layernorm")(x)
@@ -161,7 +153,7 @@ class Head(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length vocab"]:
+    def __call__(self, hidden: Hidden) -> Logits:
         c = self.config
         kernel = self.param("kernel", INIT, (c.hidden_size, c.vocab_size), c.param_dtype)
         logits = _logits(hidden, kernel, c.dtype)
@@ -197,9 +189,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = nn.Embed(
-            c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=INIT
-        )
+        self.embed_tokens = embedding(c, c.vocab_size, c.hidden_size, SCALE)
         block = recomputed(Block, c.remat, prevent_cse=c.num_hidden_layers == 1)
         self.layers = nn.scan(
             block,
@@ -214,12 +204,12 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch length"],
-        positions: Int[Array, "batch length"] | None = None,
-        mask: Bool[Array, "batch length"] | None = None,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         cache_slot: Slot | None = None,
-    ) -> Float[Array, "batch length vocab"] | tuple[Float[Array, "batch length vocab"], KVCache]:
+    ) -> Logits | tuple[Logits, KVCache]:
         """Next-token logits in float32, with the new cache if a cache and the first slot to write were given.
 
         Raises ValueError if tokens outnumber max_position_embeddings or cache comes without cache_slot.
@@ -231,12 +221,7 @@ class Decoder(nn.Module):
         hidden, cache = self.extend(tokens, cache, cache_slot, positions, mask)
         return self.head(hidden), cache
 
-    def hidden_states(
-        self,
-        tokens: Int[Array, "batch length"],
-        positions: Int[Array, "batch length"] | None = None,
-        mask: Bool[Array, "batch length"] | None = None,
-    ) -> Float[Array, "batch length width"]:
+    def hidden_states(self, tokens: Tokens, positions: Tokens | None = None, mask: Mask = None) -> Hidden:
         """Hidden states after the final norm, in config.dtype.
 
         Leave the mask out where rows are padded on the right alone: a real token sees none of the padding anyway, and
@@ -251,13 +236,8 @@ class Decoder(nn.Module):
         return hidden
 
     def extend(
-        self,
-        tokens: Int[Array, "batch length"],
-        cache: KVCache,
-        cache_slot: Slot,
-        positions: Int[Array, "batch length"] | None = None,
-        mask: Bool[Array, "batch length"] | None = None,
-    ) -> tuple[Float[Array, "batch length width"], KVCache]:
+        self, tokens: Tokens, cache: KVCache, cache_slot: Slot, positions: Tokens | None = None, mask: Mask = None
+    ) -> tuple[Hidden, KVCache]:
         """Hidden states of tokens put at slots cache_slot, cache_slot + 1, ..., and the cache with them.
 
         A token sees the real tokens at its own and earlier slots, in sliding layers those whose position is less than
@@ -275,12 +255,12 @@ class Decoder(nn.Module):
         )
         return hidden, KVCache(keys, values, valid, placed)
 
-    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+    def embed(self, tokens: Tokens) -> Hidden:
         """What enters the first layer."""
         x = residual(self.embed_tokens(tokens))
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embeddings else x
 
-    def head(self, hidden: Float[Array, "batch length width"]) -> Float[Array, "batch length vocab"]:
+    def head(self, hidden: Hidden) -> Logits:
         """Logits in float32 of hidden states, whichever stretch of the sequence they come from."""
         c = self.config
         tied = c.tie_word_embeddings
@@ -289,14 +269,8 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _run(
-        self,
-        tokens: Array,
-        positions: Array,
-        past: tuple[Array, Array] | None,
-        valid: Bool[Array, "batch slots"] | None,
-        slot_positions: Int[Array, "batch slots"],
-        slot: Slot,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        self, tokens: Array, positions: Array, past: Pair, valid: Array | None, slot_positions: Array, slot: Slot
+    ) -> tuple[Array, Pair]:
         c, slots = self.config, slot_positions.shape[1]
         if slots > c.max_position_embeddings:
             raise ValueError(
@@ -317,7 +291,7 @@ class Decoder(nn.Module):
         return self.norm(x), fresh
 
 
-def _counted(valid: Bool[Array, "batch slots"], slot: Slot, length: int) -> Int[Array, "batch length"]:
+def _counted(valid: Bool[Array, "batch slots"], slot: Slot, length: int) -> Tokens:
     """The number of real tokens before each of the `length` slots from `slot` on."""
     counts = jax.lax.dynamic_slice_in_dim(jnp.cumsum(valid, axis=1), slot, length, axis=1)
     return jnp.maximum(counts - 1, 0)

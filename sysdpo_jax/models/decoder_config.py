@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from sysdpo_jax.models.attention import check_attention
-from sysdpo_jax.models.remat import check_remat
+from sysdpo_jax.models.config import BlockOptions
 from sysdpo_jax.models.rotary import RopeScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -18,13 +17,11 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(BlockOptions):
     """Shape of a decoder: with the defaults a Llama, with other values a Mistral, Qwen or Gemma.
 
     head_dim: width of a head, by default hidden_size / num_attention_heads.
-    remat: what of each layer is recomputed in the backward pass, see `remat.recomputed`.
-    attention: how attention without a cache is computed, see `attention.choose`; with one as "auto" does.
-    dtype: precision of the products; norms, softmax and logits are float32 in any case.
+    attention: of what is computed without a cache; with one as "auto" does.
     hidden_act: of the feed-forward's gate, one of ACTIVATIONS.
     rope_scaling: how the rotary frequencies are lowered; None leaves them.
     rope_local_base_freq: theta of the sliding layers, unscaled; by default they rotate as the others do.
@@ -55,10 +52,6 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    remat: str | None = None
-    attention: str = "auto"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
     hidden_act: str = "silu"
     rope_scaling: RopeScaling | None = None
     rope_local_base_freq: float | None = None
@@ -76,8 +69,7 @@ class DecoderConfig:
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
-        check_remat(self.remat, "DecoderConfig")
-        check_attention(self.attention, "DecoderConfig")
+        super().__post_init__()
         self._check_heads()
         self._check_layers()
         if self.hidden_act not in ACTIVATIONS:

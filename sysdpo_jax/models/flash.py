@@ -9,17 +9,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
+from sysdpo_jax.models.attention_request import Queries, Slots
+
 LANES, MAX_BLOCK = 128, 512
 
 
-def flash(
-    queries: Float[Array, "batch length heads width"],
-    keys: Float[Array, "batch slots groups width"],
-    values: Float[Array, "batch slots groups width"],
-    scale: float,
-    causal: bool,
-    window: int | None,
-) -> Float[Array, "batch length heads width"]:
+def flash(queries: Queries, keys: Slots, values: Slots, scale: float, causal: bool, window: int | None) -> Queries:
     """softmax(scale q k) v block by block (arXiv 2205.14135), its backward pass too; any length and head width.
 
     The scale is multiplied into the queries, so that in bfloat16 they are rounded once more.
@@ -53,5 +48,5 @@ def _block(length: int) -> int:
     return -(-length // (blocks * LANES)) * LANES
 
 
-def _padded(x: Float[Array, "batch length heads width"], block: int) -> Float[Array, "batch heads padded width"]:
+def _padded(x: Queries, block: int) -> Float[Array, "batch heads padded width"]:
     return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))

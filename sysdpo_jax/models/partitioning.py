@@ -1,6 +1,6 @@
-"""Logical axes: what the axes of every parameter and activation mean, one table per model family.
+"""Logical axes: what the axes of every parameter and activation mean.
 
-A mesh maps logical axes to its own (`training.sharding.LOGICAL_RULES`), so no model knows a mesh.
+A mesh maps logical axes to its own (`parallel.sharding.LOGICAL_RULES`), so no model knows a mesh.
 Of parameters: embed, the width of the residual stream; heads, mlp, channels, vocab, what lies between two maps.
 Of activations: batch, length, height, width, residual (the stream itself), and the same heads, mlp, channels, vocab.
 """
@@ -17,95 +17,52 @@ from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from sysdpo_jax.models.attention_request import Queries, Slots
+
 # Names of trailing axes; the axes before them (stacked layers, a convolution's window) have no name and are never cut.
 Axes = tuple[str | None, ...]
-Table = tuple[tuple[str, Axes], ...]
 
-# Patterns are found in a module's "/"-joined path; the axes are those of its kernel or embedding, input first.
-DECODER: Table = (
-    (r"embed_tokens$", ("vocab", "embed")),
-    (r"lm_head$", ("embed", "vocab")),
-    (r"(^|/)self_attn/[qkv]_proj$", ("embed", "heads")),
-    (r"(^|/)self_attn/o_proj$", ("heads", "embed")),
-    (r"(^|/)mlp/(gate|up)_proj$", ("embed", "mlp")),
-    (r"(^|/)mlp/down_proj$", ("mlp", "embed")),
-    (r"(^|/)layers/.*norm$", (None, None)),
-)
-
-CLIP: Table = (
-    (r"token_embedding$", ("vocab", "embed")),
-    (r"position_embedding$", (None, "embed")),
-    (r"(^|/)self_attn/[qkv]_proj$", ("embed", "heads")),
-    (r"(^|/)self_attn/out_proj$", ("heads", "embed")),
-    (r"(^|/)mlp/fc1$", ("embed", "mlp")),
-    (r"(^|/)mlp/fc2$", ("mlp", "embed")),
-    (r"text_projection$", ("embed", None)),
-)
-
-T5: Table = (
-    (r"(^|/)shared$", ("vocab", "embed")),
-    (r"relative_attention_bias$", (None, "heads")),
-    (r"SelfAttention/[qkv]$", ("embed", "heads")),
-    (r"SelfAttention/o$", ("heads", "embed")),
-    (r"DenseReluDense/wi_[01]$", ("embed", "mlp")),
-    (r"DenseReluDense/wo$", ("mlp", "embed")),
-)
-
-# A residual block's inner channels are cut as a feed-forward layer's hidden width is.
-UNET: Table = (
-    (r"attn[12]/to_[qkv]$", ("embed", "heads")),
-    (r"attn[12]/to_out_0$", ("heads", "embed")),
-    (r"(^|/)ff/net_0/proj$", ("embed", "mlp")),
-    (r"(^|/)ff/net_2$", ("mlp", "embed")),
-    (r"attentions_\d+/proj_(in|out)$", (None, "embed")),
-    (r"transformer_blocks/norm\d$", (None, None)),
-    (r"resnets_\d+/conv1$", ("embed", "channels")),
-    (r"resnets_\d+/conv2$", ("channels", "embed")),
-    (r"resnets_\d+/time_emb_proj$", ("embed", "channels")),
-    (r"resnets_\d+/conv_shortcut$", (None, "embed")),
-    (r"(down|up)samplers_0/conv$", (None, "embed")),
-    (r"(time|add)_embedding/linear_1$", ("embed", "mlp")),
-    (r"(time|add)_embedding/linear_2$", ("mlp", "embed")),
-    (r"(^|/)conv_in$", (None, "embed")),
-    (r"(^|/)conv_out$", ("embed", None)),
-)
-
-MMDIT: Table = (
-    (r"pos_embed/proj$", (None, "embed")),
-    (r"(timestep|text)_embedder/linear_1$", ("embed", "mlp")),
-    (r"(timestep|text)_embedder/linear_2$", ("mlp", "embed")),
-    (r"context_embedder$", (None, "embed")),
-    (r"attn2?/(to_[qkv]|add_[qkv]_proj)$", ("embed", "heads")),
-    (r"attn2?/(to_out_0|to_add_out)$", ("heads", "embed")),
-    (r"(^|/)ff(_context)?/net_0/proj$", ("embed", "mlp")),
-    (r"(^|/)ff(_context)?/net_2$", ("mlp", "embed")),
-    (r"norm(1|1_context|_out)/linear$", ("embed", "mlp")),
-    (r"(^|/)proj_out$", ("embed", None)),
-)
-
-FAMILIES = {"decoder": DECODER, "clip": CLIP, "t5": T5, "unet": UNET, "mmdit": MMDIT}
+# The axes of a kernel or embedding, input first, and the ends of the paths of the modules that have them, as regular
+# expressions. The first that fits counts.
+LAYERS: dict[Axes, tuple[str, ...]] = {
+    ("vocab", "embed"): ("embed_tokens", "token_embedding", "shared"),
+    ("embed", "vocab"): ("lm_head",),
+    ("embed", "heads"): ("self_attn/[qkv]_proj", "SelfAttention/[qkv]", "attn[12]?/(to_[qkv]|add_[qkv]_proj)"),
+    ("heads", "embed"): ("self_attn/(o|out)_proj", "SelfAttention/o", "attn[12]?/(to_out_0|to_add_out)"),
+    (None, "heads"): ("relative_attention_bias",),
+    ("embed", "mlp"): (
+        *("mlp/(gate_proj|up_proj|fc1)", "DenseReluDense/wi_[01]", "ff(_context)?/net_0/proj"),
+        *("(time|add)_embedding/linear_1", "(timestep|text)_embedder/linear_1", "norm(1|1_context|_out)/linear"),
+    ),
+    ("mlp", "embed"): (
+        *("mlp/(down_proj|fc2)", "DenseReluDense/wo", "ff(_context)?/net_2"),
+        *("(time|add)_embedding/linear_2", "(timestep|text)_embedder/linear_2"),
+    ),
+    # A residual block's inner channels are cut as a feed-forward layer's hidden width is.
+    ("embed", "channels"): (r"resnets_\d+/(conv1|time_emb_proj)",),
+    ("channels", "embed"): (r"resnets_\d+/conv2",),
+    (None, "embed"): (
+        *("position_embedding", "pos_embed/proj", "context_embedder", r"attentions_\d+/proj_(in|out)"),
+        *("conv_in", r"resnets_\d+/conv_shortcut", "(down|up)samplers_0/conv"),
+    ),
+    ("embed", None): ("text_projection", "conv_out", "proj_out"),
+    (None, None): ("layers/.*norm", r"transformer_blocks/norm\d"),
+}
 
 
 @functools.cache
 def logical_axes(path: str) -> Axes | None:
-    """The logical axes of a parameter's last axes, by its path `module/leaf`; None where no table knows it.
+    """The logical axes of a parameter's last axes, by its path `module/leaf`; None where the table does not know it.
 
-    A bias and a norm's weight have the output axis of their table's row. LoRA's factors have its input axis (lora_a)
-    and its output axis (lora_b); their rank is never cut.
+    A bias and a norm's weight have the output axis of their module. LoRA's factors have its input axis (lora_a) and its
+    output axis (lora_b); their rank is never cut.
     """
     module, _, leaf = path.rpartition("/")
-    for table in FAMILIES.values():
-        for pattern, (first, last) in table:
-            if re.search(pattern, module):
-                leaves: dict[str, Axes] = {
-                    "kernel": (first, last),
-                    "embedding": (first, last),
-                    "bias": (last,),
-                    "weight": (last,),
-                    "lora_a": (first, None),
-                    "lora_b": (None, last),
-                }
-                return leaves.get(leaf)
+    for (first, last), ends in LAYERS.items():
+        if re.search(rf"(^|/)({'|'.join(ends)})$", module):
+            both: Axes = (first, last)
+            own: dict[str, Axes] = {"bias": (last,), "weight": (last,), "lora_a": (first, None), "lora_b": (None, last)}
+            return own.get(leaf, both if leaf in ("kernel", "embedding") else None)
     return None
 
 
@@ -129,7 +86,7 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def gathered(path: tuple[str, ...], kernel: Array) -> Array:
-    """A module's kernel as its products use it: gathered over fsdp, cut over tensor where its table says so.
+    """A module's kernel as its products use it: gathered over fsdp, cut over tensor where the table says so.
 
     Left to itself the compiler may move a convolution's activations instead, which are larger. path: the module's.
     """
@@ -165,12 +122,7 @@ def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Ar
     )
 
 
-def on_own_heads(
-    kernel: Callable[..., Float[Array, "batch length heads width"]],
-    queries: Float[Array, "batch length heads width"],
-    keys: Float[Array, "batch slots groups width"],
-    values: Float[Array, "batch slots groups width"],
-) -> Float[Array, "batch length heads width"]:
+def on_own_heads(kernel: Callable[..., Queries], queries: Queries, keys: Slots, values: Slots) -> Queries:
     """kernel(queries, keys, values), each device with its own rows and heads: the compiler cannot cut a kernel.
 
     They lie as the rules in force lay out the axes "batch" and "heads"; one that does not divide is whole on every

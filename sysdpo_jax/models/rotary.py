@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sysdpo_jax.models.attention_request import Queries
+
+Angles = Float[Array, "batch length half"]
 LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -63,11 +66,7 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(
-    x: Float[Array, "batch length heads width"],
-    cos: Float[Array, "batch length half"],
-    sin: Float[Array, "batch length half"],
-) -> Float[Array, "batch length heads width"]:
+def rotate(x: Queries, cos: Angles, sin: Angles) -> Queries:
     """Rotate the pairs (x[i], x[i + K / 2]) of a head: arXiv 2104.09864, eq. 34, in Hugging Face's order."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]

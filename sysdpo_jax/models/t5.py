@@ -3,7 +3,7 @@
 Axes: B batch, S tokens, H heads, K head width, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
@@ -11,20 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sysdpo_jax.models.layers import Dense, RMSNorm
+from sysdpo_jax.models.config import Precision
+from sysdpo_jax.models.layers import Dense, RMSNorm, embedding, join_heads, split_heads
 from sysdpo_jax.models.partitioning import constrain, residual
 
 States = Float[Array, "batch tokens width"]
-Bias = Float[Array, "heads tokens tokens"]
+Mask = Bool[Array, "batch tokens"] | None
+Bias = Float[Array, "1 heads tokens tokens"]
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(Precision):
     """Shape of an encoder, under the field names and with the defaults of transformers' T5Config; no dropout.
 
     The feed-forward layers are gated by GELU in its tanh form ("gated-gelu").
     relative_attention_num_buckets: of both directions; distances of relative_attention_max_distance or more share one.
-    dtype: precision of the products; norms, softmax and the output are float32 in any case.
     Raises ValueError for buckets that do not make two halves of exact and logarithmic ones.
     """
 
@@ -37,8 +38,6 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
@@ -47,14 +46,6 @@ class T5Config:
                 f"T5Config: relative_attention_num_buckets={buckets} must be a multiple of 4 and a quarter of it less "
                 f"than relative_attention_max_distance={distance}"
             )
-
-
-def _dense(c: T5Config, features: int, name: str) -> Dense:
-    return Dense(features, False, c.dtype, c.param_dtype, name=name)
-
-
-def _norm(c: T5Config, name: str) -> RMSNorm:
-    return RMSNorm(c.layer_norm_epsilon, c.dtype, c.param_dtype, name=name)
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "tokens tokens"]:
@@ -72,45 +63,26 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     return np.where(distance < exact, distance, far) + np.where(offset > 0, half, 0)
 
 
-def attend_with_bias(
-    queries: Float[Array, "batch tokens heads head_width"],
-    keys: Float[Array, "batch tokens heads head_width"],
-    values: Float[Array, "batch tokens heads head_width"],
-    bias: Bias,
-    mask: Bool[Array, "batch tokens"] | None,
-) -> Float[Array, "batch tokens heads head_width"]:
-    """softmax(q k + bias) v with the softmax in float32 and no scaling; tokens outside the mask are seen by none."""
-    scores = jnp.einsum("bqhk,bshk->bhqs", queries, keys, preferred_element_type=jnp.float32) + bias
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("bhqs,bshk->bqhk", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
-
-
 class T5Attention(nn.Module):
     """Parameters: q, k, v, o and, in the first block, relative_attention_bias. Returns the bias for the next blocks."""
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None, bias: Bias | None) -> tuple[States, Bias]:
+    def __call__(self, x: States, mask: Mask, bias: Bias | None) -> tuple[States, Bias]:
         c = self.config
         if bias is None:
             buckets = relative_buckets(x.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)
-            table = nn.Embed(
-                c.relative_attention_num_buckets,
-                c.num_heads,
-                "float32",
-                c.param_dtype,
-                embedding_init=nn.initializers.normal(c.d_model**-0.5),
-                name="relative_attention_bias",
-            )
-            bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)
+            exact, scale = replace(c, dtype="float32"), c.d_model**-0.5
+            table = embedding(exact, c.relative_attention_num_buckets, c.num_heads, scale, "relative_attention_bias")
+            bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
         queries, keys, values = (
-            _dense(c, c.num_heads * c.d_kv, name)(x).reshape(*x.shape[:2], c.num_heads, c.d_kv) for name in "qkv"
+            split_heads(Dense(c, c.num_heads * c.d_kv, False, name=name)(x), c.num_heads) for name in "qkv"
         )
-        queries, keys, values = (constrain(y, "batch", "length", "heads", None) for y in (queries, keys, values))
-        mixed = constrain(attend_with_bias(queries, keys, values, bias, mask), "batch", "length", "heads", None)
-        return _dense(c, c.d_model, "o")(mixed.reshape(*x.shape[:2], -1)), bias
+        seen = None if mask is None else mask[:, None, None]
+        # Without a scale; the softmax is float32.
+        mixed = jax.nn.dot_product_attention(queries, keys, values, bias, seen, scale=1.0, implementation="xla")
+        return Dense(c, c.d_model, False, name="o")(join_heads(mixed)), bias
 
 
 class T5AttentionLayer(nn.Module):
@@ -119,8 +91,8 @@ class T5AttentionLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None, bias: Bias | None) -> tuple[States, Bias]:
-        normed = _norm(self.config, "layer_norm")(x)
+    def __call__(self, x: States, mask: Mask, bias: Bias | None) -> tuple[States, Bias]:
+        normed = RMSNorm(self.config, self.config.layer_norm_epsilon, name="layer_norm")(x)
         mixed, bias = T5Attention(self.config, name="SelfAttention")(normed, mask, bias)
         return residual(x + mixed), bias
 
@@ -133,9 +105,9 @@ class T5GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: States) -> States:
         c = self.config
-        gate = nn.gelu(_dense(c, c.d_ff, "wi_0")(x), approximate=True)
-        hidden = constrain(gate * _dense(c, c.d_ff, "wi_1")(x), "batch", "length", "mlp")
-        return _dense(c, c.d_model, "wo")(hidden)
+        gate, up = (Dense(c, c.d_ff, False, name=f"wi_{i}")(x) for i in range(2))
+        hidden = constrain(nn.gelu(gate, approximate=True) * up, "batch", "length", "mlp")
+        return Dense(c, c.d_model, False, name="wo")(hidden)
 
 
 class T5FeedForwardLayer(nn.Module):
@@ -145,7 +117,8 @@ class T5FeedForwardLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: States) -> States:
-        return residual(x + T5GatedMLP(self.config, name="DenseReluDense")(_norm(self.config, "layer_norm")(x)))
+        normed = RMSNorm(self.config, self.config.layer_norm_epsilon, name="layer_norm")(x)
+        return residual(x + T5GatedMLP(self.config, name="DenseReluDense")(normed))
 
 
 class T5Block(nn.Module):
@@ -154,7 +127,7 @@ class T5Block(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None, bias: Bias | None) -> tuple[States, Bias]:
+    def __call__(self, x: States, mask: Mask, bias: Bias | None) -> tuple[States, Bias]:
         x, bias = T5AttentionLayer(self.config, name="layer_0")(x, mask, bias)
         return T5FeedForwardLayer(self.config, name="layer_1")(x), bias
 
@@ -165,11 +138,11 @@ class T5Stack(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: States, mask: Bool[Array, "batch tokens"] | None) -> States:
+    def __call__(self, x: States, mask: Mask) -> States:
         bias = None
         for i in range(self.config.num_layers):
             x, bias = T5Block(self.config, name=f"block_{i}")(x, mask, bias)
-        return _norm(self.config, "final_layer_norm")(x)
+        return RMSNorm(self.config, self.config.layer_norm_epsilon, name="final_layer_norm")(x)
 
 
 class T5Encoder(nn.Module):
@@ -178,12 +151,8 @@ class T5Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(
-        self, token_ids: Int[Array, "batch tokens"], mask: Bool[Array, "batch tokens"] | None = None
-    ) -> States:
+    def __call__(self, token_ids: Int[Array, "batch tokens"], mask: Mask = None) -> States:
         """mask: the tokens that are seen; all by default, padding too, as Stable Diffusion 3 does. Output float32."""
         c = self.config
-        embed = nn.Embed(
-            c.vocab_size, c.d_model, c.dtype, c.param_dtype, embedding_init=nn.initializers.normal(1.0), name="shared"
-        )
-        return T5Stack(c, name="encoder")(residual(embed(token_ids)), mask).astype(jnp.float32)
+        x = residual(embedding(c, c.vocab_size, c.d_model, 1.0, "shared")(token_ids))
+        return T5Stack(c, name="encoder")(x, mask).astype(jnp.float32)

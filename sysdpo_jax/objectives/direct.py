@@ -10,8 +10,7 @@ from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import as_rows, node_log_probs, repeated
-from sysdpo_jax.objectives.objective import Aux
-from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
+from sysdpo_jax.objectives.objective import Aux, PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Keys, Params
 
 
@@ -54,8 +53,6 @@ class DirectObjective(PreferenceObjective):
         node_logps = node_log_probs(system, params, reference, as_rows(sides), keys, precomputed)
         node_logps = jax.tree.map(lambda x: x.reshape(rows, 2).T, node_logps)
         require_trained(node_logps)
-        log_ratios, logps = (
-            total(term.log_ratio for term in node_logps.values()),
-            total(term.policy for term in node_logps.values()),
-        )
+        log_ratios = total(term.log_ratio for term in node_logps.values())
+        logps = total(term.policy for term in node_logps.values())
         return self.mean_loss(log_ratios, node_logps), self.aux(log_ratios, logps, node_logps)

@@ -87,10 +87,15 @@ def log_probs_of_node(
     key: Keys,
     precomputed: Array | None = None,
 ) -> NodeLogps:
-    """The log-probabilities of one trained node. precomputed: its log-probabilities [batch] under the reference.
+    """The log-probabilities of one node. precomputed: its log-probabilities [batch] under the reference.
 
-    Raises `ValueError` when the node's reference tree is None and nothing was precomputed.
+    A frozen node, whose key is absent from `reference`, is evaluated once and without gradient. Raises `ValueError`
+    when the node's reference tree is None and nothing was precomputed.
     """
+    if node.params_key not in reference:
+        frozen = jax.lax.stop_gradient(node.tree(params))
+        log_prob, metrics = system.node_log_prob(node, frozen, features, key)
+        return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)
     policy, policy_metrics = system.node_log_prob(node, node.tree(params), features, key)
     if precomputed is not None:
         return NodeLogps(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
@@ -122,6 +127,4 @@ def log_ratio(
     """
     node_logps = node_log_probs(system, params, reference, features, key)
     batch = jax.tree.leaves(features)[0].shape[0]
-    return {
-        n.name: node_logps[n.name].log_ratio if n.name in node_logps else jax.numpy.zeros(batch) for n in system.nodes
-    }
+    return {n.name: node_logps[n.name].log_ratio if n.name in node_logps else jnp.zeros(batch) for n in system.nodes}

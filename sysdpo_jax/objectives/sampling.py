@@ -9,15 +9,8 @@ from jaxtyping import Array
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.objectives.log_ratio import (
-    NodeLogps,
-    as_rows,
-    log_probs_of_node,
-    repeated,
-    trained_nodes,
-)
-from sysdpo_jax.objectives.objective import Aux
-from sysdpo_jax.objectives.preference import PreferenceObjective, require_batch, require_trained, total
+from sysdpo_jax.objectives.log_ratio import NodeLogps, as_rows, log_probs_of_node, repeated, trained_nodes
+from sysdpo_jax.objectives.objective import Aux, PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Features, Keys, Params
 
 # {node: its log-probabilities}, each array [M, 2, batch]: intermediates, sides, rows.
@@ -115,7 +108,7 @@ class SamplingObjective(PreferenceObjective):
                 inner = node.name in intermediates
                 counts = (number,) if inner else (number, 2)
                 features = as_rows(intermediates[node.name] if inner else sides[node.name], 1 + len(counts))
-                values = _log_probs_of_node(system, node, params, reference, features, repeated(keys, counts))
+                values = log_probs_of_node(system, node, params, reference, features, repeated(keys, counts))
                 # An intermediate is the same on both sides.
                 by_row = jax.tree.map(lambda x, last=1 if inner else 2: x.reshape(len(keys), number, last), values)
                 node_logps[node.name] = jax.tree.map(
@@ -140,14 +133,3 @@ class SamplingObjective(PreferenceObjective):
 
 def _generative(system: CompoundSystem) -> tuple[Node, ...]:
     return tuple(node for node in system.nodes if not node.deterministic)
-
-
-def _log_probs_of_node(
-    system: CompoundSystem, node: Node, params: Params, reference: Params, features: Features, key: Keys
-) -> NodeLogps:
-    """[batch] of a trained node, or of a frozen one, which is evaluated once and without gradient."""
-    if node.params_key in reference:
-        return log_probs_of_node(system, node, params, reference, features, key)
-    frozen = jax.lax.stop_gradient(node.tree(params))
-    log_prob, metrics = system.node_log_prob(node, frozen, features, key)
-    return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)

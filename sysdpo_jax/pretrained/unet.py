@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sysdpo_jax.models.unet_config import ADDED_EMBEDDINGS, UNetConfig
+from sysdpo_jax.models.unet import ADDED_EMBEDDINGS, UNetConfig
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.fields import build, express, flag, listed, number, size, whole, whole_or_each, whole_or_none
 from sysdpo_jax.pretrained.names import Naming

@@ -18,8 +18,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.objectives.log_ratio import trained_nodes
-from sysdpo_jax.objectives.objective import Aux, Objective, margin_shares
-from sysdpo_jax.objectives.preference import PreferenceObjective
+from sysdpo_jax.objectives.objective import Aux, Objective, PreferenceObjective, margin_shares
 from sysdpo_jax.parallel.sharding import (
     BATCH_SPEC,
     ShardingError,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from jaxtyping import PyTree
 
-from sysdpo_jax.decoding.beam_decode import beam_generate
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch
+from sysdpo_jax.decoding.decode import beam_generate
 from sysdpo_jax.models.decoder import Decoder
 from tests.decoding.test_beam_search import Model, plain_search
 from tests.parity.convert import llama_params, torch_decoder

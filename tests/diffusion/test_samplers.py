@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sysdpo_jax.diffusion.levels import spaced_times
 from sysdpo_jax.diffusion.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler, Sampler, guided
-from sysdpo_jax.diffusion.samplers.tables import spaced_times
 from sysdpo_jax.diffusion.schedules import FlowSchedule, NoiseSchedule
 
 SCHEDULE = NoiseSchedule()

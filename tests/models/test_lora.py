@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from sysdpo_jax.models.config import Precision
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.layers import Dense
 from sysdpo_jax.models.lora import (
@@ -199,7 +200,7 @@ def test_factors_compute_what_the_merged_kernels_do(family):
 @pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_a_dense_layer_is_the_formula(dtype, atol):
     """float32 rounding of values of order 1, and bfloat16's, whose last place is 0.008 there."""
-    dense = Dense(7, dtype=dtype)
+    dense = Dense(Precision(dtype=dtype), 7)
     rng = np.random.default_rng(5)
     leaves = {"kernel": (5, 7), "bias": (7,), "lora_a": (5, 2), "lora_b": (2, 7)}
     values = {name: rng.normal(size=shape) / shape[0] ** 0.5 for name, shape in leaves.items()} | {"lora_scale": 1.5}

@@ -22,7 +22,7 @@ from sysdpo_jax import (
     without_intermediates,
 )
 from sysdpo_jax.objectives import LOSSES
-from sysdpo_jax.objectives.preference import require_batch
+from sysdpo_jax.objectives.objective import require_batch
 from tests.objectives.mixtures import KEY, system_of
 
 INNER = ("language model, diffusion", "language model, categorical, gaussian")

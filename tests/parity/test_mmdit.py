@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import PatchEmbed, get_1d_sincos_pos_embed_from_grid
 
-from sysdpo_jax.models import mmdit_blocks
+from sysdpo_jax.models import mmdit
 from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig, position_table, position_waves
 from tests.parity.convert_sd3 import torch_gradients, torch_params
 
@@ -142,7 +142,7 @@ def test_a_new_models_table_of_positions_is_diffusers_bit_for_bit(sample_size, p
     )
     buffer = PatchEmbed(sample_size, sample_size, patch_size, 4, 8 * heads, pos_embed_max_size=most).pos_embed
     image = jnp.zeros((1, patch_size, patch_size, 4))
-    found = jax.jit(mmdit_blocks.PatchEmbed(config).init)(jax.random.key(0), image)["params"]["pos_embed"]
+    found = jax.jit(mmdit.PatchEmbed(config).init)(jax.random.key(0), image)["params"]["pos_embed"]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, buffer.numpy())
     np.testing.assert_array_equal(position_table(config), buffer.numpy())

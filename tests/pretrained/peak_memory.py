@@ -48,10 +48,11 @@ def measure(folder: Path) -> dict[str, int]:
     import jax
 
     from sysdpo_jax import pretrained
+    from sysdpo_jax.models.config import Precision
     from sysdpo_jax.models.layers import Dense
 
     # Everything that is imported on the way, and a first array, before the ruler is laid.
-    jax.block_until_ready(Dense(2).init(jax.random.key(0), jax.numpy.zeros((1, 2))))
+    jax.block_until_ready(Dense(Precision(), 2).init(jax.random.key(0), jax.numpy.zeros((1, 2))))
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(folder)

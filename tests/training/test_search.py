@@ -28,7 +28,7 @@ from sysdpo_jax import (
     make_optimizer,
 )
 from sysdpo_jax.data.intermediates import IntermediateSearch
-from sysdpo_jax.decoding import beam_decode
+from sysdpo_jax.decoding import decode
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.row_files import RowFile
 from sysdpo_jax.training import CheckpointMismatchError, read_metrics
@@ -268,9 +268,9 @@ def test_language_models_compile_once_and_resume_bit_for_bit(tmp_path):
         runner = Trainer(system, SamplingObjective(0.5, chunk_size=2), optimizer, directory)
         return runner, runner.fit(create_state(system, start, optimizer), spec, steps, KEY)
 
-    searches = beam_decode._generate._cache_size()
+    searches = decode._beam_generate._cache_size()
     runner, whole = run(tmp_path / "whole", 5)
-    assert beam_decode._generate._cache_size() == searches + 1
+    assert decode._beam_generate._cache_size() == searches + 1
     [compiled] = runner.step._compiled.values()
     assert compiled._cache_size() == 1
     run(tmp_path / "parts", 3)

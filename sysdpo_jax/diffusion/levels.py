@@ -34,6 +34,11 @@ def spaced_times(spacing: Spacing, total: int, num_steps: int, steps_offset: int
     return times
 
 
+def whole_times(spacing: Spacing, total: int, num_steps: int, steps_offset: int) -> np.ndarray:
+    """`spaced_times` rounded, int32."""
+    return np.round(spaced_times(spacing, total, num_steps, steps_offset)).astype(np.int32)
+
+
 def visited_levels(
     schedule: NoiseSchedule, times: np.ndarray, prediction_type: PredictionType, set_alpha_to_one: bool
 ) -> np.ndarray:
