@@ -153,7 +153,7 @@ class Family:
         config.null_means("num_key_value_heads", heads)
         defaults = {"num_key_value_heads": heads, "max_position_embeddings": REQUIRED, **self.reads}
         values = read_fields(config, DecoderConfig, *SHAPE, **defaults)
-        values |= self.rope(config) | self.own(config, values["num_hidden_layers"]) | self.fixed
+        values |= {**self.rope(config), **self.own(config, values["num_hidden_layers"]), **self.fixed}
         return build(config, DecoderConfig, values | {"model_type": self.model_type})
 
     def write(self, config: DecoderConfig, source: Mapping[str, Any] | None = None) -> dict[str, Any]:

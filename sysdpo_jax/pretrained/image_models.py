@@ -90,7 +90,7 @@ def _unet_naming(config: UNetConfig) -> Naming:
     )
 
 
-def _unet_example(config: UNetConfig) -> tuple[Any, ...]:
+def _unet_example(config: Any) -> tuple[Any, ...]:
     """Latents, times, a text's states and, where they are added, its summary and the sizes."""
     inputs = (*_latents(config), jnp.zeros((1, 1, config.cross_attention_dim)))
     if config.addition_embed_type is None:

@@ -159,7 +159,7 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
     write_files(folder, tuple((f"{EXTRACTOR}/{file}", data) for file, data in extractor))
     if not extractor:
         written[EXTRACTOR] = [None, None]
-    written |= kind.beside | {key: getattr(text, field) for field, (key, _) in kind.stated.items()}
+    written |= {**kind.beside, **{key: getattr(text, field) for field, (key, _) in kind.stated.items()}}
     write_like(folder, "model_index.json", read | written, source)
 
 
