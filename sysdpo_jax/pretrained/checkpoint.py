@@ -9,14 +9,13 @@ import jax
 
 from sysdpo_jax.components import Component, Diffusion, FlowMatching, LanguageModel
 from sysdpo_jax.io import replacing
-from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
+from sysdpo_jax.pretrained.adapters import trained_beside, whole_modules, write_diffusers_adapter, write_peft_adapter
 from sysdpo_jax.pretrained.base import CheckpointError
-from sysdpo_jax.pretrained.beside import trained_beside, whole_modules
-from sysdpo_jax.pretrained.hub import locate
 from sysdpo_jax.pretrained.language import decoder_naming, load_language_model, save_language_model
 from sysdpo_jax.pretrained.params import Shardings, check_params
 from sysdpo_jax.pretrained.pipelines import denoiser_part, load_pipeline, save_pipeline
 from sysdpo_jax.pretrained.refusals import no_checkpoint, refuse_adapter, refuse_file, refuse_part
+from sysdpo_jax.pretrained.sources import locate
 from sysdpo_jax.pretrained.tensors import DTYPES
 from sysdpo_jax.static import tuples
 from sysdpo_jax.typing import Params

@@ -1,21 +1,21 @@
-"""GGUF files of the Llama architecture: configuration, weights and tokenizer out of one file.
+"""GGUF files of the Llama architecture: configuration, weights and byte-level BPE tokenizer out of one file.
 
 The gguf package parses the file and dequantises. llama.cpp keeps the two halves of a rotary pair beside each other
 where Hugging Face keeps them half a head apart, so the rows of query and key weights are put back in order here.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
 
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
-from sysdpo_jax.pretrained.gguf_tokenizer import read_tokenizer
 from sysdpo_jax.pretrained.names import Index
-from sysdpo_jax.pretrained.tensors import TensorSource
 
 TENSORS = {
     r"token_embd\.weight": "model.embed_tokens.weight",
@@ -29,44 +29,8 @@ TENSORS = {
 }
 
 
-class GGUF(NamedTuple):
-    """What a file holds: config as in Hugging Face's config.json, tensors under Hugging Face's names, tokenizer."""
-
-    config: dict[str, Any]
-    tensors: TensorSource
-    tokenizer: Any
-
-
-def read_gguf(path: str | Path, tokenizer: Any = None) -> GGUF:
-    """The parts of a GGUF file of architecture "llama", with its weights dequantised to float32 when they are read.
-
-    tokenizer: takes the place of the file's own.
-    Raises `CheckpointError` for another architecture, a setting or tensor that is not known, a tokenizer that cannot be
-    rebuilt, a damaged file, and without the gguf package.
-    """
-    where = str(path)
-    package = _package(where)
-    try:
-        reader = package.GGUFReader(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{where} does not exist: give the path of the .gguf file") from None
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{where} is no GGUF file or is damaged ({error}): fetch it again") from None
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(
-            f"{where} holds a model of architecture {architecture!r}, and only 'llama' is read from GGUF: load the "
-            "model's folder of config.json and safetensors instead"
-        )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(fields, tensors, where)
-    source = GGUFTensors(package, tensors, config, where)
-    return GGUF(config, source, read_tokenizer(fields, where) if tokenizer is None else tokenizer)
-
-
 class GGUFTensors:
-    """The `TensorSource` of a GGUF file: blocks of tensors in float32, dequantised row by row when they are read.
+    """The tensors of a GGUF file: blocks in float32, dequantised row by row when they are read.
 
     Raises `CheckpointError` listing the tensors that have no place in a Llama.
     """
@@ -117,6 +81,42 @@ class GGUFTensors:
             ) from None
         # A copy: what is read must not keep the file's pages.
         return np.array(values[(slice(None), *rest)], np.float32)
+
+
+class GGUF(NamedTuple):
+    """What a file holds: config as in Hugging Face's config.json, tensors under Hugging Face's names, tokenizer."""
+
+    config: dict[str, Any]
+    tensors: GGUFTensors
+    tokenizer: Any
+
+
+def read_gguf(path: str | Path, tokenizer: Any = None) -> GGUF:
+    """The parts of a GGUF file of architecture "llama", with its weights dequantised to float32 when they are read.
+
+    tokenizer: takes the place of the file's own.
+    Raises `CheckpointError` for another architecture, a setting or tensor that is not known, a tokenizer that cannot be
+    rebuilt, a damaged file, and without the gguf package.
+    """
+    where = str(path)
+    package = _package(where)
+    try:
+        reader = package.GGUFReader(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{where} does not exist: give the path of the .gguf file") from None
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{where} is no GGUF file or is damaged ({error}): fetch it again") from None
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(
+            f"{where} holds a model of architecture {architecture!r}, and only 'llama' is read from GGUF: load the "
+            "model's folder of config.json and safetensors instead"
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(fields, tensors, where)
+    source = GGUFTensors(package, tensors, config, where)
+    return GGUF(config, source, read_tokenizer(fields, where) if tokenizer is None else tokenizer)
 
 
 def _hf_rows(rows: int, heads: int) -> np.ndarray:
@@ -175,3 +175,61 @@ def _package(where: str) -> ModuleType:
     except ImportError:
         raise CheckpointError(f"reading {where} needs the gguf package: pip install gguf") from None
     return gguf
+
+
+# llama.cpp's types of tokens that are found in a text before it is split.
+CONTROL, USER_DEFINED = 3, 4
+
+
+def _digits_apart() -> Any:
+    """GPT-2's words with every digit a word (SmolLM)."""
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _words()])
+
+
+def _words() -> Any:
+    """GPT-2's words."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+# How a text is split into words, under the names of `tokenizer.ggml.pre`.
+SPLITS: Mapping[str, Callable[[], Any]] = {"gpt-2": _words, "smollm": _digits_apart}
+
+
+def read_tokenizer(fields: Mapping[str, Any], where: str) -> Any:
+    """A PreTrainedTokenizerFast with the file's special tokens and chat template. fields: the file's metadata.
+
+    Raises `CheckpointError` for a tokenizer of another kind, or one that splits texts in a way that is not known.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind, split = fields.get("tokenizer.ggml.model"), str(fields.get("tokenizer.ggml.pre"))
+    if kind != "gpt2" or split not in SPLITS:
+        raise CheckpointError(
+            f"{where}: a tokenizer of model {kind!r} that splits texts by {split!r} cannot be rebuilt (only 'gpt2' "
+            f"with {' or '.join(map(repr, SPLITS))}): pass it, tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    made = Tokenizer(BPE({token: place for place, token in enumerate(tokens)}, merges))
+    made.pre_tokenizer, made.decoder = SPLITS[split](), decoders.ByteLevel()
+    kinds = list(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
+    made.add_special_tokens([AddedToken(token, normalized=False) for token, type_ in kinds if type_ == CONTROL])
+    made.add_tokens([AddedToken(token, normalized=False) for token, type_ in kinds if type_ == USER_DEFINED])
+    special = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in special.items()}
+    named = {name: tokens[place] for name, place in ids.items() if place is not None}
+    begin, end = (
+        [named[f"{name}_token"]] if fields.get(f"tokenizer.ggml.add_{name}_token", False) else []
+        for name in ("bos", "eos")
+    )
+    if begin or end:
+        made.post_processor = processors.TemplateProcessing(
+            single=[*begin, "$A", *end], special_tokens=[(token, tokens.index(token)) for token in {*begin, *end}]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        chat_template=fields.get("tokenizer.chat_template"),
+        model_max_length=fields.get("llama.context_length"),
+        clean_up_tokenization_spaces=False,
+        **named,
+    )

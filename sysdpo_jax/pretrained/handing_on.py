@@ -15,6 +15,8 @@ from sysdpo_jax.pretrained.base import CheckpointError, write_json
 
 # What the writer alone says. The code that auto_map names does not go along, and the model is one that is known.
 OWN = ("architectures", "auto_map", "model_type")
+# Where a component comes from that was made, not read.
+NOWHERE = Source(Path())
 
 
 def remember(
@@ -37,9 +39,9 @@ def remember(
     return Source(path.absolute(), variant, tuple(sorted(found.items())), elsewhere)
 
 
-def recalled(source: Source | None, name: str) -> dict[str, Any]:
+def recalled(source: Source, name: str) -> dict[str, Any]:
     """The content of a remembered JSON file, which was read once without an error; empty where there is none."""
-    data = None if source is None else source.content(name)
+    data = source.content(name)
     return {} if data is None else dict(json.loads(data))
 
 
@@ -73,9 +75,9 @@ def write_files(folder: Path, files: tuple[tuple[str, bytes], ...]) -> None:
         (folder / name).write_bytes(data)
 
 
-def write_like(folder: Path, name: str, values: Mapping[str, Any], source: Source | None) -> None:
+def write_like(folder: Path, name: str, values: Mapping[str, Any], source: Source) -> None:
     """Write a JSON file below an existing folder: the very file of the source where that holds these values."""
-    data = None if source is None else source.content(name)
+    data = source.content(name)
     if data is not None and json.loads(data) == values:
         write_files(folder, ((name, data),))
     else:

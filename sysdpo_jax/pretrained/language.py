@@ -9,21 +9,18 @@ import jax
 from sysdpo_jax.components import LanguageModel
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json
+from sysdpo_jax.pretrained.base import ConfigReader, check_settings, read_json
 from sysdpo_jax.pretrained.decoders import find_family
-from sysdpo_jax.pretrained.fit import check_vocabulary
 from sysdpo_jax.pretrained.gguf import read_gguf
-from sysdpo_jax.pretrained.handing_on import recalled, remember, write_like
+from sysdpo_jax.pretrained.handing_on import NOWHERE, recalled, remember, write_like
 from sysdpo_jax.pretrained.names import Naming
-from sysdpo_jax.pretrained.params import Shardings, load_params, stored_tensors, widest_dtype
-from sysdpo_jax.pretrained.tensors import Safetensors, TensorSource, write_safetensors
-from sysdpo_jax.pretrained.tokenizer_files import FILES, write_tokenizer
+from sysdpo_jax.pretrained.params import Shardings, TensorSource, load_params, stored_tensors, widest_dtype
+from sysdpo_jax.pretrained.tensors import Safetensors, write_safetensors
+from sysdpo_jax.pretrained.tokenizer_files import FILES, check_vocabulary, read_tokenizer, write_tokenizer
 from sysdpo_jax.typing import Params
 
 # Room for prompt and completion when the caller says nothing: the lengths of TRL's DPO recipes.
 DEFAULT_PROMPT, DEFAULT_NEW = 512, 512
-# What holds a decoder's tokens; one of them is in every folder with a tokenizer.
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 def load_language_model(
@@ -69,7 +66,7 @@ def load_language_model(
         values, tensors = read_json(path / "config.json"), Safetensors(path, "model", variant)
         generation = read_json(file) if (file := path / "generation_config.json").exists() else {}
         source = remember(path, variant, ("config.json", "generation_config.json", *FILES))
-        tokenizer = read_tokenizer(path) if tokenizer is None else tokenizer
+        tokenizer = read_tokenizer(path, " or pass tokenizer=...") if tokenizer is None else tokenizer
     config = find_family(values.get("model_type", "(none)"), where).read(ConfigReader(values, where))
     config = replace(config, dtype=dtype, remat=remat, param_dtype=param_dtype or config.param_dtype)
     half = config.max_position_embeddings // 2
@@ -86,26 +83,12 @@ def load_language_model(
     return component, load_params(abstract, tensors, decoder_naming(config), param_dtype, shardings)
 
 
-def read_tokenizer(path: Path) -> Any:
-    """The tokenizer in a folder. Raises `CheckpointError` where there is none or it cannot be read."""
-    from transformers import AutoTokenizer
-
-    remedy = f"fetch the tokenizer's files ({' or '.join(VOCABULARIES)}, and what lies beside) or pass tokenizer=..."
-    # transformers makes an empty tokenizer of some families, without a word.
-    if not any((path / name).exists() for name in VOCABULARIES):
-        raise CheckpointError(f"{path} holds no tokenizer: {remedy}")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {path} cannot be read ({error}): {remedy}") from error
-
-
 def save_language_model(folder: Path, component: LanguageModel, params: Params) -> None:
     """config.json, generation_config.json, tokenizer and safetensors, as transformers lays them out.
 
     Of the files that the component was read from all is kept that it does not contradict.
     """
-    config, tokenizer, source = component.decoder.config, component.tokenizer, component.source
+    config, tokenizer, source = component.decoder.config, component.tokenizer, component.source or NOWHERE
     read, generation = recalled(source, "config.json"), recalled(source, "generation_config.json")
     as_read = write_tokenizer(folder, tokenizer, source)
     ends, pad = (tokenizer.eos_token_id, *component.stop_tokens), tokenizer.pad_token_id

@@ -17,10 +17,14 @@ from jaxtyping import Array, PyTree
 from sysdpo_jax.components import Component
 from sysdpo_jax.models.lora import LEAVES, is_lora, merged_kernel, strip_lora
 from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.gguf import GGUFTensors
 from sysdpo_jax.pretrained.names import Index, Naming, Tensor, tensors_of
-from sysdpo_jax.pretrained.tensors import TensorSource
+from sysdpo_jax.pretrained.tensors import Safetensors
+from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
 
+# What gives a block of a tensor, by its name, when it is asked for.
+TensorSource = Safetensors | GGUFTensors
 # From abstract parameters (anything with a shape and dtype) to a sharding for each.
 Shardings = Callable[[PyTree], PyTree]
 
@@ -41,7 +45,7 @@ def load_params(
     shardings: where they go, by default the first device.
     Raises `CheckpointError` that lists every missing, unexpected and misshapen tensor at once.
     """
-    leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
+    leaves = by_path(abstract)
     tensors = {path: list(tensors_of(path, leaf.shape, naming)) for path, leaf in leaves.items()}
     stored = _check({path: (leaves[path].shape, parts) for path, parts in tensors.items()}, source, naming)
     found = {path: [source.dtype(stored[part.name]) for part in parts] for path, parts in tensors.items()}
@@ -73,7 +77,7 @@ def stored_tensors(params: Params, naming: Naming) -> Iterator[tuple[str, np.nda
 
     A tree of adapters and base is thus written as the plain model that it computes.
     """
-    leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = by_path(params)
     for path, leaf in leaves.items():
         if is_lora(path):
             continue
@@ -94,8 +98,7 @@ def changed_tensors(params: Params, source: TensorSource, naming: Naming) -> Ite
     The source is read one tensor at a time, and compared in the parameters' precision.
     """
     present = _by_todays_name(source, naming)
-    leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(strip_lora(params))}
-    for path, leaf in leaves.items():
+    for path, leaf in by_path(strip_lora(params)).items():
         for tensor in tensors_of(path, leaf.shape, naming):
             ours = tensor.to_stored(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
             stored = present.get(tensor.name)
@@ -107,8 +110,10 @@ def check_params(component: Component, params: Params) -> None:
     """Raise `CheckpointError` when a tree, LoRA's leaves aside, is not that of the component."""
     if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
         raise CheckpointError(f"parameters are one component's tree of arrays, not {type(params).__name__}")
-    wanted = _shapes(jax.eval_shape(component.init, jax.random.key(0)))
-    found = _shapes(strip_lora(params))
+    abstract = jax.eval_shape(component.init, jax.random.key(0))
+    wanted, found = (
+        {path: leaf.shape for path, leaf in by_path(tree).items()} for tree in (abstract, strip_lora(params))
+    )
     differing = [path for path in sorted(wanted.keys() | found.keys()) if wanted.get(path) != found.get(path)]
     if differing:
         first = differing[0]
@@ -117,10 +122,6 @@ def check_params(component: Component, params: Params) -> None:
             f"{wanted.get(first, 'none')}, given {found.get(first, 'none')}). Pass one component's tree, as in "
             "state.params['name']"
         )
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    return {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _check(

@@ -11,53 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText, LatentCodec, SD3Text, SDXLText, TextEncoder
+from sysdpo_jax.components import Diffusion, FlowMatching, FrozenText, LatentCodec
 from sysdpo_jax.components.source import Source
-from sysdpo_jax.components.text import CaptionTruncation, TextConditioner
+from sysdpo_jax.components.text import CaptionTruncation
 from sysdpo_jax.diffusion.samplers import FlowEuler
-from sysdpo_jax.models.mmdit import MMDiT
-from sysdpo_jax.models.unet import UNet2DCondition
+from sysdpo_jax.models.mmdit import MMDiTConfig
 from sysdpo_jax.pretrained import schedulers
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, check_settings, read_json
-from sysdpo_jax.pretrained.fields import flag
-from sysdpo_jax.pretrained.fit import caption_length, check_fit, check_patches
-from sysdpo_jax.pretrained.handing_on import recalled, remember, write_files, write_like
+from sysdpo_jax.pretrained.handing_on import NOWHERE, recalled, remember, write_files, write_like
+from sysdpo_jax.pretrained.image_models import PARTS, Part, Stored, has_variant, read_part, write_part
+from sysdpo_jax.pretrained.kinds import KINDS, Kind, check_fit, check_patches, tokenizer_name
 from sysdpo_jax.pretrained.params import Shardings
-from sysdpo_jax.pretrained.parts import (
-    CLIP,
-    MMDIT,
-    T5,
-    UNET,
-    VAE,
-    Part,
-    Stored,
-    has_variant,
-    read_part,
-    write_part,
-)
-from sysdpo_jax.pretrained.sources import (
-    ENCODERS,
-    SD,
-    SD3,
-    SDXL,
-    checked_parts,
-    denoiser_name,
-    part_folders,
-    part_names,
-    tokenizer_name,
-)
-from sysdpo_jax.pretrained.tokenizer_files import FILES, write_tokenizer
+from sysdpo_jax.pretrained.refusals import refuse_adapter
+from sysdpo_jax.pretrained.sources import checked_parts, part_folders
+from sysdpo_jax.pretrained.tokenizer_files import FILES, caption_length, read_tokenizer, write_tokenizer
 from sysdpo_jax.typing import Params
 
-# What diffusers samples with when its caller says nothing.
-DEFAULTS = {
-    SD: {"num_steps": 50, "guidance_scale": 7.5},
-    SDXL: {"num_steps": 50, "guidance_scale": 5.0},
-    SD3: {"num_steps": 28, "guidance_scale": 7.0},
-}
 SCHEDULER, EXTRACTOR = "scheduler/scheduler_config.json", "feature_extractor"
-PARTS = {"unet": UNET, "transformer": MMDIT, "vae": VAE}
-PARTS |= {"text_encoder": CLIP, "text_encoder_2": CLIP, "text_encoder_3": T5}
 Pipeline = Diffusion | FlowMatching
 
 
@@ -83,30 +53,35 @@ def load_pipeline(
     guidance are by default those of diffusers' pipeline.
     """
     index = ConfigReader(read_json(path / "model_index.json"), str(path / "model_index.json"))
-    kind = index.take("_class_name")
-    if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise CheckpointError(f"{index.where}: {kind} is not supported, only {', '.join(DEFAULTS)}")
-    check_settings(FlowMatching if kind == SD3 else Diffusion, settings, {"denoiser", "text", "codec", "source"})
-    zero_null = flag(index, "force_zeros_for_empty_prompt", True) if kind == SDXL else False
+    name = index.take("_class_name")
+    kind = next((kind for kind in KINDS if kind.name == name), None)
+    if kind is None:
+        raise CheckpointError(f"{index.where}: {name} is not supported, only {', '.join(kind.name for kind in KINDS)}")
+    check_settings(kind.component, settings, {"denoiser", "text", "codec", "source"})
+    stated = {field: index.read(key, bool, default) for field, (key, default) in kind.stated.items()}
     # They look at or mark finished pictures.
     index.ignore("safety_checker", "feature_extractor", "requires_safety_checker", "add_watermarker")
     index.expect("image_encoder", [None, None])
-    index.ignore(*part_names(kind))
+    index.ignore(*kind.parts)
     index.finish()
     folders = part_folders(path, kind, index, checked_parts(kind, parts or {}), variant)
 
     # Everything that is small first: that parts do not fit each other should not wait for weights to be read.
-    stored = {name: read_part(folders[name], PARTS[name], variant) for name in folders if name in PARTS}
+    models = [name for name in folders if name in PARTS]
+    for name in models:
+        refuse_adapter(folders[name])
+    stored = {name: read_part(folders[name], PARTS[name], variant) for name in models}
     check_fit(kind, {name: part.config for name, part in stored.items()}, folders)
     if variant and not any(has_variant(part.folder, part.part, variant) for part in stored.values()):
         raise CheckpointError(f"no part of {path} has weights of the variant {variant!r}: leave variant out")
-    encoders = [name for name in ENCODERS[kind] if name in stored]
+    encoders = [name for name in kind.encoders if name in stored]
     tokenizers = {name: _tokenizer(folders[tokenizer_name(name)], stored[name].config) for name in encoders}
-    clips = encoders[:2]
-    length = caption_length((folders[tokenizer_name(name)], tokenizers[name], stored[name].config) for name in clips)
+    length = caption_length(
+        (folders[tokenizer_name(name)], tokenizers[name], stored[name].config) for name in kind.clips
+    )
     scheduler = _scheduler(folders["scheduler"] / "scheduler_config.json", kind)
-    denoising, autoencoding = stored[denoiser_name(kind)], stored["vae"]
-    sizes = _sizes(kind, denoising, autoencoding, image_size)
+    denoising, autoencoding = stored[kind.denoiser], stored["vae"]
+    sizes = _sizes(denoising, autoencoding, image_size)
 
     denoiser, weights = denoising.load(dtype, param_dtype, _below(shardings, "denoiser"), remat=remat)
     # The autoencoder runs once, outside the step, and loses detail in half precision.
@@ -114,23 +89,23 @@ def load_pipeline(
     modules, text_params = {}, {}
     for name in encoders:
         modules[name], text_params[name] = stored[name].load(dtype, param_dtype, _below(shardings, "text", name))
-    text = _text(kind, modules, tokenizers, length, truncation, zero_null, denoiser.config)
-    common = {
+    text = kind.text(
+        **{name.replace("text_", ""): modules.get(name) for name in kind.encoders},
+        **{tokenizer_name(name): tokenizers.get(name) for name in kind.encoders},
+        **stated | {field: getattr(denoiser.config, theirs) for field, theirs in kind.widths.items()},
+        length=length,
+        truncation=truncation,
+    )
+    given = {
         "source": _source(path, variant, folders),
         "denoiser": denoiser,
         "text": text if train_text else FrozenText(text),
         "codec": LatentCodec(autoencoder, sizes),
-        **DEFAULTS[kind],
+        **kind.defaults,
+        **({"sampler": scheduler} if isinstance(scheduler, FlowEuler) else vars(scheduler)),
+        **settings,
     }
-    params = {"denoiser": weights, "codec": codec, "text": text_params}
-    if isinstance(scheduler, FlowEuler):
-        return FlowMatching(**common | {"sampler": scheduler} | settings), params
-    planned = {
-        "schedule": scheduler.schedule,
-        "prediction_type": scheduler.prediction_type,
-        "sampler": scheduler.sampler,
-    }
-    return Diffusion(**common | planned | settings), params
+    return kind.component(**given), {"denoiser": weights, "codec": codec, "text": text_params}
 
 
 def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
@@ -144,27 +119,28 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
             "only a component with a LatentCodec is a pipeline of diffusers; this one works on pixels"
         )
     text = component.text.text if isinstance(component.text, FrozenText) else component.text
-    kind, source = _kind(component, text), component.source
-    written: dict[str, Any] = {"_class_name": kind, "image_encoder": [None, None]}
+    source = component.source or NOWHERE
+    kind = next((k for k in KINDS if isinstance(component, k.component) and isinstance(text, k.text)), None)
+    if kind is None:
+        raise CheckpointError(f"no pipeline of diffusers is a {type(component).__name__} with a {type(text).__name__}")
+    written: dict[str, Any] = {"_class_name": kind.name, "image_encoder": [None, None]}
 
     def write(name: str, module: Any, params: Params, ids: dict[str, int | None]) -> None:
-        below = None if source is None else source.below(name)
-        written[name] = write_part(folder / name, PARTS[name], module, params, below, ids)
+        written[name] = write_part(folder / name, PARTS[name], module, params, source.below(name), ids)
 
-    write(denoiser_name(kind), component.denoiser, params["denoiser"], {})
+    write(kind.denoiser, component.denoiser, params["denoiser"], {})
     write("vae", component.codec.autoencoder, params["codec"], {})
     read = recalled(source, "model_index.json")
-    for key in ENCODERS[kind]:
-        beside, suffix = tokenizer_name(key), key.removeprefix("text_encoder")
-        encoder, tokenizer = getattr(text, f"encoder{suffix}"), getattr(text, f"tokenizer{suffix}")
+    for key in kind.encoders:
+        beside = tokenizer_name(key)
+        encoder, tokenizer = getattr(text, key.replace("text_", "")), getattr(text, beside)
         written[key] = written[beside] = [None, None]
         if encoder is not None:
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             write(key, encoder, params["text"][key], ids)
             (folder / beside).mkdir()
-            below = None if source is None else source.below(beside)
-            as_read = write_tokenizer(folder / beside, tokenizer, below)
-            if as_read and source is not None and beside not in dict(source.moved):
+            as_read = write_tokenizer(folder / beside, tokenizer, source.below(beside))
+            if as_read and beside not in dict(source.moved):
                 written[beside] = read[beside]
             elif (folder / beside / "tokenizer.json").exists():
                 # What is written anew says so too; every version reads it from this file alone.
@@ -179,25 +155,20 @@ def save_pipeline(folder: Path, component: Pipeline, params: Params) -> None:
     )
     write_like(folder, SCHEDULER, scheduler, source)
     written["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    extractor = () if source is None else source.below(EXTRACTOR).files
+    extractor = source.below(EXTRACTOR).files
     write_files(folder, tuple((f"{EXTRACTOR}/{file}", data) for file, data in extractor))
     if not extractor:
         written[EXTRACTOR] = [None, None]
-    if kind == SD:
-        written |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    if isinstance(text, SDXLText):
-        written["force_zeros_for_empty_prompt"] = text.zero_null
+    written |= {**kind.beside, **{key: getattr(text, field) for field, (key, _) in kind.stated.items()}}
     write_like(folder, "model_index.json", read | written, source)
 
 
 def denoiser_part(component: Pipeline) -> tuple[str, Part]:
     """The denoiser's name in a pipeline, and its kind. Raises `CheckpointError` for another one."""
-    denoiser = component.denoiser
-    if isinstance(denoiser, UNet2DCondition):
-        return "unet", UNET
-    if isinstance(denoiser, MMDiT):
-        return "transformer", MMDIT
-    raise CheckpointError(f"a {type(denoiser).__name__} is no denoiser of diffusers: use a run's checkpoints")
+    for kind in KINDS:
+        if isinstance(component.denoiser, PARTS[kind.denoiser].module):
+            return kind.denoiser, PARTS[kind.denoiser]
+    raise CheckpointError(f"a {type(component.denoiser).__name__} is no denoiser of diffusers: use a run's checkpoints")
 
 
 def _source(path: Path, variant: str | None, folders: Mapping[str, Path]) -> Source:
@@ -208,53 +179,22 @@ def _source(path: Path, variant: str | None, folders: Mapping[str, Path]) -> Sou
     return remember(path, variant, ("model_index.json", SCHEDULER, f"{EXTRACTOR}/*.json", *parts, *tokenizers), moved)
 
 
-def _kind(component: Pipeline, text: TextConditioner) -> str:
-    if isinstance(component, FlowMatching) and isinstance(text, SD3Text):
-        return SD3
-    if isinstance(component, Diffusion) and isinstance(text, SDXLText):
-        return SDXL
-    if isinstance(component, Diffusion) and isinstance(text, TextEncoder):
-        return SD
-    raise CheckpointError(f"no pipeline of diffusers is a {type(component).__name__} with a {type(text).__name__}")
-
-
-def _text(
-    kind: str,
-    encoders: dict[str, Any],
-    tokenizers: dict[str, Any],
-    length: int,
-    truncation: CaptionTruncation,
-    zero_null: bool,
-    config: Any,
-) -> TextConditioner:
-    """The conditioner; config: the denoiser's."""
-    first, tokenizer = encoders["text_encoder"], tokenizers["text_encoder"]
-    if kind == SD:
-        return TextEncoder(first, tokenizer, length, truncation)
-    second, tokenizer_2 = encoders["text_encoder_2"], tokenizers["text_encoder_2"]
-    if kind == SDXL:
-        return SDXLText(first, second, tokenizer, tokenizer_2, length, truncation, zero_null)
-    third, tokenizer_3 = encoders.get("text_encoder_3"), tokenizers.get("text_encoder_3")
-    width = config.joint_attention_dim
-    return SD3Text(first, second, third, tokenizer, tokenizer_2, tokenizer_3, width, length, truncation=truncation)
-
-
-def _scheduler(file: Path, kind: str) -> schedulers.DiffusionScheduler | FlowEuler:
+def _scheduler(file: Path, kind: Kind) -> schedulers.DiffusionScheduler | FlowEuler:
     scheduler = schedulers.read(ConfigReader(read_json(file), str(file)))
-    if isinstance(scheduler, FlowEuler) != (kind == SD3):
+    if isinstance(scheduler, FlowEuler) != (kind.component is FlowMatching):
         raise CheckpointError(
-            f"{file}: a {type(scheduler).__name__} does not go with a {kind}: take that pipeline's own scheduler"
+            f"{file}: a {type(scheduler).__name__} does not go with a {kind.name}: take that pipeline's own scheduler"
         )
     return scheduler
 
 
-def _sizes(kind: str, denoiser: Stored, autoencoder: Stored, wanted: Any) -> tuple[tuple[int, int], ...]:
+def _sizes(denoiser: Stored, autoencoder: Stored, wanted: Any) -> tuple[tuple[int, int], ...]:
     """Heights and widths of the pictures, by default the one that the denoiser was made for."""
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     height, width = np.broadcast_to(denoiser.config.sample_size or 64, 2).tolist()
     sizes = wanted or (factor * height, factor * width)
     sizes = sizes if isinstance(sizes[0], tuple) else (sizes,)
-    if kind == SD3:
+    if isinstance(denoiser.config, MMDiTConfig):
         for height, width in sizes:
             check_patches(denoiser.config, height / factor, width / factor, str(denoiser.folder / "config.json"))
     return tuple(sizes)
@@ -262,12 +202,7 @@ def _sizes(kind: str, denoiser: Stored, autoencoder: Stored, wanted: Any) -> tup
 
 def _tokenizer(folder: Path, encoder: Any) -> Any:
     """The tokenizer of a text encoder. encoder: its configuration."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no tokenizer ({error}): fetch the whole pipeline") from None
+    tokenizer = read_tokenizer(folder)
     # Without its vocabulary a tokenizer loads all the same, with a few tokens; T5 has room for more than there are.
     if not 0.5 * encoder.vocab_size < len(tokenizer) <= encoder.vocab_size:
         raise CheckpointError(

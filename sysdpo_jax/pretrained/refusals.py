@@ -5,6 +5,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sysdpo_jax.pretrained.base import CheckpointError, read_json
+from sysdpo_jax.pretrained.image_models import PARTS
+from sysdpo_jax.pretrained.kinds import KINDS
 from sysdpo_jax.pretrained.tensors import PICKLES
 
 # An adapter changes the model it lies beside: transformers applies PEFT's when it loads the folder.
@@ -24,20 +26,10 @@ FUSE = (
     "pipe.load_lora_weights(folder_of_the_adapter), pipe.fuse_lora(), pipe.unload_lora_weights(), "
     "pipe.save_pretrained(new_folder) in diffusers"
 )
-PART_CLASSES = {
-    "UNet2DConditionModel": "unet",
-    "SD3Transformer2DModel": "transformer",
-    "AutoencoderKL": "vae",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder",
-    "T5EncoderModel": "text_encoder_3",
-}
+# Of the parts of one class the first.
+PART_CLASSES = {kind: name for name, part in reversed(PARTS.items()) for kind in part.classes}
 # How the tensors of a whole Stable Diffusion in one file begin, the newest first, and diffusers' class that reads it.
-SINGLE_FILES = (
-    ("model.diffusion_model.joint_blocks.", "StableDiffusion3Pipeline"),
-    ("conditioner.embedders.", "StableDiffusionXLPipeline"),
-    ("model.diffusion_model.", "StableDiffusionPipeline"),
-)
+SINGLE_FILES = tuple((kind.single, kind.name) for kind in reversed(KINDS))
 
 
 def refuse_adapter(folder: Path) -> None:

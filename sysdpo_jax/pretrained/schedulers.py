@@ -1,12 +1,13 @@
 """diffusers' scheduler_config.json in and out: the noise schedule, the prediction type and the sampler it names."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 from sysdpo_jax.diffusion.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler, Sampler
+from sysdpo_jax.diffusion.samplers.tables import Spacing
 from sysdpo_jax.diffusion.schedules import FlowSchedule, NoiseSchedule, PredictionType
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
+from sysdpo_jax.pretrained.base import CLASSES, CheckpointError, ConfigReader, read_fields
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,31 @@ class DiffusionScheduler:
 
 
 class _Family(NamedTuple):
-    """One class of diffusers: its sampler here, the parameters that only some classes have, and how to read those."""
+    """A class of diffusers: the sampler that it is here, and the keys that only some classes have; others: keys.yaml.
 
-    sampler: type
-    spacing: str  # the default, where the file does not say
-    prediction_types: tuple[str, ...]
-    keys: frozenset[str]
-    read: Callable[[ConfigReader], dict[str, Any]]
-    write: Callable[[Any], dict[str, Any]]
+    spacing: of the times, where the file does not say. reads: fields of the sampler whose keys have their names, with
+    diffusers' defaults. clips: whether it bounds the estimates of z_0. rescales: whether it can move the last noise
+    level to pure noise.
+    """
+
+    sampler: type[Any]
+    spacing: Spacing
+    reads: Mapping[str, Any]
+    prediction_types: tuple[str, ...] = get_args(PredictionType)
+    clips: bool = False
+    rescales: bool = True
+
+
+_FAMILIES = {
+    "DDIMScheduler": _Family(DDIM, "leading", {"set_alpha_to_one": True}, clips=True),
+    "DDPMScheduler": _Family(DDPM, "leading", {"variance_type": "fixed_small"}, clips=True),
+    "EulerDiscreteScheduler": _Family(Euler, "linspace", {"use_karras_sigmas": False}),
+    "DPMSolverMultistepScheduler": _Family(DPMSolver, "linspace", {"use_karras_sigmas": False}),
+    "PNDMScheduler": _Family(PNDM, "leading", {"set_alpha_to_one": False}, ("epsilon", "v_prediction"), rescales=False),
+}
+_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+_SHARED = {*_BETAS, "prediction_type", "timestep_spacing", "steps_offset"}
+_FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
 def read(config: ConfigReader) -> DiffusionScheduler | FlowEuler:
@@ -35,18 +53,15 @@ def read(config: ConfigReader) -> DiffusionScheduler | FlowEuler:
     Raises `CheckpointError` for another class and, by name, for a setting that is not supported here.
     """
     name = config.take("_class_name")
-    config.expect_kind(str, "_class_name")
-    config.expect_kind(int, "num_train_timesteps", "steps_offset")
-    config.expect_kind((int, float), "beta_start", "beta_end", "shift", "clip_sample_range")
-    config.expect_kind(bool, "set_alpha_to_one", "clip_sample", "rescale_betas_zero_snr", "skip_prk_steps")
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if name == _FLOW:
         made: DiffusionScheduler | FlowEuler = _read_flow(config)
-    elif name in _FAMILIES:
-        made = _read_diffusion(config, _FAMILIES[name])
+    elif isinstance(name, str) and name in _FAMILIES:
+        made = _read_diffusion(config, name)
     else:
-        raise CheckpointError(
-            f"{config.where}: _class_name={name!r} is not supported: choose FlowMatchEulerDiscreteScheduler for a "
-            f"rectified flow, or one of {', '.join(_FAMILIES)}, and keep the file's betas and prediction_type"
+        raise config.refused(
+            "_class_name",
+            f"choose {_FLOW} for a rectified flow, or one of {', '.join(_FAMILIES)}, and keep the file's betas and "
+            "prediction_type",
         )
     config.finish()
     return made
@@ -71,9 +86,10 @@ def write(scheduler: DiffusionScheduler | FlowEuler, source: Mapping[str, Any] |
     return {**{name: value for name, value in source.items() if name not in known}, **made}
 
 
-def _write_diffusion(scheduler: DiffusionScheduler) -> tuple[dict[str, Any], frozenset[str]]:
+def _write_diffusion(scheduler: DiffusionScheduler) -> tuple[dict[str, Any], set[str]]:
     """The content, and the keys of the class; those that the content leaves out have diffusers' default."""
-    schedule, sampler = scheduler.schedule, scheduler.sampler
+    schedule = scheduler.schedule
+    sampler: Any = scheduler.sampler
     name = next((name for name, family in _FAMILIES.items() if type(sampler) is family.sampler), None)
     if name is None:
         raise CheckpointError(
@@ -83,7 +99,7 @@ def _write_diffusion(scheduler: DiffusionScheduler) -> tuple[dict[str, Any], fro
     family = _FAMILIES[name]
     if scheduler.prediction_type not in family.prediction_types:
         raise CheckpointError(f"{name} takes no {scheduler.prediction_type} model: write it with another sampler")
-    if schedule.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in family.keys:
+    if schedule.rescale_betas_zero_snr and not family.rescales:
         raise CheckpointError(f"{name} does not know rescale_betas_zero_snr: write the model with another sampler")
     made = {
         "_class_name": name,
@@ -92,196 +108,64 @@ def _write_diffusion(scheduler: DiffusionScheduler) -> tuple[dict[str, Any], fro
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "prediction_type": scheduler.prediction_type,
-        **family.write(sampler),
+        "timestep_spacing": sampler.spacing,
+        **{key: getattr(sampler, key) for key in ("steps_offset", *family.reads)},
+        **CLASSES[name].writes,
     }
-    if "rescale_betas_zero_snr" in family.keys:
+    if family.rescales:
         made["rescale_betas_zero_snr"] = schedule.rescale_betas_zero_snr
-    return made, family.keys | _SHARED
+    if family.clips:
+        made["clip_sample"] = sampler.clip is not None
+        made |= {} if sampler.clip is None else {"clip_sample_range": sampler.clip}
+    return made, _keys(name) | _SHARED
 
 
-def _read_diffusion(config: ConfigReader, family: _Family) -> DiffusionScheduler:
-    # Files go from class to class with the keys of all of them, and each class reads only its own.
-    config.ignore(*(_EVERYWHERE - _SHARED - family.keys))
-    config.expect("trained_betas", None)
-    config.expect("beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2")
-    config.expect("prediction_type", *family.prediction_types)
-    config.expect("timestep_spacing", "leading", "trailing", "linspace")
-    rescaled = "rescale_betas_zero_snr" in family.keys and config.take("rescale_betas_zero_snr", False)
-    schedule = NoiseSchedule(
-        kind=config.take("beta_schedule", "linear"),
-        num_timesteps=config.take("num_train_timesteps", 1000),
-        beta_start=config.take("beta_start", 0.0001),
-        beta_end=config.take("beta_end", 0.02),
-        rescale_betas_zero_snr=rescaled,
-    )
-    sampler = family.sampler(
-        spacing=config.take("timestep_spacing", family.spacing),
-        steps_offset=config.take("steps_offset", 0),
-        **family.read(config),
-    )
-    return DiffusionScheduler(schedule, config.take("prediction_type", "epsilon"), sampler)
+def _keys(name: str) -> set[str]:
+    """The keys of a class that not all classes have."""
+    family, keys = _FAMILIES[name], CLASSES[name]
+    clip = ("clip_sample", "clip_sample_range") if family.clips else ()
+    rescale = ("rescale_betas_zero_snr",) if family.rescales else ()
+    return {*family.reads, *keys.expects, *keys.ignores, *clip, *rescale}
 
 
-def _read_clip(config: ConfigReader) -> dict[str, Any]:
-    config.expect("thresholding", False)
-    # Of dynamic thresholding only.
-    config.ignore("dynamic_thresholding_ratio", "sample_max_value")
-    bound = config.take("clip_sample_range", 1.0)
-    return {"clip": float(bound) if config.take("clip_sample", True) else None}
-
-
-def _write_spacing(sampler: DDIM | DDPM | Euler | DPMSolver | PNDM) -> dict[str, Any]:
-    return {"timestep_spacing": sampler.spacing, "steps_offset": sampler.steps_offset}
-
-
-def _write_ddim(sampler: DDIM) -> dict[str, Any]:
-    return {"set_alpha_to_one": sampler.set_alpha_to_one, **_write_clip(sampler)}
-
-
-def _write_ddpm(sampler: DDPM) -> dict[str, Any]:
-    return {"variance_type": sampler.variance_type, **_write_clip(sampler)}
-
-
-def _write_clip(sampler: DDIM | DDPM) -> dict[str, Any]:
-    clip = {"clip_sample": False} if sampler.clip is None else {"clip_sample": True, "clip_sample_range": sampler.clip}
-    return {**clip, **_write_spacing(sampler)}
-
-
-def _write_ratios(sampler: Euler | DPMSolver) -> dict[str, Any]:
-    return {"use_karras_sigmas": sampler.use_karras_sigmas, **_write_spacing(sampler)}
-
-
-def _write_pndm(sampler: PNDM) -> dict[str, Any]:
-    return {"skip_prk_steps": True, "set_alpha_to_one": sampler.set_alpha_to_one, **_write_spacing(sampler)}
-
-
-def _read_ddim(config: ConfigReader) -> dict[str, Any]:
-    return {"set_alpha_to_one": config.take("set_alpha_to_one", True), **_read_clip(config)}
-
-
-def _read_ddpm(config: ConfigReader) -> dict[str, Any]:
-    config.expect("variance_type", "fixed_small", "fixed_large")
-    return {"variance_type": config.take("variance_type", "fixed_small"), **_read_clip(config)}
-
-
-def _read_euler(config: ConfigReader) -> dict[str, Any]:
-    config.expect("interpolation_type", "linear")
-    config.expect("timestep_type", "discrete")
-    for bound in ("sigma_min", "sigma_max"):
-        config.expect(bound, None)
-    return _read_ratios(config)
-
-
-def _read_dpm_solver(config: ConfigReader) -> dict[str, Any]:
-    config.expect("algorithm_type", "dpmsolver++")
-    config.expect("solver_order", 2)
-    config.expect("solver_type", "midpoint")
-    config.expect("thresholding", False)
-    config.expect("variance_type", None)
-    config.expect("lambda_min_clipped", float("-inf"))
-    for kind in ("use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"):
-        config.expect(kind, False)
-    # Of dynamic thresholding and of flows only.
-    config.ignore("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")
-    # With a final sigma of 0 and order 2 the last step is first-order, whatever these say.
-    config.ignore("lower_order_final", "euler_at_final")
-    return _read_ratios(config)
-
-
-def _read_ratios(config: ConfigReader) -> dict[str, Any]:
-    config.expect("use_exponential_sigmas", False, None)
-    config.expect("use_beta_sigmas", False, None)
-    config.expect("final_sigmas_type", "zero")
-    return {"use_karras_sigmas": bool(config.take("use_karras_sigmas", False))}
-
-
-def _read_pndm(config: ConfigReader) -> dict[str, Any]:
-    if not config.take("skip_prk_steps", False):
+def _read_diffusion(config: ConfigReader, name: str) -> DiffusionScheduler:
+    family = _FAMILIES[name]
+    if family.sampler is PNDM and not config.take("skip_prk_steps", False):
         raise CheckpointError(
             f"{config.where}: PNDM's Runge-Kutta start is not supported: set skip_prk_steps to true, as Stable "
             "Diffusion does, or choose DDIMScheduler"
         )
-    return {"set_alpha_to_one": config.take("set_alpha_to_one", False)}
-
-
-_BETAS = "num_train_timesteps beta_start beta_end beta_schedule trained_betas"
-_SHARED = frozenset(f"{_BETAS} prediction_type timestep_spacing steps_offset".split())
-_CLIP = "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value rescale_betas_zero_snr"
-_RATIOS = "use_karras_sigmas use_exponential_sigmas use_beta_sigmas final_sigmas_type rescale_betas_zero_snr"
-_ANY = ("epsilon", "v_prediction", "sample")
-
-_FAMILIES = {
-    "DDIMScheduler": _Family(
-        sampler=DDIM,
-        spacing="leading",
-        prediction_types=_ANY,
-        keys=frozenset(f"set_alpha_to_one {_CLIP}".split()),
-        read=_read_ddim,
-        write=_write_ddim,
-    ),
-    "DDPMScheduler": _Family(
-        sampler=DDPM,
-        spacing="leading",
-        prediction_types=_ANY,
-        keys=frozenset(f"variance_type {_CLIP}".split()),
-        read=_read_ddpm,
-        write=_write_ddpm,
-    ),
-    "EulerDiscreteScheduler": _Family(
-        sampler=Euler,
-        spacing="linspace",
-        prediction_types=_ANY,
-        keys=frozenset(f"interpolation_type timestep_type sigma_min sigma_max {_RATIOS}".split()),
-        read=_read_euler,
-        write=_write_ratios,
-    ),
-    "DPMSolverMultistepScheduler": _Family(
-        sampler=DPMSolver,
-        spacing="linspace",
-        prediction_types=_ANY,
-        keys=frozenset(
-            "solver_order thresholding dynamic_thresholding_ratio sample_max_value algorithm_type solver_type "
-            "lower_order_final euler_at_final use_lu_lambdas use_flow_sigmas flow_shift lambda_min_clipped "
-            f"variance_type use_dynamic_shifting time_shift_type {_RATIOS}".split()
-        ),
-        read=_read_dpm_solver,
-        write=_write_ratios,
-    ),
-    "PNDMScheduler": _Family(
-        sampler=PNDM,
-        spacing="leading",
-        prediction_types=("epsilon", "v_prediction"),
-        keys=frozenset({"skip_prk_steps", "set_alpha_to_one"}),
-        read=_read_pndm,
-        write=_write_pndm,
-    ),
-}
-_EVERYWHERE = _SHARED.union(*(family.keys for family in _FAMILIES.values()))
+    # Files go from class to class with the keys of all of them, and each class reads only its own.
+    config.ignore(*(set().union(*map(_keys, _FAMILIES)) - _keys(name)))
+    config.expect_class(name)
+    config.expect("trained_betas", None)
+    config.expect("prediction_type", *family.prediction_types)
+    schedule = NoiseSchedule(
+        kind=config.read("beta_schedule", Literal["linear", "scaled_linear", "squaredcos_cap_v2"], "linear"),
+        num_timesteps=config.read("num_train_timesteps", int, 1000),
+        beta_start=config.read("beta_start", float, 0.0001),
+        beta_end=config.read("beta_end", float, 0.02),
+        rescale_betas_zero_snr=family.rescales and config.read("rescale_betas_zero_snr", bool, False),
+    )
+    values = read_fields(config, family.sampler, steps_offset=0, **family.reads)
+    values["spacing"] = config.read("timestep_spacing", Spacing, family.spacing)
+    if family.clips:
+        bound = config.read("clip_sample_range", float, 1.0)
+        values["clip"] = bound if config.read("clip_sample", bool, True) else None
+    return DiffusionScheduler(schedule, config.take("prediction_type", "epsilon"), family.sampler(**values))
 
 
 def _read_flow(config: ConfigReader) -> FlowEuler:
-    for kind in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
-        config.expect(kind, False)
-    config.expect("shift_terminal", None)
-    for kind in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-        config.expect(kind, False, None)
-    # Of dynamic shifting only.
-    config.ignore("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
-    schedule = FlowSchedule(config.take("shift", 1.0), config.take("num_train_timesteps", 1000))
+    config.expect_class(_FLOW)
     # The file does not speak of spacing: this is what diffusers' pipelines get that give no times of their own.
-    return FlowEuler(schedule, "linspace")
+    return FlowEuler(FlowSchedule(**read_fields(config, FlowSchedule, "shift", "num_train_timesteps")), "linspace")
 
 
-def _write_flow(sampler: FlowEuler) -> tuple[dict[str, Any], frozenset[str]]:
+def _write_flow(sampler: FlowEuler) -> tuple[dict[str, Any], set[str]]:
     if sampler.spacing != "linspace":
         raise CheckpointError(
-            f"FlowMatchEulerDiscreteScheduler has no {sampler.spacing} spacing: write the model with "
-            "FlowEuler(schedule, 'linspace'), the times that diffusers' pipelines take by default"
+            f"{_FLOW} has no {sampler.spacing} spacing: write the model with FlowEuler(schedule, 'linspace'), the "
+            "times that diffusers' pipelines take by default"
         )
-    schedule = sampler.schedule
-    made = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": schedule.num_train_timesteps,
-        "shift": schedule.shift,
-    }
-    return made, frozenset(made)
+    made = {"_class_name": _FLOW, **asdict(sampler.schedule)}
+    return made, set(made)

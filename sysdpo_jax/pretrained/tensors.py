@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors looks up by name
 import numpy as np
@@ -15,26 +14,6 @@ from sysdpo_jax.pretrained.names import Index
 
 SHARD_BYTES = 5 * 10**9
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-@runtime_checkable
-class TensorSource(Protocol):
-    """Named tensors that are read when asked for."""
-
-    where: str
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """`{name: shape}` of all of them."""
-        ...
-
-    def dtype(self, name: str) -> np.dtype:
-        """The precision a tensor is stored in. Raises `CheckpointError` for one that parameters cannot have."""
-        ...
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """A block of a tensor."""
-        ...
 
 
 class Safetensors:
@@ -65,9 +44,11 @@ class Safetensors:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """`{name: shape}` of all of them."""
         return self._shapes
 
     def dtype(self, name: str) -> np.dtype:
+        """The precision a tensor is stored in. Raises `CheckpointError` for one that parameters cannot have."""
         kind = self._dtypes[name]
         if kind not in DTYPES:
             raise CheckpointError(
@@ -77,6 +58,7 @@ class Safetensors:
         return np.dtype(DTYPES[kind])
 
     def read(self, name: str, index: Index) -> np.ndarray:
+        """A block of a tensor; an empty index stands for the whole."""
         # Opened anew each time: the pages of a file that stays mapped would count as this process's memory.
         with safe_open(self._files[name], "numpy") as file:
             return file.get_slice(name)[index] if index else file.get_tensor(name)

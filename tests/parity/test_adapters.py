@@ -33,9 +33,10 @@ from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.lora import TRAINABLE, LoRA, add_lora, merge_lora
 from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
-from sysdpo_jax.pretrained import load, mmdit, save_adapter, unet
+from sysdpo_jax.pretrained import load, save_adapter
 from sysdpo_jax.pretrained.adapters import write_diffusers_adapter, write_peft_adapter
 from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.image_models import PARTS
 from sysdpo_jax.pretrained.language import decoder_naming
 from sysdpo_jax.pretrained.names import Naming
 from sysdpo_jax.pretrained.params import stored_tensors
@@ -179,7 +180,7 @@ def test_diffusers_loads_a_unets_adapter(tmp_path):
     text = rng.standard_normal((2, 5, 4)).astype(np.float32)
     found = jax.jit(denoiser.apply)({"params": params["denoiser"]}, image, time, text)
     merged = diffusers.UNet2DConditionModel(sample_size=8, **UNET).eval()
-    naming = unet.naming(denoiser.config)
+    naming = PARTS["unet"].naming(denoiser.config)
     merged.load_state_dict({name: torch.tensor(x) for name, x in stored_tensors(params["denoiser"], naming)})
 
     def run(theirs):
@@ -202,7 +203,7 @@ def test_diffusers_loads_a_transformers_adapter(tmp_path):
     module = MMDiT(MMDiTConfig(**MMDIT))
     params = add_lora(sd3_params(model), LoRA(4, 6.0, ("all_linear",)), jax.random.key(1))
     params = randomised(params)
-    write_diffusers_adapter(tmp_path / "adapter", params, mmdit.naming(module.config), "transformer")
+    write_diffusers_adapter(tmp_path / "adapter", params, PARTS["transformer"].naming(module.config), "transformer")
     rng = np.random.default_rng(2)
     image, time = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.array([10, 800])
     text, pooled = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 12), (2, 10)))

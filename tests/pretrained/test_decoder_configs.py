@@ -8,9 +8,8 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from sysdpo_jax.models.decoder_config import DecoderConfig
 from sysdpo_jax.models.rotary import RopeScaling
-from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
+from sysdpo_jax.pretrained.base import NEUTRAL, CheckpointError, ConfigReader
 from sysdpo_jax.pretrained.decoders import FAMILIES, find_family
-from sysdpo_jax.pretrained.fields import NEUTRAL
 from tests.pretrained import hub_configs
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from sysdpo_jax.pretrained import CheckpointError, autoencoder, clip, mmdit, t5, unet
+from sysdpo_jax.pretrained import CheckpointError
 from sysdpo_jax.pretrained.base import ConfigReader
-from sysdpo_jax.pretrained.fit import caption_length, check_fit, check_patches, check_vocabulary
-from sysdpo_jax.pretrained.sources import SD, SD3, SDXL
+from sysdpo_jax.pretrained.image_models import MMDIT, PARTS
+from sysdpo_jax.pretrained.kinds import SD, SD3, SDXL, check_fit, check_patches
+from sysdpo_jax.pretrained.tokenizer_files import caption_length, check_vocabulary
 from tests.pretrained import hub_configs as hub
 from tests.pretrained.test_sd3_configs import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, T5_XXL
 
 PROJECTED = hub.SD15_CLIP | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 768}
-FAMILIES = {"unet": unet, "transformer": mmdit, "vae": autoencoder, "text_encoder_3": t5}
 SD15 = {"unet": hub.SD15_UNET, "vae": hub.SD15_VAE, "text_encoder": hub.SD15_CLIP}
 SD21 = {"unet": hub.SD21_UNET, "vae": hub.SD15_VAE, "text_encoder": hub.SD21_CLIP}
 XL = {"unet": hub.SDXL_UNET, "vae": hub.SDXL_VAE, "text_encoder": hub.SD15_CLIP, "text_encoder_2": hub.SDXL_CLIP_2}
@@ -23,10 +23,7 @@ WITHOUT_T5 = {name: values for name, values in THREE.items() if name != "text_en
 
 
 def check(kind, parts):
-    configs = {
-        name: FAMILIES.get(name, clip).read(ConfigReader(values, f"{name}/config.json"))
-        for name, values in parts.items()
-    }
+    configs = {name: PARTS[name].read(ConfigReader(values, f"{name}/config.json")) for name, values in parts.items()}
     check_fit(kind, configs, {name: Path(name) for name in parts})
 
 
@@ -111,7 +108,7 @@ def test_the_parts_of_released_pipelines_fit(kind, parts):
 def test_parts_that_do_not_fit_are_named_with_both_numbers_and_the_remedy(kind, parts, part, change, message):
     with pytest.raises(CheckpointError, match=f"{message}.*parts=") as caught:
         check(kind, parts | {part: parts[part] | change})
-    assert str(caught.value).startswith(f"the parts of this {kind} do not fit each other: ")
+    assert str(caught.value).startswith(f"the parts of this {kind.name} do not fit each other: ")
 
 
 def test_all_misfits_are_named_at_once():
@@ -145,7 +142,7 @@ def test_a_tokenizer_of_another_model_is_refused_and_added_tokens_are_not():
 
 
 def test_pictures_that_the_table_of_positions_does_not_cover_are_refused():
-    transformer = mmdit.read(ConfigReader(SD3_MEDIUM, "config.json"))
+    transformer = MMDIT.read(ConfigReader(SD3_MEDIUM, "config.json"))
     check_patches(transformer, 128.0, 128.0, "config.json")
     check_patches(transformer, 384.0, 2.0, "config.json")
     for height, width in ((386.0, 128.0), (127.0, 128.0), (128.5, 128.0)):

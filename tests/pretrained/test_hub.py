@@ -8,7 +8,7 @@ import torch
 
 from sysdpo_jax import pretrained
 from sysdpo_jax.pretrained import CheckpointError
-from sysdpo_jax.pretrained.hub import locate
+from sysdpo_jax.pretrained.sources import locate
 from tests.pretrained.checkpoints import stable_diffusion_xl, vae, write_decoder
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from sysdpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
-from sysdpo_jax.pretrained import autoencoder, clip, unet
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader, read_json
+from sysdpo_jax.pretrained.image_models import CLIP, UNET, VAE
 from sysdpo_jax.pretrained.names import tensors_of
 from sysdpo_jax.pretrained.params import load_params, stored_tensors
 from sysdpo_jax.pretrained.tensors import Safetensors
@@ -25,8 +25,8 @@ from tests.pretrained import hub_configs as hub
 UNETS = {"SD 1.5": hub.SD15_UNET, "SD 2.1": hub.SD21_UNET, "SDXL": hub.SDXL_UNET}
 AUTOENCODERS = {"SD 1.5": hub.SD15_VAE, "SDXL": hub.SDXL_VAE, "SD3": hub.SD3_VAE}
 ENCODERS = {"SD 1.5": hub.SD15_CLIP, "SD 2.1": hub.SD21_CLIP, "SDXL 2": hub.SDXL_CLIP_2}
-EVERY = [(unet, c) for c in UNETS.values()] + [(autoencoder, c) for c in AUTOENCODERS.values()]
-EVERY += [(clip, c) for c in ENCODERS.values()]
+EVERY = [(UNET, c) for c in UNETS.values()] + [(VAE, c) for c in AUTOENCODERS.values()]
+EVERY += [(CLIP, c) for c in ENCODERS.values()]
 # Parameters that the published models have.
 SIZES = {"SD 1.5": 859_520_964, "SD 2.1": 865_910_724, "SDXL": 2_567_463_684}
 
@@ -55,19 +55,19 @@ def torch_shapes(make):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "SDXL")) for name in UNETS])
 def test_a_published_unet_is_diffusers_tensor_for_tensor(name):
-    config = read(unet, UNETS[name])
+    config = read(UNET, UNETS[name])
     inputs = [((1, 8, 8, 4), jnp.float32), ((1,), jnp.int32), ((1, 77, config.cross_attention_dim), jnp.float32)]
     if config.addition_embed_type:
         inputs += [((1, 1280), jnp.float32), ((1, 6), jnp.int32)]
-    found = stored_shapes(unet, config, UNet2DCondition(config), *inputs)
+    found = stored_shapes(UNET, config, UNet2DCondition(config), *inputs)
     assert found == torch_shapes(lambda: diffusers.UNet2DConditionModel.from_config(UNETS[name]))
     assert sum(torch.Size(shape).numel() for shape in found.values()) == SIZES[name]
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_a_published_autoencoder_is_diffusers_tensor_for_tensor(name):
-    config = read(autoencoder, AUTOENCODERS[name])
-    found = stored_shapes(autoencoder, config, AutoencoderKL(config), ((1, 16, 16, 3), jnp.float32))
+    config = read(VAE, AUTOENCODERS[name])
+    found = stored_shapes(VAE, config, AutoencoderKL(config), ((1, 16, 16, 3), jnp.float32))
     assert found == torch_shapes(lambda: diffusers.AutoencoderKL.from_config(AUTOENCODERS[name]))
 
 
@@ -75,8 +75,8 @@ def test_a_published_autoencoder_is_diffusers_tensor_for_tensor(name):
 def test_a_published_text_encoder_is_transformers_tensor_for_tensor(name):
     """Under the names with "text_model.", which transformers reads whether or not it writes them."""
     values = ENCODERS[name]
-    config = read(clip, values)
-    found = stored_shapes(clip, config, CLIPTextEncoder(config), ((1, 77), jnp.int32))
+    config = read(CLIP, values)
+    found = stored_shapes(CLIP, config, CLIPTextEncoder(config), ((1, 77), jnp.int32))
     kind = getattr(transformers, values["architectures"][0])
     expected = torch_shapes(lambda: kind(transformers.CLIPTextConfig(**values)))
     [(pattern, prefix)] = clip.ALIASES
@@ -84,11 +84,11 @@ def test_a_published_text_encoder_is_transformers_tensor_for_tensor(name):
 
 
 def test_the_blocks_of_sdxl():
-    config = read(unet, hub.SDXL_UNET)
+    config = read(UNET, hub.SDXL_UNET)
     assert (config.heads, config.depths) == ((5, 10, 20), (1, 2, 10))
     assert (config.addition_embed_type, config.addition_time_embed_dim) == ("text_time", 256)
     assert (config.sample_size, config.upcast_attention) == (128, False)
-    assert read(unet, hub.SD15_UNET).heads == (8, 8, 8, 8)
+    assert read(UNET, hub.SD15_UNET).heads == (8, 8, 8, 8)
 
 
 @pytest.mark.parametrize(("family", "values"), EVERY)
@@ -123,7 +123,7 @@ def test_what_todays_libraries_save_is_read(tmp_path):
         transformers.CLIPTextConfig(**shape, bos_token_id=38, eos_token_id=39)
     )
     encoder.save_pretrained(tmp_path / "clip")
-    kinds = {"unet": (unet, UNetConfig), "vae": (autoencoder, AutoencoderConfig), "clip": (clip, CLIPTextConfig)}
+    kinds = {"unet": (UNET, UNetConfig), "vae": (VAE, AutoencoderConfig), "clip": (CLIP, CLIPTextConfig)}
     for name, (family, kind) in kinds.items():
         assert isinstance(read(family, read_json(tmp_path / name / "config.json")), kind)
 
@@ -132,7 +132,7 @@ def test_keys_that_older_versions_wrote_for_every_model_do_not_matter():
     older = transformers.CLIPTextConfig().to_dict() | {"architectures": ["CLIPTextModel"]}
     older |= {"is_decoder": False, "add_cross_attention": False, "num_beams": 1, "top_k": 50, "pruned_heads": {}}
     older |= {"torchscript": False, "bad_words_ids": None, "max_length": 20, "return_dict": True}
-    assert read(clip, older) == CLIPTextConfig()
+    assert read(CLIP, older) == CLIPTextConfig()
 
 
 def test_tensors_under_the_names_of_older_and_newer_versions_are_found(tmp_path):
@@ -140,21 +140,21 @@ def test_tensors_under_the_names_of_older_and_newer_versions_are_found(tmp_path)
     small = {"block_out_channels": (8,), "norm_num_groups": 4}
     vae = diffusers.AutoencoderKL(**small)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    config = read(autoencoder, json.loads(vae.to_json_string()))
+    config = read(VAE, json.loads(vae.to_json_string()))
     renamed = {re.sub("to_[qkv]|to_out.0", lambda m: old[m[0]], k): v for k, v in vae.state_dict().items()}
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in renamed
-    written = loaded_and_written(tmp_path, autoencoder, config, AutoencoderKL(config), renamed, jnp.zeros((1, 8, 8, 3)))
+    written = loaded_and_written(tmp_path, VAE, config, AutoencoderKL(config), renamed, jnp.zeros((1, 8, 8, 3)))
     assert_same_tensors(written, vae.state_dict())
 
     shape = {"vocab_size": 40, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     theirs = transformers.CLIPTextConfig(**shape, bos_token_id=38, eos_token_id=39)
     encoder = transformers.CLIPTextModelWithProjection(theirs)
-    config = read(clip, theirs.to_dict() | {"architectures": ["CLIPTextModelWithProjection"]})
+    config = read(CLIP, theirs.to_dict() | {"architectures": ["CLIPTextModelWithProjection"]})
     for prefix in ("text_model.", ""):
         renamed = {prefix + k.removeprefix("text_model."): v for k, v in encoder.text_model.state_dict().items()}
         renamed["text_projection.weight"] = encoder.text_projection.weight.detach()
         written = loaded_and_written(
-            tmp_path, clip, config, CLIPTextEncoder(config), renamed, jnp.zeros((1, 4), jnp.int32)
+            tmp_path, CLIP, config, CLIPTextEncoder(config), renamed, jnp.zeros((1, 4), jnp.int32)
         )
         assert_same_tensors(written, encoder.state_dict())
 
@@ -176,7 +176,7 @@ def assert_same_tensors(ours, theirs):
     ("family", "values", "change"),
     [
         *(
-            (unet, hub.SDXL_UNET, change)
+            (UNET, hub.SDXL_UNET, change)
             for change in (
                 {"act_fn": "gelu"},
                 {"addition_embed_type": "image"},
@@ -204,7 +204,7 @@ def assert_same_tensors(ours, theirs):
             )
         ),
         *(
-            (autoencoder, hub.SDXL_VAE, change)
+            (VAE, hub.SDXL_VAE, change)
             for change in (
                 {"act_fn": "relu"},
                 {"down_block_types": ["AttnDownEncoderBlock2D"] * 4},
@@ -216,7 +216,7 @@ def assert_same_tensors(ours, theirs):
             )
         ),
         *(
-            (clip, hub.SD15_CLIP, change)
+            (CLIP, hub.SD15_CLIP, change)
             for change in (
                 {"architectures": ["CLIPModel"]},
                 {"attention_dropout": 0.1},
@@ -237,6 +237,6 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(family, values, chang
 
 def test_a_configuration_that_describes_no_model_names_its_file():
     with pytest.raises(CheckpointError, match=r"config\.json describes no model: UNetConfig: unknown down_block_types"):
-        read(unet, hub.SDXL_UNET | {"down_block_types": ["AttnDownBlock2D"] * 3})
+        read(UNET, hub.SDXL_UNET | {"down_block_types": ["AttnDownBlock2D"] * 3})
     with pytest.raises(CheckpointError, match=r"config\.json has no 'architectures'"):
-        read(clip, {"hidden_size": 8})
+        read(CLIP, {"hidden_size": 8})

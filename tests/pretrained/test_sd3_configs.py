@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from sysdpo_jax.models.t5 import T5Config, T5Encoder
-from sysdpo_jax.pretrained import mmdit, t5
 from sysdpo_jax.pretrained.base import CheckpointError, ConfigReader
+from sysdpo_jax.pretrained.image_models import MMDIT, T5
 from sysdpo_jax.pretrained.names import tensors_of
 from sysdpo_jax.pretrained.params import load_params, stored_tensors
 from sysdpo_jax.pretrained.tensors import Safetensors, write_safetensors
@@ -138,10 +138,10 @@ def released(values):
 
 @pytest.mark.parametrize(("name", "billions"), [("sd3 medium", 2.03), ("sd3.5 medium", 2.24), ("sd3.5 large", 8.06)])
 def test_the_released_transformers_have_diffusers_tensors(name, billions):
-    config = mmdit.read(reader(RELEASES[name]))
+    config = MMDIT.read(reader(RELEASES[name]))
     model = released(RELEASES[name])
     abstract = abstract_mmdit(config)
-    naming = mmdit.naming(MMDiTConfig(**TINY))
+    naming = MMDIT.naming(MMDiTConfig(**TINY))
     table = abstract["pos_embed"]["pos_embed"]
     assert stored_shapes(abstract, naming) == parameter_shapes(model) | {"pos_embed.pos_embed": table.shape}
     assert table.shape == model.pos_embed.pos_embed.shape
@@ -151,21 +151,21 @@ def test_the_released_transformers_have_diffusers_tensors(name, billions):
 
 
 def test_the_released_t5_has_transformers_tensors():
-    config = t5.read(reader(T5_XXL))
+    config = T5.read(reader(T5_XXL))
     assert config == T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64)
     with torch.device("meta"):
         model = transformers.T5EncoderModel(transformers.T5Config(**T5_XXL))
     abstract = abstract_t5(config)
-    assert stored_shapes(abstract, t5.naming(config)) == parameter_shapes(model)
+    assert stored_shapes(abstract, T5.naming(config)) == parameter_shapes(model)
     assert size(abstract) == sum(p.numel() for p in model.parameters())
     assert size(abstract) == pytest.approx(4.76e9, rel=0.01)
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_transformer_configurations_survive_writing_and_diffusers_reads_them(name):
-    config = mmdit.read(reader(RELEASES[name]))
-    written = json.loads(json.dumps(mmdit.write(config)))
-    assert mmdit.read(reader(written)) == config
+    config = MMDIT.read(reader(RELEASES[name]))
+    written = json.loads(json.dumps(MMDIT.write(config)))
+    assert MMDIT.read(reader(written)) == config
     theirs, wanted = released(written).config, released(RELEASES[name]).config
     for field in written.keys() - {"_class_name"}:
         assert theirs[field] == written[field] == json.loads(json.dumps(wanted[field])), field
@@ -173,11 +173,11 @@ def test_transformer_configurations_survive_writing_and_diffusers_reads_them(nam
 
 def test_t5_configurations_survive_writing_and_transformers_reads_them():
     config = T5Config(**TINY_T5, relative_attention_num_buckets=8, layer_norm_epsilon=1e-5)
-    written = json.loads(json.dumps(t5.write(config)))
-    assert t5.read(reader(written)) == config
+    written = json.loads(json.dumps(T5.write(config)))
+    assert T5.read(reader(written)) == config
     theirs = transformers.T5Config.from_dict(written)
     assert (theirs.dense_act_fn, theirs.is_gated_act, theirs.is_decoder) == ("gelu_new", True, False)
-    assert t5.read(reader(json.loads(theirs.to_json_string()))) == config
+    assert T5.read(reader(json.loads(theirs.to_json_string()))) == config
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_t5_configurations_survive_writing_and_transformers_reads_them():
 )
 def test_other_transformers_are_refused_by_name(change, message):
     with pytest.raises(CheckpointError, match=f"transformer/config.json.*{message}"):
-        mmdit.read(reader(SD3_MEDIUM | change))
+        MMDIT.read(reader(SD3_MEDIUM | change))
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,10 @@ def test_other_transformers_are_refused_by_name(change, message):
 )
 def test_other_t5s_are_refused_by_name(change, message):
     with pytest.raises(CheckpointError, match=f"transformer/config.json.*{message}"):
-        t5.read(reader(T5_XXL | change))
+        T5.read(reader(T5_XXL | change))
     missing = {key: value for key, value in T5_XXL.items() if key != "feed_forward_proj"}
     with pytest.raises(CheckpointError, match="no 'feed_forward_proj'"):
-        t5.read(reader(missing))
+        T5.read(reader(missing))
 
 
 def saved_mmdit(folder, table, dtype=torch.float32):
@@ -220,7 +220,7 @@ def saved_mmdit(folder, table, dtype=torch.float32):
     model.to(dtype)
     model.pos_embed.pos_embed = table
     model.save_pretrained(folder)
-    config = mmdit.read(reader(json.loads((folder / "config.json").read_text())))
+    config = MMDIT.read(reader(json.loads((folder / "config.json").read_text())))
     return model, config, Safetensors(folder, "diffusion_pytorch_model")
 
 
@@ -232,11 +232,11 @@ def test_a_transformer_of_diffusers_comes_back_bit_for_bit_with_any_table_of_pos
     """Each tensor in its own precision."""
     table = torch.randn(1, 81, 16, generator=torch.Generator().manual_seed(1)).to(table_dtype)
     model, config, source = saved_mmdit(tmp_path / "theirs", table, dtype)
-    params = load_params(abstract_mmdit(config), source, mmdit.naming(config))
+    params = load_params(abstract_mmdit(config), source, MMDIT.naming(config))
     folder = tmp_path / "ours"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(mmdit.write(config)))
-    write_safetensors(folder, "diffusion_pytorch_model", stored_tensors(params, mmdit.naming(config)))
+    (folder / "config.json").write_text(json.dumps(MMDIT.write(config)))
+    write_safetensors(folder, "diffusion_pytorch_model", stored_tensors(params, MMDIT.naming(config)))
     before, after = (load_file(x / "diffusion_pytorch_model.safetensors") for x in (tmp_path / "theirs", folder))
     assert before.keys() == after.keys()
     assert torch.equal(after["pos_embed.pos_embed"], table)
@@ -254,14 +254,14 @@ def test_a_table_of_positions_must_be_there_and_of_the_size_that_the_configurati
     smaller = MMDiTConfig(**TINY | {"pos_embed_max_size": 8})
     message = r"misshapen: pos_embed\.pos_embed: the configuration says \[1, 64, 16\], the file \[1, 81, 16\]"
     with pytest.raises(CheckpointError, match=message):
-        load_params(abstract_mmdit(smaller), source, mmdit.naming(smaller))
+        load_params(abstract_mmdit(smaller), source, MMDIT.naming(smaller))
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     del tensors["pos_embed.pos_embed"]
     save_file(tensors, file)
     config, source = MMDiTConfig(**TINY), Safetensors(tmp_path, "diffusion_pytorch_model")
     with pytest.raises(CheckpointError, match=r"missing: pos_embed\.pos_embed \[1, 81, 16\]"):
-        load_params(abstract_mmdit(config), source, mmdit.naming(config))
+        load_params(abstract_mmdit(config), source, MMDIT.naming(config))
 
 
 @pytest.mark.parametrize("kept", ["shared", "both", "embed_tokens"])
@@ -279,12 +279,12 @@ def test_a_t5_comes_back_however_its_embedding_was_stored(tmp_path, kept):
         del tensors["shared.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
 
-    config = t5.read(reader(json.loads((tmp_path / "theirs" / "config.json").read_text())))
-    params = load_params(abstract_t5(config), Safetensors(tmp_path / "theirs", "model"), t5.naming(config))
+    config = T5.read(reader(json.loads((tmp_path / "theirs" / "config.json").read_text())))
+    params = load_params(abstract_t5(config), Safetensors(tmp_path / "theirs", "model"), T5.naming(config))
     folder = tmp_path / "ours"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(t5.write(config)))
-    write_safetensors(folder, "model", stored_tensors(params, t5.naming(config)))
+    (folder / "config.json").write_text(json.dumps(T5.write(config)))
+    write_safetensors(folder, "model", stored_tensors(params, T5.naming(config)))
     back, report = transformers.T5EncoderModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
@@ -293,7 +293,7 @@ def test_a_t5_comes_back_however_its_embedding_was_stored(tmp_path, kept):
 def test_the_encoder_of_a_whole_t5_is_read(tmp_path):
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**TINY_T5, feed_forward_proj="gated-gelu"))
     model.save_pretrained(tmp_path)
-    config = t5.read(reader(json.loads((tmp_path / "config.json").read_text())))
-    params = load_params(abstract_t5(config), Safetensors(tmp_path, "model"), t5.naming(config))
+    config = T5.read(reader(json.loads((tmp_path / "config.json").read_text())))
+    params = load_params(abstract_t5(config), Safetensors(tmp_path, "model"), T5.naming(config))
     expected = model.encoder.block[1].layer[1].DenseReluDense.wi_0.weight.detach().numpy().T
     np.testing.assert_array_equal(params["encoder"]["block_1"]["layer_1"]["DenseReluDense"]["wi_0"]["kernel"], expected)
