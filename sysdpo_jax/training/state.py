@@ -187,7 +187,7 @@ def abstract_state(
     trained, frozen = partition(placed, optimizer.mask(system, params))
     slots = jax.eval_shape(optimizer.transformation.init, trained)
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        step=_abstract(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh)),
         trained=trained,
         opt_state=jax.tree.map(_abstract, slots, like_params(mesh, slots, by_path(trained))),
         ema=None if optimizer.ema_decay is None else jax.tree.map(lambda x: x.update(dtype=jnp.float32), trained),
@@ -252,8 +252,8 @@ def _reference(trained: Params, dtype: str | None) -> Params:
     return jax.tree_util.tree_map_with_path(of_leaf, trained)
 
 
-def _place(leaf: Any, like: jax.ShapeDtypeStruct) -> Array:
-    sharding: Any = like.sharding
+def _place(leaf: Any, like: Any) -> Array:
+    sharding = like.sharding
     spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if not sharding.is_fully_addressable and not spread:
         # By parts: device_put would gather the whole leaf from every process to compare them, which is not done.

@@ -161,8 +161,8 @@ class Trainer:
                     accepted()
                 log = stack.enter_context(self._log(done)) if rank_zero else None
                 report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
-                speed, saved = Throughput(self.system, self.step.mesh), checkpoints.directory
-                reader = MetricsReader(log, report, speed, self.log_every, saved, self._best_of_steps, steps - 1)
+                speed, folder = Throughput(self.system, self.step.mesh), checkpoints.directory
+                reader = MetricsReader(log, report, speed, self.log_every, folder, self._best_of_steps, steps - 1)
                 profile = Profile(self.profile if rank_zero else None, directory / "profile")
                 stack.callback(profile.close)
 
@@ -187,7 +187,8 @@ class Trainer:
                     return True
 
                 # An evaluation that is asked to stop is left: its state is saved.
-                evaluator = self.evaluation and Evaluator(self.evaluation, self.best, log, steps, asked.waiting)
+                rest = self.best, log, steps, asked.waiting
+                evaluator = None if self.evaluation is None else Evaluator(self.evaluation, *rest)
 
                 def ends() -> bool:
                     return evaluator is not None and evaluator.ends(done, state, checkpoints, checkpoint)
