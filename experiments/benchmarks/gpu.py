@@ -8,7 +8,7 @@ gradient, optimiser) of Llama-3.2-1B and the SDXL U-Net, all weights trained wit
 Llama-3-8B with LoRA. Speed depends on shapes, not on values: no weights are downloaded.
 
 The roofline is measured in the same run: a large bfloat16 matrix product (FLOP/s) and a large copy (bytes/s). A case's
-MFU is its model FLOPs (training/flops.py) a second over the data sheet's peak (training/throughput.py); "of matmul" is
+MFU is its model FLOPs a second over the data sheet's peak (training/throughput.py has both); "of matmul" is
 the same over the measured product. Times are of `steps` steps that follow each other without waiting, divided by their
 number: the median of `repeats`, with the fastest and the slowest. Every case has a process of its own, so that its peak
 memory is its own.

@@ -15,6 +15,7 @@ SCATTERED = "all-reduce-scatter"
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(?:%?([\w.\-]+)|\{([^}]*)\})")
+_NAME = re.compile(r"[\w.\-]+")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _INDEX = re.compile(r"index=(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -92,7 +93,7 @@ class Module:
                     scattered = kind == "all-reduce" and computation.startswith(SCATTERED)
                     yield Collective("reduce-scatter" if scattered else kind, _bytes(each, here), times)
                 channels |= {channel[1]} if channel else set()
-            inner = [name for match in _CALLED.findall(each.rest) for name in _names(match)]
+            inner = [name for groups in _CALLED.findall(each.rest) for group in groups for name in _NAME.findall(group)]
             called = [name for name in inner if name in self.computations]
             if each.operation != "while":
                 for name in called:
@@ -126,11 +127,6 @@ def _constant(name: str | None, computation: Mapping[str, Instruction]) -> int |
     while each and each.operation in ("copy", "bitcast", "convert"):
         each = computation.get(each.operands[0])
     return int(each.operands[0]) if each and each.operation == "constant" else None
-
-
-def _names(match: tuple[str, str]) -> list[str]:
-    one, several = match
-    return [one] if one else [name.strip().lstrip("%") for name in several.split(",")]
 
 
 def _bytes(each: Instruction, computation: Mapping[str, Instruction]) -> int:

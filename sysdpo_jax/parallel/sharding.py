@@ -10,13 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from sysdpo_jax.models.partitioning import logical_axes, num_parts
 from sysdpo_jax.trees import by_path, path_name
@@ -39,6 +39,8 @@ LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
 MIN_SHARDED_SIZE = 2**9
 
 Rules = Sequence[tuple[str, PartitionSpec]]
+# Of devices, or of sizes alone.
+AnyMesh: TypeAlias = Mesh | AbstractMesh
 
 
 class ShardingError(ValueError):
@@ -94,7 +96,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, rules: Rules = ()) -> PyTree:
+def tree_shardings(mesh: AnyMesh, tree: PyTree, rules: Rules = ()) -> PyTree:
     """How arrays are cut over a mesh.
 
     A leaf that no rule names has the logical axes of the model families' tables (`models.partitioning`), of which those
@@ -127,7 +129,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: PyTree, rules: Rules = ()) -
 
 
 @contextmanager
-def activation_rules(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+def activation_rules(mesh: AnyMesh) -> Iterator[None]:
     """Trace a function of this mesh in it: the models' activations are then placed by their logical axes."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(LOGICAL_RULES):
         yield
@@ -221,9 +223,7 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     )
 
 
-def _spec(
-    mesh: Mesh | AbstractMesh, shape: tuple[int, ...], logical: Sequence[str | None] | None = None
-) -> PartitionSpec:
+def _spec(mesh: AnyMesh, shape: tuple[int, ...], logical: Sequence[str | None] | None = None) -> PartitionSpec:
     """logical: of the last axes of a leaf that a table knows, before which stand stacked layers and windows."""
     if logical is None or len(logical) > len(shape):
         logical = (None,) * len(shape)
@@ -242,9 +242,7 @@ def _spec(
     return PartitionSpec(*spec)
 
 
-def _check_spec(
-    mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...], pattern: str, spec: PartitionSpec
-) -> None:
+def _check_spec(mesh: AnyMesh, name: str, shape: tuple[int, ...], pattern: str, spec: PartitionSpec) -> None:
     if len(spec) > len(shape):
         raise ShardingError(
             f"rule {pattern!r} gives {len(spec)} axes to {name!r} of shape {list(shape)}: narrow the rule"
@@ -260,3 +258,59 @@ def _check_spec(
                 f"rule {pattern!r} cuts axis {axis} of {name!r} (shape {list(shape)}) into {parts} parts, which "
                 "does not divide it: choose another axis or mesh"
             )
+
+
+def replicate_per_process(params: PyTree) -> PyTree:
+    """The same numbers where this process alone can compute with them; in one process `params` as they are.
+
+    Of arrays that lie on several processes each process gets the whole, cut over its own devices of the mesh as their
+    mesh cuts them, as far as these suffice; all processes must call this, at the same point of the program. Arrays that
+    lie on this process's devices already stay as they are.
+    While the result is in use, the devices of each process hold these arrays a second time, whole between them. It may
+    share buffers with `params`: use it before these are donated to a step.
+
+    Args:
+        params: Any tree of arrays.
+
+    Returns:
+        The tree on this process's devices.
+
+    Raises:
+        ShardingError: Where the processes have different numbers of devices on the mesh.
+    """
+    spread = [leaf for leaf in jax.tree.leaves(params) if _is_spread(leaf)]
+    if not spread:
+        return params
+    every = _by_process(spread[0].sharding.mesh)
+    own = [process for process in every.devices if process.flat[0].process_index == jax.process_index()]
+    shardings = tree_shardings(Mesh(own[0], AXES, axis_types=(AxisType.Auto,) * 3), params)
+    return jax.tree.map(lambda leaf, here: _moved(leaf, every, here) if _is_spread(leaf) else leaf, params, shardings)
+
+
+def _is_spread(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
+def _by_process(mesh: Mesh) -> Mesh:
+    """The devices of the mesh with the processes as first axis, before the axes that cut what each of them has."""
+    groups: dict[int, list[Any]] = {}
+    for device in mesh.devices.flat:
+        groups.setdefault(device.process_index, []).append(device)
+    sizes = {process: len(devices) for process, devices in sorted(groups.items())}
+    number = min(sizes.values())
+    if max(sizes.values()) > number:
+        raise ShardingError(f"the processes have {sizes} devices on the mesh: give each as many, to sample on each")
+    tensor = math.gcd(mesh.shape["tensor"], number)
+    fsdp = math.gcd(mesh.shape["fsdp"], number // tensor)
+    shape = (len(groups), number // (fsdp * tensor), fsdp, tensor)
+    devices = np.array([groups[process] for process in sizes], object).reshape(shape)
+    return Mesh(devices, ("process", *AXES), axis_types=(AxisType.Auto,) * 4)
+
+
+def _moved(leaf: Array, every: Mesh, here: NamedSharding) -> Array:
+    if leaf.is_fully_replicated:
+        parts, here = leaf, NamedSharding(here.mesh, PartitionSpec())
+    else:
+        # One at a time: programs with collectives that do not wait for each other hang on CPUs of several processes.
+        parts = jax.block_until_ready(jax.device_put(leaf, NamedSharding(every, here.spec)))
+    return jax.make_array_from_single_device_arrays(leaf.shape, here, [part.data for part in parts.addressable_shards])

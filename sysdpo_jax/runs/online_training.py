@@ -16,8 +16,7 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import check_same, describe, digest, fingerprints
-from sysdpo_jax.parallel.replicate import replicate_per_process
-from sysdpo_jax.parallel.sharding import batch_shard, make_mesh
+from sysdpo_jax.parallel.sharding import batch_shard, make_mesh, replicate_per_process
 from sysdpo_jax.processes import by_all
 from sysdpo_jax.runs.begun import discard
 from sysdpo_jax.runs.held_out import HeldOut

@@ -29,8 +29,7 @@ from sysdpo_jax.training import Evaluation
 from sysdpo_jax.training.metrics import EVALUATED
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import LINE_EVERY, tell
-from sysdpo_jax.training.sources import encoder
-from sysdpo_jax.training.trainer import BatchSource
+from sysdpo_jax.training.trainer import BatchSource, encoder
 from sysdpo_jax.typing import Params
 
 # What may change when a run goes on: where it lies, how it is watched, the machine, and what is only looked at.

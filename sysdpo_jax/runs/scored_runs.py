@@ -15,7 +15,7 @@ from sysdpo_jax.evaluation.scoring import Scorer, score_of, score_runs
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.parallel.distributed import gathered
-from sysdpo_jax.parallel.replicate import replicate_per_process
+from sysdpo_jax.parallel.sharding import replicate_per_process
 from sysdpo_jax.runs.begun import Begun
 from sysdpo_jax.runs.runs_file import Run
 from sysdpo_jax.training.progress import Lines

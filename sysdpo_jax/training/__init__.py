@@ -2,13 +2,10 @@
 
 from sysdpo_jax.manifest import CheckpointMismatchError
 from sysdpo_jax.parallel.distributed import initialize
-from sysdpo_jax.parallel.replicate import replicate_per_process
-from sysdpo_jax.parallel.sharding import ShardingError, batch_shard, make_mesh, tree_shardings
-from sysdpo_jax.training.ahead_of_time import compile_step
+from sysdpo_jax.parallel.sharding import ShardingError, batch_shard, make_mesh, replicate_per_process, tree_shardings
+from sysdpo_jax.training.ahead_of_time import compile_step, describe_sharding
 from sysdpo_jax.training.checkpoints import Checkpoints, CorruptCheckpointError
-from sysdpo_jax.training.describe import describe_sharding
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
-from sysdpo_jax.training.flops import count_flops, plain_attention, step_flops
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 from sysdpo_jax.training.optimizer import FROZEN, ComponentOptimizer, OptimizerError, SystemOptimizer, make_optimizer
 from sysdpo_jax.training.preemption import Preempted
@@ -16,7 +13,7 @@ from sysdpo_jax.training.progress import Board, ProgressFactory, Report, progres
 from sysdpo_jax.training.reference import precompute_reference
 from sysdpo_jax.training.state import TrainState, abstract_state, create_state, ema_params, partition
 from sysdpo_jax.training.step import TrainStep, make_train_step
-from sysdpo_jax.training.throughput import count_units, memory, peak_flops
+from sysdpo_jax.training.throughput import count_flops, count_units, memory, peak_flops, plain_attention, step_flops
 from sysdpo_jax.training.trainer import NonFiniteError, Trainer
 
 __all__ = [

@@ -1,18 +1,113 @@
-"""A training step compiled for devices that are not there, and what the compiler says of their memory."""
+"""What a step takes before anything runs: what a device holds of every component, and what a compiler says of a step.
 
+The devices need not be there.
+"""
+
+import math
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import PyTree
+from jax.sharding import NamedSharding
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from sysdpo_jax.models.attention import compiling_for
 from sysdpo_jax.parallel.hlo import collectives_by_kind
+from sysdpo_jax.parallel.sharding import BATCH_SPEC, activation_rules, replicated
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import TrainStep
+from sysdpo_jax.typing import Params
 
 GIB = 2**30
+
+
+class ComponentBytes(NamedTuple):
+    """Bytes that one device holds of the component of this params key.
+
+    params: its whole tree; reference: what of its reference is no leaf of params (a frozen leaf counts once);
+    optimizer: the optimiser's state and the moving average; activations: the compiler's temporaries of the gradient of
+    its own log-ratio, None where it is frozen or no batch was given.
+    """
+
+    name: str
+    params: int
+    reference: int
+    optimizer: int
+    activations: int | None
+
+
+class ShardingReport(NamedTuple):
+    """Made by `describe_sharding`; str() is a table in MiB, ready to print."""
+
+    components: tuple[ComponentBytes, ...]
+
+    def __str__(self) -> str:
+        header = ("MiB per device", *ComponentBytes._fields[1:])
+        rows = [(row.name, *map(_mebibytes, row[1:])) for row in self.components]
+        # Activations are not added: the components' need not be there at the same time.
+        sums = [sum(column) for column in zip(*(row[1:4] for row in self.components), strict=True)]
+        table = [header, *rows, ("all", *map(_mebibytes, sums), "")]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join([line[0].ljust(widths[0]), *(x.rjust(n) for x, n in zip(line[1:], widths[1:], strict=True))])
+            for line in table
+        )
+
+
+def describe_sharding(step: TrainStep, state: TrainState, batch: PyTree | None = None) -> ShardingReport:
+    """What each device of the step's mesh holds of every component. Nothing runs; activations take a compilation each.
+
+    A component's activations are those of the step's objective with the other components frozen, which leaves its own
+    log-ratio; under `SamplingObjective` frozen components are evaluated too, without gradient.
+
+    Args:
+        step: Of the run.
+        state: As `create_state` or, without any array, `abstract_state` makes it.
+        batch: One batch of the step, arrays or `jax.ShapeDtypeStruct`; None leaves the activations out.
+
+    Returns:
+        Bytes by component; printed, a table.
+    """
+
+    def held(key: str) -> ComponentBytes:
+        params = device_bytes((state.trained[key], state.frozen[key]))
+        optimizer = device_bytes((state.opt_state.inner_states[key], (state.ema or {}).get(key)))
+        known = batch is not None and key in state.reference
+        activations = _activations(step, state, batch, key) if known else None
+        return ComponentBytes(key, params, device_bytes(state.reference.get(key)), optimizer, activations)
+
+    return ShardingReport(tuple(map(held, sorted(state.trained))))
+
+
+def device_bytes(tree: PyTree) -> int:
+    """Bytes of the leaves, arrays or abstract ones with a sharding, on each device that holds a part of them."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) -> int:
+    """Temporary bytes of the gradient of one component's trained leaves, for one of the step's parts of the batch."""
+
+    def loss_of(trained: Params, state: TrainState, batch: PyTree, noise: PRNGKeyArray) -> Array:
+        state = state._replace(trained={**state.trained, key: trained})
+        with activation_rules(step.mesh):
+            reference = {key: state.reference_params[key]}
+            return step.objective(step.system, state.params, reference, batch, noise)[0]
+
+    placed, whole = jax.tree.map(lambda x: x.sharding, state), replicated(step.mesh)
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // step.accumulate, *x.shape[1:]), x.dtype), batch)
+    noise = jax.eval_shape(lambda: jax.random.key(0))
+    gradient = jax.jit(
+        jax.grad(loss_of),
+        in_shardings=(placed.trained[key], placed, NamedSharding(step.mesh, BATCH_SPEC), whole),
+        out_shardings=placed.trained[key],
+    ).lower(state.trained[key], state, part, noise)
+    memory: Any = gradient.compile().memory_analysis()
+    return int(memory.temp_size_in_bytes)
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f}"
 
 
 def compile_step(step: TrainStep, state: TrainState, batch: PyTree, usable_gib: float) -> dict[str, Any]:
@@ -32,27 +127,25 @@ def compile_step(step: TrainStep, state: TrainState, batch: PyTree, usable_gib: 
     with compiling_for("tpu"):
         lowered = step.lower(state, batch, jax.random.key(0))
     traced, cpu = time.monotonic(), time.process_time()
-    compiled, refusal = _compiled(lowered)
+    try:
+        compiled, refusal = lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler finds no room for the program in a chip's memory.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, refusal = None, str(error)
     seconds = {
         "trace_and_lower": round(traced - began, 1),
         "compile": round(time.monotonic() - traced, 1),
         "compile_of_all_cores": round(time.process_time() - cpu, 1),
     }
     if compiled is None:
-        result: dict[str, Any] = {"fits": False, "compiler": _first_lines(refusal or "")}
+        # How much is used of how much, without the list of buffers.
+        said = re.split(r"\n\s*\n|Largest program allocations", refusal, maxsplit=1)[0][:2000]
+        result: dict[str, Any] = {"fits": False, "compiler": said}
     else:
         result = _account(compiled, usable_gib)
     return {"usable_hbm_gib": usable_gib, **result, "seconds": seconds}
-
-
-def _compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str | None]:
-    """The program, or the compiler's message where it finds no room for it in a chip's memory."""
-    try:
-        return lowered.compile(), None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None, str(error)
 
 
 def _account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]:
@@ -81,8 +174,3 @@ def _collectives(compiled: jax.stages.Compiled) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         return {"unreadable": str(error).splitlines()[0][:300]}
     return dict(collectives_by_kind(text))
-
-
-def _first_lines(message: str) -> str:
-    """How much is used of how much, without the list of buffers."""
-    return re.split(r"\n\s*\n|Largest program allocations", message, maxsplit=1)[0][:2000]

@@ -16,10 +16,9 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import jax
@@ -105,26 +104,20 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        problems = []
-        # Orbax reports an error once: then it closes.
-        for finish in (self._manager.wait_until_finished, self._manager.close):
-            try:
-                with self._reported(self._writing):
-                    finish()
-            except CheckpointWriteError as problem:
-                problems.append(problem)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            # Orbax reports an error once: then it closes.
+            with self._reported(self._writing), closing(self._manager):
+                self._manager.wait_until_finished()
+        except CheckpointWriteError as problem:
+            if error is None:
+                raise
+            # What ended the block matters more.
+            tell(f"warning: {problem}")
         if error is not None and not self._read_only and jax.process_index() == 0:
             # Where nothing was saved, what ended the block leaves nothing behind.
             with suppress(OSError):
                 self.directory.rmdir()
-        if problems and error is None:
-            raise problems[0]
-        if problems:
-            # What ended the block matters more.
-            tell(f"warning: {problems[0]}")
 
     @property
     def latest(self) -> int | None:
@@ -179,8 +172,7 @@ class Checkpoints:
         from orbax.checkpoint import args
 
         items = {ARRAYS: args.StandardSave(by_path(state.mutable)), ABOUT: args.JsonSave(about)}
-        known = self._best is not None and metric is not None and math.isfinite(metric)
-        metrics = {self._best[0]: metric} if self._best is not None and known else None
+        metrics = {self._best[0]: metric} if self._best and metric is not None and math.isfinite(metric) else None
         with self._reported(step), ONE_SAVE:
             taken = self._manager.save(step, args=args.Composite(**items), metrics=metrics, force=True)
             if threading.current_thread() is not threading.main_thread():
@@ -314,41 +306,34 @@ def _options(keep: int, best: Best | None, read_only: bool) -> Any:
     from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
     # What a killed run left half-written is removed.
-    common: dict[str, Any] = {
-        "read_only": read_only,
-        "create": not read_only,
-        "cleanup_tmp_directories": not read_only,
-    }
-    if best is None:
-        return CheckpointManagerOptions(preservation_policy=LatestN(keep), **common)
-    name, mode = best
-    worst = -math.inf if mode == "max" else math.inf
+    writes = not read_only
+    options: dict[str, Any] = {"read_only": read_only, "create": writes, "cleanup_tmp_directories": writes}
+    kept: list[Any] = [LatestN(keep)]
+    if best is not None:
+        name, mode = best
 
-    def value(metrics: dict[str, float]) -> float:
-        # Of an earlier start with another metric nothing is known.
-        return metrics.get(name, worst)
+        def value(metrics: dict[str, float]) -> float:
+            # Of an earlier start with another metric nothing is known.
+            return metrics.get(name, -math.inf if mode == "max" else math.inf)
 
-    best_one = BestN(get_metric_fn=value, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False)
-    return CheckpointManagerOptions(
-        best_fn=value,
-        best_mode=mode,
-        preservation_policy=AnyPreservationPolicy([LatestN(keep), best_one]),
-        **common,
-    )
+        kept.append(BestN(get_metric_fn=value, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False))
+        options |= {"best_fn": value, "best_mode": mode}
+    return CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(kept), **options)
 
 
 def _missing(path: Path) -> str | None:
     """Why a folder is not a whole checkpoint, None when it has all its parts."""
     if not (path / ARRAYS).is_dir():
         return f"its folder {ARRAYS} is missing"
-    for file in (path / ABOUT / "metadata", path / "metrics" / "metrics"):
-        if file.parent.name == ABOUT and not file.is_file():
-            return f"its file {file.relative_to(path)} is missing"
+    # The second one is there where `best` is.
+    for name in (f"{ABOUT}/metadata", "metrics/metrics"):
         try:
-            if file.is_file():
-                json.loads(file.read_text(encoding="utf-8"))
+            json.loads((path / name).read_text(encoding="utf-8"))
         except ValueError as error:
-            return f"its file {file.relative_to(path)} is not JSON: {error}"
+            return f"its file {name} is not JSON: {error}"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            if name.startswith(ABOUT):
+                return f"its file {name} is missing"
     return None
 
 
@@ -380,8 +365,4 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(EXPECTED)
-
-
-logging.getLogger("absl").addFilter(_is_news)
+logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(EXPECTED))

@@ -1,16 +1,14 @@
 """Evaluation during training: figures of the policy every few steps, and the end of a run that they improve no more."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from operator import itemgetter
+from typing import Any, Literal
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.parallel.distributed import gathered
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog
 from sysdpo_jax.training.progress import tell
@@ -60,15 +58,6 @@ class Evaluation:
             )
 
 
-class Seen(NamedTuple):
-    """What earlier evaluations of the run found: the last one's step and the best one's, its figure, how many since."""
-
-    last: int = -1
-    best_step: int = -1
-    best: float = math.nan
-    since: int = 0
-
-
 class Evaluator:
     """The evaluations of one call of `Trainer.fit`, which ends at `steps`.
 
@@ -87,11 +76,9 @@ class Evaluator:
     ):
         self._evaluation, self._log, self._steps, self._waiting = evaluation, log, steps, waiting
         self._best = best[0] if best is not None and best[0].startswith(EVALUATED) else None
-        seen = Seen()
-        for row in log.evaluations if log is not None else ():
-            seen = self._after(seen, row["step"], row)
-        last, best_step, figure, since = _of_process_0(np.array(seen, np.float64))
-        self._seen = Seen(int(last), int(best_step), float(figure), int(since))
+        rows = log.evaluations if log is not None else []
+        # (step, the figure of `stop_on`) of the run's evaluations so far; process 0 alone has the log.
+        self._seen: list[Sequence[Any]] = gathered([(row["step"], self._figure(row)) for row in rows])[0]
 
     def ends(self, step: int, state: TrainState, checkpoints: Checkpoints, save: Callable[[], None]) -> bool:
         """Evaluate the state of so many updates where that is due: whether the training ends with it.
@@ -99,7 +86,8 @@ class Evaluator:
         save: makes the state the newest of the checkpoints. It is called first: however long the evaluation takes and
         whatever becomes of it, the state is safe. Raises `EvaluationError`.
         """
-        if step > self._seen.last and (step % self._evaluation.every == 0 or step == self._steps):
+        last = self._seen[-1][0] if self._seen else -1
+        if step > last and (step % self._evaluation.every == 0 or step == self._steps):
             save()
             figures = self._measure(step, state.params)
             if self._best is not None:
@@ -107,17 +95,16 @@ class Evaluator:
             if self._log is not None:
                 self._log.write(step, figures)
                 self._log.flush()
-            self._seen = self._after(self._seen, step, figures)
+            self._seen.append((step, self._figure(figures)))
         return self._exhausted()
 
     def _measure(self, step: int, params: Params) -> dict[str, float]:
         measure = self._evaluation.measure
         what = f"the evaluation at step {step}, {name_of(measure)},"
         with self._waiting(), user_code(what, EvaluationError, (EvaluationError, RecordError), SAFE):
-            measured = {name: float(value) for name, value in measure(step, params).items()}
-        names = sorted(measured)
-        values = _of_process_0(np.array([measured[name] for name in names], np.float64))
-        figures = {f"{EVALUATED}{name}": float(value) for name, value in zip(names, values, strict=True)}
+            measured = {f"{EVALUATED}{name}": float(value) for name, value in sorted(measure(step, params).items())}
+        # The same numbers on all processes, so that all of them stop at the same step.
+        figures: dict[str, float] = gathered(measured)[0]
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise EvaluationError(
@@ -132,29 +119,23 @@ class Evaluator:
                 )
         return figures
 
+    def _figure(self, figures: Mapping[str, Any]) -> float | None:
+        """That of `stop_on`; a row of an earlier command may lack it."""
+        return None if self._evaluation.stop_on is None else figures.get(self._evaluation.stop_on[0])
+
     def _exhausted(self) -> bool:
         """Whether the patience of `stop_on` is at its end; says so on standard error."""
-        if self._evaluation.stop_on is None or self._seen.since < self._evaluation.stop_on[2]:
+        known = [(step, figure) for step, figure in self._seen if figure is not None]
+        if self._evaluation.stop_on is None or not known:
+            return False
+        metric, mode, patience = self._evaluation.stop_on
+        # Of equal ones the first.
+        best_step, best = (max if mode == "max" else min)(known, key=itemgetter(1))
+        if len(known) - 1 - known.index((best_step, best)) < patience:
             return False
         if self._log is not None:
-            metric, _, patience = self._evaluation.stop_on
             tell(
-                f"training ends at step {self._seen.last}: {metric} was {self._seen.best:.4g} at step "
-                f"{self._seen.best_step} and no better in {patience} evaluations since"
+                f"training ends at step {self._seen[-1][0]}: {metric} was {best:.4g} at step {best_step} and no better "
+                f"in {patience} evaluations since"
             )
         return True
-
-    def _after(self, seen: Seen, step: int, figures: Mapping[str, Any]) -> Seen:
-        """With one more evaluation; a row of an earlier command may lack the metric."""
-        value = figures.get(self._evaluation.stop_on[0]) if self._evaluation.stop_on is not None else None
-        if self._evaluation.stop_on is None or value is None:
-            return seen._replace(last=step)
-        sign = 1 if self._evaluation.stop_on[1] == "max" else -1
-        if math.isnan(seen.best) or sign * value > sign * seen.best:
-            return Seen(step, step, value, 0)
-        return seen._replace(last=step, since=seen.since + 1)
-
-
-def _of_process_0(values: np.ndarray) -> np.ndarray:
-    """The same numbers on all processes, so that all of them stop at the same step."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(values)) if jax.process_count() > 1 else values

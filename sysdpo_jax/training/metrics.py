@@ -7,10 +7,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,15 +19,17 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from sysdpo_jax.io import append_whole, write_json_lines
-from sysdpo_jax.training.events import Events
-from sysdpo_jax.training.metric_warnings import MetricWarnings
-from sysdpo_jax.training.progress import tell
+from sysdpo_jax.training.progress import Report, tell
+from sysdpo_jax.training.side_outputs import Events, Tracker
 from sysdpo_jax.training.state import TrainState
-from sysdpo_jax.training.throughput import Meter, Throughput
-from sysdpo_jax.training.tracker import Tracker
+from sysdpo_jax.training.throughput import Throughput
 
 # How the names of figures begin that an evaluation measured.
 EVALUATED = "eval/"
+# Rows that a warning looks back on, and the share of the margin that a node may carry.
+WINDOW = 10
+SHARE = 0.95
+MARGINS, CHOSEN = "rewards/margins/", "rewards/chosen/"
 # What to do where metrics.jsonl cannot be written.
 REMEDY = "make room for it, then give the same command again, which goes on from the newest checkpoint"
 
@@ -52,6 +55,64 @@ class NonFiniteError(FloatingPointError):
 
 class MetricsWriteError(OSError):
     """metrics.jsonl does not take a row: the message names the file, the step, the reason and the remedy."""
+
+
+class MetricWarnings:
+    """Looks at the last rows and gives each warning once in a run.
+
+    nodes: whose figures to look for in the rows. history: the rows of the run so far.
+    """
+
+    def __init__(self, nodes: Sequence[str] = (), history: Iterable[Mapping[str, Any]] = ()):
+        self._nodes = tuple(nodes)
+        self._rows: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
+        self._given: set[str] = set()
+        for row in history:
+            self.see(row)
+
+    def see(self, row: Mapping[str, Any]) -> list[str]:
+        """What there is to warn of after one more row {"step": k, metric: value}."""
+        if "rewards/chosen" not in row:
+            # An evaluation, or an objective of other metrics.
+            return []
+        self._rows.append(row)
+        if len(self._rows) < WINDOW:
+            return []
+        found = {"share": self._one_node(), "winner": self._falling()}
+        new = {kind: text for kind, text in found.items() if text is not None and kind not in self._given}
+        self._given.update(new)
+        return [f"steps {self._rows[0]['step']} to {row['step']}: {text}" for text in new.values()]
+
+    def _one_node(self) -> str | None:
+        """One node has nearly all of the margin: the others learn next to nothing."""
+        sizes = {name: abs(margin) for name, margin in self._means(MARGINS).items()}
+        whole, name = sum(sizes.values()), max(sizes, key=sizes.__getitem__, default="")
+        if len(sizes) < 2 or not sizes[name] > SHARE * whole:
+            return None
+        return (
+            f"the node {name!r} carries {100 * sizes[name] / whole:.1f}% of the margin, so that the others learn next "
+            "to nothing: lower its weight, or raise theirs"
+        )
+
+    def _falling(self) -> str | None:
+        """The chosen values are less likely than under the reference in every row: batches alone would change sign."""
+        values = self._values("rewards/chosen")
+        if not (values < 0).all():
+            return None
+        nodes = [name for name, value in self._means(CHOSEN).items() if value < 0]
+        return (
+            f"rewards/chosen is below 0, {values.mean():.3g} in the mean: the policy gives the chosen values less "
+            f"probability than the reference does, in {', '.join(map(repr, nodes)) or 'no single node'}: add an sft "
+            "term for the node, lower the learning rate, or raise beta"
+        )
+
+    def _means(self, figure: str) -> dict[str, float]:
+        """{node: mean} of the nodes that the last row has this figure of: not frozen ones."""
+        return {n: self._values(f"{figure}{n}").mean() for n in self._nodes if f"{figure}{n}" in self._rows[-1]}
+
+    def _values(self, metric: str) -> np.ndarray:
+        """NaN, which compares as False, where a value was not finite."""
+        return np.array([row.get(metric) for row in self._rows], np.float64)
 
 
 class MetricsLog:
@@ -93,9 +154,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with suppress(OSError):
             # What counts is on disk since the last `flush`.
             self._file.close()
@@ -117,7 +176,13 @@ class MetricsLog:
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         warnings = self._watch.see({"step": step, **row})
         noted = {"warnings": warnings} if warnings else {}
-        self._append(step, json.dumps({"step": step, **row, **noted}, allow_nan=False) + "\n")
+        line = json.dumps({"step": step, **row, **noted}, allow_nan=False) + "\n"
+        try:
+            append_whole(self._file, line.encode())
+        except OSError as error:
+            raise MetricsWriteError(
+                f"{self._path} does not take the row of step {step}, which will be missing ({error.strerror}): {REMEDY}"
+            ) from error
         self._events.scalars(values, step)
         if self._tracker is not None:
             self._tracker.log({"step": step, **values})
@@ -137,15 +202,8 @@ class MetricsLog:
             raise MetricsWriteError(f"{self._path} cannot be put on disk ({error.strerror}): {REMEDY}") from error
         self._events.flush()
 
-    def _append(self, step: int, line: str) -> None:
-        try:
-            append_whole(self._file, line.encode())
-        except OSError as error:
-            raise MetricsWriteError(
-                f"{self._path} does not take the row of step {step}, which will be missing ({error.strerror}): {REMEDY}"
-            ) from error
 
-
+@dataclass
 class MetricsReader:
     """Reads the steps' metrics when a row is due, after the step that follows it is dispatched: no device waits.
 
@@ -154,46 +212,36 @@ class MetricsReader:
     best: the metric that `mean` averages, None for none.
     """
 
-    def __init__(
-        self,
-        log: MetricsLog | None,
-        report: Callable[[int, str], None] | None,
-        throughput: Throughput,
-        every: int,
-        directory: Path,
-        best: str | None = None,
-        final: int | None = None,
-    ):
-        self._log, self._report, self._throughput = log, report, throughput
-        self._every, self._directory, self._best, self._final = every, directory, best, final
-        # By the name of the metric that says whether the node is to blame.
-        self._blamed = {f"finite/{node.name}": node.name for node in throughput.system.nodes}
-        self._meter = Meter()
-        self._waiting: list[tuple[int, Mapping[str, Array]]] = []
-        self._values: list[float] = []
+    log: MetricsLog | None
+    report: Report | None
+    throughput: Throughput
+    every: int
+    directory: Path
+    best: str | None
+    final: int
+    _waiting: list[tuple[int, Mapping[str, Array]]] = field(default_factory=list)
+    _values: list[float] = field(default_factory=list)
 
-    def count(self, step: int, state: TrainState, batch: PyTree) -> None:
-        """Count what a step is about to work on. batch: this process's rows, not placed."""
-        if self._log is not None:
-            self._meter = self._throughput.count(self._meter, step, state, batch)
-
-    def take(self, step: int, metrics: Mapping[str, Array]) -> None:
+    def take(self, step: int, state: TrainState, batch: PyTree, metrics: Mapping[str, Array]) -> None:
         """Keep the metrics of a step that is dispatched; read those before it if the last of them makes a row.
 
-        Raises `NonFiniteError` for the first of them that met a value that is not finite, at most `every` steps late:
-        the step keeps the state as it was before that one. Raises `ValueError` when there is no metric `best`.
+        batch: what the step works on, this process's rows, not placed. Raises `NonFiniteError` for the first of them
+        that met a value that is not finite, at most `every` steps late: the step keeps the state as it was before that
+        one. Raises `ValueError` when there is no metric `best`.
         """
-        if self._best is not None:
-            require_metric(self._best, metrics)
-        if self._waiting and self._waiting[-1][0] % self._every == 0:
+        if self.best is not None:
+            require_metric(self.best, metrics)
+        if self._waiting and self._waiting[-1][0] % self.every == 0:
             self._read()
         self._waiting.append((step, metrics))
+        if self.log is not None:
+            self.throughput.count(step, state, batch)
 
     def settle(self) -> None:
         """Read what waits and put the rows on disk. Raises `NonFiniteError` as `take` does."""
         self._read()
-        if self._log is not None:
-            self._log.flush()
+        if self.log is not None:
+            self.log.flush()
 
     def mean(self) -> float | None:
         """Mean of `best` over what was read since the last call: rows and settled steps. None when nothing was."""
@@ -206,22 +254,20 @@ class MetricsReader:
         waiting, self._waiting = self._waiting, []
         step, metrics = waiting[-1]
         values = jax.device_get(metrics)
+        # By the metric that says whether the node is to blame.
+        nodes = {f"finite/{node.name}": node.name for node in self.throughput.system.nodes}
         if not values["finite"]:
-            raise self._error(waiting)
-        if self._best is not None:
-            self._values.append(float(values[self._best]))
-        if self._log is not None and (step % self._every == 0 or step == self._final):
-            self._meter, speed = self._throughput.read(self._meter, step, time.monotonic())
-            unlogged = {"finite", *self._blamed}
-            self._log.write(step, {name: x for name, x in values.items() if name not in unlogged} | speed)
-        if self._report is not None:
-            self._report(step + 1, f"loss {float(values['loss']):.4f}")
-
-    def _error(self, waiting: list[tuple[int, Mapping[str, Array]]]) -> NonFiniteError:
-        # A step after a bad one counts as bad too.
-        step, metrics = next((step, metrics) for step, metrics in waiting if not metrics["finite"])
-        bad = tuple(node for name, node in self._blamed.items() if not metrics.get(name, True))
-        return NonFiniteError(step, bad, self._directory)
+            # A step after a bad one counts as bad too.
+            step, metrics = next((step, metrics) for step, metrics in waiting if not metrics["finite"])
+            bad = tuple(node for name, node in nodes.items() if not metrics.get(name, True))
+            raise NonFiniteError(step, bad, self.directory)
+        if self.best is not None:
+            self._values.append(float(values[self.best]))
+        if self.log is not None and (step % self.every == 0 or step == self.final):
+            logged = {name: x for name, x in values.items() if name not in {"finite", *nodes}}
+            self.log.write(step, logged | self.throughput.read(step, time.monotonic()))
+        if self.report is not None:
+            self.report(step + 1, f"loss {float(values['loss']):.4f}")
 
 
 def require_metric(best: str, names: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -136,7 +137,7 @@ class SystemOptimizer:
         for key, component in self.components:
             nodes = [node for node in system.nodes if not node.deterministic and node.params_key == key]
             frozen = tuple(part for node in nodes for part in node.component.frozen)
-            masks[key] = _matches(params[key], component, frozen)
+            masks[key] = jax.tree_util.tree_map_with_path(partial(_is_trained, component, frozen), params[key])
             if component.mode != "frozen" and not any(jax.tree.leaves(masks[key])):
                 besides = f" beside its frozen parts {', '.join(frozen)}" if frozen else ""
                 raise OptimizerError(
@@ -193,14 +194,10 @@ def make_optimizer(components: Mapping[str, ComponentOptimizer], ema_decay: floa
     return SystemOptimizer(tuple(sorted(components.items())), ema_decay)
 
 
-def _matches(tree: Params, component: ComponentOptimizer, frozen: tuple[str, ...]) -> PyTree:
-    def matches(path: tuple[Any, ...], leaf: Any) -> bool:
-        name = path_name(path)
-        trained = component.mode != "frozen" and re.search(component.trainable, name) is not None
-        kept = name.rpartition("/")[2] in CONSTANTS or any(f"{name}/".startswith(f"{part}/") for part in frozen)
-        return trained and not kept
-
-    return jax.tree_util.tree_map_with_path(matches, tree)
+def _is_trained(component: ComponentOptimizer, frozen: tuple[str, ...], path: tuple[Any, ...], leaf: Any) -> bool:
+    name = path_name(path)
+    kept = name.rpartition("/")[2] in CONSTANTS or any(f"{name}/".startswith(f"{part}/") for part in frozen)
+    return component.mode != "frozen" and not kept and re.search(component.trainable, name) is not None
 
 
 def _clip(limit: float) -> optax.GradientTransformation:

@@ -44,7 +44,9 @@ class StopRequests:
     """
 
     def __init__(self, ask: Callable[[int], BaseException | None]):
-        self._ask, self._waiting = ask, False
+        self._ask = ask
+        # Whether a block of `waiting` lasts, and when the first signal came.
+        self.waits, self.first = False, math.inf
 
     def __call__(self, step: int) -> BaseException | None:
         return self._ask(step)
@@ -56,68 +58,58 @@ class StopRequests:
         Raises:
             StopNow: A signal came `PATIENCE` seconds ago. What to raise in the end says a call, as ever.
         """
-        self._waiting = True
+        self.waits = True
         try:
             if self.overdue():
                 raise StopNow
             yield
         finally:
-            self._waiting = False
+            self.waits = False
 
     def overdue(self) -> bool:
         """Whether the stop that is asked for has waited long enough."""
-        return False
+        return time.monotonic() - self.first >= PATIENCE
 
 
-class _Signals(StopRequests):
-    """SIGTERM and Ctrl-C of this process, while the block of `kept` lasts."""
+@contextmanager
+def _signals(directory: Path) -> Iterator[StopRequests]:
+    """SIGTERM and Ctrl-C of this process, while the block lasts."""
+    received: list[int] = []
+    asked = StopRequests(lambda step: _what_to_raise(received, step, directory))
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    main, ended, ending = threading.get_ident(), False, threading.Lock()
 
-    def __init__(self, directory: Path):
-        super().__init__(lambda step: _what_to_raise(self._received, step, directory))
-        self._received: list[int] = []
-        self._first = math.inf
+    def ask_again() -> None:
+        with ending:
+            if not ended:
+                # Wakes the main thread, whatever it waits for.
+                signal.pthread_kill(main, signal.SIGTERM)
 
-    def overdue(self) -> bool:
-        return time.monotonic() - self._first >= PATIENCE
+    again = threading.Timer(PATIENCE, ask_again)
+    again.daemon = True
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Take the signals; give them back."""
-        kinds = (signal.SIGTERM, signal.SIGINT)
-        before = {kind: signal.getsignal(kind) for kind in kinds}
-        main, ended, ending = threading.get_ident(), False, threading.Lock()
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if len(received) == 1:
+            asked.first = time.monotonic()
+            again.start()
+        elif asked.waits and asked.overdue():
+            # Once: what it interrupts may have to clean up.
+            asked.waits = False
+            raise StopNow
 
-        def ask_again() -> None:
-            with ending:
-                if not ended:
-                    # Wakes the main thread, whatever it waits for.
-                    signal.pthread_kill(main, signal.SIGTERM)
-
-        again = threading.Timer(PATIENCE, ask_again)
-        again.daemon = True
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._received.append(number)
-            if number == signal.SIGINT:
-                signal.signal(signal.SIGINT, before[signal.SIGINT])
-            if len(self._received) == 1:
-                self._first = time.monotonic()
-                again.start()
-            elif self._waiting and self.overdue():
-                # Once: what it interrupts may have to clean up.
-                self._waiting = False
-                raise StopNow
-
-        for kind in kinds:
-            signal.signal(kind, note)
-        try:
-            yield
-        finally:
-            with ending:
-                ended = True
-            again.cancel()
-            for kind, handler in before.items():
-                signal.signal(kind, handler)
+    for kind in before:
+        signal.signal(kind, note)
+    try:
+        yield asked
+    finally:
+        with ending:
+            ended = True
+        again.cancel()
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 @contextmanager
@@ -133,9 +125,8 @@ def stop_requests(directory: Path) -> Iterator[StopRequests]:
             lambda step: Preempted(step, directory) if multihost_utils.reached_preemption_sync_point(step) else None
         )
     elif threading.current_thread() is threading.main_thread():
-        signals = _Signals(directory)
-        with signals.kept():
-            yield signals
+        with _signals(directory) as asked:
+            yield asked
     else:
         yield StopRequests(lambda step: None)
 

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,20 +26,17 @@ class Board:
     """Bars of phases, which may run in several threads at once. A context manager."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        text = TextColumn("{task.description}")
-        self._bars = Progress(text, *columns, TextColumn("{task.fields[note]}"), console=console)
-        self._terminal = console.is_terminal
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
+        self._bars = Progress(*columns, console=Console(stderr=True))
+        self._terminal = self._bars.console.is_terminal
 
     def __enter__(self) -> "Board":
         if self._terminal:
             self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # It writes to standard error, see `tell`.
         with suppress(OSError):
             self._bars.stop()

@@ -1,9 +1,9 @@
 """Reference log-probabilities computed once, before training, so that the reference's weights need no memory in it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Features, Params
 
 SIDES = ("chosen", "rejected")
+# (features, key) -> [rows], of a node under the reference.
+LogProb: TypeAlias = Callable[[Any, PRNGKeyArray], Array]
 
 
 def precompute_reference(
@@ -58,52 +60,49 @@ def precompute_reference(
     if unknown:
         raise ValueError(f"no node has the params key {sorted(unknown)[0]!r}; there are {', '.join(system.param_keys)}")
     nodes = [node for node in system.nodes if node.params_key in keys and not node.deterministic]
-    sides = {node.name: [side[node.name] for side in (pairs.chosen, pairs.rejected)] for node in nodes}
     known = dict(pairs.reference or {})
     for node in nodes:
-        path = None if directory is None else Path(directory) / f"{node.name}-{_name(node, reference, sides)}.npz"
-        if path is None or not path.exists():
-            if jax.process_count() > 1:
-                raise ValueError(
-                    f"precompute_reference evaluates in one process only, and has no file of the node {node.name!r} in "
-                    f"{directory}: call it with that directory in a process of its own first"
-                )
-            _refuse_noise(system, node, reference[node.params_key], sides[node.name][0], mesh)
-            chosen, rejected = (
-                _log_probs(system, node, reference[node.params_key], side, batch_size, mesh)
-                for side in sides[node.name]
+        params, sides = reference[node.params_key], [side[node.name] for side in (pairs.chosen, pairs.rejected)]
+        path = None if directory is None else Path(directory) / f"{node.name}-{_digest(node, params, sides)}.npz"
+        if path is not None and path.exists():
+            values = read_arrays(path, "remove it, and its values are made anew")
+        elif jax.process_count() > 1:
+            raise ValueError(
+                f"precompute_reference evaluates in one process only, and has no file of the node {node.name!r} in "
+                f"{directory}: call it with that directory in a process of its own first"
             )
-            if path is not None:
-                write_arrays(path, dict(zip(SIDES, (chosen, rejected), strict=True)))
         else:
-            columns = read_arrays(path, "remove it, and its values are made anew")
-            chosen, rejected = (columns[side] for side in SIDES)
+            log_prob = partial(_log_prob, system, node, mesh, params)
+            _refuse_noise(log_prob, node, sides[0], mesh)
+            rows = [_log_probs(log_prob, side, batch_size, mesh) for side in sides]
+            values = dict(zip(SIDES, rows, strict=True))
+            if path is not None:
+                write_arrays(path, values)
+        chosen, rejected = (values[side] for side in SIDES)
         known[node.name] = chosen, rejected
     return pairs._replace(reference=known)
 
 
-def _name(node: Node, reference: Params, sides: dict[str, list[Features]]) -> str:
+def _digest(node: Node, params: Params, sides: list[Features]) -> str:
     """A hash of what the values depend on, the same in every process."""
-    arrays = [by_path(jax.tree.map(np.asarray, side)) for side in sides[node.name]]
-    return digest([describe("node", node), fingerprints(reference[node.params_key]), arrays])
+    arrays = [by_path(jax.tree.map(np.asarray, side)) for side in sides]
+    return digest([describe("node", node), fingerprints(params), arrays])
 
 
-def _log_probs(
-    system: CompoundSystem, node: Node, params: Params, features: Features, batch_size: int, mesh: Mesh
-) -> Float[np.ndarray, "rows"]:
+def _log_probs(log_prob: LogProb, features: Features, batch_size: int, mesh: Mesh) -> Float[np.ndarray, "rows"]:
     rows = jax.tree.leaves(features)[0].shape[0]
     slices = []
     for start in range(0, rows, batch_size):
         # Padded with the last row, so that one shape is compiled.
         picked = np.minimum(np.arange(start, start + batch_size), rows - 1)
         part = place_batch(mesh, jax.tree.map(lambda x, picked=picked: x[picked], features))
-        slices.append(np.asarray(_log_prob(system, node, mesh, params, part, jax.random.key(0))))
+        slices.append(np.asarray(log_prob(part, jax.random.key(0))))
     return np.concatenate(slices)[:rows].astype(np.float32)
 
 
-def _refuse_noise(system: CompoundSystem, node: Node, params: Params, features: Features, mesh: Mesh) -> None:
+def _refuse_noise(log_prob: LogProb, node: Node, features: Features, mesh: Mesh) -> None:
     part = place_batch(mesh, jax.tree.map(lambda x: np.repeat(x[:1], batch_parts(mesh), axis=0), features))
-    one, other = (np.asarray(_log_prob(system, node, mesh, params, part, jax.random.key(seed))) for seed in (0, 1))
+    one, other = (np.asarray(log_prob(part, jax.random.key(seed))) for seed in (0, 1))
     if not np.array_equal(one, other):
         raise ValueError(
             f"node {node.name!r} draws noise, so its reference must be evaluated in every step: leave "

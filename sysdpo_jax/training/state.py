@@ -6,7 +6,7 @@ and optimiser memory exist for trained leaves only.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from sysdpo_jax.parallel.sharding import Rules, like_params, make_mesh, replicat
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path, path_name
 from sysdpo_jax.typing import Params
+
+# The frozen leaves and the reference of a `TrainState`.
+Fixed: TypeAlias = tuple[Params, Params]
 
 
 class Mutable(NamedTuple):
@@ -66,6 +69,11 @@ class TrainState(NamedTuple):
         """The part that a step replaces."""
         return Mutable(self.step, self.trained, self.opt_state, self.ema)
 
+    @property
+    def fixed(self) -> Fixed:
+        """The part that a step reads alone."""
+        return self.frozen, self.reference
+
     def after(self, mutable: Mutable) -> "TrainState":
         """Replace what a step changes.
 
@@ -75,7 +83,7 @@ class TrainState(NamedTuple):
         Returns:
             The state with it.
         """
-        return TrainState(*mutable, self.frozen, self.reference)
+        return TrainState(*mutable, *self.fixed)
 
 
 def create_state(
@@ -115,24 +123,27 @@ def create_state(
     """
     mesh = make_mesh() if mesh is None else mesh
     plan = abstract_state(system, params, optimizer, mesh, rules, reference_dtype, precomputed)
-    placed = jax.tree.map(_place, params, jax.tree.map(lambda leaf: leaf.sharding, plan.params))
     mask = optimizer.mask(system, params)
-    initial, frozen = partition(placed, mask)
-    compared = initial
-    if reference is not None:
-        compared, _ = partition(jax.tree.map(_place, reference, jax.tree.map(lambda x: x.sharding, plan.params)), mask)
+    initial, frozen = partition(jax.tree.map(_place, params, plan.params), mask)
+    compared = initial if reference is None else partition(jax.tree.map(_place, reference, plan.params), mask)[0]
     # The step donates its trained leaves: they need buffers of their own.
-    trained = jax.tree.map(_copy, initial)
+    trained = jax.tree.map(_own, initial)
     _warn_of_coarse(optimizer, trained)
     slots = jax.tree.map(lambda leaf: leaf.sharding, plan.opt_state)
+
+    def first_slots(leaves: Params) -> PyTree:
+        # An optimiser may keep the parameters themselves, but one buffer cannot be donated twice.
+        return jax.tree.map(jnp.copy, optimizer.transformation.init(leaves))
+
     return TrainState(
-        step=_place(jnp.asarray(step, jnp.int32), replicated(mesh)),
+        step=_place(jnp.asarray(step, jnp.int32), plan.step),
         trained=trained,
-        opt_state=jax.jit(lambda leaves: _own(optimizer.transformation.init(leaves)), out_shardings=slots)(trained),
-        ema=None if optimizer.ema_decay is None else jax.tree.map(_average, trained),
+        opt_state=jax.jit(first_slots, out_shardings=slots)(trained),
+        ema=None if optimizer.ema_decay is None else jax.tree.map(lambda x: _own(x.astype(jnp.float32)), trained),
         frozen=frozen,
+        # `astype` gives the same array where nothing changes: the caller's parameters take memory once.
         reference={
-            key: None if tree is None else jax.tree.map(_in_dtype, compared[key], tree)
+            key: None if tree is None else jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), compared[key], tree)
             for key, tree in plan.reference.items()
         },
     )
@@ -241,22 +252,14 @@ def _reference(trained: Params, dtype: str | None) -> Params:
     return jax.tree_util.tree_map_with_path(of_leaf, trained)
 
 
-def _place(leaf: Any, sharding: NamedSharding) -> Array:
+def _place(leaf: Any, like: Any) -> Array:
+    sharding = like.sharding
     spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if not sharding.is_fully_addressable and not spread:
         # By parts: device_put would gather the whole leaf from every process to compare them, which is not done.
         return jax.make_array_from_callback(np.shape(leaf), sharding, lambda part: np.asarray(leaf[part]))
     # A NumPy array may change under us, so only immutable arrays may share their memory.
     return jax.device_put(leaf, sharding, may_alias=isinstance(leaf, jax.Array))
-
-
-def _in_dtype(leaf: Array, like: jax.ShapeDtypeStruct) -> Array:
-    # The same array, not an equal one, where nothing changes: the caller's parameters take memory once.
-    return leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype)
-
-
-def _copy(leaf: Array) -> Array:
-    return jax.device_put(leaf, leaf.sharding, may_alias=False)
 
 
 def _warn_of_coarse(optimizer: SystemOptimizer, trained: Params) -> None:
@@ -270,10 +273,5 @@ def _warn_of_coarse(optimizer: SystemOptimizer, trained: Params) -> None:
         )
 
 
-def _own(tree: PyTree) -> PyTree:
-    # An optimiser may keep the parameters themselves, but one buffer cannot be donated twice.
-    return jax.tree.map(jnp.copy, tree)
-
-
-def _average(leaf: Array) -> Array:
-    return jax.device_put(leaf.astype(jnp.float32), leaf.sharding, may_alias=False)
+def _own(leaf: Array) -> Array:
+    return jax.device_put(leaf, leaf.sharding, may_alias=False)

@@ -29,11 +29,13 @@ from sysdpo_jax.parallel.sharding import (
     replicated,
 )
 from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.state import Mutable, TrainState
+from sysdpo_jax.training.state import Fixed, Mutable, TrainState
 from sysdpo_jax.typing import Keys, Params
 
 # What a step returns beside the state: `{name: scalar}`, see `TrainStep`.
 StepMetrics: TypeAlias = dict[str, Array]
+# Of an objective.
+Loss: TypeAlias = tuple[Array, Aux]
 
 PROCEED = np.bool_(True)
 
@@ -112,7 +114,7 @@ class TrainStep:
         batch = place_batch(self.mesh, batch)
         # Arrays on and off the mesh have different types to the tracer: place it, or the second step traces again.
         proceed = jax.device_put(proceed, replicated(self.mesh))
-        mutable, metrics = self._jitted(state)(state.mutable, state.frozen, state.reference, batch, key, proceed)
+        mutable, metrics = self._jitted(state)(state.mutable, state.fixed, batch, key, proceed)
         return state.after(mutable), metrics
 
     def metric_names(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str, ...]:
@@ -129,8 +131,7 @@ class TrainStep:
             The names of its metrics.
         """
         batch, proceed = place_batch(self.mesh, batch), jax.device_put(PROCEED, replicated(self.mesh))
-        parts = (state.mutable, state.frozen, state.reference)
-        return tuple(self._jitted(state).eval_shape(*parts, batch, key, proceed)[1])
+        return tuple(self._jitted(state).eval_shape(state.mutable, state.fixed, batch, key, proceed)[1])
 
     def check(self, state: TrainState, rows: int) -> None:
         """What can be said against batches before there is one.
@@ -166,7 +167,7 @@ class TrainStep:
         Returns:
             What compiles ahead of time, or has its memory analysed.
         """
-        return self._jitted(state).lower(state.mutable, state.frozen, state.reference, batch, key, PROCEED)
+        return self._jitted(state).lower(state.mutable, state.fixed, batch, key, PROCEED)
 
     def _jitted(self, state: TrainState) -> Any:
         # States that hold the references of other components are other sets of arguments.
@@ -177,7 +178,7 @@ class TrainStep:
             self._compiled[structure] = jax.jit(
                 partial(self._update, placed.trained),
                 donate_argnums=0,
-                in_shardings=(placed.mutable, placed.frozen, placed.reference, batch, whole, whole),
+                in_shardings=(placed.mutable, placed.fixed, batch, whole, whole),
                 out_shardings=(placed.mutable, whole),
             )
         return self._compiled[structure]
@@ -189,17 +190,10 @@ class TrainStep:
         return sharding
 
     def _update(
-        self,
-        placement: PyTree,
-        old: Mutable,
-        frozen: Params,
-        reference: Params,
-        batch: PyTree,
-        key: PRNGKeyArray,
-        proceed: Bool[Array, ""],
+        self, placement: PyTree, old: Mutable, fixed: Fixed, batch: PyTree, key: PRNGKeyArray, proceed: Bool[Array, ""]
     ) -> tuple[Mutable, StepMetrics]:
-        def loss_of(trained: Params, part: PyTree, key: Keys) -> tuple[Array, Aux]:
-            state = TrainState(*old._replace(trained=trained), frozen, reference)
+        def loss_of(trained: Params, part: PyTree, key: Keys) -> Loss:
+            state = TrainState(*old._replace(trained=trained), *fixed)
             made = self.objective(self.system, state.params, state.reference_params, part, key)
             if not isinstance(made, tuple) or [isinstance(x, Aux) for x in made] != [False, True]:
                 raise TypeError(f"the objective returned {_kinds(made)}: return (loss, Aux(terms, metrics))")
@@ -223,16 +217,11 @@ class TrainStep:
         return kept, {"loss": loss, **aux.metrics, **named, "finite": good}
 
     def _gradients(
-        self,
-        loss_of: Callable[..., tuple[Array, Aux]],
-        placement: PyTree,
-        trained: Params,
-        batch: PyTree,
-        key: PRNGKeyArray,
-    ) -> tuple[tuple[Array, Aux], Params]:
+        self, loss_of: Callable[..., Loss], placement: PyTree, trained: Params, batch: PyTree, key: PRNGKeyArray
+    ) -> tuple[Loss, Params]:
         """((loss, aux), gradients) of the batch, part by part where `accumulate` says so."""
 
-        def value_and_grad(trained: Params, part: PyTree, key: Keys) -> tuple[tuple[Array, Aux], Params]:
+        def value_and_grad(trained: Params, part: PyTree, key: Keys) -> tuple[Loss, Params]:
             values, gradients = jax.value_and_grad(loss_of, has_aux=True)(trained, part, key)
             # Summed over the devices into each one's own part, as soon as they are made.
             return values, jax.lax.with_sharding_constraint(gradients, placement)
@@ -248,7 +237,7 @@ class TrainStep:
             by_part = jnp.swapaxes(x.reshape(rows // self.accumulate, self.accumulate, *x.shape[1:]), 0, 1)
             return jax.lax.with_sharding_constraint(by_part, cut)
 
-        def add(total: Params, part: tuple[PyTree, Keys]) -> tuple[Params, tuple[Array, Aux]]:
+        def add(total: Params, part: tuple[PyTree, Keys]) -> tuple[Params, Loss]:
             values, gradients = value_and_grad(trained, *part)
             return jax.tree.map(lambda a, g: a + g.astype(a.dtype) / self.accumulate, total, gradients), values
 

@@ -5,8 +5,8 @@ Step k is the update made from `batch_at(k)`; a state or checkpoint of step s ha
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,31 +15,31 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from sysdpo_jax.data.batches import Indexed, PreferenceBatches, read_ahead
+from sysdpo_jax.batch import encode_batch
+from sysdpo_jax.data.batches import EpochBatches, Indexed, PreferenceBatches, read_ahead
 from sysdpo_jax.data.intermediates import IntermediateSearch, SearchedBatches
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import as_text, describe
 from sysdpo_jax.objectives.direct import DirectObjective
 from sysdpo_jax.objectives.objective import Objective
-from sysdpo_jax.parallel.replicate import replicate_per_process
+from sysdpo_jax.parallel.sharding import replicate_per_process
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, Evaluator
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog, MetricsReader, NonFiniteError, require_metric
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.preemption import Preempted, StopNow, StopRequests, stop_requests
-from sysdpo_jax.training.profiling import Profile
 from sysdpo_jax.training.progress import ProgressFactory, progress, tell
-from sysdpo_jax.training.sources import encoded, encoder
+from sysdpo_jax.training.side_outputs import Profile, import_wandb
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import PROCEED, TrainStep, make_train_step
 from sysdpo_jax.training.throughput import Throughput
-from sysdpo_jax.training.tracker import import_wandb
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import user_code
 
 # What gives the batch of a step, see `Trainer.fit`.
 BatchSource: TypeAlias = Callable[[int], PyTree] | SearchedBatches | Indexed[Any]
+BatchOf: TypeAlias = Callable[[int, TrainState], PyTree]
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,81 @@ class Trainer:
                 not the first of the call; what tracing the step raises.
         """
         self._check(batch_at, steps)
-        own = locked_folder(Path(self.directory)) if jax.process_index() == 0 else nullcontext()
-        with own, stop_requests(Path(self.directory).absolute() / "checkpoints") as asked:
-            state, done = self._fit(state, batch_at, steps, key, resume, accepted, asked)
+        directory, rank_zero = Path(self.directory), jax.process_index() == 0
+        own = locked_folder(directory) if rank_zero else nullcontext()
+        with own, stop_requests(directory.absolute() / "checkpoints") as asked:
+            with ExitStack() as stack:
+                checkpoints = stack.enter_context(self.checkpoints(state, batch_at, key))
+                state = _start(checkpoints, state, steps, resume)
+                done = int(state.step)
+                batch_of, forget = self._source(batch_at, done, state.params, stack)
+                if done < steps:
+                    batch_of = self._tried(batch_at, batch_of, state, key, asked)
+                if rank_zero and accepted is not None:
+                    accepted()
+                log = stack.enter_context(self._log(done)) if rank_zero else None
+                report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
+                speed, folder = Throughput(self.system, self.step.mesh), checkpoints.directory
+                reader = MetricsReader(log, report, speed, self.log_every, folder, self._best_of_steps, steps - 1)
+                profile = Profile(self.profile if rank_zero else None, directory / "profile")
+                stack.callback(profile.close)
+
+                def save() -> None:
+                    checkpoints.save(state, reader.mean())
+
+                def checkpoint() -> None:
+                    reader.settle()
+                    oldest = checkpoints.oldest
+                    save()
+                    # The save has waited for the one before it, so that `oldest` is not all there is.
+                    forget(oldest)
+
+                def rescue() -> bool:
+                    """Save what there is after an error: whether it is saved."""
+                    try:
+                        save()
+                        checkpoints.wait()
+                    except Exception as error:
+                        tell(f"warning: the state of step {done} is not saved: {error}")
+                        return False
+                    return True
+
+                # An evaluation that is asked to stop is left: its state is saved.
+                rest = self.best, log, steps, asked.waiting
+                evaluator = None if self.evaluation is None else Evaluator(self.evaluation, *rest)
+
+                def ends() -> bool:
+                    return evaluator is not None and evaluator.ends(done, state, checkpoints, checkpoint)
+
+                proceed: Array | np.bool_ = PROCEED
+                try:
+                    with suppress(StopNow):
+                        while asked(done) is None and not ends() and done < steps:
+                            # Errors keep their class; only `sys.exit` of a batch's code must not end the process.
+                            with asked.waiting(), user_code(f"the batch of step {done}", RuntimeError, (Exception,)):
+                                batch = batch_of(done, state)
+                            profile.before(done)
+                            state, metrics = self.step(state, batch, key, proceed)
+                            proceed = metrics["finite"]
+                            reader.take(done, state, batch, metrics)
+                            profile.after(done, metrics)
+                            done += 1
+                            if done % self.checkpoint_every == 0:
+                                checkpoint()
+                    checkpoint()
+                except Exception as error:
+                    first = _first_cause(error, reader)
+                    # Of several processes the others would join for a value that is not finite alone, which all meet.
+                    saved = (jax.process_count() == 1 or isinstance(error, NonFiniteError)) and rescue()
+                    if isinstance(first, NonFiniteError) and not saved:
+                        first = NonFiniteError(first.step, first.nodes, None)
+                    if first is error:
+                        raise
+                    raise first from error
             # Everything is on disk now.
             stop = asked(done)
         if stop is not None:
-            if isinstance(stop, Preempted) and jax.process_index() == 0:
+            if isinstance(stop, Preempted) and rank_zero:
                 tell(str(stop))
             raise stop
         return state
@@ -177,104 +245,19 @@ class Trainer:
         directory = Path(self.directory) / "checkpoints"
         return Checkpoints(directory, state, configuration, self.keep, self.best, read_only)
 
-    def _fit(
-        self,
-        state: TrainState,
-        batch_at: BatchSource,
-        steps: int,
-        key: PRNGKeyArray,
-        resume: bool,
-        accepted: Callable[[], None] | None,
-        asked: StopRequests,
-    ) -> tuple[TrainState, int]:
-        """The state and its step: `steps` unless the run was asked to stop."""
-        with ExitStack() as stack:
-            checkpoints = stack.enter_context(self.checkpoints(state, batch_at, key))
-            state = _start(checkpoints, state, steps, resume)
-            done = int(state.step)
-            rank_zero = jax.process_index() == 0
-            best = None if self.best is None or self._best_evaluated else self.best[0]
-            batch_of, forget = self._source(batch_at, done, state.params, stack)
-            if done < steps:
-                batch_of = self._tried(batch_at, batch_of, state, key, best, asked)
-            if rank_zero and accepted is not None:
-                accepted()
-            names = [node.name for node in self.system.nodes]
-            logs = self.directory if self.log_directory is None else self.log_directory
-            log = stack.enter_context(MetricsLog(logs, done, self._wandb(), names)) if rank_zero else None
-            report = stack.enter_context(self.progress(done, steps)) if rank_zero else None
-            throughput = Throughput(self.system, self.step.mesh)
-            reader = MetricsReader(log, report, throughput, self.log_every, checkpoints.directory, best, steps - 1)
-            profile = Profile(self.profile if rank_zero else None, Path(self.directory) / "profile")
-            stack.callback(profile.close)
-
-            def save() -> None:
-                checkpoints.save(state, reader.mean())
-
-            def checkpoint() -> None:
-                reader.settle()
-                oldest = checkpoints.oldest
-                save()
-                # The save has waited for the one before it, so that `oldest` is not all there is.
-                forget(oldest)
-
-            def rescue() -> bool:
-                """Save what there is after an error: whether it is saved."""
-                try:
-                    save()
-                    checkpoints.wait()
-                except Exception as error:
-                    tell(f"warning: the state of step {done} is not saved: {error}")
-                    return False
-                return True
-
-            evaluator = self._evaluator(log, steps, asked)
-
-            def ends() -> bool:
-                return evaluator is not None and evaluator.ends(done, state, checkpoints, checkpoint)
-
-            proceed: Array | np.bool_ = PROCEED
-            try:
-                with suppress(StopNow):
-                    stop = asked(done)
-                    ended = stop is None and ends()
-                    while done < steps and stop is None and not ended:
-                        # Errors keep their class; only `sys.exit` of a batch's code must not end the process.
-                        with asked.waiting(), user_code(f"the batch of step {done}", RuntimeError, (Exception,)):
-                            batch = batch_of(done, state)
-                        reader.count(done, state, batch)
-                        profile.before(done)
-                        state, metrics = self.step(state, batch, key, proceed)
-                        proceed = metrics["finite"]
-                        reader.take(done, metrics)
-                        profile.after(done, metrics)
-                        done += 1
-                        stop = asked(done)
-                        if done % self.checkpoint_every == 0:
-                            checkpoint()
-                        ended = stop is None and ends()
-                checkpoint()
-            except Exception as error:
-                first = _first_cause(error, reader)
-                # Of several processes the others would join for a value that is not finite alone, which all meet.
-                saved = (jax.process_count() == 1 or isinstance(error, NonFiniteError)) and rescue()
-                if isinstance(first, NonFiniteError) and not saved:
-                    first = NonFiniteError(first.step, first.nodes, None)
-                if first is error:
-                    raise
-                raise first from error
-        return state, done
-
     @property
-    def _best_evaluated(self) -> bool:
-        return self.best is not None and self.best[0].startswith(EVALUATED)
+    def _best_of_steps(self) -> str | None:
+        """The metric of `best`, None where an evaluation gives it."""
+        return None if self.best is None or self.best[0].startswith(EVALUATED) else self.best[0]
 
-    def _wandb(self) -> Mapping[str, Any] | None:
-        return None if self.wandb is None else {"config": dict(self.config), **self.wandb}
+    def _log(self, start: int) -> MetricsLog:
+        wandb = None if self.wandb is None else {"config": dict(self.config), **self.wandb}
+        nodes = [node.name for node in self.system.nodes]
+        return MetricsLog(self.directory if self.log_directory is None else self.log_directory, start, wandb, nodes)
 
     def _check(self, batch_at: BatchSource, steps: int) -> None:
         """What can be said against a run before anything of it is made."""
-        if self.evaluation is None and self._best_evaluated:
+        if self.evaluation is None and self.best is not None and self._best_of_steps is None:
             raise ValueError(f"best {self.best} is a figure of an evaluation: give the Trainer one")
         if not callable(batch_at) and not isinstance(batch_at, SearchedBatches) and len(batch_at) < steps:
             raise ValueError(f"the dataset ends after {len(batch_at)} of the {steps} steps: repeat it")
@@ -285,44 +268,36 @@ class Trainer:
         if self.wandb is not None and jax.process_index() == 0:
             import_wandb()
 
-    def _evaluator(self, log: MetricsLog | None, steps: int, asked: StopRequests) -> Evaluator | None:
-        """What evaluates while it trains. An evaluation that is asked to stop is left: its state is saved."""
-        return None if self.evaluation is None else Evaluator(self.evaluation, self.best, log, steps, asked.waiting)
-
     def _source(
         self, batch_at: BatchSource, start: int, params: Params, stack: ExitStack
-    ) -> tuple[Callable[[int, TrainState], PyTree], Callable[[int], None]]:
+    ) -> tuple[BatchOf, Callable[[int], None]]:
         """What gives the batch of (step, state), and what to tell the oldest checkpoint that may be resumed.
 
         It is asked for the steps start, start + 1, ... while `stack` is open. params: whose frozen entries encode.
         """
         own = replicate_per_process(self.system.frozen_params(params))
-        encode = encoder(self.system, own)
+        encode, forget = encoder(self.system, own), lambda checkpoint: None
         if isinstance(batch_at, SearchedBatches):
             search = IntermediateSearch(batch_at, Path(self.directory) / "intermediates")
             drawn = lambda step, state: search.batch(step, lambda: replicate_per_process(state.params))  # noqa: E731
             return lambda step, state: encode(drawn(step, state)), search.forget
+        if isinstance(batch_at, EpochBatches):
+            # Held whole: encoded once, before the first batch.
+            whole = cache(lambda: replace(batch_at, data=encode(batch_at.data)))
+            return lambda step, state: whole()(step), forget
         if callable(batch_at):
-            given = encoded(batch_at, encode)
-            return lambda step, state: given(step), lambda checkpoint: None
+            return lambda step, state: encode(batch_at(step)), forget
         if isinstance(batch_at, PreferenceBatches):
             batch_at.prepare(own)
         batches: Iterator[PyTree] = stack.enter_context(read_ahead(batch_at, start))
-        return lambda step, state: encode(next(batches)), lambda checkpoint: None
+        return lambda step, state: encode(next(batches)), forget
 
     def _tried(
-        self,
-        batch_at: BatchSource,
-        batch_of: Callable[[int, TrainState], PyTree],
-        state: TrainState,
-        key: PRNGKeyArray,
-        best: str | None,
-        asked: StopRequests,
-    ) -> Callable[[int, TrainState], PyTree]:
+        self, batch_at: BatchSource, batch_of: BatchOf, state: TrainState, key: PRNGKeyArray, asked: StopRequests
+    ) -> BatchOf:
         """`batch_of`, once the step is traced with its first batch: whatever could refuse the run has been asked then.
 
         Batches that the policy draws take long and are written down: of those only what needs no draw is checked.
-        best: the step's metric that must be there, None for none.
         """
         if isinstance(batch_at, SearchedBatches):
             self.step.check(state, batch_at.batch_size)
@@ -333,25 +308,27 @@ class Trainer:
             with asked.waiting():
                 first.append(batch_of(start, state))
             names = self.step.metric_names(state, first[0], key)
-            if best is not None:
-                require_metric(best, names)
+            if self._best_of_steps is not None:
+                require_metric(self._best_of_steps, names)
         return lambda step, state: first.pop() if step == start and first else batch_of(step, state)
 
     def _configuration(self, batch_at: BatchSource | None, key: PRNGKeyArray) -> dict[str, str]:
         described = [describe(f"node {node.name}", node) for node in self.system.nodes]
         described += [describe(f"optimizer {name}", component) for name, component in self.optimizer.components]
         described += [describe("ema_decay", self.optimizer.ema_decay), describe("objective", self.objective)]
+        # Of a function or a dataset nothing is known.
+        batches = batch_at.fingerprint() if isinstance(batch_at, PreferenceBatches | SearchedBatches) else {}
         return {
             **{path: text for texts in described for path, text in texts.items()},
             "key": str(jax.device_get(jax.random.key_data(key)).tolist()),
-            **_describe_batches(batch_at),
+            **batches,
             **{f"config {name}": text for name, text in as_text(self.config).items()},
         }
 
 
-def _describe_batches(batch_at: BatchSource | None) -> dict[str, str]:
-    """What is known of the batches: of a function or a dataset nothing."""
-    return batch_at.fingerprint() if isinstance(batch_at, PreferenceBatches | SearchedBatches) else {}
+def encoder(system: CompoundSystem, params: Params) -> Callable[[PyTree], PyTree]:
+    """`encode_batch` by the frozen entries of `params`, on this process's own devices; all processes must call this."""
+    return partial(encode_batch, system, replicate_per_process(system.frozen_params(params)))
 
 
 def _first_cause(error: Exception, reader: MetricsReader) -> Exception:

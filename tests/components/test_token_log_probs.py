@@ -17,7 +17,7 @@ from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import DirectObjective
-from sysdpo_jax.training.flops import count_flops
+from sysdpo_jax.training.throughput import count_flops
 from tests.components.stubs import IdTokenizer
 
 # Nearly all the time of these tests is compilation, of programs that run once.

@@ -34,7 +34,7 @@ from sysdpo_jax import (
 from sysdpo_jax.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.parallel.sharding import MIN_SHARDED_SIZE
-from sysdpo_jax.training.describe import device_bytes
+from sysdpo_jax.training.ahead_of_time import device_bytes
 from sysdpo_jax.trees import by_path
 from tests.components.painters import painter
 from tests.components.stubs import word_tokenizer

@@ -31,7 +31,7 @@ from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 from sysdpo_jax.parallel.sharding import place_batch, replicated
 from sysdpo_jax.training import ComponentOptimizer, create_state, make_mesh, make_optimizer, make_train_step
-from sysdpo_jax.training.describe import device_bytes
+from sysdpo_jax.training.ahead_of_time import device_bytes
 from sysdpo_jax.training.step import PROCEED
 from sysdpo_jax.trees import by_path, path_name
 from tests.components.stubs import WORDS, word_tokenizer

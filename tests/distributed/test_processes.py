@@ -183,7 +183,7 @@ def test_shards_are_the_rows_that_a_process_has_devices_for(two):
 def test_without_a_cluster_there_is_one_process():
     """In a process of its own: the tests' one has devices already, which makes jax.distributed refuse."""
     code = (
-        "import jax; from sysdpo_jax.training import distributed; distributed.initialize(); "
+        "import jax; from sysdpo_jax.parallel import distributed; distributed.initialize(); "
         "assert jax.process_count() == 1 and not jax.distributed.is_initialized()\n"
         "try: distributed.initialize(num_processes=2)\n"
         "except (ValueError, RuntimeError) as error: print(error)"

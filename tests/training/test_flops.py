@@ -24,8 +24,8 @@ from sysdpo_jax import (
     make_optimizer,
 )
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.training.flops import FlopsError, count_flops, forward_flops, plain_attention, step_flops
 from sysdpo_jax.training.state import abstract_state
+from sysdpo_jax.training.throughput import FlopsError, count_flops, forward_flops, plain_attention, step_flops
 from tests.components.stubs import IdTokenizer
 
 ROWS, PROMPT, NEW = 3, 4, 6

@@ -24,8 +24,8 @@ from sysdpo_jax import (
     prepare_pairs,
 )
 from sysdpo_jax.training import CheckpointMismatchError, ComponentOptimizer, make_mesh
-from sysdpo_jax.training.describe import device_bytes
-from sysdpo_jax.training.flops import step_flops
+from sysdpo_jax.training.ahead_of_time import device_bytes
+from sysdpo_jax.training.throughput import step_flops
 from sysdpo_jax.trees import by_path
 from tests.components.painters import encoded_since, images, painter
 from tests.distributed.test_meshes import printed

@@ -22,7 +22,7 @@ from sysdpo_jax.training import (
     make_train_step,
     read_metrics,
 )
-from sysdpo_jax.training.metric_warnings import SHARE, WINDOW, MetricWarnings
+from sysdpo_jax.training.metrics import SHARE, WINDOW, MetricWarnings
 from tests.training.systems import CHAIN, pairs
 
 KEY = jax.random.key(3)

@@ -24,7 +24,7 @@ from sysdpo_jax.training import (
     make_optimizer,
     read_metrics,
 )
-from sysdpo_jax.training.events import Events
+from sysdpo_jax.training.side_outputs import Events
 from tests.training.systems import CHAIN, pairs
 
 KEY = jax.random.key(3)
@@ -152,7 +152,7 @@ def test_weights_and_biases_that_hangs_holds_up_no_step_and_the_end_for_a_bounde
         no_network()
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb(broken, hangs))
-    monkeypatch.setattr("sysdpo_jax.training.tracker.FINISH", 0.3)
+    monkeypatch.setattr("sysdpo_jax.training.side_outputs.FINISH", 0.3)
     began = time.monotonic()
     with MetricsLog(tmp_path, 0, {}) as log:
         for step in range(100):

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from sysdpo_jax import CompoundSystem, DirectObjective, Gaussian, Node, PairBatch
 from sysdpo_jax.parallel.sharding import AXES
 from sysdpo_jax.training import FROZEN, ComponentOptimizer, describe_sharding, make_mesh, make_optimizer
-from sysdpo_jax.training.describe import device_bytes
+from sysdpo_jax.training.ahead_of_time import device_bytes
 from sysdpo_jax.training.state import abstract_state, create_state
 from sysdpo_jax.training.step import make_train_step
 
