@@ -23,13 +23,12 @@ from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import ResumableJsonl, file_digest
+from sysdpo_jax.io import file_digest
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.runs.loading import load_system
-from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.round_store import Which
-from sysdpo_jax.runs.runs_file import Run, as_row, failed_row, lacks_images, noted_errors, read_lines
+from sysdpo_jax.runs.config import Which
+from sysdpo_jax.runs.run import load_system
+from sysdpo_jax.runs.runs_file import Outcomes, keep_runs, read_prompts
 from sysdpo_jax.training import Board
 from sysdpo_jax.typing import Params, Positive
 
@@ -72,39 +71,27 @@ def roll_out(config: Config) -> Path:
     if not config.prompts.is_file():
         raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
     system, params, identity = load_system(config.system, config.checkpoint)
-    file = ResumableJsonl(path, _about(config, identity))
+    file, images = Outcomes(path, _about(config, identity)), ImageFiles(path)
     prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
     total = config.samples * sum(len(prompts[start : start + config.chunk]) for start in mine)
-    made, failed, noted = _lines(file)
-    images = ImageFiles(path)
-    with Board() as board, board.phase("runs", len(made), total) as report:
+    with Board() as board, board.phase("runs", len(file.made), total) as report:
         for start in mine:
-            lines: list[Run] = []
-            stop = None
-            for name, run in _chunk(config, system, params, prompts, start, made):
-                if not isinstance(run, ToolError):
-                    lines.append(as_row(system, run, name, images))
-                    made.add(name)
-                    failed.pop(name, None)
-                    continue
-                prompt, sample = map(int, name.split("-"))
-                named = run.at(f"{config.prompts}, prompt {prompt + 1}, sample {sample + 1}")
-                if not run.skip:
-                    stop = named
-                    continue
-                failed[name] = str(named)
-                if (name, str(named)) not in noted:
-                    lines.append(failed_row(system, prompts[prompt], name, named))
             # Where a tool stops the command, what it and others gave for other runs is not lost.
-            if lines:
-                file.append(lines)
-            if stop is not None:
-                raise stop
-            report(len(made) + len(failed), f"{len(failed)} left out" if failed else "")
-    if failed:
-        first = next(iter(failed.values()))
-        print(f"{path}: {len(failed)} of {total} runs are left out (the first: {first})", file=sys.stderr, flush=True)
+            keep_runs(
+                file,
+                system,
+                prompts,
+                _chunk(config, system, params, prompts, start, file.made),
+                images,
+                f"{config.prompts}, ",
+            )
+            failed = len(file.failed)
+            report(len(file.made) + failed, f"{failed} left out" if failed else "")
+    if file.failed:
+        first = next(iter(file.failed.values()))["error"]
+        said = f"{path}: {len(file.failed)} of {total} runs are left out (the first: {first})"
+        print(said, file=sys.stderr, flush=True)
     return path
 
 
@@ -140,20 +127,6 @@ def _chunk(
         raise RecordError(f"{among}: {error}") from error
     refused = [isinstance(run, ToolError) and run.refused and not run.skip for _, run in batch]
     return [(names[place], run) for place, run in (batch[-1:] if any(refused) else batch)]
-
-
-def _lines(file: ResumableJsonl) -> tuple[set[str], dict[str, str], set[tuple[Any, str]]]:
-    """The ids of the runs that a file holds, why others are left out, by id, and its `noted_errors`.
-
-    The end of the file whose images a machine that went down did not write is cut off.
-    """
-    rows = list(read_lines(file.path)) if file.path.exists() else []
-    while rows and lacks_images(rows[-1], file.path):
-        rows.pop()
-    file.cut(len(rows))
-    made = {row["id"] for row in rows if "outputs" in row}
-    failed = {row["id"]: row["error"] for row in rows if "error" in row and row["id"] not in made}
-    return made, failed, noted_errors(rows)
 
 
 def _about(config: Config, identity: str) -> dict[str, str]:

@@ -11,9 +11,10 @@ find each other by what Slurm, GKE or Cloud TPU put into their environment, and 
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,11 +23,11 @@ from sysdpo_jax.cli.ending import Terminated
 from sysdpo_jax.cli.report import tell_result
 from sysdpo_jax.data.batches import PreferenceBatches
 from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.runs.checks import check_first
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.dry_run import describe_run
-from sysdpo_jax.runs.evaluation import make_evaluation
+from sysdpo_jax.runs.evaluation import check_first, make_evaluation
 from sysdpo_jax.runs.run import (
+    Run,
     assemble,
     check_run_dir,
     describe_data,
@@ -60,7 +61,7 @@ def train(config: TrainConfig) -> None:
     Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for what
     tools gave for the preferences, and `Preempted` when asked to stop.
     """
-    began, folder = time.monotonic(), Path(config.directory)
+    began = time.monotonic()
     keep_compilations(config.compilation_cache)
     check_first(config)
     run = assemble(config)
@@ -68,14 +69,25 @@ def train(config: TrainConfig) -> None:
     records = read_preferences(run)
     batches = make_batches(run, records)
     if config.dry_run:
-        for part in describe_run(run, batches, folder / "dry_run"):
+        for part in describe_run(run, batches, Path(config.directory) / "dry_run"):
             print(part, flush=True)
         return
-    first, about = jax.process_index() == 0, describe_data(run, records)
-    if first:
+    if jax.process_index() == 0:
         print(records.summary(), file=sys.stderr, flush=True)
         if isinstance(batches, PreferenceBatches):
             print(batches.describe(), file=sys.stderr, flush=True)
+    with reported(run, describe_data(run, records), began) as accepted:
+        state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
+        trainer.fit(state, batches, config.schedule.steps, run.key, config.resume, accepted)
+
+
+@contextmanager
+def reported(run: Run, about: Mapping[str, Any], began: float) -> Iterator[Callable[[], None]]:
+    """Around the training: a folder that holds a run of others is refused, and whatever ends it is reported.
+
+    Yields what is called once nothing can refuse the run any more. about: The data, see `describe_data`.
+    """
+    if jax.process_index() == 0:
         refuse_others(run, about)
     begun = False
 
@@ -84,12 +96,11 @@ def train(config: TrainConfig) -> None:
         check_run_dir(run, about)
         begun = True
 
-    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     try:
-        trainer.fit(state, batches, config.schedule.steps, run.key, config.resume, accepted)
+        yield accepted
     finally:
-        # After a stop or a value that is not finite the report is wanted most.
-        if begun:
+        # After a stop or a value that is not finite the report is wanted most, once there is something to report.
+        if begun and (Path(run.config.directory) / "metrics.jsonl").exists():
             tell_result(run, began)
 
 

@@ -7,6 +7,9 @@ from sysdpo_jax.data.rollouts import Pairs
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.typing import AboveZero, Natural, NotNegative, Positive
 
+# Of a run's checkpoints.
+Which = Literal["newest", "best"]
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -284,7 +287,7 @@ class TrainConfig:
 
     directory: str = ""
     init_from: str = ""
-    init_checkpoint: Literal["newest", "best"] = "newest"
+    init_checkpoint: Which = "newest"
     system: SystemConfig = SystemConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

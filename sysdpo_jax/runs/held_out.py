@@ -1,16 +1,15 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.preferences import (
     SHARE,
     Bounds,
@@ -18,16 +17,12 @@ from sysdpo_jax.evaluation.preferences import (
     clustered_mean,
     interval_figures,
     paired_difference,
-    win_rate,
 )
-from sysdpo_jax.evaluation.scoring import Scorer
 from sysdpo_jax.evaluation.unscored import ScoreError
-from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same
-from sysdpo_jax.runs.begun import discard
 from sysdpo_jax.runs.runs_file import read_lines
-from sysdpo_jax.runs.scored_runs import RunScorer
+from sysdpo_jax.runs.scored_runs import RunScorer, discard
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.typing import Params
 
@@ -41,23 +36,18 @@ class HeldOut:
 
     Of several processes each samples and scores its share of the batches on its own devices, and process 0 writes all:
     what is drawn does not depend on their number.
+    maker: makes and scores the runs; the means of its figures are figures too. Evaluations of other makers than what
+    its `about` says are not compared.
     folder: has runs-<step>.jsonl of every evaluation; that of step 0 is what later ones are compared with.
-    made_by: tells what the runs depend on beside the parameters and what `about` says.
-    figures: further functions of a run, by name, whose means are figures too.
+    made_by: tells what the runs depend on beside the parameters and what the maker says.
     """
 
-    system: CompoundSystem
+    maker: RunScorer
     prompts: Sequence[Mapping[str, Any]]
-    scorer: Scorer | Judge
-    parallel: int
-    skip: bool
     samples: int
-    batch_size: int
     seed: int
     folder: Path
-    about: Mapping[str, str]
     made_by: str
-    figures: Mapping[str, Scorer] = field(default_factory=dict)
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
         """score, win_rate and score_difference, with their intervals where there are two prompts or more.
@@ -69,21 +59,21 @@ class HeldOut:
         Whatever ends it, a kill included, runs and scores that are there are taken when the step is measured again with
         the same parameters.
         """
-        about = {**self.about, "seed": str(self.seed), "made_by": self.made_by}
-        made = RunScorer(self.system, self.scorer, self.parallel, self.skip, self.batch_size, about, self.figures)
-        key, label = jax.random.key(self.seed), f"evaluation at step {step}"
-        now = made.rows(self.path(step), params, self.prompts, self.samples, key, label)
-        if jax.process_index() > 0:
-            # Of its figures only the names count.
-            return _estimates(now, now, self.samples, tuple(self.figures))
-        if step == 0:
-            write_json(note_of(self.path(0)), self.about)
-        write_json_lines(self.path(step), now)
-        discard(self.path(step))
-        return _estimates(now, list(read_lines(self.path(0))), self.samples, tuple(self.figures))
+        about = {**self.maker.about, "seed": str(self.seed), "made_by": self.made_by}
+        maker, path, key = replace(self.maker, about=about), self.path(step), jax.random.key(self.seed)
+        now = maker.rows(path, params, self.prompts, self.samples, key, f"evaluation at step {step}")
+        # Of other processes' figures only the names count.
+        first = now
+        if jax.process_index() == 0:
+            if step == 0:
+                write_json(note_of(path), self.maker.about)
+            write_json_lines(path, now)
+            discard(path)
+            first = list(read_lines(self.path(0)))
+        return _figures(now, first, self.samples, tuple(self.maker.figures))
 
     def difference(self, name: str, step: int, earlier: int) -> Estimate:
-        """How a figure (the score, or one of `figures`) changed between two evaluations, of runs that have both.
+        """How a figure (the score, or one of the maker's) changed between two evaluations, of runs that have both.
 
         Its interval is None where fewer than two prompts have such runs. Raises `ScoreError` where none has.
         """
@@ -92,14 +82,10 @@ class HeldOut:
         both = np.isfinite(now) & np.isfinite(then)
         if not both.any():
             raise ScoreError(f"no run has a {name} at step {step} and at step {earlier}: fix the scorer")
-        prompts = self._prompts_of(both)
-        now, then = now[both], then[both]
+        now, then, prompts = now[both], then[both], np.flatnonzero(both) // self.samples
         if len(np.unique(prompts)) < 2:
             return Estimate(float((now - then).mean()), float("nan"), len(now))
         return paired_difference(now, then, prompts, _bounds(now, then))
-
-    def _prompts_of(self, kept: Bool[np.ndarray, "runs"]) -> np.ndarray:
-        return np.arange(len(kept))[kept] // self.samples
 
     def evaluation(self, every: int, stop_on: tuple[str, Literal["max", "min"], int] | None) -> Evaluation:
         """What a `Trainer` takes: `measure` every so many steps, with the end of training that `stop_on` describes."""
@@ -123,7 +109,7 @@ class HeldOut:
             )
         if note.exists():
             remedy = "scores of two kinds are not compared; choose another directory, or give what it says"
-            check_same(str(note), {"evaluation": read_json(note)}, {"evaluation": self.about}, remedy)
+            check_same(str(note), {"evaluation": read_json(note)}, {"evaluation": self.maker.about}, remedy)
 
     def path(self, step: int) -> Path:
         """The runs of a step's evaluation."""
@@ -146,36 +132,30 @@ def _bounds(*values: Float[np.ndarray, "runs"]) -> Bounds | None:
     return SHARE if np.isin(values, (0, 1)).all() else None
 
 
-def _estimates(
-    runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], samples: int, figures: Sequence[str]
+def _figures(
+    runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], samples: int, further: Sequence[str]
 ) -> dict[str, float]:
     scores, before = _column(runs, SCORE), _column(first, SCORE)
-    numbers, both = np.arange(len(scores)) // samples, np.isfinite(scores) & np.isfinite(before)
-    now, then, prompts = scores[both], before[both], numbers[both]
-    others = {name: _column(runs, name)[both] for name in figures}
-    counts = {
-        "runs": float(len(now)),
-        "prompts": float(len(np.unique(prompts))),
-        "unscored": float((~both).sum()),
+    both = np.isfinite(scores) & np.isfinite(before)
+    now, then, prompts = scores[both], before[both], np.flatnonzero(both) // samples
+    number, alone, bounds = len(np.unique(prompts)), samples == len(scores), _bounds(now, then)
+    if number < (1 if alone else 2):
+        raise ScoreError(_too_few_scores(list(zip(runs, first, strict=True)), len(now)))
+    columns = {
+        "score": (now, bounds),
+        "win_rate": ((np.sign(now - then) + 1) / 2, SHARE),
+        "score_difference": (now - then, bounds and (-1.0, 1.0)),
     }
-    if samples == len(scores) and len(now):
+    for name in further:
+        column = _column(runs, name)[both]
+        columns[name] = column, _bounds(column)
+    figures: dict[str, float] = {}
+    for name, (column, ends) in columns.items():
         # One prompt tells nothing of how others would differ.
-        wins = float((np.sign(now - then).mean() + 1) / 2)
-        means = {name: float(column.mean()) for name, column in others.items()}
-        alone = {"score": float(now.mean()), "win_rate": wins, "score_difference": float((now - then).mean())}
-        return {**alone, **means, **counts}
-    if counts["prompts"] < 2:
-        raise ScoreError(_too_few_scores(list(zip(runs, first, strict=True)), int(both.sum())))
-    bounds = _bounds(now, then)
-    figured = {name: clustered_mean(column, prompts, _bounds(column)) for name, column in others.items()}
-    estimates = {
-        "score": clustered_mean(now, prompts, bounds),
-        "win_rate": win_rate(now, then, prompts),
-        "score_difference": paired_difference(now, then, prompts, bounds),
-        **figured,
-    }
-    ranged = [interval_figures(name, estimate) for name, estimate in estimates.items()]
-    return {name: value for each in ranged for name, value in each.items()} | counts
+        mean = {name: float(column.mean())}
+        figures |= mean if alone else interval_figures(name, clustered_mean(column, prompts, ends))
+    counts = {"runs": len(now), "prompts": number, "unscored": int((~both).sum())}
+    return figures | {name: float(count) for name, count in counts.items()}
 
 
 def _too_few_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], number: int) -> str:

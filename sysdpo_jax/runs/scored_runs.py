@@ -10,14 +10,15 @@ from jaxtyping import PRNGKeyArray
 
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
+from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.scoring import Scorer, score_of, score_runs
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.io import ResumableJsonl
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.parallel.distributed import gathered
 from sysdpo_jax.parallel.replicate import replicate_per_process
-from sysdpo_jax.runs.begun import Begun
-from sysdpo_jax.runs.runs_file import Run
+from sysdpo_jax.runs.runs_file import Line, Outcomes, keep_runs, values_of, with_images
 from sysdpo_jax.training.progress import Lines
 from sysdpo_jax.typing import Params
 
@@ -48,12 +49,12 @@ class RunScorer:
         samples: int,
         key: PRNGKeyArray,
         label: str,
-    ) -> list[Run]:
+    ) -> list[Line]:
         """`samples` runs of each prompt, those of a prompt adjacent, as lines of a file with "score" and "figures".
 
         Of several processes each samples and scores its share of the batches on its own devices, and all return all
         rows; what is drawn does not depend on their number. What is there already, whatever ended an earlier call, a
-        kill included, is taken: see `Begun`. `discard(path)` removes it once the rows are written.
+        kill included, is taken. `discard(path)` removes it once the rows are written.
 
         Args:
             path: Of the file that the rows are for. Images lie beside it.
@@ -66,29 +67,53 @@ class RunScorer:
         """
         own = replicate_per_process(params)
         index, count = jax.process_index(), jax.process_count()
-        begun = Begun(path, {**self.about, "parameters": digest(fingerprints(own))})
+        begun = _begun(path, {**self.about, "parameters": digest(fingerprints(own))})
         names = [f"{prompt}-{sample}" for prompt in range(len(prompts)) for sample in range(samples)]
         mine = [place for place in range(len(names)) if place // self.batch_size % count == index]
-        done = {place for place in mine if names[place] in begun.runs}
-        lines, images = Lines(f"{label}, runs", len(done), len(mine)), ImageFiles(path)
-        shard = index, count
-        for batch in run_batches(self.system, own, prompts, key, samples, self.batch_size, shard, frozenset(done)):
-            stop = begun.add_runs(self.system, prompts, images, [(names[place], run) for place, run in batch])
-            if stop is not None:
-                raise stop
-            done |= {place for place, _ in batch}
+        done = frozenset(place for place in mine if names[place] in begun.made)
+        lines, images, shard = Lines(f"{label}, runs", len(done), len(mine)), ImageFiles(path), (index, count)
+        for batch in run_batches(self.system, own, prompts, key, samples, self.batch_size, shard, done):
+            keep_runs(begun, self.system, prompts, ((names[place], run) for place, run in batch), images)
             if index == 0:
-                lines.report(len(done), "")
-        # Of the lines, as `sysdpo score` has them: a run has the same score after a stop as without one.
-        waiting = [names[place] for place in mine if names[place] in begun.runs and names[place] not in begun.scores]
-        score_runs(self.scorer, waiting, begun.values, self.parallel, self.skip, begun.add_score)
-        numbered = [(place, self._with_figures(begun, names[place])) for place in mine]
-        together = [pair for pairs in gathered(numbered) for pair in pairs]
-        return [row for _, row in sorted(together, key=lambda pair: pair[0])]
+                lines.report(len(begun.made) + len(begun.failed), "")
 
-    def _with_figures(self, begun: Begun, name: str) -> Run:
-        row = begun.row(name)
-        if not self.figures or row["score"] is None:
-            return row
-        values = begun.values(name)
-        return row | {"figures": {title: score_of(figure, values, name) for title, figure in self.figures.items()}}
+        def values(name: str) -> Line:
+            # Of the lines, as `sysdpo score` has them: a run has the same score after a stop as without one.
+            return values_of(with_images(begun.made[name], path))
+
+        def row(name: str) -> Line:
+            line = begun.made.get(name) or begun.failed[name]
+            scored = line | {"score": line.get("score")}
+            if not self.figures or scored["score"] is None:
+                return scored
+            run = values(name)
+            return scored | {"figures": {title: score_of(figure, run, name) for title, figure in self.figures.items()}}
+
+        def keep(name: str, score: float) -> None:
+            begun.add([{"id": name, "score": score}])
+
+        waiting = [name for name, line in begun.made.items() if "score" not in line]
+        score_runs(self.scorer, waiting, values, self.parallel, self.skip, keep)
+        together = [pair for pairs in gathered([(place, row(names[place])) for place in mine]) for pair in pairs]
+        return [line for _, line in sorted(together, key=lambda pair: pair[0])]
+
+
+def _begun(path: Path, about: Mapping[str, str]) -> Outcomes:
+    """What this process has of the runs of a file, and then of their scores, until the file is whole.
+
+    What is there of one that was made in the same way is taken; of another one it is dropped: no evaluation can use it
+    any more.
+    """
+    part = f"begun-{jax.process_index() + 1:05d}-of-{jax.process_count():05d}"
+    own = path.with_name(f"{path.name}.{part}")
+    try:
+        ResumableJsonl(own, about)
+    except ConfigError:
+        discard(path, part)
+    return Outcomes(own, about)
+
+
+def discard(path: Path, part: str = "begun-?????-of-?????") -> None:
+    """Remove what all processes, or one of them, had of the runs of a file, with the notes of how they were made."""
+    for own in path.parent.glob(f"{path.name}.{part}*"):
+        own.unlink(missing_ok=True)
