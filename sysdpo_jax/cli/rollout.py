@@ -10,14 +10,12 @@ each and make the same runs as one.
 """
 
 import sys
-from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import sysdpo_jax as sj
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
@@ -30,7 +28,7 @@ from sysdpo_jax.runs.config import Which
 from sysdpo_jax.runs.run import load_system
 from sysdpo_jax.runs.runs_file import Outcomes, keep_runs, read_prompts
 from sysdpo_jax.training import Board
-from sysdpo_jax.typing import Params, Positive
+from sysdpo_jax.typing import Positive
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,31 @@ def roll_out(config: Config) -> Path:
     prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
     total = config.samples * sum(len(prompts[start : start + config.chunk]) for start in mine)
+
+    def chunk(start: int) -> list[tuple[str, Any]]:
+        """`run_batches` of a chunk, with the ids of the runs; of prompts that a tool refuses, the refusal alone.
+
+        Those prompts are to be fixed, to which a file of runs would hold the command. Raises `RecordError` naming the
+        chunk.
+        """
+        part, size = prompts[start : start + config.chunk], config.chunk * config.samples
+        names = [f"{start + place // config.samples}-{place % config.samples}" for place in range(size)]
+        done = {place for place, name in enumerate(names) if name in file.made}
+        # The draws of a chunk depend on its first prompt's number alone: not on what was made before, or where.
+        key = jax.random.fold_in(jax.random.key(config.seed), start)
+        try:
+            [batch] = run_batches(system, params, part, key, config.samples, size, made=done)
+        except RecordError as error:
+            # Numbers in it are those of the chunk.
+            among = f"{config.prompts}, among prompts {start + 1} to {start + len(part)}"
+            raise RecordError(f"{among}: {error}") from error
+        refused = [isinstance(run, ToolError) and run.refused and not run.skip for _, run in batch]
+        return [(names[place], run) for place, run in (batch[-1:] if any(refused) else batch)]
+
     with Board() as board, board.phase("runs", len(file.made), total) as report:
         for start in mine:
             # Where a tool stops the command, what it and others gave for other runs is not lost.
-            keep_runs(
-                file,
-                system,
-                prompts,
-                _chunk(config, system, params, prompts, start, file.made),
-                images,
-                f"{config.prompts}, ",
-            )
+            keep_runs(file, system, prompts, chunk(start), images, f"{config.prompts}, ")
             failed = len(file.failed)
             report(len(file.made) + failed, f"{failed} left out" if failed else "")
     if file.failed:
@@ -99,34 +111,6 @@ def own_file(path: Path) -> Path:
     """Of several processes each writes a file."""
     index, count = jax.process_index(), jax.process_count()
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
-
-
-def _chunk(
-    config: Config,
-    system: sj.CompoundSystem,
-    params: Params,
-    prompts: Sequence[Mapping[str, Any]],
-    start: int,
-    made: Container[str],
-) -> list[tuple[str, Any]]:
-    """`run_batches` of one chunk, with the ids of the runs; of prompts that a tool refuses, the refusal alone.
-
-    Those prompts are to be fixed, to which a file of runs would hold the command. Raises `RecordError` naming the
-    chunk.
-    """
-    part, size = prompts[start : start + config.chunk], config.chunk * config.samples
-    names = [f"{start + place // config.samples}-{place % config.samples}" for place in range(size)]
-    done = {place for place, name in enumerate(names) if name in made}
-    # The draws of a chunk depend on its first prompt's number alone: not on what was made before, or where.
-    key = jax.random.fold_in(jax.random.key(config.seed), start)
-    try:
-        [batch] = run_batches(system, params, part, key, config.samples, size, made=done)
-    except RecordError as error:
-        # Numbers in it are those of the chunk.
-        among = f"{config.prompts}, among prompts {start + 1} to {start + len(part)}"
-        raise RecordError(f"{among}: {error}") from error
-    refused = [isinstance(run, ToolError) and run.refused and not run.skip for _, run in batch]
-    return [(names[place], run) for place, run in (batch[-1:] if any(refused) else batch)]
 
 
 def _about(config: Config, identity: str) -> dict[str, str]:

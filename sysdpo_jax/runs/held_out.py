@@ -1,9 +1,9 @@
 """Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from sysdpo_jax.manifest import check_same
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.runs.scored_runs import RunScorer, discard
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
-from sysdpo_jax.typing import Params
+from sysdpo_jax.typing import Params, Record
 
 FOLDER = "evaluation"
 SCORE = "score"
@@ -43,7 +43,7 @@ class HeldOut:
     """
 
     maker: RunScorer
-    prompts: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Record]
     samples: int
     seed: int
     folder: Path
@@ -70,7 +70,7 @@ class HeldOut:
             write_json_lines(path, now)
             discard(path)
             first = list(read_lines(self.path(0)))
-        return _figures(now, first, self.samples, tuple(self.maker.figures))
+        return _figures(now, first, self.samples, self.maker.figures)
 
     def difference(self, name: str, step: int, earlier: int) -> Estimate:
         """How a figure (the score, or one of the maker's) changed between two evaluations, of runs that have both.
@@ -121,7 +121,7 @@ def runs_name(step: int) -> str:
     return f"runs-{step:08d}.jsonl"
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, "runs"]:
+def _column(rows: Sequence[Record], name: str) -> Float[np.ndarray, "runs"]:
     """A figure of each run, NaN for a run without a score."""
     values = (row[SCORE] if name == SCORE else row.get("figures", {}).get(name) for row in rows)
     return np.array(list(values), np.float64)
@@ -132,9 +132,7 @@ def _bounds(*values: Float[np.ndarray, "runs"]) -> Bounds | None:
     return SHARE if np.isin(values, (0, 1)).all() else None
 
 
-def _figures(
-    runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], samples: int, further: Sequence[str]
-) -> dict[str, float]:
+def _figures(runs: Sequence[Record], first: Sequence[Record], samples: int, further: Iterable[str]) -> dict[str, float]:
     scores, before = _column(runs, SCORE), _column(first, SCORE)
     both = np.isfinite(scores) & np.isfinite(before)
     now, then, prompts = scores[both], before[both], np.flatnonzero(both) // samples
@@ -158,7 +156,7 @@ def _figures(
     return figures | {name: float(count) for name, count in counts.items()}
 
 
-def _too_few_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], number: int) -> str:
+def _too_few_scores(pairs: Sequence[tuple[Record, Record]], number: int) -> str:
     """Why so few pairs of runs have two scores: a tool left one out, or the scorer found none."""
     errors = [error for pair in pairs if (error := next((run["error"] for run in pair if "error" in run), None))]
     unscored = len(pairs) - number - len(errors)

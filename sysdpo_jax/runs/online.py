@@ -37,6 +37,7 @@ from sysdpo_jax.runs.held_out import FOLDER, HeldOut
 from sysdpo_jax.runs.rounds import DONE, PLAN, Rounds, RoundStore, RoundSummary, check_watched
 from sysdpo_jax.runs.runs_file import Line, moved, read_lines
 from sysdpo_jax.runs.scored_runs import RunScorer, discard
+from sysdpo_jax.training.metrics import EVALUATED
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.trainer import BatchSource, Trainer
@@ -207,10 +208,11 @@ class OnlineTraining:
 
     def _why_stop(self, last: int, planned: int) -> str | None:
         """Why no round follows the one that ended at step `last`: a watched figure fell, or patience is at its end."""
-        for name in self.rounds.stop_on if self.held_out is not None else ():
-            best, value = self.store.best_of(name, last)
-            if best == last or self.held_out is None:
+        for name in self.rounds.stop_on:
+            found = self.store.best_of(f"{EVALUATED}{name}")
+            if self.held_out is None or found is None or found[1] == last:
                 continue
+            value, best = found
             change = self.held_out.difference(name, last, best)
             below = change.interval is not None and change.interval.high < 0
             if below or (self.rounds.fall is not None and -change.value > self.rounds.fall):

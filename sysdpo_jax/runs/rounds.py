@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -21,6 +21,8 @@ from sysdpo_jax.typing import Params
 
 # In the folder of a round: what was planned, and what became of it.
 PLAN, DONE = "plan.json", "done.json"
+# The parameters of a checkpoint, and its step.
+Restored = tuple[Params, int]
 
 
 @dataclass(frozen=True)
@@ -222,22 +224,22 @@ class RoundStore:
         return create_state(trainer.system, current, trainer.optimizer, trainer.mesh, reference=reference, step=first)
 
     def restored_round(
-        self, number: int, initial: Params, current: Params, step: int | None = None
+        self, number: int, initial: Params, current: Params, at: int | None = None
     ) -> tuple[Params, int]:
         """A checkpoint of a round that began with `current`, and its step.
 
-        step: Of the checkpoint; by default that with which the round ended, or the newest of one that is not done.
+        at: The step; by default that with which the round ended, or the newest of one that is not done.
         """
         plan, done = read_json(self.round_folder(number) / PLAN), self.summary(number)
         trainer = self.trainer_of(number, plan["steps"])
         state = self.state(trainer, initial, current, plan["first"])
         with trainer.checkpoints(state, None, self.key, read_only=True) as checkpoints:
-            wanted = step if step is not None else checkpoints.latest if done is None else done.last
+            wanted = at if at is not None else checkpoints.latest if done is None else done.last
             if wanted is None:
                 return current, plan["first"]
             return checkpoints.restore(state, wanted).params, wanted
 
-    def restored(self, params: Params, which: Which) -> tuple[Params, int]:
+    def restored(self, params: Params, which: Which) -> Restored:
         """The parameters of the newest or the best checkpoint, and its step, of a run that may be going on.
 
         params: The first policy, which is the best of a run that became no better. Raises `ConfigError` where there is
@@ -260,20 +262,13 @@ class RoundStore:
             raise ConfigError(f"{self.folder} holds no checkpoint: train first")
         return current, step
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl that are evaluations."""
+    def best_of(self, metric: str) -> tuple[float, int] | None:
+        """The value and the step of the best evaluation, of equal ones the last; None where there is none."""
         path = self.folder / "metrics.jsonl"
-        return [row for row in read_metrics(path) if self.figure in row] if path.exists() else []
-
-    def best_of(self, name: str, last: int) -> tuple[int, float]:
-        """The step of the best evaluation of a figure up to a step, of equal ones the last, and its value."""
-        metric = f"{EVALUATED}{name}"
-        return max(
-            ((row["step"], row[metric]) for row in self.evaluations() if row["step"] <= last),
-            key=lambda found: (found[1], found[0]),
-        )
+        rows = read_metrics(path) if path.exists() else []
+        return max(((row[metric], row["step"]) for row in rows if metric in row), default=None)
 
     def best_step(self) -> int | None:
         """The step of the best evaluation, None where there is none."""
-        rows = self.evaluations()
-        return self.best_of(self.rounds.stop_on[0], rows[-1]["step"])[0] if rows else None
+        best = self.best_of(self.figure)
+        return None if best is None else best[1]

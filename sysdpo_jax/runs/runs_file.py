@@ -20,9 +20,12 @@ from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import ResumableJsonl
+from sysdpo_jax.typing import Record
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 Line = dict[str, Any]
+# (id, run or `ToolError`): an id is "prompt-sample".
+Found = Iterable[tuple[str, Any]]
 # How `ImageFiles` names an image. Not by the file of runs: that may be renamed, or joined from those of processes.
 IMAGE = re.compile(r"[^/\n]+_images/[^/\n]+\.png")
 
@@ -73,14 +76,9 @@ class Outcomes:
 
 
 def keep_runs(
-    outcomes: Outcomes,
-    system: CompoundSystem,
-    prompts: Sequence[Mapping[str, Any]],
-    found: Iterable[tuple[str, Any]],
-    images: ImageFiles,
-    where: str = "",
+    kept: Outcomes, system: CompoundSystem, prompts: Sequence[Record], found: Found, images: ImageFiles, where: str = ""
 ) -> None:
-    """Add what `run_batches` gives: (id, run) or (id, `ToolError`), where an id is "prompt-sample".
+    """Keep what `run_batches` gives.
 
     where: Stands before the numbers of prompt and sample in errors. Raises the error of a tool that stops the rest,
     once the others are kept.
@@ -98,12 +96,12 @@ def keep_runs(
         values = prompts[prompt]
         inputs = {key: as_json(values[key], "", lambda _, image: repr(type(image))) for key in system.inputs}
         lines.append({"id": name, "inputs": inputs, "error": str(error)})
-    outcomes.add(lines)
+    kept.add(lines)
     if stop is not None:
         raise stop
 
 
-def as_row(system: CompoundSystem, run: Mapping[str, Any], name: str, images: ImageFiles) -> Line:
+def as_row(system: CompoundSystem, run: Record, name: str, images: ImageFiles) -> Line:
     """A run of `rollout` as a line of a file has it. name: its id."""
     outputs = {node.name: as_json(run[node.name], f"{name}-{node.name}", images.beside) for node in system.nodes}
     inputs = {key: as_json(run[key], f"{name}-{key}", images.beside) for key in system.inputs}

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -20,7 +19,7 @@ from sysdpo_jax.parallel.distributed import gathered
 from sysdpo_jax.parallel.replicate import replicate_per_process
 from sysdpo_jax.runs.runs_file import Line, Outcomes, keep_runs, values_of, with_images
 from sysdpo_jax.training.progress import Lines
-from sysdpo_jax.typing import Params
+from sysdpo_jax.typing import Params, Record
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,7 @@ class RunScorer:
     figures: Mapping[str, Scorer] = field(default_factory=dict)
 
     def rows(
-        self,
-        path: Path,
-        params: Params,
-        prompts: Sequence[Mapping[str, Any]],
-        samples: int,
-        key: PRNGKeyArray,
-        label: str,
+        self, path: Path, params: Params, prompts: Sequence[Record], samples: int, key: PRNGKeyArray, label: str
     ) -> list[Line]:
         """`samples` runs of each prompt, those of a prompt adjacent, as lines of a file with "score" and "figures".
 
