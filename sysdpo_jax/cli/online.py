@@ -12,7 +12,8 @@ goes on. Several processes find each other as in training.
 import time
 from dataclasses import dataclass, fields, replace
 
-from sysdpo_jax.cli.train import reported, stoppable
+from sysdpo_jax.cli.report import reported
+from sysdpo_jax.cli.train import stoppable
 from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.evaluation import check_first, make_online

@@ -52,18 +52,15 @@ def make_pairs(config: Config) -> str:
     Runs that `sysdpo score` skipped are left out. Raises `ConfigError` naming a run without a score, a score without
     a run, and either that is there twice.
     """
-    scores, skipped = _scores(config.scores)
+    runs, (scores, skipped) = read_runs(config.runs), _scores(config.scores)
     groups: dict[str, list[tuple[float, Line]]] = {}
-    ids: set[str] = set()
-    for path, run in read_runs(config.runs):
-        name = run["id"]
+    for name, (path, run) in runs.items():
         if name not in scores and name not in skipped:
             raise ConfigError(f"{path}: the run {name!r} has no score: score these runs first")
-        ids.add(name)
         if name in scores:
             group = groups.setdefault(json.dumps(run["inputs"], sort_keys=True), [])
             group.append((scores[name], moved(run, path, config.output)))
-    left = next((name for name in scores if name not in ids), None)
+    left = next((name for name in scores if name not in runs), None)
     if left is not None:
         raise ConfigError(f"the score of {left!r} is of no run in --runs: give all files of runs that were scored")
     lines, lone, tied = [], 0, 0

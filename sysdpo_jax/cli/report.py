@@ -8,7 +8,8 @@ The figures are those in the run's folder; nothing is sampled or scored. A run t
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ from sysdpo_jax.report import ComparedRuns, write_report
 from sysdpo_jax.report.samples import compare_runs, spread
 from sysdpo_jax.report.training import compared_steps, run_report, run_results, run_summary
 from sysdpo_jax.runs.held_out import FOLDER, runs_name
-from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, read_run, round_store
+from sysdpo_jax.runs.run import (
+    DATA,
+    Run,
+    assemble,
+    best_of,
+    check_run_dir,
+    is_online,
+    read_run,
+    refuse_others,
+    round_store,
+)
 from sysdpo_jax.runs.runs_file import run_lines, with_images
 from sysdpo_jax.training.metrics import read_metrics
 
@@ -50,7 +61,30 @@ def run(config: Config) -> None:
         print(write_run_report(made, known.get("made_by") or made_by(time.monotonic() - began)))
 
 
-def tell_result(run: Run, began: float) -> None:
+@contextmanager
+def reported(run: Run, about: Mapping[str, Any], began: float) -> Iterator[Callable[[], None]]:
+    """Around the training: a folder that holds a run of others is refused, and whatever ends it is reported.
+
+    Yields what is called once nothing can refuse the run any more. about: The data, see `describe_data`.
+    """
+    if jax.process_index() == 0:
+        refuse_others(run, about)
+    begun = False
+
+    def accepted() -> None:
+        nonlocal begun
+        check_run_dir(run, about)
+        begun = True
+
+    try:
+        yield accepted
+    finally:
+        # After a stop or a value that is not finite the report is wanted most, once there is something to report.
+        if begun and (Path(run.config.directory) / "metrics.jsonl").exists():
+            _tell_result(run, began)
+
+
+def _tell_result(run: Run, began: float) -> None:
     """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
     try:
         for line in run_summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)):

@@ -51,17 +51,13 @@ class Config:
 
 def score(config: Config) -> Path:
     """Score the runs that have none yet. Raises `ConfigError`, with all scores before it kept."""
-    scorer = make_scorer(config.scorer, config.judge, "--")
-    runs = {run["id"]: (path, run) for path, run in read_runs(config.runs)}
+    scorer, runs = make_scorer(config.scorer, config.judge, "--"), read_runs(config.runs)
     if not runs:
         raise ConfigError("there is no run in --runs: give files of `sysdpo rollout`")
-    checked = set[tuple[str, ...]]()
-    for name, (path, run) in runs.items():
-        names = tuple(values_of(run))
-        # Runs mostly have the same values.
-        if names not in checked:
-            check_scorer(scorer, names, f"run {name} of {path}")
-            checked.add(names)
+    # Runs mostly have values of the same names: the first of each kind is checked.
+    kinds = {tuple(values_of(run)): f"run {name} of {path}" for name, (path, run) in reversed(runs.items())}
+    for names, first in kinds.items():
+        check_scorer(scorer, names, first)
     file = Outcomes(config.output, _about(config))
     waiting = [name for name in runs if name not in file.made]
 

@@ -11,32 +11,21 @@ find each other by what Slurm, GKE or Cloud TPU put into their environment, and 
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
 import sysdpo_jax as sj
 from sysdpo_jax.cli.ending import Terminated
-from sysdpo_jax.cli.report import tell_result
+from sysdpo_jax.cli.report import reported
 from sysdpo_jax.data.batches import PreferenceBatches
 from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.dry_run import describe_run
 from sysdpo_jax.runs.evaluation import check_first, make_evaluation
-from sysdpo_jax.runs.run import (
-    Run,
-    assemble,
-    check_run_dir,
-    describe_data,
-    make_batches,
-    make_trainer,
-    owned,
-    read_preferences,
-    refuse_others,
-)
+from sysdpo_jax.runs.run import assemble, describe_data, make_batches, make_trainer, owned, read_preferences
 
 # What people change most.
 SHOWN = (
@@ -79,29 +68,6 @@ def train(config: TrainConfig) -> None:
     with reported(run, describe_data(run, records), began) as accepted:
         state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
         trainer.fit(state, batches, config.schedule.steps, run.key, config.resume, accepted)
-
-
-@contextmanager
-def reported(run: Run, about: Mapping[str, Any], began: float) -> Iterator[Callable[[], None]]:
-    """Around the training: a folder that holds a run of others is refused, and whatever ends it is reported.
-
-    Yields what is called once nothing can refuse the run any more. about: The data, see `describe_data`.
-    """
-    if jax.process_index() == 0:
-        refuse_others(run, about)
-    begun = False
-
-    def accepted() -> None:
-        nonlocal begun
-        check_run_dir(run, about)
-        begun = True
-
-    try:
-        yield accepted
-    finally:
-        # After a stop or a value that is not finite the report is wanted most, once there is something to report.
-        if begun and (Path(run.config.directory) / "metrics.jsonl").exists():
-            tell_result(run, began)
 
 
 @contextmanager

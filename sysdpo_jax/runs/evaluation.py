@@ -17,12 +17,11 @@ from sysdpo_jax.manifest import digest
 from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
 from sysdpo_jax.runs.config import TrainConfig
-from sysdpo_jax.runs.held_out import FOLDER, HeldOut
+from sysdpo_jax.runs.held_out import FOLDER, HeldOut, RunScorer
 from sysdpo_jax.runs.online import OnlineTraining
 from sysdpo_jax.runs.rounds import check_watched
 from sysdpo_jax.runs.run import Run, is_online, make_batches, round_store
 from sysdpo_jax.runs.runs_file import read_prompts
-from sysdpo_jax.runs.scored_runs import RunScorer
 from sysdpo_jax.training import Evaluation
 
 
@@ -32,15 +31,27 @@ def check_first(config: TrainConfig, rounds: bool = False) -> None:
     That is a field that must be given, a file that is missing, and an evaluation that is half given or whose scorer or
     judge cannot be had. rounds: of a run that makes its preferences itself.
     """
-    if not config.directory:
-        raise ConfigError("directory is empty: name the folder of the run, for example runs/my_run")
-    own = config.evaluation
+    own, online = config.evaluation, is_online(config)
+    refused = {"directory is empty: name the folder of the run, for example runs/my_run": not config.directory}
     if rounds:
-        _check_rounds(config)
-    elif is_online(config):
-        raise ConfigError("online.prompts is given, and rounds make their own preferences: use `sysdpo online`")
-    elif not config.data.source:
-        raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a data set of the hub")
+        rule = "and rounds make their own preferences: leave it out, or give --data.source ''"
+        refused |= {
+            "online.prompts is empty: give the prompts that the rounds make runs of": not online,
+            f"data.source is given, {rule}": bool(config.data.source),
+            "evaluation.prompts is empty: give held-out prompts, which say when the rounds should end": not own.prompts,
+            "dry_run is of `sysdpo train`, which has its preferences: leave it out": config.dry_run,
+        }
+    else:
+        source = "give a JSONL or Parquet file of preferences, or a data set of the hub"
+        refused |= {
+            "online.prompts is given, and rounds make their own preferences: use `sysdpo online`": online,
+            f"data.source is empty: {source}": not config.data.source,
+        }
+    for said, wrong in refused.items():
+        if wrong:
+            raise ConfigError(said)
+    if rounds:
+        check_watched(config.online.stop_on, config.online.figures, "online.")
     files = {"data.source": config.data.source, "online.prompts": config.online.prompts}
     for name, path in (files | {"evaluation.prompts": own.prompts}).items():
         if Path(path).suffix in (*LINES, *TABLE, ".txt") and not Path(path).exists():
@@ -55,20 +66,6 @@ def check_first(config: TrainConfig, rounds: bool = False) -> None:
         raise ConfigError(
             f"evaluation.prompts is empty: give the held-out prompts too, or leave {' and '.join(names)} out"
         )
-
-
-def _check_rounds(config: TrainConfig) -> None:
-    if not is_online(config):
-        raise ConfigError("online.prompts is empty: give the prompts that the rounds make runs of")
-    if config.data.source:
-        raise ConfigError(
-            "data.source is given, and rounds make their own preferences: leave it out, or give --data.source ''"
-        )
-    if not config.evaluation.prompts:
-        raise ConfigError("evaluation.prompts is empty: give held-out prompts, which say when the rounds should end")
-    if config.dry_run:
-        raise ConfigError("dry_run is of `sysdpo train`, which has its preferences: leave it out")
-    check_watched(config.online.stop_on, config.online.figures, "online.")
 
 
 def make_evaluation(run: Run) -> Evaluation | None:

@@ -31,12 +31,11 @@ from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import check_same, describe, digest, fingerprints
 from sysdpo_jax.parallel.replicate import replicate_per_process
-from sysdpo_jax.parallel.sharding import batch_shard, make_mesh
+from sysdpo_jax.parallel.sharding import batch_shard
 from sysdpo_jax.processes import by_all
-from sysdpo_jax.runs.held_out import FOLDER, HeldOut
+from sysdpo_jax.runs.held_out import FOLDER, HeldOut, RunScorer, discard
 from sysdpo_jax.runs.rounds import DONE, PLAN, Rounds, RoundStore, RoundSummary, check_watched
 from sysdpo_jax.runs.runs_file import Line, moved, read_lines
-from sysdpo_jax.runs.scored_runs import RunScorer, discard
 from sysdpo_jax.training.metrics import EVALUATED
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import tell
@@ -203,8 +202,7 @@ class OnlineTraining:
 
     def _batches(self, records: Preferences, seed: int) -> BatchSource:
         trainer = self.store.trainer
-        shard = batch_shard(make_mesh() if trainer.mesh is None else trainer.mesh)
-        return preference_dataset(trainer.system, records, self.rounds.batch_size, seed, shard)
+        return preference_dataset(trainer.system, records, self.rounds.batch_size, seed, batch_shard(trainer.step.mesh))
 
     def _why_stop(self, last: int, planned: int) -> str | None:
         """Why no round follows the one that ended at step `last`: a watched figure fell, or patience is at its end."""

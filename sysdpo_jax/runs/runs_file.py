@@ -108,15 +108,15 @@ def as_row(system: CompoundSystem, run: Record, name: str, images: ImageFiles) -
     return {"id": name, "inputs": inputs, "outputs": outputs}
 
 
-def read_runs(paths: Iterable[Path]) -> Iterator[tuple[Path, Line]]:
-    """(file, run) of several files as of `run_lines`. Raises `ConfigError` naming a run that is there twice."""
-    ids = set[str]()
+def read_runs(paths: Iterable[Path]) -> dict[str, tuple[Path, Line]]:
+    """{id: (file, run)} of several files as of `run_lines`. Raises `ConfigError` naming a run that is there twice."""
+    runs: dict[str, tuple[Path, Line]] = {}
     for path in paths:
         for run in run_lines(path):
-            if run["id"] in ids:
+            if run["id"] in runs:
                 raise ConfigError(f"{path}: the run {run['id']!r} is there twice: give every file of runs once")
-            ids.add(run["id"])
-            yield path, run
+            runs[run["id"]] = path, run
+    return runs
 
 
 def run_lines(path: Path) -> Iterator[Line]:

@@ -15,8 +15,7 @@ from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.report.outcome import best_evaluation, final_figures, summary
 from sysdpo_jax.report.samples import spread
-from sysdpo_jax.runs.held_out import HeldOut
-from sysdpo_jax.runs.scored_runs import RunScorer
+from sysdpo_jax.runs.held_out import HeldOut, RunScorer
 
 SYSTEM = sj.CompoundSystem(("x",), (sj.Node("z", sj.Categorical(50, (4,)), ("x",)),))
 PROMPTS = [{"x": x} for x in range(4)]
