@@ -22,18 +22,9 @@ from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import ComparedRuns, write_report
 from sysdpo_jax.report.samples import compare_runs, spread
 from sysdpo_jax.report.training import compared_steps, run_report, run_results, run_summary
+from sysdpo_jax.runs.files import CONFIG, write_config
 from sysdpo_jax.runs.held_out import FOLDER, runs_name
-from sysdpo_jax.runs.run import (
-    DATA,
-    Run,
-    assemble,
-    best_of,
-    check_run_dir,
-    is_online,
-    read_run,
-    refuse_others,
-    round_store,
-)
+from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, read_run, refuse_others, round_store
 from sysdpo_jax.runs.runs_file import run_lines, with_images
 from sysdpo_jax.training.metrics import read_metrics
 
@@ -67,20 +58,21 @@ def reported(run: Run, about: Mapping[str, Any], began: float) -> Iterator[Calla
 
     Yields what is called once nothing can refuse the run any more. about: The data, see `describe_data`.
     """
+    folder, begun = Path(run.config.directory), False
     if jax.process_index() == 0:
         refuse_others(run, about)
-    begun = False
 
     def accepted() -> None:
         nonlocal begun
-        check_run_dir(run, about)
+        write_config(folder / CONFIG, run.config)
+        write_json(folder / DATA, about)
         begun = True
 
     try:
         yield accepted
     finally:
         # After a stop or a value that is not finite the report is wanted most, once there is something to report.
-        if begun and (Path(run.config.directory) / "metrics.jsonl").exists():
+        if begun and (folder / "metrics.jsonl").exists():
             _tell_result(run, began)
 
 

@@ -69,7 +69,9 @@ def roll_out(config: Config) -> Path:
     if not config.prompts.is_file():
         raise ConfigError(f"{config.prompts} does not exist: give a file of prompts")
     system, params, identity = load_system(config.system, config.checkpoint)
-    file, images = Outcomes(path, _about(config, identity)), ImageFiles(path)
+    about = {name: str(getattr(config, name)) for name in ("samples", "chunk", "seed")}
+    about |= {"system": identity, "prompts": file_digest(config.prompts)}
+    file, images = Outcomes(path, about), ImageFiles(path)
     prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
     total = config.samples * sum(len(prompts[start : start + config.chunk]) for start in mine)
@@ -111,17 +113,6 @@ def own_file(path: Path) -> Path:
     """Of several processes each writes a file."""
     index, count = jax.process_index(), jax.process_count()
     return path if count == 1 else path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
-
-
-def _about(config: Config, identity: str) -> dict[str, str]:
-    """What the runs depend on. identity: of the system."""
-    return {
-        "system": identity,
-        "prompts": file_digest(config.prompts),
-        "samples": str(config.samples),
-        "chunk": str(config.chunk),
-        "seed": str(config.seed),
-    }
 
 
 def run(config: Config) -> None:

@@ -81,8 +81,7 @@ def make_held_out(run: Run) -> HeldOut:
     """What an evaluation of the run measures, its folder checked. Warns of few prompts."""
     config, figures = run.config.evaluation, run.config.online.figures
     about = {
-        "samples": str(config.samples),
-        "batch_size": str(config.batch_size),
+        **{name: str(getattr(config, name)) for name in ("samples", "batch_size")},
         "prompts": file_digest(Path(config.prompts)),
         **{f"figure {name}": function for name, function in figures.items()},
     }
@@ -103,7 +102,7 @@ def make_online(run: Run) -> OnlineTraining:
     return OnlineTraining(
         store,
         read_prompts(config.online.prompts, run.system, own.ignore),
-        _run_scorer(run, config.online.batch_size, {"configuration": digest(run.identity)}),
+        _run_scorer(run, config.online.batch_size, {"configuration": digest(run.identity)}, {}),
         prepared_folder(config.prepared_cache, Path(config.directory)),
         make_held_out(run),
         own.every,
@@ -112,12 +111,10 @@ def make_online(run: Run) -> OnlineTraining:
     )
 
 
-def _run_scorer(
-    run: Run, batch_size: int, about: Mapping[str, str], figures: Mapping[str, str] | None = None
-) -> RunScorer:
+def _run_scorer(run: Run, batch_size: int, about: Mapping[str, str], figures: Mapping[str, str]) -> RunScorer:
     """With the scorer or judge of the evaluation. figures: names of functions."""
     own = run.config.evaluation
     scorer = make_scorer(own.scorer, own.judge, "evaluation.")
-    made = {name: import_function(function, f"online.figures.{name}") for name, function in (figures or {}).items()}
+    made = {name: import_function(function, f"online.figures.{name}") for name, function in figures.items()}
     asked = {**about_scorer(own.scorer, own.judge), **about}
     return RunScorer(run.system, scorer, own.judge.parallel, own.on_error == "skip", batch_size, asked, made)

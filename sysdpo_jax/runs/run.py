@@ -17,14 +17,14 @@ from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.importing import import_function
-from sysdpo_jax.io import file_digest, read_json, write_json
+from sysdpo_jax.io import file_digest, read_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.manifest import check_same, digest
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
 from sysdpo_jax.runs.config import DataConfig, MeshConfig, TrainConfig, Which, as_dict
-from sysdpo_jax.runs.files import CONFIG, find_config, read_config, write_config
+from sysdpo_jax.runs.files import CONFIG, find_config, read_config
 from sysdpo_jax.runs.rounds import RoundStore
 from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
 from sysdpo_jax.training import Evaluation
@@ -192,13 +192,6 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
         # A field that came later stood for what it does by default.
         known = asdict(DataConfig()) | read_json(data)
         check_same(str(data), known | {"source": about["source"]}, about, remedy)
-
-
-def check_run_dir(run: Run, about: Mapping[str, Any]) -> None:
-    """Note the configuration and the data in the run's folder: once nothing can refuse the run any more."""
-    folder = Path(run.config.directory)
-    write_config(folder / CONFIG, run.config)
-    write_json(folder / DATA, about)
 
 
 def describe_data(run: Run, records: sj.Preferences | None = None) -> dict[str, Any]:
