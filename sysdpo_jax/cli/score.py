@@ -58,7 +58,10 @@ def score(config: Config) -> Path:
     kinds = {tuple(values_of(run)): f"run {name} of {path}" for name, (path, run) in reversed(runs.items())}
     for names, first in kinds.items():
         check_scorer(scorer, names, first)
-    file = Outcomes(config.output, _about(config))
+    # Files of several processes have notes that say the same.
+    sources = {file_digest(note_of(path)) if note_of(path).exists() else path.name for path in config.runs}
+    about = {"runs": ", ".join(sorted(sources))} | about_scorer(config.scorer, config.judge)
+    file = Outcomes(config.output, about)
     waiting = [name for name in runs if name not in file.made]
 
     def values(name: str) -> Line:
@@ -81,12 +84,6 @@ def score(config: Config) -> Path:
     if failed:
         print(f"{len(failed)} of {len(runs)} runs have no score: {counted(failed)}", file=sys.stderr)
     return config.output
-
-
-def _about(config: Config) -> dict[str, str]:
-    """What the scores depend on. Files of several processes have notes that say the same."""
-    sources = {file_digest(note_of(path)) if note_of(path).exists() else path.name for path in config.runs}
-    return {"runs": ", ".join(sorted(sources))} | about_scorer(config.scorer, config.judge)
 
 
 def run(config: Config) -> None:

@@ -1,5 +1,6 @@
 """The configuration of a run: a YAML file, of which every field is also a flag."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -101,13 +102,13 @@ class SystemConfig:
     components: dict[str, ComponentConfig] = field(default_factory=dict)
 
 
-def as_dict(system: SystemConfig) -> dict[str, Any]:
-    """What a system is: its fields, but for how tools are called."""
-    nodes = {
-        name: {field: value for field, value in asdict(node).items() if field not in CALLS}
-        for name, node in system.nodes.items()
-    }
-    return asdict(system) | {"nodes": nodes}
+def as_dict(system: SystemConfig, without: Sequence[str] = CALLS) -> dict[str, Any]:
+    """What a system is: its fields, but for some of its nodes and components, by default how tools are called."""
+    whole = asdict(system)
+    for part in (*whole["nodes"].values(), *whole["components"].values()):
+        for name in without:
+            part.pop(name, None)
+    return whole
 
 
 @dataclass(frozen=True)

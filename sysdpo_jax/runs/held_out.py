@@ -71,8 +71,8 @@ class RunScorer:
         index, count = jax.process_index(), jax.process_count()
         begun = _begun(path, {**self.about, "parameters": digest(fingerprints(own))})
         names = [f"{prompt}-{sample}" for prompt in range(len(prompts)) for sample in range(samples)]
-        mine = [place for place in range(len(names)) if place // self.batch_size % count == index]
-        done = frozenset(place for place in mine if names[place] in begun.made)
+        mine = [name for place, name in enumerate(names) if place // self.batch_size % count == index]
+        done = frozenset(place for place, name in enumerate(names) if name in begun.made)
         lines, images, shard = Lines(f"{label}, runs", len(done), len(mine)), ImageFiles(path), (index, count)
         for batch in run_batches(self.system, own, prompts, key, samples, self.batch_size, shard, done):
             keep_runs(begun, self.system, prompts, ((names[place], run) for place, run in batch), images)
@@ -96,8 +96,8 @@ class RunScorer:
 
         waiting = [name for name, line in begun.made.items() if "score" not in line]
         score_runs(self.scorer, waiting, values, self.parallel, self.skip, keep)
-        together = [pair for pairs in gathered([(place, row(names[place])) for place in mine]) for pair in pairs]
-        return [line for _, line in sorted(together, key=lambda pair: pair[0])]
+        together = {line["id"]: line for lines in gathered([row(name) for name in mine]) for line in lines}
+        return [together[name] for name in names]
 
 
 def _begun(path: Path, about: Mapping[str, str]) -> Outcomes:

@@ -23,7 +23,7 @@ from sysdpo_jax.manifest import check_same, digest
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
-from sysdpo_jax.runs.config import DataConfig, MeshConfig, TrainConfig, Which, as_dict
+from sysdpo_jax.runs.config import CALLS, DataConfig, MeshConfig, TrainConfig, Which, as_dict
 from sysdpo_jax.runs.files import CONFIG, find_config, read_config
 from sysdpo_jax.runs.rounds import RoundStore
 from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
@@ -348,24 +348,14 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
-    origin, identity = None, _before_training(config)
+    origin, system = None, as_dict(config.system, (*CALLS, *TRAINING))
+    identity = {"system": system, "dtype": config.dtype, "seed": config.seed}
     if config.init_from:
         origin = read_origin(config)
         origin = replace(origin, params=sj.replicate_per_process(origin.params))
         identity |= {"init_from": config.init_from, "init_step": origin.step}
     made = build_system(replace(config, system=replace(config.system, components=components)), mesh, origin)
     return Loaded(*made, digest(identity))
-
-
-def _before_training(config: TrainConfig) -> dict[str, Any]:
-    """What decides about the system of a file: neither how its tools are called, nor what would be trained how."""
-    system = as_dict(config.system)
-    kept = {
-        part: {name: {field: v for field, v in each.items() if field not in TRAINING} for name, each in parts.items()}
-        for part, parts in system.items()
-        if part != "inputs"
-    }
-    return {"system": system | kept, "dtype": config.dtype, "seed": config.seed}
 
 
 def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:
