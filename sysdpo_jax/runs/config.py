@@ -257,6 +257,11 @@ class OnlineConfig:
     figures: dict[str, str] = field(default_factory=dict)
 
 
+def _free(default: Any) -> Any:
+    """A field that may change when a run goes on: where it lies, how it is watched, the machine, what is looked at."""
+    return field(default=default, metadata={"free": True})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A run. Given again with the same directory it goes on from the newest checkpoint.
@@ -286,25 +291,25 @@ class TrainConfig:
         dry_run: Print what the run would be, and stop before it.
     """
 
-    directory: str = ""
+    directory: str = _free("")
     init_from: str = ""
     init_checkpoint: Which = "newest"
     system: SystemConfig = SystemConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    mesh: MeshConfig = MeshConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = _free(MeshConfig())
+    evaluation: EvaluationConfig = _free(EvaluationConfig())
     online: OnlineConfig = OnlineConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: str | None = None
+    remat: str | None = _free(None)
     seed: int = 0
-    log_every: Positive = 10
-    checkpoint_every: Positive = 100
-    profile: tuple[int, int] | None = None
-    wandb: str | None = None
-    resume: bool = True
-    preempted_exit_code: int = 0
-    compilation_cache: str = "user"
-    prepared_cache: str = "user"
-    dry_run: bool = False
+    log_every: Positive = _free(10)
+    checkpoint_every: Positive = _free(100)
+    profile: tuple[int, int] | None = _free(None)
+    wandb: str | None = _free(None)
+    resume: bool = _free(True)
+    preempted_exit_code: int = _free(0)
+    compilation_cache: str = _free("user")
+    prepared_cache: str = _free("user")
+    dry_run: bool = _free(False)

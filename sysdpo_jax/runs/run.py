@@ -36,22 +36,6 @@ from sysdpo_jax.training.trainer import BatchSource
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import shown, user_code
 
-# What may change when a run goes on: where it lies, how it is watched, the machine, and what is only looked at.
-FREE = (
-    "directory",
-    "dry_run",
-    "evaluation",
-    "mesh",
-    "remat",
-    "log_every",
-    "checkpoint_every",
-    "profile",
-    "wandb",
-    "resume",
-    "preempted_exit_code",
-    "compilation_cache",
-    "prepared_cache",
-)
 # Of components and nodes: what a system that has not trained does not depend on.
 TRAINING = ("mode", "lora", "learning_rate", "weight")
 # What the folder of a run says of it.
@@ -205,19 +189,22 @@ def describe_data(run: Run, records: sj.Preferences | None = None) -> dict[str, 
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:
     """What made the weights of a run: all of its configuration but what it may go on without."""
-    fields = {name: value for name, value in asdict(config).items() if name not in FREE}
+    made = asdict(config) | {"system": as_dict(config.system)}
+    for each in fields(config):
+        if each.metadata.get("free"):
+            made.pop(each.name)
     # Where preferences and prompts lie says nothing: what they are is in the run's folder.
-    fields["data"]["source"] = ""
+    made["data"]["source"] = ""
     if is_online(config):
         for name in ("prompts", "rounds"):
-            fields["online"].pop(name)
+            made["online"].pop(name)
     else:
-        fields.pop("online")
+        made.pop("online")
     if not config.init_from:
         # It says nothing then, and folders of earlier versions lack it.
-        fields.pop("init_from")
-        fields.pop("init_checkpoint")
-    return fields | {"system": as_dict(config.system)}
+        made.pop("init_from")
+        made.pop("init_checkpoint")
+    return made
 
 
 def is_online(config: TrainConfig) -> bool:
@@ -252,17 +239,13 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
 
 def read_preferences(run: Run) -> sj.Preferences:
     """The preferences, prepared and encoded. Raises `RecordError` naming file, row and field."""
-    data = run.config.data
+    folder = Path(run.config.directory)
     return sj.load_preferences(
-        data.source,
-        run.system,
-        data.reader,
-        split=data.split,
-        on_error=data.on_error,
-        ignore=data.ignore,
+        **vars(run.config.data),
+        system=run.system,
         params=sj.replicate_per_process(run.system.frozen_params(run.params)),
-        cache=prepared_folder(run.config.prepared_cache, Path(run.config.directory)),
-        tool_values=Path(run.config.directory) / TOOL_VALUES,
+        cache=prepared_folder(run.config.prepared_cache, folder),
+        tool_values=folder / TOOL_VALUES,
         progress=_rate(),
     )
 
