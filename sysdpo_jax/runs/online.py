@@ -20,8 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sysdpo_jax.data.batches import preference_dataset
-from sysdpo_jax.data.preferences import Preferences, load_preferences
+from sysdpo_jax.data import Preferences, load_preferences, preference_dataset
 from sysdpo_jax.data.prepared import about_system
 from sysdpo_jax.data.rollouts import preferred
 from sysdpo_jax.errors import ConfigError

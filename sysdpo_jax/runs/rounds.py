@@ -12,11 +12,8 @@ from sysdpo_jax.data.rollouts import Pairs
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_json
 from sysdpo_jax.runs.config import Which
-from sysdpo_jax.training.evaluation import Evaluation
-from sysdpo_jax.training.metrics import EVALUATED, read_metrics
-from sysdpo_jax.training.optimizer import SystemOptimizer
-from sysdpo_jax.training.state import TrainState, create_state
-from sysdpo_jax.training.trainer import Trainer
+from sysdpo_jax.training import Evaluation, SystemOptimizer, Trainer, TrainState, create_state, read_metrics
+from sysdpo_jax.training.metrics import EVALUATED
 from sysdpo_jax.typing import Params
 
 # In the folder of a round: what was planned, and what became of it.

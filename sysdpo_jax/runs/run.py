@@ -15,7 +15,6 @@ from jaxtyping import PRNGKeyArray, PyTree
 import sysdpo_jax as sj
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.graph import GraphError
 from sysdpo_jax.importing import import_function
 from sysdpo_jax.io import file_digest, read_json
 from sysdpo_jax.locks import locked_folder
@@ -27,9 +26,8 @@ from sysdpo_jax.runs.config import CALLS, DataConfig, MeshConfig, TrainConfig, W
 from sysdpo_jax.runs.files import CONFIG, find_config, read_config
 from sysdpo_jax.runs.rounds import RoundStore
 from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
-from sysdpo_jax.training import Evaluation
+from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.training.metrics import EVALUATED
-from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import LINE_EVERY, tell
 from sysdpo_jax.training.sources import encoder
 from sysdpo_jax.training.trainer import BatchSource
@@ -217,7 +215,7 @@ def best_of(config: TrainConfig) -> tuple[str, Literal["max"]]:
     return (f"{EVALUATED}{config.online.stop_on[0]}", "max") if is_online(config) else BEST
 
 
-def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
+def make_trainer(run: Run, evaluation: sj.Evaluation | None = None) -> sj.Trainer:
     """The trainer of the run's directory."""
     config = run.config
     return sj.Trainer(
@@ -344,7 +342,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
 def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:
     """What the function "module:function" returns. Raises `ConfigError` for what is no system with its parameters."""
     function = import_function(spec, "--system")
-    with user_code(f"--system: {spec}", ConfigError, (GraphError, ConfigError)):
+    with user_code(f"--system: {spec}", ConfigError, (sj.GraphError, ConfigError)):
         made = function()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], sj.CompoundSystem)):
         raise ConfigError(f"--system: {spec} returned {shown({'value': made})}: return (system, parameters)")
