@@ -18,7 +18,7 @@ from sysdpo_jax.evaluation.preferences import SHARE, Bounds
 from sysdpo_jax.evaluation.scoring import Scorer, score_of, score_runs
 from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.io import ResumableJsonl, note_of, read_json, write_json, write_json_lines
+from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same, digest, fingerprints
 from sysdpo_jax.parallel.distributed import gathered
 from sysdpo_jax.parallel.replicate import replicate_per_process
@@ -108,9 +108,7 @@ def _begun(path: Path, about: Mapping[str, str]) -> Outcomes:
     """
     part = f"begun-{jax.process_index() + 1:05d}-of-{jax.process_count():05d}"
     own = path.with_name(f"{path.name}.{part}")
-    try:
-        ResumableJsonl(own, about)
-    except ConfigError:
+    if own.exists() and not (note_of(own).exists() and read_json(note_of(own)) == about):
         discard(path, part)
     return Outcomes(own, about)
 

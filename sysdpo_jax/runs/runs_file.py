@@ -4,9 +4,11 @@ A run is a line {"id", "inputs", "outputs"}; images are PNG files beside it, and
 that a tool left out the line is {"id", "inputs", "error"}.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.io import ResumableJsonl
+from sysdpo_jax.io import append_whole, note_of, read_json, write_json
+from sysdpo_jax.manifest import check_same
 from sysdpo_jax.typing import Record
 from sysdpo_jax.values import SampledText, from_json, to_json
 
@@ -33,34 +36,49 @@ IMAGE = re.compile(r"[^/\n]+_images/[^/\n]+\.png")
 class Outcomes:
     """A file of what became of runs, {"id", ...} or {"id", "error"}, which the same command goes on with.
 
-    What has an error may be tried again, and gets a line for each reason. Of a machine that went down the end of the
-    file whose images are not there is cut off.
+    What has an error may be tried again, and gets a line for each reason. What a killed process left of a last line is
+    cut off, and so is the end of the file whose images are not there.
 
     Args:
         path: Of the file.
-        about: How its lines are made.
+        about: How its lines are made, which stands in `<path>.json` beside it.
 
     Attributes:
         made: By id the lines without an error, those of an id as one.
         failed: By id the newest lines with an error of what is not made.
+
+    Raises:
+        ConfigError: The file is there and was made in another way: names what differs.
     """
 
     def __init__(self, path: Path, about: Mapping[str, str]):
-        self._file = ResumableJsonl(path, about)
-        lines = list(read_lines(path)) if path.exists() else []
-        while lines and lacks_images(lines[-1], path):
-            lines.pop()
-        self._file.cut(len(lines))
+        self._path, self._about, note = path, about, note_of(path)
         self.made: dict[str, Line] = {}
         self.failed: dict[str, Line] = {}
         self._noted = set[tuple[str, str]]()
+        if not path.exists():
+            return
+        if not note.exists():
+            raise ConfigError(f"{path} exists, and nothing says how it was made: name another output")
+        check_same(str(path), read_json(note), about, f"name another output, or give what {note} says")
+        with path.open("rb") as file:
+            ends = list(accumulate((len(line) for line in file if line.endswith(b"\n")), initial=0))
+        os.truncate(path, ends[-1])
+        lines = list(read_lines(path))
+        while lines and lacks_images(lines[-1], path):
+            lines.pop()
+        os.truncate(path, ends[len(lines)])
         self._take(lines)
 
     def add(self, lines: Sequence[Line]) -> None:
         """Keep lines, on disk when this returns; an error that is noted is not noted again."""
         new = [line for line in lines if (line["id"], line.get("error")) not in self._noted]
+        if new and not self._path.exists():
+            write_json(note_of(self._path), self._about)
         if new:
-            self._file.append(new)
+            with self._path.open("ab", buffering=0) as file:
+                append_whole(file, "".join(f"{json.dumps(line)}\n" for line in new).encode())
+                os.fsync(file.fileno())
         self._take(lines)
 
     def _take(self, lines: Iterable[Line]) -> None:
