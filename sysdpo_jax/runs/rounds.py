@@ -220,9 +220,7 @@ class RoundStore:
         reference = initial if self.rounds.reference == "keep" else None
         return create_state(trainer.system, current, trainer.optimizer, trainer.mesh, reference=reference, step=first)
 
-    def restored_round(
-        self, number: int, initial: Params, current: Params, at: int | None = None
-    ) -> tuple[Params, int]:
+    def restored_round(self, number: int, initial: Params, current: Params, at: int | None = None) -> Restored:
         """A checkpoint of a round that began with `current`, and its step.
 
         at: The step; by default that with which the round ended, or the newest of one that is not done.
