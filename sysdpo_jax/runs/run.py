@@ -178,7 +178,7 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
 
 def describe_data(run: Run, records: sj.Preferences | None = None) -> dict[str, Any]:
     """What a run's folder and its model cards say of the preferences; without them of the prompts of its rounds."""
-    about = asdict(run.config.data) | run.origin
+    about = {**asdict(run.config.data), **run.origin}
     if records is not None:
         return about | {"kept": len(records), "sha256": records.counts.sha256}
     prompts = run.config.online.prompts
@@ -330,7 +330,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
     mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
     origin, system = None, as_dict(config.system, (*CALLS, *TRAINING))
-    identity = {"system": system, "dtype": config.dtype, "seed": config.seed}
+    identity: dict[str, Any] = {"system": system, "dtype": config.dtype, "seed": config.seed}
     if config.init_from:
         origin = read_origin(config)
         origin = replace(origin, params=sj.replicate_per_process(origin.params))
