@@ -49,10 +49,8 @@ from sysdpo_jax.graph import CompoundSystem, GraphError, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_PARAMS
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
-from sysdpo_jax.runs.online import online
-from sysdpo_jax.runs.online_training import OnlineResult
-from sysdpo_jax.runs.round_store import RoundSummary
-from sysdpo_jax.runs.rounds import Rounds
+from sysdpo_jax.runs.online import OnlineResult, online
+from sysdpo_jax.runs.rounds import Rounds, RoundSummary
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,

@@ -1,4 +1,4 @@
-"""Files of our own: written whole or not at all, and lines that the same command goes on with after a stop.
+"""Files of our own, written whole or not at all.
 
 What is written whole has another name until all of it is on disk, `<name>.partial`. Whatever ends the process, or the
 machine, leaves what was there before or what is there afterwards. A partial one is never read, and whoever writes that
@@ -11,15 +11,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sysdpo_jax.errors import ConfigError, DamagedFileError
-from sysdpo_jax.manifest import check_same
+from sysdpo_jax.errors import DamagedFileError
 
 
 @contextmanager
@@ -107,66 +105,6 @@ def append_whole(file: FileIO, data: bytes) -> None:
         with suppress(OSError):
             os.ftruncate(file.fileno(), end)
         raise
-
-
-def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(where it starts, in bytes; the line) of all lines that end; of a killed process the last one may not."""
-    start = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield start, line
-            start += len(line)
-
-
-@dataclass(frozen=True)
-class ResumableJsonl:
-    """JSON Lines at `path`, with `about`, how they are made, in `<path>.json` beside them.
-
-    What a killed process left of a last line is cut off.
-
-    Raises:
-        ConfigError: The file is there and was made in another way: names what differs.
-    """
-
-    path: Path
-    about: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.note.exists():
-            raise ConfigError(f"{self.path} exists, and nothing says how it was made: name another output")
-        remedy = f"name another output, or give what {self.note} says"
-        check_same(str(self.path), read_json(self.note), self.about, remedy)
-        self.cut(self.count())
-
-    @property
-    def note(self) -> Path:
-        """Says how the file is made."""
-        return note_of(self.path)
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add whole lines, on disk when this returns."""
-        if not self.path.exists():
-            write_json(self.note, self.about)
-        with self.path.open("ab", buffering=0) as file:
-            append_whole(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-            os.fsync(file.fileno())
-
-    def count(self) -> int:
-        """The whole lines."""
-        return len(self._ends()) - 1
-
-    def cut(self, number: int) -> None:
-        """Drop what follows the first `number` lines."""
-        if self.path.exists():
-            os.truncate(self.path, self._ends()[number])
-
-    def _ends(self) -> list[int]:
-        """Where the first 0, 1, 2 ... whole lines end, in bytes."""
-        lines = whole_lines(self.path) if self.path.exists() else ()
-        return [0, *(start + len(line) for start, line in lines)]
 
 
 def note_of(path: Path) -> Path:

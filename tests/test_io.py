@@ -14,13 +14,14 @@ from experiments.common.storage import load_pairs, load_params, save_pairs, save
 from sysdpo_jax import PreferenceRecord, io, load_preferences, save_preferences
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError, DamagedFileError
-from sysdpo_jax.io import ResumableJsonl, read_arrays, read_json, replacing, write_arrays, write_json, write_json_lines
+from sysdpo_jax.io import read_arrays, read_json, replacing, write_arrays, write_json, write_json_lines
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.manifest import check_same, differences
 from sysdpo_jax.pretrained.checkpoint import new_folder
 from sysdpo_jax.row_files import ROWS, RowFile, write_row_file
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.files import read_config, write_config
+from sysdpo_jax.runs.runs_file import Outcomes
 from sysdpo_jax.training.metrics import MetricsLog, read_metrics
 
 
@@ -161,26 +162,28 @@ def test_a_damaged_file_is_named_with_the_remedy(user, left, tmp_path):
 
 def test_lines_go_on_after_a_kill_and_others_are_refused(tmp_path):
     path = tmp_path / "new" / "runs.jsonl"
-    file = ResumableJsonl(path, {"seed": "0"})
-    file.append([{"id": 1}, {"id": 2}])
+    outcomes, lost = Outcomes(path, {"seed": "0"}), {"id": "3", "outputs": {"z": "runs_images/3.png"}}
+    outcomes.add([{"id": "1"}, {"id": "2", "error": "no route"}, {"id": "2", "error": "no route"}])
     with path.open("a") as stopped:
-        stopped.write('{"id": 3, "inp')
-    again = ResumableJsonl(path, {"seed": "0"})
-    assert again.count() == 2
-    again.append([{"id": 3}])
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 2, 3]
-    again.cut(1)
-    assert path.read_text() == '{"id": 1}\n'
+        stopped.write('{"id": "3", "inp')
+    again = Outcomes(path, {"seed": "0"})
+    assert (list(again.made), list(again.failed)) == (["1"], ["2"])
+    again.add([{"id": "2", "error": "no route"}, {"id": "2", "score": 0.5}, lost])
+    assert (list(again.made), list(again.failed)) == (["1", "2", "3"], [])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["1", "2", "2", "3"]
+    # The image of the last one is not there.
+    assert list(Outcomes(path, {"seed": "0"}).made) == ["1", "2"]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["1", "2", "2"]
     with pytest.raises(ConfigError, match=r"runs.jsonl is of another run \(seed was 0, now 1\): name another output"):
-        ResumableJsonl(path, {"seed": "1"})
-    again.note.unlink()
+        Outcomes(path, {"seed": "1"})
+    path.with_name("runs.jsonl.json").unlink()
     with pytest.raises(ConfigError, match="nothing says how it was made"):
-        ResumableJsonl(path, {"seed": "0"})
+        Outcomes(path, {"seed": "0"})
 
 
 def test_a_row_that_a_full_disk_took_a_part_of_is_not_there(tmp_path, monkeypatch):
-    file = ResumableJsonl(tmp_path / "a.jsonl", {})
-    file.append([{"id": 1}])
+    outcomes = Outcomes(tmp_path / "a.jsonl", {})
+    outcomes.add([{"id": "1"}])
     before = (tmp_path / "a.jsonl").read_bytes()
     with (tmp_path / "a.jsonl").open("ab", buffering=0) as opened:
 

@@ -15,11 +15,10 @@ import jax
 
 import sysdpo_jax as sj
 from sysdpo_jax.parallel.topology import USABLE_HBM_GIB, topology_mesh
-from sysdpo_jax.runs.checks import check_first
 from sysdpo_jax.runs.config import MeshConfig, TrainConfig
+from sysdpo_jax.runs.evaluation import check_first
 from sysdpo_jax.runs.run import assemble, first_batch, make_batches, read_preferences
-from sysdpo_jax.training import abstract_state
-from sysdpo_jax.training.ahead_of_time import compile_step
+from sysdpo_jax.training import abstract_state, compile_step
 
 SHOWN = (
     *("topology", "level", "mesh.data", "mesh.fsdp", "mesh.tensor", "schedule.batch_size", "schedule.accumulate"),

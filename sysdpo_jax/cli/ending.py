@@ -43,19 +43,18 @@ def user_errors() -> Iterator[None]:
     try:
         with _terminable():
             yield
+        return
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted: what was finished is kept", file=sys.stderr, flush=True)
+        said = str(stop) or "interrupted: what was finished is kept"
         code = stop.code if isinstance(stop, Terminated) else 130
-        if jax.distributed.is_initialized():
-            leave(code)
-        raise SystemExit(code) from None
     except (ValueError, OSError, ImportError, NonFiniteError, CorruptCheckpointError) as error:
         if isinstance(error, ValueError | ImportError) and not _is_ours(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if jax.distributed.is_initialized():
-            leave(1)
-        raise SystemExit(1) from None
+        said, code = f"error: {' '.join(str(error).split())}", 1
+    print(said, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        leave(code)
+    raise SystemExit(code)
 
 
 @contextmanager

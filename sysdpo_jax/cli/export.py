@@ -8,26 +8,31 @@ the weights or, with --adapters, as the factors alone. A component of your own w
 method `save(path, params)`; of others the parameters are written, as parameters.safetensors.
 """
 
-import json
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
 
 import sysdpo_jax as sj
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import write_whole
+from sysdpo_jax.io import read_json, write_whole
 from sysdpo_jax.locks import locked_file
+from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.checkpoint import new_folder
 from sysdpo_jax.report.model_card import model_card
 from sysdpo_jax.report.outcome import best_evaluation
 from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.runs.config import MeshConfig
-from sysdpo_jax.runs.exporting import write_component
-from sysdpo_jax.runs.files import CONFIG, read_config
-from sysdpo_jax.runs.round_store import Which
-from sysdpo_jax.runs.run import DATA, assemble, best_of, restored
+from sysdpo_jax.runs.config import Which
+from sysdpo_jax.runs.run import DATA, assemble, best_of, read_run, restored
 from sysdpo_jax.training import read_metrics
+from sysdpo_jax.trees import by_path
+from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import name_of, user_code
 
 # The run's folder may be given without its flag.
 POSITIONAL = "directory"
@@ -55,14 +60,11 @@ class Config:
 def export(config: Config) -> list[Path]:
     """The folders written. Raises `ConfigError` where the directory holds no run, or nothing of it can be exported."""
     keep_compilations(config.compilation_cache)
-    if not (config.directory / CONFIG).is_file():
-        raise ConfigError(f"{config.directory} is no folder of a run ({CONFIG} is missing): give what it trained in")
-    train = read_config(config.directory / CONFIG)
+    train = read_run(config.directory)
     trained = [name for name, component in train.system.components.items() if component.mode != "frozen"]
     if not trained:
         raise ConfigError(f"{config.directory}: no component of the run was trained")
-    # On the devices that are here, whatever it was trained on, and where the folder is now.
-    run = assemble(replace(train, directory=str(config.directory.absolute()), mesh=MeshConfig()))
+    run = assemble(train)
     params, step = restored(run, config.checkpoint)
     rows = read_metrics(config.directory / "metrics.jsonl")
     best = best_evaluation(rows, best_of(train))
@@ -71,7 +73,7 @@ def export(config: Config) -> list[Path]:
         raise ConfigError(f"{config.directory} {why}, so that there is nothing aligned to export: train on")
     if config.checkpoint == "newest" and best not in (None, 0, step):
         print(f"this is step {step}; the best evaluation was of step {best}: --checkpoint best", file=sys.stderr)
-    data = json.loads((config.directory / DATA).read_text(encoding="utf-8"))
+    data = read_json(config.directory / DATA)
     kept = [row for row in rows if row["step"] <= step]
     about = (run.system, asdict(train), data, kept, step, sj.__version__, best_of(train))
     written = []
@@ -88,6 +90,32 @@ def export(config: Config) -> list[Path]:
             write_whole(folder / "README.md", model_card(name, library, hub, *about))
         written.append(folder)
     return written
+
+
+def write_component(
+    folder: Path, component: sj.Component, params: Params, adapter: bool, base_model: str | None
+) -> str | None:
+    """Write into a new folder; the library that loads it, None for none.
+
+    adapter: LoRA factors alone, where they can be. Raises `FileExistsError` where the folder holds something, and what
+    saving raises.
+    """
+    if isinstance(component, sj.LanguageModel | sj.Diffusion | sj.FlowMatching):
+        text = isinstance(component, sj.LanguageModel)
+        if adapter:
+            sj.pretrained.save_adapter(folder, component, params, base_model)
+            return "peft" if text else "diffusers"
+        sj.pretrained.save(folder, component, params)
+        return "transformers" if text else "diffusers"
+    with new_folder(folder) as made:
+        if hasattr(component, "save"):
+            with user_code(f"{name_of(type(component))}.save", CheckpointError, (CheckpointError,)):
+                component.save(made, params)
+        else:
+            # safetensors writes the memory of an array as it lies.
+            arrays = {path: np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in by_path(params).items()}
+            save_file(arrays, made / "parameters.safetensors")
+    return None
 
 
 def _on_hub(source: str) -> bool:

@@ -1,7 +1,7 @@
 """The entry of `sysdpo`: which command, its flags, and how its process ends."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
@@ -13,7 +13,7 @@ import sysdpo_jax as sj
 from sysdpo_jax.cli import ARGUMENTS
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.flags import Field, fields_of, help_parser, parse_flags
+from sysdpo_jax.flags import fields_of, help_parser, parse_flags
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.files import configure
 
@@ -74,21 +74,16 @@ def _run(command: ModuleType, name: str, arguments: Sequence[str]) -> None:
         if every in arguments:
             _command_parser(command, name, every == HELP_ALL).print_help()
             return
-    own = command.Config
-    config = (
-        configure(own, arguments)
-        if issubclass(own, TrainConfig)
-        else parse_flags(own, arguments, getattr(command, "POSITIONAL", ""))
-    )
-    command.run(config)
+    if issubclass(command.Config, TrainConfig):
+        command.run(configure(command.Config, arguments))
+    else:
+        command.run(parse_flags(command.Config, arguments, getattr(command, "POSITIONAL", "")))
 
 
 def _command_parser(command: ModuleType, name: str, every: bool) -> ArgumentParser:
     """The command's help: of all its flags, or of those that are used most where it says which (`SHOWN`)."""
-    configured, fields = issubclass(command.Config, TrainConfig), list(fields_of(command.Config))
-    shown: Mapping[str, Field] = {field.name: field for field in fields}
+    configured, shown = issubclass(command.Config, TrainConfig), {each.name: each for each in fields_of(command.Config)}
     description, _, details = (command.__doc__ or "").partition("\n\n")
-    fields = [field for field in fields if field.name != getattr(command, "POSITIONAL", "")]
     if hasattr(command, "SHOWN") and not every:
         shown = {name: shown[name] for name in command.SHOWN}
         details += f"\nEvery field of the file is a flag: sysdpo {name} {HELP_ALL} lists them.\n"

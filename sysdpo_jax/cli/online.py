@@ -10,25 +10,14 @@ goes on. Several processes find each other as in training.
 """
 
 import time
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
-import jax
-
-from sysdpo_jax.cli.report import tell_result
+from sysdpo_jax.cli.report import reported
 from sysdpo_jax.cli.train import stoppable
-from sysdpo_jax.evaluation.scoring import about_scorer, make_scorer
-from sysdpo_jax.io import file_digest
-from sysdpo_jax.manifest import digest
-from sysdpo_jax.runs.caches import keep_compilations, prepared_folder
-from sysdpo_jax.runs.checks import check_rounds
+from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.config import TrainConfig
-from sysdpo_jax.runs.evaluation import make_held_out
-from sysdpo_jax.runs.online_training import OnlineTraining
-from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.run import Run, assemble, check_run_dir, make_batches, refuse_others, round_store
-from sysdpo_jax.runs.scored_runs import RunScorer
+from sysdpo_jax.runs.evaluation import check_first, make_online
+from sysdpo_jax.runs.run import assemble, describe_data
 from sysdpo_jax.typing import Positive
 
 SHOWN = (
@@ -73,52 +62,8 @@ def align(config: TrainConfig) -> None:
     """
     began = time.monotonic()
     keep_compilations(config.compilation_cache)
-    check_rounds(config)
-    made = assemble(config)
-    training, about = make_online(made), describe_prompts(made)
-    if jax.process_index() == 0:
-        refuse_others(made, about)
-    begun = False
-
-    def accepted() -> None:
-        nonlocal begun
-        check_run_dir(made, about)
-        begun = True
-
-    try:
-        training.run(made.params, accepted)
-    finally:
-        # After a stop or a value that is not finite the report is wanted most, once there is something to report.
-        if begun and (Path(config.directory) / "metrics.jsonl").exists():
-            tell_result(made, began)
-
-
-def make_online(made: Run) -> OnlineTraining:
-    """The rounds that the configuration asks for. Raises `ConfigError` for files and settings that cannot be used."""
-    config = made.config
-    judge, store = config.evaluation.judge, round_store(made)
-    maker = RunScorer(
-        made.system,
-        make_scorer(config.evaluation.scorer, judge, "evaluation."),
-        judge.parallel,
-        config.evaluation.on_error == "skip",
-        config.online.batch_size,
-        about_scorer(config.evaluation.scorer, judge) | {"configuration": digest(made.identity)},
-    )
-    return OnlineTraining(
-        store,
-        read_prompts(config.online.prompts, made.system, config.evaluation.ignore),
-        maker,
-        prepared_folder(config.prepared_cache, Path(config.directory)),
-        make_held_out(made),
-        config.evaluation.every,
-        config.evaluation.patience,
-        lambda records, seed: make_batches(made, records, seed),
-    )
-
-
-def describe_prompts(made: Run) -> dict[str, Any]:
-    """What the folder and the model cards of an online run say of its data: the prompts, whose runs became pairs."""
-    prompts = made.config.online.prompts
-    about = {"source": prompts, "kept": None, "sha256": file_digest(Path(prompts)), **made.origin}
-    return asdict(made.config.data) | about
+    check_first(config, rounds=True)
+    run = assemble(config)
+    training = make_online(run)
+    with reported(run, describe_data(run), began) as accepted:
+        training.run(run.params, accepted)

@@ -19,7 +19,7 @@ from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import write_json_lines
 from sysdpo_jax.locks import locked_file
-from sysdpo_jax.runs.runs_file import Run, moved, read_lines, run_lines
+from sysdpo_jax.runs.runs_file import Line, moved, read_lines, read_runs
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,15 @@ def make_pairs(config: Config) -> str:
     Runs that `sysdpo score` skipped are left out. Raises `ConfigError` naming a run without a score, a score without
     a run, and either that is there twice.
     """
-    scores, skipped = _scores(config.scores)
-    groups: dict[str, list[tuple[float, Run]]] = {}
-    ids: set[str] = set()
-    for path in config.runs:
-        for run in run_lines(path):
-            name = run["id"]
-            if name in ids:
-                raise ConfigError(f"{path}: the run {name!r} is there twice: give every file of runs once")
-            if name not in scores and name not in skipped:
-                raise ConfigError(f"{path}: the run {name!r} has no score: score these runs first")
-            ids.add(name)
-            if name in skipped:
-                continue
-            sides = {part: moved(run[part], path, config.output) for part in ("inputs", "outputs")}
-            groups.setdefault(json.dumps(run["inputs"], sort_keys=True), []).append((scores[name], sides))
-    left = next((name for name in scores if name not in ids), None)
+    runs, (scores, skipped) = read_runs(config.runs), _scores(config.scores)
+    groups: dict[str, list[tuple[float, Line]]] = {}
+    for name, (path, run) in runs.items():
+        if name not in scores and name not in skipped:
+            raise ConfigError(f"{path}: the run {name!r} has no score: score these runs first")
+        if name in scores:
+            group = groups.setdefault(json.dumps(run["inputs"], sort_keys=True), [])
+            group.append((scores[name], moved(run, path, config.output)))
+    left = next((name for name in scores if name not in runs), None)
     if left is not None:
         raise ConfigError(f"the score of {left!r} is of no run in --runs: give all files of runs that were scored")
     lines, lone, tied = [], 0, 0

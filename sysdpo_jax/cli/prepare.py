@@ -11,8 +11,8 @@ import jax
 
 from sysdpo_jax.data.batches import PreferenceBatches
 from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.runs.checks import check_first
 from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.evaluation import check_first
 from sysdpo_jax.runs.run import assemble, make_batches, owned, read_preferences
 
 SHOWN = ("directory", "data.source", "data.reader", "data.split", "data.on_error", "data.ignore", "prepared_cache")

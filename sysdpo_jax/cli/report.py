@@ -8,24 +8,23 @@ The figures are those in the run's folder; nothing is sampled or scored. A run t
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from sysdpo_jax.cli import command_line
-from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import ComparedRuns, write_report
 from sysdpo_jax.report.samples import compare_runs, spread
 from sysdpo_jax.report.training import compared_steps, run_report, run_results, run_summary
-from sysdpo_jax.runs.config import MeshConfig
-from sysdpo_jax.runs.files import CONFIG, read_config
+from sysdpo_jax.runs.files import CONFIG, write_config
 from sysdpo_jax.runs.held_out import FOLDER, runs_name
-from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, round_store
+from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, read_run, refuse_others, round_store
 from sysdpo_jax.runs.runs_file import run_lines, with_images
 from sysdpo_jax.training.metrics import read_metrics
 
@@ -46,25 +45,41 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the report, and print its path. Raises `ConfigError` where the folder holds no run."""
-    path = config.directory / CONFIG
-    if not path.is_file() or not (config.directory / DATA).is_file():
-        raise ConfigError(f"{config.directory} is no folder of a run ({CONFIG} is missing): give what it trained in")
-    began, results = time.monotonic(), config.directory / "results.json"
+    began, results, train = time.monotonic(), config.directory / "results.json", read_run(config.directory)
     with locked_folder(config.directory):
-        made = assemble(replace(read_config(path), directory=str(config.directory.absolute()), mesh=MeshConfig()))
+        made = assemble(train)
         known = read_json(results) if results.is_file() else {}
         print(write_run_report(made, known.get("made_by") or made_by(time.monotonic() - began)))
 
 
-def result_lines(run: Run) -> list[str]:
-    """The result in sentences, as the terminal and the report have it."""
-    return list(run_summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)))
+@contextmanager
+def reported(run: Run, about: Mapping[str, Any], began: float) -> Iterator[Callable[[], None]]:
+    """Around the training: a folder that holds a run of others is refused, and whatever ends it is reported.
+
+    Yields what is called once nothing can refuse the run any more. about: The data, see `describe_data`.
+    """
+    folder, begun = Path(run.config.directory), False
+    if jax.process_index() == 0:
+        refuse_others(run, about)
+
+    def accepted() -> None:
+        nonlocal begun
+        write_config(folder / CONFIG, run.config)
+        write_json(folder / DATA, about)
+        begun = True
+
+    try:
+        yield accepted
+    finally:
+        # After a stop or a value that is not finite the report is wanted most, once there is something to report.
+        if begun and (folder / "metrics.jsonl").exists():
+            _tell_result(run, began)
 
 
-def tell_result(run: Run, began: float) -> None:
+def _tell_result(run: Run, began: float) -> None:
     """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
     try:
-        for line in result_lines(run):
+        for line in run_summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)):
             print(line, flush=True)
         print(write_run_report(run, made_by(time.monotonic() - began)), flush=True)
     except Exception as error:

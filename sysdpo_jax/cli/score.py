@@ -12,7 +12,6 @@ scorer or of other runs is refused.
 """
 
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer, scores
 from sysdpo_jax.evaluation.unscored import ScoreError, counted
-from sysdpo_jax.io import ResumableJsonl, file_digest, note_of
+from sysdpo_jax.io import file_digest, note_of
 from sysdpo_jax.locks import locked_file
-from sysdpo_jax.runs.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
+from sysdpo_jax.runs.runs_file import Line, Outcomes, read_runs, values_of, with_images
 from sysdpo_jax.training import Board
 
 # So many runs without a score, and none with one, are no accident.
@@ -52,20 +51,20 @@ class Config:
 
 def score(config: Config) -> Path:
     """Score the runs that have none yet. Raises `ConfigError`, with all scores before it kept."""
-    scorer, runs = make_scorer(config.scorer, config.judge, "--"), _runs(config.runs)
-    checked = set[tuple[str, ...]]()
-    for name, (path, run) in runs.items():
-        names = tuple(values_of(run))
-        # Runs mostly have the same values.
-        if names not in checked:
-            check_scorer(scorer, names, f"run {name} of {path}")
-            checked.add(names)
-    file = ResumableJsonl(config.output, _about(config))
-    lines = list(read_lines(config.output)) if config.output.exists() else []
-    known, noted = {row.get("id") for row in lines if "score" in row}, noted_errors(lines)
-    waiting = [name for name in runs if name not in known]
+    scorer, runs = make_scorer(config.scorer, config.judge, "--"), read_runs(config.runs)
+    if not runs:
+        raise ConfigError("there is no run in --runs: give files of `sysdpo rollout`")
+    # Runs mostly have values of the same names: the first of each kind is checked.
+    kinds = {tuple(values_of(run)): f"run {name} of {path}" for name, (path, run) in reversed(runs.items())}
+    for names, first in kinds.items():
+        check_scorer(scorer, names, first)
+    # Files of several processes have notes that say the same.
+    sources = {file_digest(note_of(path)) if note_of(path).exists() else path.name for path in config.runs}
+    about = {"runs": ", ".join(sorted(sources))} | about_scorer(config.scorer, config.judge)
+    file = Outcomes(config.output, about)
+    waiting = [name for name in runs if name not in file.made]
 
-    def values(name: str) -> Run:
+    def values(name: str) -> Line:
         path, run = runs[name]
         # Opened one by one: all images of a rollout would fill the memory.
         return values_of(with_images(run, path))
@@ -76,35 +75,15 @@ def score(config: Config) -> Path:
         for done, (name, outcome) in enumerate(found, before + 1):
             if isinstance(outcome, ScoreError):
                 failed.append(outcome)
-                if (name, str(outcome)) not in noted:
-                    file.append([{"id": name, "error": str(outcome)}])
+                file.add([{"id": name, "error": str(outcome)}])
             else:
-                file.append([{"id": name, "score": outcome}])
+                file.add([{"id": name, "score": outcome}])
             if len(failed) == done >= min(ENOUGH, len(runs)):
                 raise ConfigError(f"none of the first {done} runs has a score ({counted(failed)}); the last: {outcome}")
             report(done, f"{len(failed)} without a score" if failed else "")
     if failed:
         print(f"{len(failed)} of {len(runs)} runs have no score: {counted(failed)}", file=sys.stderr)
     return config.output
-
-
-def _runs(paths: Sequence[Path]) -> dict[str, tuple[Path, Run]]:
-    """{id: (file, run)}. Raises `ConfigError` naming a run that is there twice, and for no runs."""
-    runs: dict[str, tuple[Path, Run]] = {}
-    for path in paths:
-        for run in run_lines(path):
-            if run["id"] in runs:
-                raise ConfigError(f"{path}: the run {run['id']!r} is there twice: give every file of runs once")
-            runs[run["id"]] = path, run
-    if not runs:
-        raise ConfigError("there is no run in --runs: give files of `sysdpo rollout`")
-    return runs
-
-
-def _about(config: Config) -> dict[str, str]:
-    """What the scores depend on. Files of several processes have notes that say the same."""
-    sources = {file_digest(note_of(path)) if note_of(path).exists() else path.name for path in config.runs}
-    return {"runs": ", ".join(sorted(sources))} | about_scorer(config.scorer, config.judge)
 
 
 def run(config: Config) -> None:

@@ -19,23 +19,13 @@ import jax
 
 import sysdpo_jax as sj
 from sysdpo_jax.cli.ending import Terminated
-from sysdpo_jax.cli.report import tell_result
+from sysdpo_jax.cli.report import reported
 from sysdpo_jax.data.batches import PreferenceBatches
 from sysdpo_jax.runs.caches import keep_compilations
-from sysdpo_jax.runs.checks import check_first
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.dry_run import describe_run
-from sysdpo_jax.runs.evaluation import make_evaluation
-from sysdpo_jax.runs.run import (
-    assemble,
-    check_run_dir,
-    describe_data,
-    make_batches,
-    make_trainer,
-    owned,
-    read_preferences,
-    refuse_others,
-)
+from sysdpo_jax.runs.evaluation import check_first, make_evaluation
+from sysdpo_jax.runs.run import assemble, describe_data, make_batches, make_trainer, owned, read_preferences
 
 # What people change most.
 SHOWN = (
@@ -60,7 +50,7 @@ def train(config: TrainConfig) -> None:
     Raises `ConfigError`, `RecordError` and the like for what cannot be used, with the folder as it was but for what
     tools gave for the preferences, and `Preempted` when asked to stop.
     """
-    began, folder = time.monotonic(), Path(config.directory)
+    began = time.monotonic()
     keep_compilations(config.compilation_cache)
     check_first(config)
     run = assemble(config)
@@ -68,29 +58,16 @@ def train(config: TrainConfig) -> None:
     records = read_preferences(run)
     batches = make_batches(run, records)
     if config.dry_run:
-        for part in describe_run(run, batches, folder / "dry_run"):
+        for part in describe_run(run, batches, Path(config.directory) / "dry_run"):
             print(part, flush=True)
         return
-    first, about = jax.process_index() == 0, describe_data(run, records)
-    if first:
+    if jax.process_index() == 0:
         print(records.summary(), file=sys.stderr, flush=True)
         if isinstance(batches, PreferenceBatches):
             print(batches.describe(), file=sys.stderr, flush=True)
-        refuse_others(run, about)
-    begun = False
-
-    def accepted() -> None:
-        nonlocal begun
-        check_run_dir(run, about)
-        begun = True
-
-    state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
-    try:
+    with reported(run, describe_data(run, records), began) as accepted:
+        state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
         trainer.fit(state, batches, config.schedule.steps, run.key, config.resume, accepted)
-    finally:
-        # After a stop or a value that is not finite the report is wanted most.
-        if begun:
-            tell_result(run, began)
 
 
 @contextmanager

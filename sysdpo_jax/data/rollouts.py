@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 Pairs = Literal["best_worst", "all"]
 Ties = Literal["drop", "keep"]
+Scores = Float[np.ndarray, "runs"]
 
 
 class RolloutStopped(ToolError):
@@ -114,7 +115,7 @@ def _stops(run: Any) -> bool:
 def make_pairs(
     system: CompoundSystem,
     records: Sequence[Mapping[str, Any]],
-    scores: Float[np.ndarray, "runs"],
+    scores: Scores,
     group: int,
     min_margin: float = 0.0,
     pairs: Pairs = "best_worst",
@@ -163,9 +164,7 @@ def _groups(inputs: Sequence[Hashable], size: int) -> Iterator[tuple[int, int]]:
             start = end
 
 
-def preferred(
-    scores: Float[np.ndarray, "runs"], pairs: Pairs, min_margin: float, ties: Ties = "drop"
-) -> list[tuple[int, int]]:
+def preferred(scores: Scores, pairs: Pairs, min_margin: float, ties: Ties = "drop") -> list[tuple[int, int]]:
     """(better, worse) places of finite scores that differ by at least min_margin; of equal ones if ties are kept.
 
     "best_worst" gives the first of the highest against the first of the lowest, where all are equal the first place

@@ -1,11 +1,15 @@
 """The configuration of a run: a YAML file, of which every field is also a flag."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from sysdpo_jax.data.rollouts import Pairs
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.typing import AboveZero, Natural, NotNegative, Positive
+
+# Of a run's checkpoints.
+Which = Literal["newest", "best"]
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,13 @@ class SystemConfig:
     components: dict[str, ComponentConfig] = field(default_factory=dict)
 
 
-def as_dict(system: SystemConfig) -> dict[str, Any]:
-    """What a system is: its fields, but for how tools are called."""
-    nodes = {
-        name: {field: value for field, value in asdict(node).items() if field not in CALLS}
-        for name, node in system.nodes.items()
-    }
-    return asdict(system) | {"nodes": nodes}
+def as_dict(system: SystemConfig, without: Sequence[str] = CALLS) -> dict[str, Any]:
+    """What a system is: its fields, but for some of its nodes and components, by default how tools are called."""
+    whole = asdict(system)
+    for part in (*whole["nodes"].values(), *whole["components"].values()):
+        for name in without:
+            part.pop(name, None)
+    return whole
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,11 @@ class OnlineConfig:
     figures: dict[str, str] = field(default_factory=dict)
 
 
+def _free(default: Any) -> Any:
+    """A field that may change when a run goes on: where it lies, how it is watched, the machine, what is looked at."""
+    return field(default=default, metadata={"free": True})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A run. Given again with the same directory it goes on from the newest checkpoint.
@@ -282,25 +291,25 @@ class TrainConfig:
         dry_run: Print what the run would be, and stop before it.
     """
 
-    directory: str = ""
+    directory: str = _free("")
     init_from: str = ""
-    init_checkpoint: Literal["newest", "best"] = "newest"
+    init_checkpoint: Which = "newest"
     system: SystemConfig = SystemConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    mesh: MeshConfig = MeshConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = _free(MeshConfig())
+    evaluation: EvaluationConfig = _free(EvaluationConfig())
     online: OnlineConfig = OnlineConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: str | None = None
+    remat: str | None = _free(None)
     seed: int = 0
-    log_every: Positive = 10
-    checkpoint_every: Positive = 100
-    profile: tuple[int, int] | None = None
-    wandb: str | None = None
-    resume: bool = True
-    preempted_exit_code: int = 0
-    compilation_cache: str = "user"
-    prepared_cache: str = "user"
-    dry_run: bool = False
+    log_every: Positive = _free(10)
+    checkpoint_every: Positive = _free(100)
+    profile: tuple[int, int] | None = _free(None)
+    wandb: str | None = _free(None)
+    resume: bool = _free(True)
+    preempted_exit_code: int = _free(0)
+    compilation_cache: str = _free("user")
+    prepared_cache: str = _free("user")
+    dry_run: bool = _free(False)

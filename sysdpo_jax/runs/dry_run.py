@@ -28,7 +28,8 @@ def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
     trained = partition(run.params, mask)[0]
     for name, tree in run.params.items():
         mode = run.config.system.components[name].mode
-        yield f"{name}: {_count(tree):,} parameters, {_count(trained[name]):,} of them trained (mode {mode})"
+        whole, part = (sum(leaf.size for leaf in jax.tree.leaves(each)) for each in (tree, trained[name]))
+        yield f"{name}: {whole:,} parameters, {part:,} of them trained (mode {mode})"
     step = sj.make_train_step(run.system, run.objective, run.optimizer, run.mesh, run.config.schedule.accumulate)
     state = sj.create_state(run.system, run.params, run.optimizer, run.mesh)
     yield str(sj.describe_sharding(step, state))
@@ -41,10 +42,6 @@ def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
         if f"logps/chosen/{node.name}" in values:
             chosen, rejected = (float(values[f"logps/{side}/{node.name}"]) for side in ("chosen", "rejected"))
             yield f"{node.name}: log-probability {chosen:.3f} of the chosen, {rejected:.3f} of the rejected value"
-
-
-def _count(tree: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _decoded(run: Run, batch: PyTree, folder: Path) -> Iterator[str]:

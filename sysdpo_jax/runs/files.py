@@ -4,6 +4,7 @@ Paths in a file are relative to the file, those of flags to the working director
 """
 
 import os
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -128,18 +129,13 @@ def configure(kind: type[C], arguments: Sequence[str]) -> C:
 
 def _named_by_flag(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What --config names, the other way to give the file, which scripts are used to; and the other words."""
-    named, rest, words = list[str](), list[str](), iter(arguments)
-    for word in words:
-        if word == "--config":
-            file = next(words, "--")
-            if file.startswith("--"):
-                raise ConfigError("--config has no value: give the YAML file of the run behind it")
-            named.append(file)
-        elif word.startswith("--config="):
-            named.append(word.removeprefix("--config="))
-        else:
-            rest.append(word)
-    return named, rest
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    try:
+        found, rest = parser.parse_known_args(arguments)
+    except ArgumentError:
+        raise ConfigError("--config has no value: give the YAML file of the run behind it") from None
+    return found.config, rest
 
 
 def write_config(path: Path, config: TrainConfig) -> None:

@@ -1,38 +1,122 @@
-"""Evaluation of a run: the whole system on held-out prompts, scored beside what it produced before training."""
+"""Runs of the whole system, made and scored, and what they say beside those of the system before training."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, PRNGKeyArray
 
+from sysdpo_jax.data.files import ImageFiles
+from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.evaluation import Estimate, clustered_mean, interval_figures, paired_difference
 from sysdpo_jax.evaluation.judge import Judge
-from sysdpo_jax.evaluation.preferences import (
-    SHARE,
-    Bounds,
-    Estimate,
-    clustered_mean,
-    interval_figures,
-    paired_difference,
-    win_rate,
-)
-from sysdpo_jax.evaluation.scoring import Scorer
+from sysdpo_jax.evaluation.preferences import SHARE, Bounds
+from sysdpo_jax.evaluation.scoring import Scorer, score_of, score_runs
 from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
-from sysdpo_jax.manifest import check_same
-from sysdpo_jax.runs.begun import discard
-from sysdpo_jax.runs.runs_file import read_lines
-from sysdpo_jax.runs.scored_runs import RunScorer
+from sysdpo_jax.manifest import check_same, digest, fingerprints
+from sysdpo_jax.parallel.distributed import gathered
+from sysdpo_jax.parallel.sharding import replicate_per_process
+from sysdpo_jax.runs.runs_file import Line, Outcomes, keep_runs, read_lines, values_of, with_images
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
-from sysdpo_jax.typing import Params
+from sysdpo_jax.training.progress import Lines
+from sysdpo_jax.typing import Params, Record
 
 FOLDER = "evaluation"
 SCORE = "score"
+
+
+@dataclass(frozen=True)
+class RunScorer:
+    """How runs are made and scored.
+
+    scorer: a function of a run, or a judge, which is asked `parallel` questions at a time. skip: leaves a run without a
+    score out. batch_size: runs that are sampled together; part of what is drawn. figures: further functions of a run,
+    by name, cheap ones: they are asked again after a stop. about: tells scorers, and whatever else the runs depend on,
+    from others.
+    """
+
+    system: CompoundSystem
+    scorer: Scorer | Judge
+    parallel: int
+    skip: bool
+    batch_size: int
+    about: Mapping[str, str]
+    figures: Mapping[str, Scorer] = field(default_factory=dict)
+
+    def rows(
+        self, path: Path, params: Params, prompts: Sequence[Record], samples: int, key: PRNGKeyArray, label: str
+    ) -> list[Line]:
+        """`samples` runs of each prompt, those of a prompt adjacent, as lines of a file with "score" and "figures".
+
+        Of several processes each samples and scores its share of the batches on its own devices, and all return all
+        rows; what is drawn does not depend on their number. What is there already, whatever ended an earlier call, a
+        kill included, is taken. `discard(path)` removes it once the rows are written.
+
+        Args:
+            path: Of the file that the rows are for. Images lie beside it.
+            params: Of the system, on the mesh of all processes or on each one's devices.
+            label: Stands before the count on standard error.
+
+        Raises:
+            ScoreError: A run has no score, and is not to be skipped.
+            ToolError: A tool stopped the runs.
+        """
+        own = replicate_per_process(params)
+        index, count = jax.process_index(), jax.process_count()
+        begun = _begun(path, {**self.about, "parameters": digest(fingerprints(own))})
+        names = [f"{prompt}-{sample}" for prompt in range(len(prompts)) for sample in range(samples)]
+        mine = [name for place, name in enumerate(names) if place // self.batch_size % count == index]
+        done = frozenset(place for place, name in enumerate(names) if name in begun.made)
+        lines, images, shard = Lines(f"{label}, runs", len(done), len(mine)), ImageFiles(path), (index, count)
+        for batch in run_batches(self.system, own, prompts, key, samples, self.batch_size, shard, done):
+            keep_runs(begun, self.system, prompts, ((names[place], run) for place, run in batch), images)
+            if index == 0:
+                lines.report(len(begun.made) + len(begun.failed), "")
+
+        def values(name: str) -> Line:
+            # Of the lines, as `sysdpo score` has them: a run has the same score after a stop as without one.
+            return values_of(with_images(begun.made[name], path))
+
+        def row(name: str) -> Line:
+            line = begun.made.get(name) or begun.failed[name]
+            scored = line | {"score": line.get("score")}
+            if not self.figures or scored["score"] is None:
+                return scored
+            run = values(name)
+            return scored | {"figures": {title: score_of(figure, run, name) for title, figure in self.figures.items()}}
+
+        def keep(name: str, score: float) -> None:
+            begun.add([{"id": name, "score": score}])
+
+        waiting = [name for name, line in begun.made.items() if "score" not in line]
+        score_runs(self.scorer, waiting, values, self.parallel, self.skip, keep)
+        together = {line["id"]: line for lines in gathered([row(name) for name in mine]) for line in lines}
+        return [together[name] for name in names]
+
+
+def _begun(path: Path, about: Mapping[str, str]) -> Outcomes:
+    """What this process has of the runs of a file, and then of their scores, until the file is whole.
+
+    What is there of one that was made in the same way is taken; of another one it is dropped: no evaluation can use it
+    any more.
+    """
+    part = f"begun-{jax.process_index() + 1:05d}-of-{jax.process_count():05d}"
+    own = path.with_name(f"{path.name}.{part}")
+    if own.exists() and not (note_of(own).exists() and read_json(note_of(own)) == about):
+        discard(path, part)
+    return Outcomes(own, about)
+
+
+def discard(path: Path, part: str = "begun-?????-of-?????") -> None:
+    """Remove what all processes, or one of them, had of the runs of a file, with the notes of how they were made."""
+    for own in path.parent.glob(f"{path.name}.{part}*"):
+        own.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -41,23 +125,18 @@ class HeldOut:
 
     Of several processes each samples and scores its share of the batches on its own devices, and process 0 writes all:
     what is drawn does not depend on their number.
+    maker: makes and scores the runs; the means of its figures are figures too. Evaluations of other makers than what
+    its `about` says are not compared.
     folder: has runs-<step>.jsonl of every evaluation; that of step 0 is what later ones are compared with.
-    made_by: tells what the runs depend on beside the parameters and what `about` says.
-    figures: further functions of a run, by name, whose means are figures too.
+    made_by: tells what the runs depend on beside the parameters and what the maker says.
     """
 
-    system: CompoundSystem
-    prompts: Sequence[Mapping[str, Any]]
-    scorer: Scorer | Judge
-    parallel: int
-    skip: bool
+    maker: RunScorer
+    prompts: Sequence[Record]
     samples: int
-    batch_size: int
     seed: int
     folder: Path
-    about: Mapping[str, str]
     made_by: str
-    figures: Mapping[str, Scorer] = field(default_factory=dict)
 
     def measure(self, step: int, params: Params) -> dict[str, float]:
         """score, win_rate and score_difference, with their intervals where there are two prompts or more.
@@ -69,21 +148,21 @@ class HeldOut:
         Whatever ends it, a kill included, runs and scores that are there are taken when the step is measured again with
         the same parameters.
         """
-        about = {**self.about, "seed": str(self.seed), "made_by": self.made_by}
-        made = RunScorer(self.system, self.scorer, self.parallel, self.skip, self.batch_size, about, self.figures)
-        key, label = jax.random.key(self.seed), f"evaluation at step {step}"
-        now = made.rows(self.path(step), params, self.prompts, self.samples, key, label)
-        if jax.process_index() > 0:
-            # Of its figures only the names count.
-            return _estimates(now, now, self.samples, tuple(self.figures))
-        if step == 0:
-            write_json(note_of(self.path(0)), self.about)
-        write_json_lines(self.path(step), now)
-        discard(self.path(step))
-        return _estimates(now, list(read_lines(self.path(0))), self.samples, tuple(self.figures))
+        about = {**self.maker.about, "seed": str(self.seed), "made_by": self.made_by}
+        maker, path, key = replace(self.maker, about=about), self.path(step), jax.random.key(self.seed)
+        now = maker.rows(path, params, self.prompts, self.samples, key, f"evaluation at step {step}")
+        # Of other processes' figures only the names count.
+        first = now
+        if jax.process_index() == 0:
+            if step == 0:
+                write_json(note_of(path), self.maker.about)
+            write_json_lines(path, now)
+            discard(path)
+            first = list(read_lines(self.path(0)))
+        return _figures(now, first, self.samples, self.maker.figures)
 
     def difference(self, name: str, step: int, earlier: int) -> Estimate:
-        """How a figure (the score, or one of `figures`) changed between two evaluations, of runs that have both.
+        """How a figure (the score, or one of the maker's) changed between two evaluations, of runs that have both.
 
         Its interval is None where fewer than two prompts have such runs. Raises `ScoreError` where none has.
         """
@@ -92,14 +171,10 @@ class HeldOut:
         both = np.isfinite(now) & np.isfinite(then)
         if not both.any():
             raise ScoreError(f"no run has a {name} at step {step} and at step {earlier}: fix the scorer")
-        prompts = self._prompts_of(both)
-        now, then = now[both], then[both]
+        now, then, prompts = now[both], then[both], np.flatnonzero(both) // self.samples
         if len(np.unique(prompts)) < 2:
             return Estimate(float((now - then).mean()), float("nan"), len(now))
         return paired_difference(now, then, prompts, _bounds(now, then))
-
-    def _prompts_of(self, kept: Bool[np.ndarray, "runs"]) -> np.ndarray:
-        return np.arange(len(kept))[kept] // self.samples
 
     def evaluation(self, every: int, stop_on: tuple[str, Literal["max", "min"], int] | None) -> Evaluation:
         """What a `Trainer` takes: `measure` every so many steps, with the end of training that `stop_on` describes."""
@@ -123,7 +198,7 @@ class HeldOut:
             )
         if note.exists():
             remedy = "scores of two kinds are not compared; choose another directory, or give what it says"
-            check_same(str(note), {"evaluation": read_json(note)}, {"evaluation": self.about}, remedy)
+            check_same(str(note), {"evaluation": read_json(note)}, {"evaluation": self.maker.about}, remedy)
 
     def path(self, step: int) -> Path:
         """The runs of a step's evaluation."""
@@ -135,7 +210,7 @@ def runs_name(step: int) -> str:
     return f"runs-{step:08d}.jsonl"
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, "runs"]:
+def _column(rows: Sequence[Record], name: str) -> Float[np.ndarray, "runs"]:
     """A figure of each run, NaN for a run without a score."""
     values = (row[SCORE] if name == SCORE else row.get("figures", {}).get(name) for row in rows)
     return np.array(list(values), np.float64)
@@ -146,39 +221,31 @@ def _bounds(*values: Float[np.ndarray, "runs"]) -> Bounds | None:
     return SHARE if np.isin(values, (0, 1)).all() else None
 
 
-def _estimates(
-    runs: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], samples: int, figures: Sequence[str]
-) -> dict[str, float]:
+def _figures(runs: Sequence[Record], first: Sequence[Record], samples: int, further: Iterable[str]) -> dict[str, float]:
     scores, before = _column(runs, SCORE), _column(first, SCORE)
-    numbers, both = np.arange(len(scores)) // samples, np.isfinite(scores) & np.isfinite(before)
-    now, then, prompts = scores[both], before[both], numbers[both]
-    others = {name: _column(runs, name)[both] for name in figures}
-    counts = {
-        "runs": float(len(now)),
-        "prompts": float(len(np.unique(prompts))),
-        "unscored": float((~both).sum()),
+    both = np.isfinite(scores) & np.isfinite(before)
+    now, then, prompts = scores[both], before[both], np.flatnonzero(both) // samples
+    number, alone, bounds = len(np.unique(prompts)), samples == len(scores), _bounds(now, then)
+    if number < (1 if alone else 2):
+        raise ScoreError(_too_few_scores(list(zip(runs, first, strict=True)), len(now)))
+    columns = {
+        "score": (now, bounds),
+        "win_rate": ((np.sign(now - then) + 1) / 2, SHARE),
+        "score_difference": (now - then, bounds and (-1.0, 1.0)),
     }
-    if samples == len(scores) and len(now):
+    for name in further:
+        column = _column(runs, name)[both]
+        columns[name] = column, _bounds(column)
+    figures: dict[str, float] = {}
+    for name, (column, ends) in columns.items():
         # One prompt tells nothing of how others would differ.
-        wins = float((np.sign(now - then).mean() + 1) / 2)
-        means = {name: float(column.mean()) for name, column in others.items()}
-        alone = {"score": float(now.mean()), "win_rate": wins, "score_difference": float((now - then).mean())}
-        return {**alone, **means, **counts}
-    if counts["prompts"] < 2:
-        raise ScoreError(_too_few_scores(list(zip(runs, first, strict=True)), int(both.sum())))
-    bounds = _bounds(now, then)
-    figured = {name: clustered_mean(column, prompts, _bounds(column)) for name, column in others.items()}
-    estimates = {
-        "score": clustered_mean(now, prompts, bounds),
-        "win_rate": win_rate(now, then, prompts),
-        "score_difference": paired_difference(now, then, prompts, bounds),
-        **figured,
-    }
-    ranged = [interval_figures(name, estimate) for name, estimate in estimates.items()]
-    return {name: value for each in ranged for name, value in each.items()} | counts
+        mean = {name: float(column.mean())}
+        figures |= mean if alone else interval_figures(name, clustered_mean(column, prompts, ends))
+    counts = {"runs": len(now), "prompts": number, "unscored": int((~both).sum())}
+    return figures | {name: float(count) for name, count in counts.items()}
 
 
-def _too_few_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], number: int) -> str:
+def _too_few_scores(pairs: Sequence[tuple[Record, Record]], number: int) -> str:
     """Why so few pairs of runs have two scores: a tool left one out, or the scorer found none."""
     errors = [error for pair in pairs if (error := next((run["error"] for run in pair if "error" in run), None))]
     unscored = len(pairs) - number - len(errors)

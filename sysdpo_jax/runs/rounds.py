@@ -1,19 +1,25 @@
-"""What the rounds of an online run are made of, and the preferences of a round."""
+"""The rounds of an online run: their settings, and what they leave in its folder."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-import numpy as np
+import jax
+from jaxtyping import PRNGKeyArray
 
-from sysdpo_jax.data.rollouts import Pairs, preferred
+from sysdpo_jax.data.rollouts import Pairs
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.runs.runs_file import Run, moved
+from sysdpo_jax.io import read_json
+from sysdpo_jax.runs.config import Which
+from sysdpo_jax.training import Evaluation, SystemOptimizer, Trainer, TrainState, create_state, read_metrics
+from sysdpo_jax.training.metrics import EVALUATED
+from sysdpo_jax.typing import Params
 
-# A line of a file of preferences.
-Pair = dict[str, Any]
+# In the folder of a round: what was planned, and what became of it.
+PLAN, DONE = "plan.json", "done.json"
+# The parameters of a checkpoint, and its step.
+Restored = tuple[Params, int]
 
 
 @dataclass(frozen=True)
@@ -124,31 +130,140 @@ class Rounds:
         return self.steps if self.epochs is None else min(self.steps, self.epochs * (pairs // self.batch_size))
 
 
-def made_pairs(rows: Sequence[Run], rounds: Rounds) -> Iterator[Pair]:
-    """The preferences within groups of adjacent runs of a prompt, both of which have a score.
+def check_watched(stop_on: Sequence[str], figures: Iterable[str], place: str) -> None:
+    """Raise `ConfigError` where `stop_on`, a field of `place`, names what no held-out evaluation measures."""
+    known = ("score", *figures)
+    for name in stop_on:
+        if name not in known:
+            raise ConfigError(f"{place}stop_on {name!r} is no held-out figure: choose among {', '.join(known)}")
 
-    rows: as `RunScorer.rows` returns them.
+
+class RoundSummary(NamedTuple):
+    """A round: the steps first ... last - 1.
+
+    Args:
+        first: Its first step.
+        last: The step at which it ended.
+        steps: That were planned.
+        pairs: That it trained on.
+        earlier: How many of them are of rounds before it.
+        runs: That were made for it.
+        score: Their mean score.
+        stopped: Why the rounds end with it, None where they do not.
     """
-    for _, of_prompt in groupby(rows, lambda row: row["id"].rpartition("-")[0]):
-        runs = list(of_prompt)
-        size = rounds.group or len(runs)
-        for start in range(0, len(runs), size):
-            scored = [run for run in runs[start : start + size] if run["score"] is not None]
-            if len(scored) < 2:
-                continue
-            scores = np.array([run["score"] for run in scored], np.float64)
-            for better, worse in preferred(scores, rounds.pairs, rounds.min_margin):
-                chosen, rejected = scored[better], scored[worse]
-                yield {"inputs": chosen["inputs"], "chosen": chosen["outputs"], "rejected": rejected["outputs"]}
+
+    first: int
+    last: int
+    steps: int
+    pairs: int
+    earlier: int
+    runs: int
+    score: float
+    stopped: str | None
 
 
-def earlier_pairs(pairs: Sequence[Pair], own: int, mix: float, seed: Sequence[int]) -> list[Pair]:
-    """As many of the pairs of earlier rounds as make the share `mix` beside `own` new ones, or all there are."""
-    wanted = min(len(pairs), round(mix / (1 - mix) * own))
-    drawn = np.random.default_rng(seed).choice(len(pairs), wanted, replace=False) if wanted else np.zeros(0, int)
-    return [pairs[place] for place in np.sort(drawn).tolist()]
+@dataclass(frozen=True)
+class RoundStore:
+    """The rounds of a run in the trainer's directory, each in round-<number>/.
 
+    trainer: Of every round but for its folder, evaluation and optimiser. optimizer: Of a round of so many steps; None
+    for the trainer's in each.
+    """
 
-def moved_pair(pair: Pair, source: Path, target: Path) -> Pair:
-    """A pair of the file `source` with the paths of images as a file at `target` has them."""
-    return {part: moved(value, source, target) for part, value in pair.items()}
+    trainer: Trainer
+    rounds: Rounds
+    seed: int
+    optimizer: Callable[[int], SystemOptimizer] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self.trainer.directory)
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """Of the noise of all steps, whose numbers go on from round to round."""
+        return jax.random.key(self.seed + 1)
+
+    @property
+    def figure(self) -> str:
+        """The metric of the rows that says which evaluation is the best."""
+        return f"{EVALUATED}{self.rounds.stop_on[0]}"
+
+    def round_folder(self, number: int) -> Path:
+        """Of a round, counted from 1."""
+        return self.folder / f"round-{number}"
+
+    def summary(self, number: int) -> RoundSummary | None:
+        """A round; None where it is not done."""
+        path = self.round_folder(number) / DONE
+        return RoundSummary(**read_json(path)) if path.exists() else None
+
+    def summaries(self) -> tuple[RoundSummary, ...]:
+        """The rounds that are done."""
+        found = (self.summary(number) for number in range(1, self.rounds.number + 1))
+        return tuple(summary for summary in found if summary is not None)
+
+    def trainer_of(self, number: int, steps: int, evaluation: Evaluation | None = None) -> Trainer:
+        """Of a round of so many steps."""
+        return replace(
+            self.trainer,
+            directory=self.round_folder(number),
+            log_directory=self.folder,
+            optimizer=self.trainer.optimizer if self.optimizer is None else self.optimizer(steps),
+            evaluation=evaluation,
+            best=None if evaluation is None else (self.figure, "max"),
+        )
+
+    def state(self, trainer: Trainer, initial: Params, current: Params, first: int) -> TrainState:
+        """The state in which a round begins, with the step `first`."""
+        reference = initial if self.rounds.reference == "keep" else None
+        return create_state(trainer.system, current, trainer.optimizer, trainer.mesh, reference=reference, step=first)
+
+    def restored_round(self, number: int, initial: Params, current: Params, at: int | None = None) -> Restored:
+        """A checkpoint of a round that began with `current`, and its step.
+
+        at: The step; by default that with which the round ended, or the newest of one that is not done.
+        """
+        plan, done = read_json(self.round_folder(number) / PLAN), self.summary(number)
+        trainer = self.trainer_of(number, plan["steps"])
+        state = self.state(trainer, initial, current, plan["first"])
+        with trainer.checkpoints(state, None, self.key, read_only=True) as checkpoints:
+            wanted = at if at is not None else checkpoints.latest if done is None else done.last
+            if wanted is None:
+                return current, plan["first"]
+            return checkpoints.restore(state, wanted).params, wanted
+
+    def restored(self, params: Params, which: Which) -> Restored:
+        """The parameters of the newest or the best checkpoint, and its step, of a run that may be going on.
+
+        params: The first policy, which is the best of a run that became no better. Raises `ConfigError` where there is
+        no such checkpoint.
+        """
+        target = self.best_step() if which == "best" else None
+        if which == "best" and target is None:
+            raise ConfigError(f"{self.folder} holds no best checkpoint: give it held-out prompts")
+        if target == 0:
+            return params, 0
+        current, step, number = params, 0, 1
+        while (self.round_folder(number) / "checkpoints").is_dir():
+            done = self.summary(number)
+            ends_here = target is not None and (done is None or target <= done.last)
+            current, step = self.restored_round(number, params, current, target if ends_here else None)
+            if ends_here:
+                break
+            number += 1
+        if step == 0:
+            raise ConfigError(f"{self.folder} holds no checkpoint: train first")
+        return current, step
+
+    def best_of(self, metric: str) -> tuple[float, int] | None:
+        """The value and the step of the best evaluation, of equal ones the last; None where there is none."""
+        path = self.folder / "metrics.jsonl"
+        rows = read_metrics(path) if path.exists() else []
+        return max(((row[metric], row["step"]) for row in rows if metric in row), default=None)
+
+    def best_step(self) -> int | None:
+        """The step of the best evaluation, None where there is none."""
+        best = self.best_of(self.figure)
+        return None if best is None else best[1]

@@ -3,10 +3,10 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -15,39 +15,26 @@ from jaxtyping import PRNGKeyArray, PyTree
 import sysdpo_jax as sj
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import read_json, write_json
+from sysdpo_jax.importing import import_function
+from sysdpo_jax.io import file_digest, read_json
 from sysdpo_jax.locks import locked_folder
-from sysdpo_jax.manifest import check_same
+from sysdpo_jax.manifest import check_same, digest
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
-from sysdpo_jax.runs.config import DataConfig, TrainConfig, as_dict
-from sysdpo_jax.runs.files import CONFIG, read_config, write_config
-from sysdpo_jax.runs.round_store import RoundStore, Which
+from sysdpo_jax.runs.config import CALLS, DataConfig, MeshConfig, TrainConfig, Which, as_dict
+from sysdpo_jax.runs.files import CONFIG, find_config, read_config
+from sysdpo_jax.runs.rounds import RoundStore
 from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
-from sysdpo_jax.training import Evaluation
+from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.training.metrics import EVALUATED
-from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import LINE_EVERY, tell
 from sysdpo_jax.training.trainer import BatchSource, encoder
 from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import shown, user_code
 
-# What may change when a run goes on: where it lies, how it is watched, the machine, and what is only looked at.
-FREE = (
-    "directory",
-    "dry_run",
-    "evaluation",
-    "mesh",
-    "remat",
-    "log_every",
-    "checkpoint_every",
-    "profile",
-    "wandb",
-    "resume",
-    "preempted_exit_code",
-    "compilation_cache",
-    "prepared_cache",
-)
+# Of components and nodes: what a system that has not trained does not depend on.
+TRAINING = ("mode", "lora", "learning_rate", "weight")
 # What the folder of a run says of it.
 DATA = "data.json"
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
@@ -100,15 +87,24 @@ def assemble(config: TrainConfig) -> Run:
     return Run(config, mesh, system, params, optimizer, objective, {} if origin is None else {"init_step": origin.step})
 
 
+def read_run(folder: Path, mesh: MeshConfig | None = None) -> TrainConfig:
+    """The configuration of a run's folder, where it lies now. Raises `ConfigError` where it is none.
+
+    mesh: By default that of all devices that are here, whatever it was trained on.
+    """
+    for name in (CONFIG, DATA):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} is no folder of a run ({name} is missing): give what it trained in")
+    return replace(read_config(folder / CONFIG), directory=str(folder.absolute()), mesh=mesh or MeshConfig())
+
+
 def read_origin(config: TrainConfig) -> Origin:
     """The run that this one starts from. Raises `ConfigError` where it is none, or has no such checkpoint."""
     folder = Path(config.init_from)
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"init_from {folder} is no folder of a run ({CONFIG} is missing): give what it trained in")
     if config.directory and folder.resolve() == Path(config.directory).resolve():
         raise ConfigError(f"init_from {folder} is this run's own directory: choose another directory")
-    noted = replace(read_config(folder / CONFIG), directory=str(folder), mesh=config.mesh)
     try:
+        noted = read_run(folder, config.mesh)
         params, step = restored(assemble(noted), config.init_checkpoint)
     except ConfigError as error:
         raise ConfigError(f"init_from: {error}") from error
@@ -134,21 +130,9 @@ def restored(run: Run, checkpoint: Which) -> tuple[Params, int]:
 def round_store(run: Run) -> RoundStore:
     """The rounds of an online run. Raises `ConfigError` for settings that no round can have."""
     own, schedule = run.config.online, run.config.schedule
-    rounds = sj.Rounds(
-        own.rounds,
-        own.samples,
-        own.batch_size,
-        own.group,
-        own.pairs,
-        own.min_margin,
-        own.mix,
-        own.reference,
-        schedule.steps,
-        own.epochs,
-        schedule.batch_size,
-        own.stop_on,
-        own.fall,
-    )
+    given = {**vars(own), "number": own.rounds, "sample_batch": own.batch_size}
+    given |= {"steps": schedule.steps, "batch_size": schedule.batch_size}
+    rounds = sj.Rounds(**{each.name: given[each.name] for each in fields(sj.Rounds)})
 
     def optimizer(steps: int) -> SystemOptimizer:
         # A round of few pairs has fewer steps, and a warm-up in proportion.
@@ -172,57 +156,52 @@ def refuse_others(run: Run, about: Mapping[str, Any]) -> None:
     config, data = (Path(run.config.directory) / name for name in (CONFIG, DATA))
     remedy = "choose another directory, or give what it says"
     if config.exists():
-        noted = read_config(config)
+        noted, now = read_config(config), run.config.schedule.steps
         check_same(str(config), replace(run, config=noted).identity, run.identity, remedy)
-        _extend(noted.schedule.steps, run.config)
+        before = noted.schedule.steps
+        if now < before:
+            raise ConfigError(
+                f"schedule.steps was {before}, now {now}: a run may be given more steps, not fewer: choose another "
+                "directory"
+            )
+        if now > before:
+            tell(
+                f"warning: schedule.steps grows from {before} to {now}, and the learning rate follows the cosine of "
+                f"{now} steps from here on: what was trained before had that of {before} steps, which ended at 0"
+            )
     if data.exists():
         # A field that came later stood for what it does by default.
         known = asdict(DataConfig()) | read_json(data)
         check_same(str(data), known | {"source": about["source"]}, about, remedy)
 
 
-def _extend(before: int, config: TrainConfig) -> None:
-    """Say what more steps mean, and refuse fewer."""
-    now = config.schedule.steps
-    if now < before:
-        raise ConfigError(
-            f"schedule.steps was {before}, now {now}: a run may be given more steps, not fewer: choose another "
-            "directory"
-        )
-    if now > before:
-        tell(
-            f"warning: schedule.steps grows from {before} to {now}, and the learning rate follows the cosine of {now} "
-            f"steps from here on: what was trained before had that of {before} steps, which ended at 0"
-        )
-
-
-def check_run_dir(run: Run, about: Mapping[str, Any]) -> None:
-    """Note the configuration and the data in the run's folder: once nothing can refuse the run any more."""
-    folder = Path(run.config.directory)
-    write_config(folder / CONFIG, run.config)
-    write_json(folder / DATA, about)
-
-
-def describe_data(run: Run, records: sj.Preferences) -> dict[str, Any]:
-    """What a run's folder and its model cards say of the preferences."""
-    return {**asdict(run.config.data), "kept": len(records), "sha256": records.counts.sha256, **run.origin}
+def describe_data(run: Run, records: sj.Preferences | None = None) -> dict[str, Any]:
+    """What a run's folder and its model cards say of the preferences; without them of the prompts of its rounds."""
+    about = {**asdict(run.config.data), **run.origin}
+    if records is not None:
+        return about | {"kept": len(records), "sha256": records.counts.sha256}
+    prompts = run.config.online.prompts
+    return about | {"source": prompts, "kept": None, "sha256": file_digest(Path(prompts))}
 
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:
     """What made the weights of a run: all of its configuration but what it may go on without."""
-    fields = {name: value for name, value in asdict(config).items() if name not in FREE}
+    made = asdict(config) | {"system": as_dict(config.system)}
+    for each in fields(config):
+        if each.metadata.get("free"):
+            made.pop(each.name)
     # Where preferences and prompts lie says nothing: what they are is in the run's folder.
-    fields["data"]["source"] = ""
+    made["data"]["source"] = ""
     if is_online(config):
         for name in ("prompts", "rounds"):
-            fields["online"].pop(name)
+            made["online"].pop(name)
     else:
-        fields.pop("online")
+        made.pop("online")
     if not config.init_from:
         # It says nothing then, and folders of earlier versions lack it.
-        fields.pop("init_from")
-        fields.pop("init_checkpoint")
-    return fields | {"system": as_dict(config.system)}
+        made.pop("init_from")
+        made.pop("init_checkpoint")
+    return made
 
 
 def is_online(config: TrainConfig) -> bool:
@@ -235,7 +214,7 @@ def best_of(config: TrainConfig) -> tuple[str, Literal["max"]]:
     return (f"{EVALUATED}{config.online.stop_on[0]}", "max") if is_online(config) else BEST
 
 
-def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
+def make_trainer(run: Run, evaluation: sj.Evaluation | None = None) -> sj.Trainer:
     """The trainer of the run's directory."""
     config = run.config
     return sj.Trainer(
@@ -257,17 +236,13 @@ def make_trainer(run: Run, evaluation: Evaluation | None = None) -> sj.Trainer:
 
 def read_preferences(run: Run) -> sj.Preferences:
     """The preferences, prepared and encoded. Raises `RecordError` naming file, row and field."""
-    data = run.config.data
+    folder = Path(run.config.directory)
     return sj.load_preferences(
-        data.source,
-        run.system,
-        data.reader,
-        split=data.split,
-        on_error=data.on_error,
-        ignore=data.ignore,
+        **vars(run.config.data),
+        system=run.system,
         params=sj.replicate_per_process(run.system.frozen_params(run.params)),
-        cache=prepared_folder(run.config.prepared_cache, Path(run.config.directory)),
-        tool_values=Path(run.config.directory) / TOOL_VALUES,
+        cache=prepared_folder(run.config.prepared_cache, folder),
+        tool_values=folder / TOOL_VALUES,
         progress=_rate(),
     )
 
@@ -321,3 +296,58 @@ def _objective(config: TrainConfig) -> Objective:
     own = config.objective
     common = (own.beta, own.loss, own.label_smoothing, tuple(sorted(own.sft.items())))
     return sj.DirectObjective(*common) if own.kind == "direct" else sj.SamplingObjective(*common, own.chunk_size)
+
+
+class Loaded(NamedTuple):
+    """A system with its parameters.
+
+    identity: tells it from others that the same words may stand for. Of a run it is that of all that made its weights
+    (the system, data, objective and schedule, which may not change when the run goes on) and the step; of a file that
+    of the system before training.
+    """
+
+    system: sj.CompoundSystem
+    params: Params
+    identity: str
+
+
+def load_system(spec: str, checkpoint: Which) -> Loaded:
+    """spec: a YAML file, a recipe, the folder of a run, or "module:function". Raises `ConfigError` for anything else.
+
+    checkpoint: of a run's folder. Of several processes each has the whole system on its own devices, to sample at its
+    own pace.
+    """
+    path, alone = Path(spec), jax.process_count() == 1
+    if path.is_dir():
+        run = assemble(read_run(path))
+        params, step = restored(run, checkpoint)
+        return Loaded(run.system, sj.replicate_per_process(params), f"{digest(identity_of(run.config))} step {step}")
+    if not path.exists() and ":" in spec:
+        return Loaded(*_made_by(spec), spec)
+    config = read_config(find_config(spec))
+    components = {name: replace(component, mode="frozen") for name, component in config.system.components.items()}
+    sizes = config.mesh if alone else MeshConfig(tensor=config.mesh.tensor)
+    mesh = sj.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, jax.local_devices())
+    origin, system = None, as_dict(config.system, (*CALLS, *TRAINING))
+    identity: dict[str, Any] = {"system": system, "dtype": config.dtype, "seed": config.seed}
+    if config.init_from:
+        origin = read_origin(config)
+        origin = replace(origin, params=sj.replicate_per_process(origin.params))
+        identity |= {"init_from": config.init_from, "init_step": origin.step}
+    made = build_system(replace(config, system=replace(config.system, components=components)), mesh, origin)
+    return Loaded(*made, digest(identity))
+
+
+def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:
+    """What the function "module:function" returns. Raises `ConfigError` for what is no system with its parameters."""
+    function = import_function(spec, "--system")
+    with user_code(f"--system: {spec}", ConfigError, (sj.GraphError, ConfigError)):
+        made = function()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], sj.CompoundSystem)):
+        raise ConfigError(f"--system: {spec} returned {shown({'value': made})}: return (system, parameters)")
+    system, params = made
+    try:
+        system.check_params(params)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--system: {spec}: {error}") from None
+    return system, params

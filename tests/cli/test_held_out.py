@@ -15,7 +15,7 @@ from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.report.outcome import best_evaluation, final_figures, summary
 from sysdpo_jax.report.samples import spread
-from sysdpo_jax.runs.held_out import HeldOut
+from sysdpo_jax.runs.held_out import HeldOut, RunScorer
 
 SYSTEM = sj.CompoundSystem(("x",), (sj.Node("z", sj.Categorical(50, (4,)), ("x",)),))
 PROMPTS = [{"x": x} for x in range(4)]
@@ -36,7 +36,13 @@ def low(run):
 
 
 def held_out(folder, scorer=value, skip=False, about="a", prompts=PROMPTS):
-    return HeldOut(SYSTEM, prompts, scorer, 1, skip, 8, 16, 0, folder / "evaluation", {"scorer": about}, "a")
+    maker = RunScorer(SYSTEM, scorer, 1, skip, 16, {"scorer": about})
+    return HeldOut(maker, prompts, 8, 0, folder / "evaluation", "a")
+
+
+def changed(measured, **changes):
+    """With another maker."""
+    return replace(measured, maker=replace(measured.maker, **changes))
 
 
 def params(seed):
@@ -149,8 +155,9 @@ def test_what_was_made_in_another_way_is_not_taken(tmp_path, other):
     with pytest.raises(ScoreError):
         held_out(tmp_path, Stopping(5)).measure(5, params(5))
     again = Stopping()
-    changes = {name: value for name, value in other.items() if name != "params"}
-    replace(held_out(tmp_path, again), **changes).measure(5, params(other.get("params", 5)))
+    other_maker = changed(held_out(tmp_path, again), **{name: other[name] for name in other.keys() & {"about"}})
+    changes = {name: other[name] for name in other.keys() & {"seed", "made_by"}}
+    replace(other_maker, **changes).measure(5, params(other.get("params", 5)))
     assert len(again.scored) == 32
     assert again.scored == values(tmp_path, 5).tolist()
 
@@ -165,7 +172,7 @@ def test_a_run_that_a_tool_gave_for_an_evaluation_is_not_made_again(tmp_path):
 
         nodes = (sj.Node("found", sj.Tool(ask), ("x",)), sj.Node("z", sj.Categorical(50, (4,)), ("found",)))
         system = sj.CompoundSystem(("x",), nodes)
-        one = replace(held_out(folder), system=system)
+        one = changed(held_out(folder), system=system)
         return one.measure(0, system.init(jax.random.key(0)))
 
     first, second = [], []
@@ -201,7 +208,7 @@ def test_scores_of_two_scorers_are_not_compared(tmp_path):
     measured.measure(0, params(0))
     measured.check()
     with pytest.raises(ConfigError, match=r"evaluation\.scorer was a, now b\): .* choose another directory"):
-        replace(measured, about={"scorer": "b"}).check()
+        changed(measured, about={"scorer": "b"}).check()
 
 
 def test_a_run_that_has_trained_without_evaluation_has_nothing_to_compare_with(tmp_path):

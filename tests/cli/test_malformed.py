@@ -327,7 +327,7 @@ def test_a_full_disk(place, capsys, monkeypatch):
     def full(*args, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("sysdpo_jax.runs.run.write_config", full)
+    monkeypatch.setattr("sysdpo_jax.cli.report.write_config", full)
     without_models(place)
     fails(capsys, "No space left on device", "train", place / "run.yaml")
 

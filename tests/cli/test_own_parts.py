@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import sysdpo_jax as sj
+from sysdpo_jax.cli.export import write_component
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.pretrained import CheckpointError
-from sysdpo_jax.runs.exporting import write_component
 from sysdpo_jax.training.checkpoints import Checkpoints
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError, Evaluator
 from sysdpo_jax.training.state import TrainState

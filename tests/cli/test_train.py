@@ -13,8 +13,7 @@ import yaml
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.models.lora import merge_lora
 from sysdpo_jax.runs.files import read_config
-from sysdpo_jax.runs.loading import load_system
-from sysdpo_jax.runs.run import assemble, restored
+from sysdpo_jax.runs.run import assemble, load_system, restored
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.trees import by_path

@@ -14,8 +14,7 @@ from sysdpo_jax.data.prepared import with_kept_values
 from sysdpo_jax.io import write_json_lines
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.row_files import RowFile, write_row_file
-from sysdpo_jax.runs.prompts import read_prompts
-from sysdpo_jax.runs.runs_file import as_row, lacks_images, moved, run_lines, with_images
+from sysdpo_jax.runs.runs_file import as_row, lacks_images, moved, read_prompts, run_lines, with_images
 from sysdpo_jax.values import SampledText, content, distinct, from_json, to_json
 from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
 from tests.data.prepared_systems import writer
