@@ -9,16 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray
 
-from experiments.scaling.shapes import (
-    LLAMA_3_8B,
-    LLAMA_32_1B,
-    SDXL,
-    SIZE_IDS,
-    image_features,
-    painter,
-    text_features,
-    writer,
-)
+from experiments.scaling.shapes import DECODERS, SIZE_IDS, UNETS, image_features, painter, text_features, writer
 from sysdpo_jax import (
     LORA_PARAMS,
     Component,
@@ -37,28 +28,6 @@ from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.typing import Features, Params
 
 PRECISION: dict[str, Any] = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"}
-TINY_DECODER = replace(
-    LLAMA_3_8B,
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-TINY_UNET = replace(
-    SDXL,
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-    block_out_channels=(8,),
-    layers_per_block=1,
-    transformer_layers_per_block=1,
-    attention_head_dim=2,
-    cross_attention_dim=16,
-    norm_num_groups=4,
-    addition_time_embed_dim=4,
-    projection_class_embeddings_input_dim=32,
-)
 
 
 @dataclass(frozen=True)
@@ -142,15 +111,17 @@ def unet(name: str, config: UNetConfig, pairs: int, pixels: int, rate: float) ->
     return images(name, painter(replace(config, **PRECISION), pixels), pairs, pixels, rate)
 
 
-# {preset: {case: what makes it}}
+# {preset: {case: what makes it}}: pairs, tokens or pixels, learning rate.
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "large": {
-        "llama-3.2-1b": lambda: language("llama-3.2-1b", LLAMA_32_1B, pairs=8, length=1024, rate=1e-6),
-        "llama-3-8b": lambda: language("llama-3-8b", LLAMA_3_8B, pairs=4, length=1024, rate=1e-5, lora_rank=16),
-        "sdxl": lambda: unet("sdxl", SDXL, pairs=2, pixels=1024, rate=1e-6),
+        "llama-3.2-1b": lambda: language("llama-3.2-1b", DECODERS["llama-3.2-1b"], 8, 1024, 1e-6),
+        "llama-3-8b": lambda: language(
+            "llama-3-8b", DECODERS["llama-3-8b"], pairs=4, length=1024, rate=1e-5, lora_rank=16
+        ),
+        "sdxl": lambda: unet("sdxl", UNETS["sdxl"], 2, 1024, 1e-6),
     },
     "tiny": {
-        "decoder": lambda: language("decoder", TINY_DECODER, pairs=2, length=16, rate=1e-3, lora_rank=2),
-        "unet": lambda: unet("unet", TINY_UNET, pairs=1, pixels=64, rate=1e-4),
+        "decoder": lambda: language("decoder", DECODERS["tiny"], 2, 16, 1e-3, lora_rank=2),
+        "unet": lambda: unet("unet", UNETS["tiny"], 1, 64, 1e-4),
     },
 }

@@ -1,15 +1,15 @@
 """Alignment of the system, or of one of its models, from preferences with recorded drafts or on final answers alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from jaxtyping import PRNGKeyArray
 
 from experiments.collaboration.task import ANSWER, DRAFT, REFINER, AlignConfig
-from experiments.common.fit import adam_with_warmup
+from experiments.common import models
 from sysdpo_jax import (
     FROZEN,
     CompoundSystem,
@@ -18,7 +18,6 @@ from sysdpo_jax import (
     SamplingObjective,
     SearchedBatches,
     Trainer,
-    create_state,
     epoch_batches,
     make_optimizer,
     prepare_pairs,
@@ -53,7 +52,7 @@ def optimizer_of(system: CompoundSystem, nodes: Sequence[str], config: AlignConf
     trained = {system.node(name).params_key for name in nodes}
     return make_optimizer(
         {
-            key: adam_with_warmup(rates[key], config.trainable, steps) if key in trained else FROZEN
+            key: models.adam_with_warmup(rates[key], config.trainable, steps) if key in trained else FROZEN
             for key in system.param_keys
         }
     )
@@ -78,23 +77,15 @@ def align(
     steps, size = number_of_steps(pairs, config), config.batch_size
     optimizer = optimizer_of(system, alignment.nodes, config, steps)
     sft = tuple((name, config.sft) for name in alignment.nodes)
-    seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
     objective: DirectObjective | SamplingObjective
-    batches: Callable[[int], Any] | SearchedBatches
+    batches: Callable[[int], Any]
     if alignment.recorded:
         objective = DirectObjective(config.beta, sft=sft)
-        batches = epoch_batches(prepare_pairs(system, pairs), size, seed)
+        batches = partial(epoch_batches, prepare_pairs(system, pairs), size)
     else:
         objective = SamplingObjective(config.beta, sft=sft, chunk_size=config.chunk_size)
-        batches = SearchedBatches(
-            system,
-            without_intermediates(system, pairs),
-            batch_size=size,
-            seed=seed,
-            num_intermediates=config.num_intermediates,
-            every=config.every,
-        )
-    trainer = Trainer(
-        system, objective, optimizer, directory, checkpoint_every=100, keep=1, config=asdict(config), progress=progress
-    )
-    return trainer.fit(create_state(system, params, optimizer), batches, steps, key).params
+        texts = without_intermediates(system, pairs)
+        number, every = config.num_intermediates, config.every
+        batches = lambda seed: SearchedBatches(system, texts, size, seed, number, every)  # noqa: E731
+    trainer = Trainer(system, objective, optimizer, directory, keep=1, progress=progress)
+    return models.align(trainer, params, batches, steps, key)

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import jax
 from jaxtyping import PRNGKeyArray
 
-from experiments.common.fit import adam_with_warmup
+from experiments.common import models
 from experiments.progressive import judge
 from experiments.progressive.system import IMAGE, LANGUAGE
 from experiments.progressive.world import Request
@@ -17,11 +18,9 @@ from sysdpo_jax import (
     Diffusion,
     DirectObjective,
     Node,
-    OnlineResult,
     PreferenceRecord,
     Rounds,
     Trainer,
-    create_state,
     epoch_batches,
     make_optimizer,
     online,
@@ -69,7 +68,7 @@ def optimizer_of(system: CompoundSystem, trained: Sequence[str], config: AlignCo
     """Adam with the rates of the configuration over so many steps. trained: the parameter keys that are not frozen."""
     rates = {LANGUAGE: (config.language_rate, ".*"), IMAGE: (config.image_rate, CONDITIONING)}
     return make_optimizer(
-        {key: adam_with_warmup(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
+        {key: models.adam_with_warmup(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
     )
 
 
@@ -87,28 +86,17 @@ def align_in_rounds(
     directory: Path,
     seed: int,
     progress: ProgressFactory,
-) -> OnlineResult:
+) -> Params:
     """The system after so many online rounds on the training requests; rounds that are in the directory count.
 
     They end where the score or the order consistency of validation requests falls.
     """
-    rounds = Rounds(
-        number=number,
-        samples=(config.samples, config.online_samples),
-        sample_batch=config.sample_batch,
-        group=config.group,
-        min_margin=config.min_margin,
-        steps=config.steps,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        stop_on=("score", "order"),
-        fall=config.fall,
-    )
+    same = ("sample_batch", "group", "min_margin", "steps", "epochs", "batch_size", "fall")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in same}
+    rounds = Rounds(number, samples=(config.samples, config.online_samples), stop_on=("score", "order"), **settings)
     both = (LANGUAGE, IMAGE)
     first = optimizer_of(system, both, config, config.steps)
-    trainer = Trainer(
-        system, objective_of(both, config), first, directory, checkpoint_every=100, keep=1, progress=progress
-    )
+    trainer = Trainer(system, objective_of(both, config), first, directory, keep=1, progress=progress)
     inputs = {part: [{"request": request.text} for request in requests[part]] for part in ("train", "validation")}
     return online(
         trainer,
@@ -121,32 +109,30 @@ def align_in_rounds(
         figures={"order": judge.in_order},
         optimizer=lambda steps: optimizer_of(system, both, config, steps),
         seed=seed,
-    )
+    ).params
 
 
 def align(
     system: CompoundSystem,
     params: Params,
     pairs: Sequence[PreferenceRecord],
-    trained: Sequence[str],
+    trained: str,
     config: AlignConfig,
     directory: Path,
     key: PRNGKeyArray,
     progress: ProgressFactory,
-    rows_per_pair: int = 1,
+    rows_per_pair: int,
 ) -> Params:
     """Parameters of the system after SysDPO-Direct on the pairs, with `params` as reference.
 
-    trained: the parameter keys that are trained, the others are frozen. rows_per_pair: how many pairs take the place of
-    one in a batch, where a pair is not a whole run.
+    trained: the parameter key that is trained, others are frozen. rows_per_pair: how many pairs take the place of one
+    in a batch, where a pair is not a whole run.
     """
     batch_size = config.batch_size * rows_per_pair
     steps = min(config.steps, config.epochs * (len(pairs) // batch_size))
-    optimizer, objective = optimizer_of(system, trained, config, steps), objective_of(trained, config)
-    seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
-    trainer = Trainer(system, objective, optimizer, directory, checkpoint_every=100, keep=1, progress=progress)
-    batches = epoch_batches(prepare_pairs(system, pairs), batch_size, seed)
-    return trainer.fit(create_state(system, params, optimizer), batches, steps, key).params
+    optimizer = optimizer_of(system, (trained,), config, steps)
+    trainer = Trainer(system, objective_of((trained,), config), optimizer, directory, keep=1, progress=progress)
+    return models.align(trainer, params, partial(epoch_batches, prepare_pairs(system, pairs), batch_size), steps, key)
 
 
 def language_part(system: CompoundSystem) -> CompoundSystem:

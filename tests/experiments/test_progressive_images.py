@@ -9,7 +9,7 @@ import pytest
 
 from experiments import progressive_images
 from experiments.progressive import judge, pretrain
-from experiments.progressive.results import summarise
+from experiments.progressive.report import RESULTS
 from experiments.progressive.run import METHODS
 from experiments.progressive.world import ADVERBS, ATTRIBUTES, OBJECTS, Caption, Request, World, join_captions, render
 from sysdpo_jax.io import read_arrays
@@ -145,7 +145,7 @@ def test_differences_are_paired_and_clustered_by_seed_and_request():
         }  # fmt: skip
 
     figures = {seed: {method: columns(rng.normal(size=10)) for method in METHODS} for seed in (0, 1)}
-    made = summarise(figures)["differences"]["sysdpo - before"]["preference_score"]
+    made = RESULTS.summarise(figures)["differences"]["sysdpo - before"]["preference_score"]
     gaps = [figures[s]["sysdpo"]["score"] - figures[s]["before"]["score"] for s in (0, 1)]
     clusters = np.array(gaps).reshape(4, 5).mean(1)
     np.testing.assert_allclose(made["value"], clusters.mean())
