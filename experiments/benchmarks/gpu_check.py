@@ -28,8 +28,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.gpu_cases import Case
-from experiments.benchmarks.gpu_families import ATTENTION, STEPS, AttentionShape
+from experiments.benchmarks.gpu_cases import ATTENTION, STEPS, AttentionShape, Case
 from experiments.common.command import made_by, parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
 from sysdpo_jax.io import write_json

@@ -32,11 +32,11 @@ import optax
 
 import sysdpo_jax as sj
 from experiments.common.command import made_by, parse
+from experiments.common.models import word_tokenizer
 from sysdpo_jax.data import PreferenceBatches, read_ahead
 from sysdpo_jax.models import Decoder, DecoderConfig
 
 MODULE = "experiments.benchmarks.lengths"
-UNKNOWN, END, PAD = "<unknown>", "<end>", "<pad>"
 MEDIANS, SIGMA, SHORTEST, LONGEST = {"prompt": 40, "chosen": 30, "rejected": 30}, 0.8, 4, 128
 LEARNING_RATE, CLIP = 1e-6, 1.0
 
@@ -68,13 +68,7 @@ class Config:
 
 def tokenizer(vocabulary: int) -> Any:
     """Of words w3, w4, ..., a token each."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {UNKNOWN: 0, END: 1, PAD: 2} | {f"w{number}": number for number in range(3, vocabulary)}
-    made = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=PAD)
+    return word_tokenizer([f"w{number}" for number in range(3, vocabulary)])
 
 
 def rows(config: Config) -> list[dict[str, str]]:

@@ -8,21 +8,9 @@ from typing import Any
 
 from jaxtyping import PRNGKeyArray
 
+import sysdpo_jax as sj
 from experiments.collaboration.task import ANSWER, DRAFT, REFINER, AlignConfig
 from experiments.common import models
-from sysdpo_jax import (
-    FROZEN,
-    CompoundSystem,
-    DirectObjective,
-    PreferenceRecord,
-    SamplingObjective,
-    SearchedBatches,
-    Trainer,
-    epoch_batches,
-    make_optimizer,
-    prepare_pairs,
-    without_intermediates,
-)
 from sysdpo_jax.training import ProgressFactory, SystemOptimizer
 from sysdpo_jax.typing import Params
 
@@ -46,27 +34,27 @@ ALIGNMENTS = {
 }
 
 
-def optimizer_of(system: CompoundSystem, nodes: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
+def optimizer_of(system: sj.CompoundSystem, nodes: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
     """Adam with warm-up and a cosine for the parameters of the nodes; the other parameters are frozen."""
     rates = {key: config.refiner_rate if key == REFINER else config.drafter_rate for key in system.param_keys}
     trained = {system.node(name).params_key for name in nodes}
-    return make_optimizer(
+    return sj.make_optimizer(
         {
-            key: models.adam_with_warmup(rates[key], config.trainable, steps) if key in trained else FROZEN
+            key: models.adam_with_warmup(rates[key], config.trainable, steps) if key in trained else sj.FROZEN
             for key in system.param_keys
         }
     )
 
 
-def number_of_steps(pairs: Sequence[PreferenceRecord], config: AlignConfig) -> int:
+def number_of_steps(pairs: Sequence[sj.PreferenceRecord], config: AlignConfig) -> int:
     """At most `epochs` passes over the pairs."""
     return min(config.steps, config.epochs * (len(pairs) // config.batch_size))
 
 
 def align(
-    system: CompoundSystem,
+    system: sj.CompoundSystem,
     params: Params,
-    pairs: Sequence[PreferenceRecord],
+    pairs: Sequence[sj.PreferenceRecord],
     alignment: Alignment,
     config: AlignConfig,
     directory: Path,
@@ -77,15 +65,15 @@ def align(
     steps, size = number_of_steps(pairs, config), config.batch_size
     optimizer = optimizer_of(system, alignment.nodes, config, steps)
     sft = tuple((name, config.sft) for name in alignment.nodes)
-    objective: DirectObjective | SamplingObjective
+    objective: sj.DirectObjective | sj.SamplingObjective
     batches: Callable[[int], Any]
     if alignment.recorded:
-        objective = DirectObjective(config.beta, sft=sft)
-        batches = partial(epoch_batches, prepare_pairs(system, pairs), size)
+        objective = sj.DirectObjective(config.beta, sft=sft)
+        batches = partial(sj.epoch_batches, sj.prepare_pairs(system, pairs), size)
     else:
-        objective = SamplingObjective(config.beta, sft=sft, chunk_size=config.chunk_size)
-        texts = without_intermediates(system, pairs)
+        objective = sj.SamplingObjective(config.beta, sft=sft, chunk_size=config.chunk_size)
+        texts = sj.without_intermediates(system, pairs)
         number, every = config.num_intermediates, config.every
-        batches = lambda seed: SearchedBatches(system, texts, size, seed, number, every)  # noqa: E731
-    trainer = Trainer(system, objective, optimizer, directory, keep=1, progress=progress)
+        batches = lambda seed: sj.SearchedBatches(system, texts, size, seed, number, every)  # noqa: E731
+    trainer = sj.Trainer(system, objective, optimizer, directory, keep=1, progress=progress)
     return models.align(trainer, params, batches, steps, key)

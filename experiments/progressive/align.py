@@ -8,24 +8,11 @@ from typing import Any
 
 from jaxtyping import PRNGKeyArray
 
+import sysdpo_jax as sj
 from experiments.common import models
 from experiments.progressive import judge
 from experiments.progressive.system import IMAGE, LANGUAGE
 from experiments.progressive.world import Request
-from sysdpo_jax import (
-    FROZEN,
-    CompoundSystem,
-    Diffusion,
-    DirectObjective,
-    Node,
-    PreferenceRecord,
-    Rounds,
-    Trainer,
-    epoch_batches,
-    make_optimizer,
-    online,
-    prepare_pairs,
-)
 from sysdpo_jax.training import ProgressFactory, SystemOptimizer
 from sysdpo_jax.typing import Params
 
@@ -64,21 +51,21 @@ class AlignConfig:
     min_margin: float = 0.4
 
 
-def optimizer_of(system: CompoundSystem, trained: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
+def optimizer_of(system: sj.CompoundSystem, trained: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
     """Adam with the rates of the configuration over so many steps. trained: the parameter keys that are not frozen."""
     rates = {LANGUAGE: (config.language_rate, ".*"), IMAGE: (config.image_rate, CONDITIONING)}
-    return make_optimizer(
-        {key: models.adam_with_warmup(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
+    return sj.make_optimizer(
+        {key: models.adam_with_warmup(*rates[key], steps) if key in trained else sj.FROZEN for key in system.param_keys}
     )
 
 
-def objective_of(trained: Sequence[str], config: AlignConfig) -> DirectObjective:
+def objective_of(trained: Sequence[str], config: AlignConfig) -> sj.DirectObjective:
     """SysDPO-Direct, with the likelihood of the winner's answer where the language model is trained."""
-    return DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
+    return sj.DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
 
 
 def align_in_rounds(
-    system: CompoundSystem,
+    system: sj.CompoundSystem,
     params: Params,
     requests: Mapping[str, Sequence[Request]],
     config: AlignConfig,
@@ -93,12 +80,12 @@ def align_in_rounds(
     """
     same = ("sample_batch", "group", "min_margin", "steps", "epochs", "batch_size", "fall")
     settings: dict[str, Any] = {name: getattr(config, name) for name in same}
-    rounds = Rounds(number, samples=(config.samples, config.online_samples), stop_on=("score", "order"), **settings)
+    rounds = sj.Rounds(number, samples=(config.samples, config.online_samples), stop_on=("score", "order"), **settings)
     both = (LANGUAGE, IMAGE)
     first = optimizer_of(system, both, config, config.steps)
-    trainer = Trainer(system, objective_of(both, config), first, directory, keep=1, progress=progress)
+    trainer = sj.Trainer(system, objective_of(both, config), first, directory, keep=1, progress=progress)
     inputs = {part: [{"request": request.text} for request in requests[part]] for part in ("train", "validation")}
-    return online(
+    return sj.online(
         trainer,
         params,
         inputs["train"],
@@ -113,9 +100,9 @@ def align_in_rounds(
 
 
 def align(
-    system: CompoundSystem,
+    system: sj.CompoundSystem,
     params: Params,
-    pairs: Sequence[PreferenceRecord],
+    pairs: Sequence[sj.PreferenceRecord],
     trained: str,
     config: AlignConfig,
     directory: Path,
@@ -131,19 +118,21 @@ def align(
     batch_size = config.batch_size * rows_per_pair
     steps = min(config.steps, config.epochs * (len(pairs) // batch_size))
     optimizer = optimizer_of(system, (trained,), config, steps)
-    trainer = Trainer(system, objective_of((trained,), config), optimizer, directory, keep=1, progress=progress)
-    return models.align(trainer, params, partial(epoch_batches, prepare_pairs(system, pairs), batch_size), steps, key)
+    trainer = sj.Trainer(system, objective_of((trained,), config), optimizer, directory, keep=1, progress=progress)
+    return models.align(
+        trainer, params, partial(sj.epoch_batches, sj.prepare_pairs(system, pairs), batch_size), steps, key
+    )
 
 
-def language_part(system: CompoundSystem) -> CompoundSystem:
+def language_part(system: sj.CompoundSystem) -> sj.CompoundSystem:
     """The language model alone."""
-    return CompoundSystem(("request",), (system.node("answer"),))
+    return sj.CompoundSystem(("request",), (system.node("answer"),))
 
 
-def image_part(system: CompoundSystem) -> CompoundSystem:
+def image_part(system: sj.CompoundSystem) -> sj.CompoundSystem:
     """The image model alone: one picture for one caption, with the log-ratio's weight of the whole system."""
     node = system.node("images")
-    assert isinstance(node.component, Diffusion)
+    assert isinstance(node.component, sj.Diffusion)
 
     single = replace(node.component, strata=1)
-    return CompoundSystem(("caption",), (Node("image", single, ("caption",), params=IMAGE, weight=node.weight),))
+    return sj.CompoundSystem(("caption",), (sj.Node("image", single, ("caption",), params=IMAGE, weight=node.weight),))

@@ -9,10 +9,10 @@ import numpy as np
 
 from experiments.common import runs
 from experiments.common.models import FitConfig, fit
-from experiments.progressive import judge, pretrain
+from experiments.progressive import judge, world
 from experiments.progressive.align import AlignConfig, align, align_in_rounds, image_part, language_part
 from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, diffusion, language_model
-from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Request, World, well_formed
+from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Faults, Request, World, well_formed
 from sysdpo_jax import CompoundSystem, PreferenceRecord, load_preferences, make_pairs, rollout
 from sysdpo_jax.evaluation import order_consistency, preference_score
 from sysdpo_jax.training import Board, Report
@@ -39,7 +39,7 @@ class RunConfig(runs.HeldOutConfig):
 
     world: World = World()
     models: ModelConfig = ModelConfig()
-    faults: pretrain.Faults = pretrain.Faults()
+    faults: Faults = Faults()
     language: FitConfig = FitConfig(steps=800, learning_rate=3e-3)
     image: FitConfig = FitConfig(steps=1500, learning_rate=4e-3, ema_decay=0.995)
     align: AlignConfig = AlignConfig()
@@ -85,12 +85,12 @@ class SeedRun(runs.SeedRun):
         writer, painter = language_model(config.models), diffusion(config.models)
 
         def language(report: Report) -> Params:
-            made, asked = pretrain.answers(train, config.faults, config.language.examples, self.seed)
+            made, asked = world.answers(train, config.faults, config.language.examples, self.seed)
             features = writer.prepare(made, {"request": asked})
             return fit(writer, features, config.language, self.key("language"), report)
 
         def images(report: Report) -> Params:
-            made, captions = pretrain.pictures(config.world, config.faults, config.image.examples, self.seed)
+            made, captions = world.pictures(config.world, config.faults, config.image.examples, self.seed)
             features = painter.prepare(list(made), {"caption": captions})
             return fit(painter, features, config.image, self.key("image"), report)
 

@@ -9,29 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import sysdpo_jax as sj
 from experiments.scaling.shapes import DECODERS, UNETS, image_features, painter, text_features, writer
-from sysdpo_jax import (
-    LORA_PARAMS,
-    ComponentOptimizer,
-    CompoundSystem,
-    DirectObjective,
-    LanguageModel,
-    LoRA,
-    Node,
-    PairBatch,
-    SampledBatch,
-    SamplingObjective,
-    Tool,
-    add_lora,
-    make_optimizer,
-)
 from sysdpo_jax.models import DecoderConfig, UNetConfig
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.typing import Params
 
 Dtype = Literal["bfloat16", "float32"]
-LORA = LoRA(rank=16, alpha=32.0, targets="attention")
+LORA = sj.LoRA(rank=16, alpha=32.0, targets="attention")
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ class Config:
         computing = {name: getattr(self, name) for name in ("param_dtype", "attention", "remat")}
         return replace(shape, dtype="bfloat16", **computing)
 
-    def writer(self, shape: DecoderConfig) -> LanguageModel:
+    def writer(self, shape: DecoderConfig) -> sj.LanguageModel:
         """A language model of this shape."""
         return writer(self.model(shape), self.sequence // 2, self.sequence - self.sequence // 2)
 
@@ -78,7 +64,7 @@ class Config:
 class Example:
     """A system with what its step takes. batch: pairs in a step -> the shapes of a batch."""
 
-    system: CompoundSystem
+    system: sj.CompoundSystem
     objective: Objective
     batch: Callable[[int], Any]
 
@@ -96,39 +82,39 @@ def with_draft(question: str, draft: str) -> str:
 def written_and_painted(decoder: DecoderConfig, unet: UNetConfig, config: Config, pixels: int) -> Example:
     """A language model whose answer is the caption of an image, with SysDPO-Direct; text encoders run beforehand."""
     language, image = config.writer(decoder), painter(config.model(unet), pixels)
-    system = CompoundSystem(
+    system = sj.CompoundSystem(
         ("request",),
         (
-            Node("answer", language, ("request",), params="writer"),
-            Node("caption", Tool(captions_of), ("answer",), plate=1),
-            Node("image", image, ("caption",), params="painter", plate=1),
+            sj.Node("answer", language, ("request",), params="writer"),
+            sj.Node("caption", sj.Tool(captions_of), ("answer",), plate=1),
+            sj.Node("image", image, ("caption",), params="painter", plate=1),
         ),
     )
 
-    def batch(pairs: int) -> PairBatch:
+    def batch(pairs: int) -> sj.PairBatch:
         side = {
             "answer": text_features(language, pairs),
             "caption": jax.ShapeDtypeStruct((pairs, 1, 0), jnp.float32),
             "image": image_features(image, pairs, 1),
         }
-        return PairBatch(side, side)
+        return sj.PairBatch(side, side)
 
-    return Example(system, DirectObjective(), batch)
+    return Example(system, sj.DirectObjective(), batch)
 
 
 def drafted_and_answered(decoder: DecoderConfig, config: Config, _: int) -> Example:
     """One language model drafts and another one answers, with SysDPO-Sampling, one intermediate at a time."""
     language, number = config.writer(decoder), config.intermediates
-    answering = Node("answer", replace(language, prompt=with_draft), ("question", "draft"))
-    system = CompoundSystem(("question",), (Node("draft", language, ("question",)), answering))
+    answering = sj.Node("answer", replace(language, prompt=with_draft), ("question", "draft"))
+    system = sj.CompoundSystem(("question",), (sj.Node("draft", language, ("question",)), answering))
 
-    def batch(pairs: int) -> SampledBatch:
+    def batch(pairs: int) -> sj.SampledBatch:
         texts = text_features(language, pairs, number)
         valid: Any = jax.ShapeDtypeStruct((pairs, number), jnp.bool_)
         staleness: Any = jax.ShapeDtypeStruct((pairs,), jnp.int32)
-        return SampledBatch({"draft": texts}, PairBatch({"answer": texts}, {"answer": texts}), valid, staleness)
+        return sj.SampledBatch({"draft": texts}, sj.PairBatch({"answer": texts}, {"answer": texts}), valid, staleness)
 
-    return Example(system, SamplingObjective(chunk_size=1), batch)
+    return Example(system, sj.SamplingObjective(chunk_size=1), batch)
 
 
 # {name: (pixels of its images, what makes it of a configuration and of pixels)}
@@ -146,10 +132,9 @@ def fine_tuning(config: Config, params: Params) -> tuple[Params, SystemOptimizer
     factors are kept in float32 beside them.
     """
     if config.mode == "full":
-        component = ComponentOptimizer(optax.adamw(1e-6), master_weights=True, state_dtype=config.state_dtype)
-        return params, make_optimizer(dict.fromkeys(params, component))
-    factors = {
-        key: jax.eval_shape(partial(add_lora, lora=LORA), tree, key=jax.random.key(0)) for key, tree in params.items()
-    }
-    component = ComponentOptimizer(optax.adamw(1e-5), trainable=LORA_PARAMS, state_dtype=config.state_dtype)
-    return factors, make_optimizer(dict.fromkeys(params, component))
+        component = sj.ComponentOptimizer(optax.adamw(1e-6), master_weights=True, state_dtype=config.state_dtype)
+        return params, sj.make_optimizer(dict.fromkeys(params, component))
+    add_lora = partial(sj.add_lora, lora=LORA, key=jax.random.key(0))
+    factors = {key: jax.eval_shape(add_lora, tree) for key, tree in params.items()}
+    component = sj.ComponentOptimizer(optax.adamw(1e-5), trainable=sj.LORA_PARAMS, state_dtype=config.state_dtype)
+    return factors, sj.make_optimizer(dict.fromkeys(params, component))
