@@ -88,10 +88,10 @@ def images(name: str, component: sj.Diffusion | sj.FlowMatching, pairs: int, pix
         like = shapes.image_features(component, pairs)
         random = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), like)
         random["text"]["truncated"] = np.zeros(pairs, np.float32)
-        # SDXL's frames are pixels.
-        return random | {
-            name: np.full((pairs, shapes.SIZE_IDS), pixels, np.float32) for name in ("frames",) if name in like
-        }
+        if "frames" in like:
+            # SDXL's are pixels.
+            random["frames"] = np.full((pairs, shapes.SIZE_IDS), pixels, np.float32)
+        return random
 
     return Case(name, component, f"{pairs} pairs x {pixels} pixels", optax.adafactor(rate), side)
 

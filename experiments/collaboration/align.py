@@ -1,18 +1,12 @@
-"""Alignment of the system, or of one of its models, from preferences with recorded drafts or on final answers alone."""
+"""Alignments of the system, or of one of its models: what is trained, how, and whether pairs hold the drafts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
 from experiments.collaboration.task import ANSWER, DRAFT, REFINER, AlignConfig
 from experiments.common import models
-from sysdpo_jax.training import ProgressFactory, SystemOptimizer
-from sysdpo_jax.typing import Params
+from sysdpo_jax.training import SystemOptimizer
 
 
 @dataclass(frozen=True)
@@ -49,31 +43,3 @@ def optimizer_of(system: sj.CompoundSystem, nodes: Sequence[str], config: AlignC
 def number_of_steps(pairs: Sequence[sj.PreferenceRecord], config: AlignConfig) -> int:
     """At most `epochs` passes over the pairs."""
     return min(config.steps, config.epochs * (len(pairs) // config.batch_size))
-
-
-def align(
-    system: sj.CompoundSystem,
-    params: Params,
-    pairs: Sequence[sj.PreferenceRecord],
-    alignment: Alignment,
-    config: AlignConfig,
-    directory: Path,
-    key: PRNGKeyArray,
-    progress: ProgressFactory,
-) -> Params:
-    """Parameters of the system after the alignment, with `params` as reference."""
-    steps, size = number_of_steps(pairs, config), config.batch_size
-    optimizer = optimizer_of(system, alignment.nodes, config, steps)
-    sft = tuple((name, config.sft) for name in alignment.nodes)
-    objective: sj.DirectObjective | sj.SamplingObjective
-    batches: Callable[[int], Any]
-    if alignment.recorded:
-        objective = sj.DirectObjective(config.beta, sft=sft)
-        batches = partial(sj.epoch_batches, sj.prepare_pairs(system, pairs), size)
-    else:
-        objective = sj.SamplingObjective(config.beta, sft=sft, chunk_size=config.chunk_size)
-        texts = sj.without_intermediates(system, pairs)
-        number, every = config.num_intermediates, config.every
-        batches = lambda seed: sj.SearchedBatches(system, texts, size, seed, number, every)  # noqa: E731
-    trainer = sj.Trainer(system, objective, optimizer, directory, keep=1, progress=progress)
-    return models.align(trainer, params, batches, steps, key)

@@ -1,6 +1,6 @@
 """All phases of one seed. A phase whose output exists is not repeated: a run that was stopped goes on where it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.collaboration.align import ALIGNMENTS, align, number_of_steps, optimizer_of
+import sysdpo_jax as sj
+from experiments.collaboration.align import ALIGNMENTS, number_of_steps, optimizer_of
 from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
 from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER
-from experiments.common import runs
+from experiments.common import models, runs
 from experiments.common.phases import load_pairs, load_params, overlay, save_pairs, save_params
-from sysdpo_jax import PreferenceRecord, make_pairs
 from sysdpo_jax.row_files import ROWS
 from sysdpo_jax.training import Board, Report, partition
 from sysdpo_jax.typing import Params, Record
@@ -71,15 +71,15 @@ class SeedRun(runs.SeedRun):
         figures["best_of_n"] = self.best_of_n("prompted", before)
         return {name: figures[name] for name in (SHARED_METHODS if self.config.shared else METHODS)}
 
-    def _pairs(self, params: Params) -> list[PreferenceRecord]:
+    def _pairs(self, params: Params) -> list[sj.PreferenceRecord]:
         """Preferences on the answers of whole runs to the training questions, with the drafts that led to them."""
         task = self.task
         questions, samples = task.questions("train", self.seed), task.align.samples
 
-        def make(report: Report) -> list[PreferenceRecord]:
+        def make(report: Report) -> list[sj.PreferenceRecord]:
             records = self.rollout(params, questions, samples, jax.random.fold_in(self.key("pairs"), 0), report)
             scores = np.array([task.score(record) for record in records])
-            pairs = make_pairs(self.system, records, scores, task.align.group, task.align.min_margin)
+            pairs = sj.make_pairs(self.system, records, scores, task.align.group, task.align.min_margin)
             if number_of_steps(pairs, task.align) == 0:
                 raise ValueError(
                     f"{len(pairs)} pairs do not fill a batch of {task.align.batch_size}: raise task.align.samples"
@@ -89,17 +89,35 @@ class SeedRun(runs.SeedRun):
         path = self.folder / f"pairs{ROWS}"
         return self.phases.run("pairs", path, len(questions) * samples, make, load_pairs, save_pairs)
 
-    def _align(self, before: Params, pairs: Sequence[PreferenceRecord], name: str) -> Params:
-        """Only leaves that are trained are stored: the others may be large, and `initial` gives them again."""
-        alignment, config = ALIGNMENTS[name], self.task.align
-        folder, key, progress = self.folder / name, self.key("align"), self.phases.progress(name)
-        optimizer = optimizer_of(self.system, alignment.nodes, config, number_of_steps(pairs, config))
-        mask = optimizer.mask(self.system, before)
+    def _align(self, before: Params, pairs: Sequence[sj.PreferenceRecord], name: str) -> Params:
+        """Parameters after an alignment, with `before` as reference.
+
+        Only leaves that are trained are stored: the others may be large, and `initial` gives them again.
+        """
+        alignment, config, system = ALIGNMENTS[name], self.task.align, self.system
+        steps, size = number_of_steps(pairs, config), config.batch_size
+        optimizer = optimizer_of(system, alignment.nodes, config, steps)
+        mask, sft = optimizer.mask(system, before), tuple((node, config.sft) for node in alignment.nodes)
+
+        def make(report: Report) -> Params:
+            objective: sj.DirectObjective | sj.SamplingObjective
+            batches: Callable[[int], Any]
+            if alignment.recorded:
+                objective = sj.DirectObjective(config.beta, sft=sft)
+                batches = partial(sj.epoch_batches, sj.prepare_pairs(system, pairs), size)
+            else:
+                objective = sj.SamplingObjective(config.beta, sft=sft, chunk_size=config.chunk_size)
+                number, every, texts = config.num_intermediates, config.every, sj.without_intermediates(system, pairs)
+                batches = partial(sj.SearchedBatches, system, texts, size, num_intermediates=number, every=every)
+            progress = self.phases.progress(name)
+            trainer = sj.Trainer(system, objective, optimizer, self.folder / name, keep=1, progress=progress)
+            return models.align(trainer, before, batches, steps, self.key("align"))
+
         return self.phases.run(
             name,
             self.folder / f"{name}.safetensors",
             None,
-            lambda report: align(self.system, before, pairs, alignment, config, folder, key, progress),
+            make,
             lambda path: overlay(before, load_params(path)),
             lambda path, params: save_params(path, partition(params, mask)[0]),
         )

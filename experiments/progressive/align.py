@@ -1,20 +1,12 @@
-"""Alignment of the reference system, or of one component of it alone, with the library's Trainer."""
+"""Settings of the alignment of the reference system, and its components as systems of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
 from experiments.common import models
-from experiments.progressive import judge
 from experiments.progressive.system import IMAGE, LANGUAGE
-from experiments.progressive.world import Request
-from sysdpo_jax.training import ProgressFactory, SystemOptimizer
-from sysdpo_jax.typing import Params
+from sysdpo_jax.training import SystemOptimizer
 
 # Parameters through which the caption acts on the picture.
 CONDITIONING = "attn2|text_encoder"
@@ -62,66 +54,6 @@ def optimizer_of(system: sj.CompoundSystem, trained: Sequence[str], config: Alig
 def objective_of(trained: Sequence[str], config: AlignConfig) -> sj.DirectObjective:
     """SysDPO-Direct, with the likelihood of the winner's answer where the language model is trained."""
     return sj.DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
-
-
-def align_in_rounds(
-    system: sj.CompoundSystem,
-    params: Params,
-    requests: Mapping[str, Sequence[Request]],
-    config: AlignConfig,
-    number: int,
-    directory: Path,
-    seed: int,
-    progress: ProgressFactory,
-) -> Params:
-    """The system after so many online rounds on the training requests; rounds that are in the directory count.
-
-    They end where the score or the order consistency of validation requests falls.
-    """
-    same = ("sample_batch", "group", "min_margin", "steps", "epochs", "batch_size", "fall")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in same}
-    rounds = sj.Rounds(number, samples=(config.samples, config.online_samples), stop_on=("score", "order"), **settings)
-    both = (LANGUAGE, IMAGE)
-    first = optimizer_of(system, both, config, config.steps)
-    trainer = sj.Trainer(system, objective_of(both, config), first, directory, keep=1, progress=progress)
-    inputs = {part: [{"request": request.text} for request in requests[part]] for part in ("train", "validation")}
-    return sj.online(
-        trainer,
-        params,
-        inputs["train"],
-        judge.score,
-        rounds,
-        held_out=inputs["validation"],
-        held_out_samples=config.held_out_samples,
-        figures={"order": judge.in_order},
-        optimizer=lambda steps: optimizer_of(system, both, config, steps),
-        seed=seed,
-    ).params
-
-
-def align(
-    system: sj.CompoundSystem,
-    params: Params,
-    pairs: Sequence[sj.PreferenceRecord],
-    trained: str,
-    config: AlignConfig,
-    directory: Path,
-    key: PRNGKeyArray,
-    progress: ProgressFactory,
-    rows_per_pair: int,
-) -> Params:
-    """Parameters of the system after SysDPO-Direct on the pairs, with `params` as reference.
-
-    trained: the parameter key that is trained, others are frozen. rows_per_pair: how many pairs take the place of one
-    in a batch, where a pair is not a whole run.
-    """
-    batch_size = config.batch_size * rows_per_pair
-    steps = min(config.steps, config.epochs * (len(pairs) // batch_size))
-    optimizer = optimizer_of(system, (trained,), config, steps)
-    trainer = sj.Trainer(system, objective_of((trained,), config), optimizer, directory, keep=1, progress=progress)
-    return models.align(
-        trainer, params, partial(sj.epoch_batches, sj.prepare_pairs(system, pairs), batch_size), steps, key
-    )
 
 
 def language_part(system: sj.CompoundSystem) -> sj.CompoundSystem:

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.common import runs
+import sysdpo_jax as sj
+from experiments.common import models, runs
 from experiments.common.models import FitConfig, fit
 from experiments.progressive import judge, world
-from experiments.progressive.align import AlignConfig, align, align_in_rounds, image_part, language_part
+from experiments.progressive.align import AlignConfig, image_part, language_part, objective_of, optimizer_of
 from experiments.progressive.system import IMAGE, LANGUAGE, ModelConfig, build, diffusion, language_model
 from experiments.progressive.world import ADVERBS, ARTICLES, CAPTIONS, Caption, Faults, Request, World, well_formed
-from sysdpo_jax import CompoundSystem, PreferenceRecord, load_preferences, make_pairs, rollout
 from sysdpo_jax.evaluation import order_consistency, preference_score
 from sysdpo_jax.training import Board, Report
 from sysdpo_jax.typing import Params, Record
@@ -30,7 +32,7 @@ METHODS = (
     "sysdpo",
     "sysdpo_online",
 )
-Pairs = Sequence[PreferenceRecord]
+Pairs = Sequence[sj.PreferenceRecord]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class SeedRun(runs.SeedRun):
         before = self.pretrained()
         sysdpo = self.in_rounds("sysdpo", before, 1)
         # Those of the first round: all methods that need pairs on whole runs have the same ones.
-        pairs = load_preferences(self.folder / ROUNDS / "round-1" / "preferences.jsonl", self.system)
+        pairs = sj.load_preferences(self.folder / ROUNDS / "round-1" / "preferences.jsonl", self.system)
         language = self._align("lm_only", self.system, before, lambda: pairs, LANGUAGE)
         image = self._align("diffusion_only", self.system, before, lambda: pairs, IMAGE)
         policies = {
@@ -102,17 +104,36 @@ class SeedRun(runs.SeedRun):
     def in_rounds(self, name: str, before: Params, number: int) -> Params:
         """The system after so many online rounds, of which the best on validation requests counts.
 
-        A later call with more rounds goes on where one with fewer ended.
+        They end where the score or the order consistency of validation requests falls. A later call with more rounds
+        goes on where one with fewer ended.
         """
-        config, folder, progress = self.config.align, self.folder / ROUNDS, self.phases.progress(name)
+        config, both = self.config.align, (LANGUAGE, IMAGE)
+        same = ("sample_batch", "group", "min_margin", "steps", "epochs", "batch_size", "fall")
+        rounds: dict[str, Any] = {name: getattr(config, name) for name in same}
+        rounds |= {"samples": (config.samples, config.online_samples), "stop_on": ("score", "order")}
 
         def make(report: Report) -> Params:
-            return align_in_rounds(self.system, before, self.requests, config, number, folder, self.seed, progress)
+            return sj.online(
+                self._trainer(name, self.system, both, config.steps, self.folder / ROUNDS),
+                before,
+                self.inputs("train"),
+                judge.score,
+                sj.Rounds(number, **rounds),
+                held_out=self.inputs("validation"),
+                held_out_samples=config.held_out_samples,
+                figures={"order": judge.in_order},
+                optimizer=lambda steps: optimizer_of(self.system, both, config, steps),
+                seed=self.seed,
+            ).params
 
         return self.phases.params(name, None, make)
 
+    def inputs(self, part: str) -> list[dict[str, str]]:
+        """Of the requests of a split."""
+        return [{"request": request.text} for request in self.requests[part]]
+
     def held_out(self) -> Sequence[Record]:
-        return [{"request": request.text} for request in self.requests[self.config.evaluate_on]]
+        return self.inputs(self.config.evaluate_on)
 
     def figures(self, params: Params, records: Sequence[Record]) -> dict[str, np.ndarray]:
         asked = [Request.parse(record["request"]) for record in records]
@@ -132,21 +153,36 @@ class SeedRun(runs.SeedRun):
             "images": np.asarray([record["images"] for record in records], np.float16),
         }
 
+    def _trainer(
+        self, name: str, system: sj.CompoundSystem, trained: Sequence[str], steps: int, folder: Path
+    ) -> sj.Trainer:
+        config, progress = self.config.align, self.phases.progress(name)
+        optimizer, objective = optimizer_of(system, trained, config, steps), objective_of(trained, config)
+        return sj.Trainer(system, objective, optimizer, folder, keep=1, progress=progress)
+
     def _align(
         self,
         name: str,
-        system: CompoundSystem,
+        system: sj.CompoundSystem,
         params: Params,
         pairs: Callable[[], Pairs],
         trained: str,
         key: str = "align",
         rows_per_pair: int = 1,
     ) -> Params:
-        folder, progress = self.folder / name, self.phases.progress(name)
+        """Parameters after SysDPO-Direct on the pairs, with `params` as reference.
+
+        trained: the parameter key that is trained, others are frozen. rows_per_pair: how many pairs take the place of
+        one in a batch, where a pair is not a whole run.
+        """
 
         def make(report: Report) -> Params:
-            config, own_key = self.config.align, self.key(key)
-            return align(system, params, pairs(), trained, config, folder, own_key, progress, rows_per_pair)
+            config, made = self.config.align, pairs()
+            batch_size = config.batch_size * rows_per_pair
+            steps = min(config.steps, config.epochs * (len(made) // batch_size))
+            batches = partial(sj.epoch_batches, sj.prepare_pairs(system, made), batch_size)
+            trainer = self._trainer(name, system, (trained,), steps, self.folder / name)
+            return models.align(trainer, params, batches, steps, self.key(key))
 
         return self.phases.params(name, None, make)
 
@@ -154,12 +190,12 @@ class SeedRun(runs.SeedRun):
         """Captions are preferred by their adverbs."""
         config, key = self.config.align, "local language"
         system, params = language_part(self.system), {LANGUAGE: before[LANGUAGE]}
-        inputs = [{"request": request.text} for request in self.requests["train"]]
 
         def pairs() -> Pairs:
-            records = rollout(system, params, inputs, self.key(key), config.samples, self.config.batch_runs)
+            inputs, batch = self.inputs("train"), self.config.batch_runs
+            records = sj.rollout(system, params, inputs, self.key(key), config.samples, batch)
             scores = [judge.answer_score(Request.parse(record["request"]), record["answer"]) for record in records]
-            return make_pairs(system, records, np.array(scores), config.group, config.min_margin)
+            return sj.make_pairs(system, records, np.array(scores), config.group, config.min_margin)
 
         return self._align("separate_local_lm", system, params, pairs, LANGUAGE, key)
 
@@ -173,9 +209,9 @@ class SeedRun(runs.SeedRun):
 
         def pairs() -> Pairs:
             inputs, batch = [{"caption": caption.text} for caption in captions], CAPTIONS * config.batch_runs
-            records = rollout(system, params, inputs, self.key(key), config.local_samples, batch)
+            records = sj.rollout(system, params, inputs, self.key(key), config.local_samples, batch)
             measured = judge.measure(np.asarray([record["image"] for record in records]))
             scores = np.array([-abs(measured[c.attribute][row] - c.value) for row, c in enumerate(asked)])
-            return make_pairs(system, records, scores, config.align.group // 2)
+            return sj.make_pairs(system, records, scores, config.align.group // 2)
 
         return self._align("separate_local_unet", system, params, pairs, IMAGE, key, CAPTIONS)
