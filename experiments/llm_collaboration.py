@@ -17,6 +17,7 @@ from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
 from experiments.common.command import read_presets
 from experiments.common.runs import ExperimentConfig, run_experiment
+from sysdpo_jax.training import Board
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Config(ExperimentConfig):
     run: RunConfig
 
 
-FULL = Config("full", (0, 1), Path("runs/llm_collaboration"), RunConfig(SmallTask(), test_samples=4))
-SMOLLM2 = RunConfig(SmolLMTask(), test_samples=2, batch_runs=64)
+FULL = Config("full", (0, 1), Path("runs/llm_collaboration"), RunConfig(task=SmallTask()))
+SMOLLM2 = RunConfig(task=SmolLMTask(), test_samples=2, batch_runs=64)
 PRESETS = read_presets(FULL, Path(__file__).parent / "collaboration" / "settings.yaml") | {
     "smollm2": Config("smollm2", (0,), Path("runs/llm_collaboration_smollm2"), SMOLLM2)
 }
@@ -35,8 +36,11 @@ PRESETS = read_presets(FULL, Path(__file__).parent / "collaboration" / "settings
 
 def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and table.md, print the table."""
-    module = "experiments.llm_collaboration"
-    run_experiment(module, __doc__, PRESETS, lambda c, *seed: SeedRun(c.run, *seed), RESULTS.write, arguments)
+
+    def seed_run(config: Config, seed: int, folder: Path, board: Board) -> SeedRun:
+        return SeedRun(config.run, seed, folder, board)
+
+    run_experiment("experiments.llm_collaboration", __doc__, PRESETS, seed_run, RESULTS.write, arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from experiments.common.command import read_presets
 from experiments.common.runs import ExperimentConfig, run_experiment
 from experiments.progressive.report import RESULTS
 from experiments.progressive.run import RunConfig, SeedRun
+from sysdpo_jax.training import Board
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ PRESETS = read_presets(FULL, Path(__file__).parent / "progressive" / "settings.y
 
 def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and the picture, print the table."""
-    module = "experiments.progressive_images"
-    run_experiment(module, __doc__, PRESETS, lambda c, *seed: SeedRun(c.run, *seed), RESULTS.write, arguments)
+
+    def seed_run(config: Config, seed: int, folder: Path, board: Board) -> SeedRun:
+        return SeedRun(config.run, seed, folder, board)
+
+    run_experiment("experiments.progressive_images", __doc__, PRESETS, seed_run, RESULTS.write, arguments)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ METHODS = (
 SHARED_METHODS = ("prompted", "best_of_n", "sysdpo_sampling", "sysdpo_direct")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(runs.HeldOutConfig):
     """One seed's run. shared: one set of weights for both nodes."""
 

@@ -35,7 +35,7 @@ METHODS = (
 Pairs = Sequence[sj.PreferenceRecord]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(runs.HeldOutConfig):
     """One seed's run."""
 
