@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 import sysdpo_jax as sj
-from experiments.collaboration.align import ALIGNMENTS, number_of_steps, optimizer_of
 from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
-from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER
+from experiments.collaboration.task import ALIGNMENTS, ANSWER, DRAFT, DRAFTER, REFINER, number_of_steps, optimizer_of
 from experiments.common import models, runs
 from experiments.common.phases import load_pairs, load_params, overlay, save_pairs, save_params
 from sysdpo_jax.row_files import ROWS

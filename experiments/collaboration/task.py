@@ -1,13 +1,16 @@
-"""What a size of the experiment consists of: its two models, its questions, the checker and the settings of training.
+"""What a size of the experiment consists of: its models, its questions, the checker, and how it is aligned.
 
 Every size is a system of two nodes, "draft" and "answer", both language models. `initial` gives the prompted system.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import sysdpo_jax as sj
 from experiments.common.command import read_table
-from sysdpo_jax import BeamSearch
+from experiments.common.models import adam_with_warmup
+from sysdpo_jax.training import SystemOptimizer
 
 # Names of the nodes, and of their parameters: two trees, or one that both nodes share.
 DRAFT, ANSWER = "draft", "answer"
@@ -60,7 +63,7 @@ class Task:
     `score(record)`, in [0, 1] and 1 exactly when the answer is right, which never reads the draft.
     """
 
-    search: BeamSearch = BeamSearch()
+    search: sj.BeamSearch = sj.BeamSearch()
     train_questions: int
     validation_questions: int
     test_questions: int
@@ -74,3 +77,39 @@ class Task:
 def keys_of(shared: bool) -> tuple[str, str]:
     """The keys of the drafter's and of the refiner's parameters, one where they share them."""
     return (SHARED, SHARED) if shared else (DRAFTER, REFINER)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """nodes: those that are trained. recorded: whether pairs hold the drafts (SysDPO-Direct), else SysDPO-Sampling."""
+
+    nodes: tuple[str, ...]
+    recorded: bool
+
+
+BOTH = (DRAFT, ANSWER)
+ALIGNMENTS = {
+    "draft_recorded": Alignment((DRAFT,), True),
+    "answer_recorded": Alignment((ANSWER,), True),
+    "first_only": Alignment((DRAFT,), False),
+    "second_only": Alignment((ANSWER,), False),
+    "sysdpo_sampling": Alignment(BOTH, False),
+    "sysdpo_direct": Alignment(BOTH, True),
+}
+
+
+def optimizer_of(system: sj.CompoundSystem, nodes: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
+    """Adam with warm-up and a cosine for the parameters of the nodes; the other parameters are frozen."""
+    rates = {key: config.refiner_rate if key == REFINER else config.drafter_rate for key in system.param_keys}
+    trained = {system.node(name).params_key for name in nodes}
+    return sj.make_optimizer(
+        {
+            key: adam_with_warmup(rates[key], config.trainable, steps) if key in trained else sj.FROZEN
+            for key in system.param_keys
+        }
+    )
+
+
+def number_of_steps(pairs: Sequence[sj.PreferenceRecord], config: AlignConfig) -> int:
+    """At most `epochs` passes over the pairs."""
+    return min(config.steps, config.epochs * (len(pairs) // config.batch_size))
