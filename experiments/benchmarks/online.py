@@ -92,7 +92,7 @@ def summary(seeds: Mapping[int, Mapping[str, Any]], fall: float) -> dict[str, An
     return {"seeds in which more rounds win": wins, "of": len(seeds), "falls without a stop": unstopped}
 
 
-def write(config: Config, _: Any, found: Mapping[int, Any], how: Mapping[str, Any]) -> None:
+def write(config: Config, _: Any, found: Mapping[int, Any], how: dict[str, Any]) -> None:
     """Write online.json, and print what it came to."""
     results, path = summary(found, config.run.align.fall) | {"by_seed": found} | how, config.folder / "online.json"
     write_json(path, results)

@@ -78,7 +78,7 @@ class Results:
         config: ExperimentConfig,
         runs: Mapping[int, SeedRun],
         figures: Mapping[int, Mapping[str, Figures]],
-        how: Mapping[str, Any],
+        how: dict[str, Any],
     ) -> None:
         """results.json, report.html, table.md and, where samples are pictures, sequences.png; prints the table."""
         results, folder, seed = self.summarise(figures) | how, config.folder, min(runs)
@@ -123,20 +123,22 @@ class Results:
 
     def _difference(self, first: Figures, second: Figures) -> dict[str, dict[str, float | int | None]]:
         """Of paired runs: the same input, place and noise."""
-        compared = {name: (paired_difference, figure.source) for name, figure in self.figures.items() if figure.error}
-        if self.wins:
-            compared["win_rate"] = win_rate, "score"
-        return {
-            name: as_numbers(compare(first[source], second[source], first["cluster"]))
-            for name, (compare, source) in compared.items()
+        cluster = first["cluster"]
+        made = {
+            name: paired_difference(first[source], second[source], cluster)
+            for name, (source, _, error) in self.figures.items()
+            if error
         }
+        if self.wins:
+            made["win_rate"] = win_rate(first["score"], second["score"], cluster)
+        return {name: as_numbers(estimate) for name, estimate in made.items()}
 
     def _table(
         self, results: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], title: str, label: str = "method"
     ) -> Table:
         """A figure that is another one's equal in all methods says nothing more, and is left out."""
         methods = results["methods"].values()
-        distinct = {tuple(row[name] for row in methods): name for name in reversed(self.figures)}
+        distinct = {tuple(row[name] for row in methods): name for name in reversed([*self.figures])}
         columns = {name: figure.column for name, figure in self.figures.items() if name in distinct.values()}
         if label == "comparison":
             columns = {name: replace(each, best=None) for name, each in (columns | {"win_rate": WIN_RATE}).items()}
