@@ -11,22 +11,18 @@ default, which a run uses, takes half an hour for SDXL's U-Net; their memory dif
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.common.command import parse
-from experiments.scaling.systems import SYSTEMS, Computing, Dtype, Example, Size, fine_tuning
+from experiments.common.command import made_by, parse
+from experiments.scaling.systems import SYSTEMS, Config, Example, fine_tuning
 from sysdpo_jax import CompoundSystem, SampledBatch, make_train_step
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.parallel import USABLE_HBM_GIB, batch_parts, topology_mesh
@@ -48,46 +44,14 @@ FLOPS_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Config:
-    """What to compile.
-
-    system: a name in experiments/scaling/systems.py. topology: generation and sides, v5e:4x4. mode: train all weights
-    of all models, or LoRA factors (rank 16, attention). data, fsdp, tensor: the mesh; fsdp is by default what the
-    others leave. batch: pairs in a step, by default one for each chip or, with tensor, for each group of them.
-    accumulate: parts the batch is cut into. sequence: tokens of prompt and completion. image_size: pixels a side, by
-    default the model's own. intermediates: of SysDPO-Sampling. param_dtype: of the weights, of which those that are
-    trained have float32 master weights; state_dtype: of the optimiser's moments. attention, remat: see DecoderConfig.
-    level: the compiler's effort; "default" is what a run uses.
-    """
-
-    system: str = "smollm2-135m+sd15"
-    topology: str = "v5e:2x2"
-    mode: Literal["full", "lora"] = "full"
-    data: int = 1
-    fsdp: int | None = None
-    tensor: int = 1
-    batch: int | None = None
-    accumulate: int = 1
-    sequence: int = 1024
-    image_size: int | None = None
-    intermediates: int = 4
-    param_dtype: Dtype = "bfloat16"
-    state_dtype: Dtype = "float32"
-    attention: str = "flash"
-    remat: str = "full"
-    level: Literal["O0", "O1", "default"] = "O1"
-
-
 def plan(config: Config, mesh: Mesh) -> tuple[Example, SystemOptimizer, TrainState, PyTree]:
     """The system, its optimiser, and the shapes of its state and batch. Raises SystemExit for an unknown system."""
     if config.system not in SYSTEMS:
         raise SystemExit(f"unknown system {config.system!r}: choose one of {', '.join(SYSTEMS)}")
-    own_size, make = SYSTEMS[config.system]
-    size = Size(config.sequence, config.image_size or own_size, config.intermediates)
-    example = make(size, Computing(config.attention, config.remat, config.param_dtype))
+    pixels, make = SYSTEMS[config.system]
+    example = make(config, config.image_size or pixels)
     shapes = jax.eval_shape(plain(example.system).init, jax.random.key(0))
-    params, optimizer = fine_tuning(config.mode, shapes, config.state_dtype)
+    params, optimizer = fine_tuning(config, shapes)
     state = abstract_state(example.system, params, optimizer, mesh)
     return example, optimizer, state, example.batch(config.batch or batch_parts(mesh))
 
@@ -155,13 +119,8 @@ def main(arguments: list[str]) -> None:
         result = run(config)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
-    result["made_by"] = {
-        "command": " ".join(["python -m experiments.compile_tpu", *arguments]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": _commit(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
-    }
+    about = made_by("experiments.compile_tpu", arguments, ("jax", "jaxlib", "libtpu", "flax"))
+    result["made_by"] = about | {"commit": _commit()}
     print(json.dumps(result, indent=1))
     if not result["fits"]:
         raise SystemExit(1)

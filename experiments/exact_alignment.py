@@ -37,11 +37,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.common.command import parse
-from experiments.exact.drawing import draw_study
-from experiments.exact.outcomes import outcome_population, sampling_loss
-from experiments.exact.preferences import local_populations, population_loss, system_population
+from experiments.exact.populations import (
+    local_populations,
+    outcome_population,
+    population_loss,
+    sampling_loss,
+    system_population,
+)
 from experiments.exact.solvers import independent_loss, independent_outcome_loss, lbfgs, lowest, nearby, newton
-from experiments.exact.study import StudyConfig, run_study
+from experiments.exact.study import StudyConfig, draw_study, run_study
 from experiments.exact.systems import SYSTEMS, ExactSystem, gap
 from sysdpo_jax import DirectObjective, SamplingObjective
 from sysdpo_jax.io import write_json

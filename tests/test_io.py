@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.common.storage import load_pairs, load_params, save_pairs, save_params
+from experiments.common.phases import load_pairs, load_params, save_pairs, save_params
 from sysdpo_jax import PreferenceRecord, io, load_preferences, save_preferences
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError, DamagedFileError

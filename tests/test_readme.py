@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from experiments.progressive.report import results_table
+from experiments.progressive.report import RESULTS
 from sysdpo_jax.report import markdown_table
 from tests.pretrained.checkpoints import stable_diffusion_1, write_decoder
 
@@ -82,7 +82,7 @@ def test_the_readme_is_read_in_a_few_minutes():
 
 def test_the_table_is_that_of_the_run_whose_files_are_beside_it():
     results = json.loads((RUN / "results.json").read_text())
-    assert markdown_table(results_table(results)) in README
+    assert markdown_table(RESULTS.table(results)) in README
 
 
 def test_the_figures_hold_what_the_readme_claims():

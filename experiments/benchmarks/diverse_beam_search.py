@@ -20,7 +20,6 @@ Expected on two idle cores: a ratio (ours / theirs) below 0.8, in about a minute
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ import torch
 import transformers
 from jaxtyping import Float, Int
 
-from experiments.common.command import parse
+from experiments.common.command import made_by, parse
 from experiments.common.weights import smollm2_file
 from sysdpo_jax.decoding import Beams, BeamSearch, beam_generate
 from sysdpo_jax.io import write_json
@@ -168,6 +167,8 @@ def main(arguments: list[str]) -> None:
     apart = check({name: run() for name, run in sides.items()})
     seconds = measure(sides, config.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
+    packages, cores_used = ("python", "jax", "torch", "transformers"), f"{len(cores)} of {os.cpu_count()}"
+    about = made_by("experiments.benchmarks.diverse_beam_search", arguments, packages, cores_used)
     results: dict[str, Any] = {
         "median_seconds": medians,
         "ratio": medians[OURS] / medians[THEIRS],
@@ -178,18 +179,7 @@ def main(arguments: list[str]) -> None:
         "prompt_tokens": len(prompt),
         "diverse": dataclasses.asdict(DIVERSE),
         "largest_difference_of_plain_scores": apart,
-        "made_by": {
-            "command": " ".join(["python -m experiments.benchmarks.diverse_beam_search", *arguments]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {len(cores)} of {os.cpu_count()} cores",
-            "weights": path.name,
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        },
+        "made_by": about | {"weights": path.name},
     }
     write_json(config.folder / "results.json", results)
     for name, median in medians.items():

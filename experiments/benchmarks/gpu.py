@@ -17,7 +17,6 @@ memory is its own.
 import dataclasses
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -27,13 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from experiments.benchmarks.gpu_cases import CASES, Case
-from experiments.common.command import parse_preset
+from experiments.common.command import made_by, parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
 from sysdpo_jax.io import write_json
 from sysdpo_jax.runs import keep_compilations
@@ -186,17 +183,7 @@ def main(arguments: list[str]) -> None:
         "roofline": apart(roofline, config),
         "cases": {},
         "settings": dataclasses.asdict(config) | {"folder": str(config.folder)},
-        "made_by": {
-            "command": " ".join(["python -m experiments.benchmarks.gpu", *arguments]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "jaxlib": jaxlib.__version__,
-                "flax": flax.__version__,
-            },
-        },
+        "made_by": made_by("experiments.benchmarks.gpu", arguments, ("python", "jax", "jaxlib", "flax")),
     }
     for name in config.cases:
         results["cases"][name] = apart(measure_by_name, config.preset, name, config)

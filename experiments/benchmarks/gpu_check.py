@@ -17,7 +17,6 @@ experiments.benchmarks.gpu.
 import dataclasses
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -28,11 +27,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
-from experiments.benchmarks.gpu_cases import Case
-from experiments.benchmarks.gpu_families import ATTENTION, STEPS, AttentionShape
-from experiments.common.command import parse_preset
+from experiments.benchmarks.gpu_cases import ATTENTION, STEPS, AttentionShape, Case
+from experiments.common.command import made_by, parse_preset
 from sysdpo_jax import DirectObjective, create_state, make_mesh, make_train_step
 from sysdpo_jax.io import write_json
 from sysdpo_jax.models import AttentionRequest, attend, choose
@@ -201,11 +198,7 @@ def main(arguments: list[str]) -> None:
         "passed": len(made) - len(failed),
         "failed": len(failed),
         "rows": [dataclasses.asdict(row) for row in made],
-        "made_by": {
-            "command": " ".join(["python -m experiments.benchmarks.gpu_check", *arguments]),
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        },
+        "made_by": made_by("experiments.benchmarks.gpu_check", arguments, ("python", "jax", "jaxlib")),
     }
     write_json(config.folder / "results.json", results)
     where = "" if made[0].passed else "no GPU, so that nothing was checked on one: "

@@ -18,14 +18,12 @@ which warms it up, is not counted.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import jax
@@ -33,11 +31,12 @@ import numpy as np
 import optax
 
 import sysdpo_jax as sj
-from experiments.common.command import parse
+from experiments.common.command import made_by, parse
+from experiments.common.models import word_tokenizer
 from sysdpo_jax.data import PreferenceBatches, read_ahead
 from sysdpo_jax.models import Decoder, DecoderConfig
 
-UNKNOWN, END, PAD = "<unknown>", "<end>", "<pad>"
+MODULE = "experiments.benchmarks.lengths"
 MEDIANS, SIGMA, SHORTEST, LONGEST = {"prompt": 40, "chosen": 30, "rejected": 30}, 0.8, 4, 128
 LEARNING_RATE, CLIP = 1e-6, 1.0
 
@@ -69,13 +68,7 @@ class Config:
 
 def tokenizer(vocabulary: int) -> Any:
     """Of words w3, w4, ..., a token each."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {UNKNOWN: 0, END: 1, PAD: 2} | {f"w{number}": number for number in range(3, vocabulary)}
-    made = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=PAD)
+    return word_tokenizer([f"w{number}" for number in range(3, vocabulary)])
 
 
 def rows(config: Config) -> list[dict[str, str]]:
@@ -208,7 +201,7 @@ def trl(config: Config) -> dict[str, Any]:
 
 def alone(side: str, arguments: list[str]) -> dict[str, Any]:
     """What one side gives in a process of its own."""
-    command = [sys.executable, "-m", "experiments.benchmarks.lengths", *arguments, "--side", side]
+    command = [sys.executable, "-m", MODULE, *arguments, "--side", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     if done.returncode:
         raise SystemExit(f"the side {side!r} ended with exit code {done.returncode}: see what it says above")
@@ -243,12 +236,8 @@ def main(arguments: list[str]) -> None:
         return
     before = os.getloadavg()[0]
     result = summary({side: alone(side, arguments) for side in ("ours", "trl")})
-    result["made_by"] = {
-        "command": " ".join(["python -m experiments.benchmarks.lengths", *arguments]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load before {before:.1f}",
-        "versions": {name: version(name) for name in ("jax", "torch", "transformers", "trl")},
-    }
+    packages, cores = ("jax", "torch", "transformers", "trl"), len(os.sched_getaffinity(0))
+    result["made_by"] = made_by(MODULE, arguments, packages, cores, f", load before {before:.1f}")
     print(json.dumps(result, indent=1))
 
 

@@ -14,8 +14,6 @@ count neither as time nor as memory of the source.
 """
 
 import json
-import os
-import platform
 import sys
 import tempfile
 import threading
@@ -31,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 import sysdpo_jax as sj
-from experiments.common.command import parse
+from experiments.common.command import made_by, parse
 from sysdpo_jax.models import (
     AutoencoderConfig,
     AutoencoderKL,
@@ -222,11 +220,7 @@ def main(arguments: list[str]) -> None:
     result: dict[str, Any] = {"texts": measure(language_system(), write_texts, config.rows)}
     print(json.dumps(result), file=sys.stderr)
     result["images"] = measure(picture_system(), write_pictures, config.images)
-    result["made_by"] = {
-        "command": " ".join(["python -m experiments.benchmarks.million_rows", *arguments]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no accelerator used",
-    }
+    result["made_by"] = made_by("experiments.benchmarks.million_rows", arguments, note=", no accelerator used")
     print(json.dumps(result, indent=1))
 
 

@@ -12,93 +12,74 @@ Expected: more rounds win in at least 4 of 5 seeds, and no validation figure of 
 """
 
 import sys
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common.command import experiment_folder, parse_preset, provenance, run_seeds
-from experiments.common.runs import as_numbers
+from experiments.common.results import as_numbers
+from experiments.common.runs import ExperimentConfig, run_experiment
 from experiments.progressive.run import ROUNDS, RunConfig, SeedRun
 from experiments.progressive_images import PRESETS as SIZES
-from sysdpo_jax.evaluation import Estimate, clustered_mean, paired_difference
+from sysdpo_jax.evaluation import clustered_mean, paired_difference
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.training import Board, read_metrics
 
-# Figures of test requests, as `SeedRun.evaluate` names them.
+# Figures of test requests, as `SeedRun.figures` names them.
 FIGURES = ("score", "order")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ExperimentConfig):
     """What is measured.
 
     Args:
-        preset: The sizes, as of the demo.
-        seeds: Of training.
-        folder: Of all that is kept.
         rounds: That are compared with one round.
-        run: One seed's run.
+        run: One seed's run, of the sizes of the demo.
     """
 
-    preset: str = "full"
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    folder: Path = Path("runs/online_rounds")
+    run: RunConfig
     rounds: int = 2
-    run: RunConfig = SIZES["full"].run
 
 
 PRESETS = {
-    "full": Config(),
-    "smoke": Config("smoke", (0,), Path("runs/online_rounds_smoke"), 2, SIZES["smoke"].run),
+    "full": Config("full", (0, 1, 2, 3, 4), Path("runs/online_rounds"), SIZES["full"].run),
+    "smoke": Config("smoke", (0,), Path("runs/online_rounds_smoke"), SIZES["smoke"].run),
 }
 
 
-class RoundsRun:
+class RoundsRun(SeedRun):
     """One seed: one round and more of them."""
 
-    def __init__(self, config: Config, seed: int, board: Board):
-        folder = config.folder / f"seed-{seed}"
-        self._run, self._rounds, self.folder = SeedRun(config.run, seed, folder, board), config.rounds, folder
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """{phase: seconds it took}."""
-        return self._run.seconds
+    def __init__(self, config: Config, seed: int, folder: Path, board: Board):
+        super().__init__(config.run, seed, folder, board)
+        self.rounds = config.rounds
 
     def run(self) -> dict[str, Any]:
         """The figures of this seed, as online.json has them."""
-        before = self._run.pretrained()
-        one = self._run.in_rounds("one_round", before, 1)
-        # Its phases are named by their number: a later command may ask for more.
-        phase = f"rounds_{self._rounds}"
-        more = self._run.in_rounds(phase, before, self._rounds)
-        columns = {
-            "before": self._run.evaluate("before", before),
-            "one_round": self._run.evaluate("one_round", one),
-            "more_rounds": self._run.evaluate(phase, more),
-        }
-        measured = {
-            name: {figure: clustered_mean(each[figure], each["request"]) for figure in FIGURES}
-            for name, each in columns.items()
-        }
+        before = self.pretrained()
+        # Phases of more rounds are named by their number: a later command may ask for more.
+        phases = {"before": "before", "one_round": "one_round", "more_rounds": f"rounds_{self.rounds}"}
+        policies = {"before": before, "one_round": self.in_rounds(phases["one_round"], before, 1)}
+        policies["more_rounds"] = self.in_rounds(phases["more_rounds"], before, self.rounds)
+        columns = {name: self.evaluate(phases[name], params) for name, params in policies.items()}
         last, first = columns["more_rounds"], columns["one_round"]
-        gain = {figure: paired_difference(last[figure], first[figure], first["request"]) for figure in FIGURES}
         rows = [row for row in read_metrics(self.folder / ROUNDS / "metrics.jsonl") if "eval/score" in row]
-        rounds = [read_json(path) for path in sorted((self.folder / ROUNDS).glob("round-*/done.json"))]
         return {
-            "test": {name: _numbers(each) for name, each in measured.items()},
-            "more_rounds - one_round": _numbers(gain),
+            "test": {
+                name: {figure: as_numbers(clustered_mean(each[figure], each["request"])) for figure in FIGURES}
+                for name, each in columns.items()
+            },
+            "more_rounds - one_round": {
+                figure: as_numbers(paired_difference(last[figure], first[figure], first["request"]))
+                for figure in FIGURES
+            },
             "validation": [{name: row[name] for name in ("step", "eval/score", "eval/order")} for row in rows],
-            "rounds": rounds,
+            "rounds": [read_json(path) for path in sorted((self.folder / ROUNDS).glob("round-*/done.json"))],
         }
 
 
-def _numbers(estimates: dict[str, Estimate]) -> dict[str, Any]:
-    return {name: as_numbers(estimate) for name, estimate in estimates.items()}
-
-
-def summary(seeds: dict[int, dict[str, Any]], fall: float) -> dict[str, Any]:
+def summary(seeds: Mapping[int, Mapping[str, Any]], fall: float) -> dict[str, Any]:
     """In how many seeds more rounds are better on test requests, and the falls that no run stopped at."""
     wins = sum(each["more_rounds - one_round"]["score"]["value"] > 0 for each in seeds.values())
     unstopped = [
@@ -111,23 +92,22 @@ def summary(seeds: dict[int, dict[str, Any]], fall: float) -> dict[str, Any]:
     return {"seeds in which more rounds win": wins, "of": len(seeds), "falls without a stop": unstopped}
 
 
+def write(config: Config, _: Any, found: Mapping[int, Any], how: dict[str, Any]) -> None:
+    """Write online.json, and print what it came to."""
+    results, path = summary(found, config.run.align.fall) | {"by_seed": found} | how, config.folder / "online.json"
+    write_json(path, results)
+    for seed, each in found.items():
+        one, more = (each["test"][name] for name in ("one_round", "more_rounds"))
+        print(
+            f"seed {seed}: score {one['score']['value']:.3f} -> {more['score']['value']:.3f}, order "
+            f"{100 * one['order']['value']:.1f}% -> {100 * more['order']['value']:.1f}%"
+        )
+    print(f"{results['seeds in which more rounds win']} of {results['of']} seeds; {path}")
+
+
 def main(arguments: list[str]) -> None:
     """Run what is missing, write online.json, print what it came to."""
-    began = time.monotonic()
-    config = parse_preset(PRESETS, arguments, __doc__)
-    with experiment_folder(config.folder, config.run):
-        runs, found = run_seeds(config.seeds, lambda seed, board: RoundsRun(config, seed, board))
-        made_by = provenance("experiments.benchmarks.online", arguments, runs, config.run.evaluate_on, began)
-        results = summary(found, config.run.align.fall) | {"by_seed": found} | made_by
-        path = config.folder / "online.json"
-        write_json(path, results)
-        for seed, each in found.items():
-            one, more = (each["test"][name] for name in ("one_round", "more_rounds"))
-            print(
-                f"seed {seed}: score {one['score']['value']:.3f} -> {more['score']['value']:.3f}, order "
-                f"{100 * one['order']['value']:.1f}% -> {100 * more['order']['value']:.1f}%"
-            )
-        print(f"{results['seeds in which more rounds win']} of {results['of']} seeds; {path}")
+    run_experiment("experiments.benchmarks.online", __doc__, PRESETS, RoundsRun, write, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The small size: two tiny decoders, trained from scratch on arithmetic over facts, whose faults only both can fix."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,13 +9,11 @@ import jax
 import numpy as np
 
 from experiments.collaboration.arithmetic import OPERATIONS, Question, World, right_answer
-from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Split
-from experiments.common.fit import FitConfig, fit
+from experiments.collaboration.task import ALIGN, ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Task, keys_of
+from experiments.common.models import FitConfig, fit, small_writer
 from experiments.common.phases import Phases
-from experiments.common.words import word_tokenizer
-from sysdpo_jax import BeamSearch, CompoundSystem, LanguageModel, Node
+from sysdpo_jax import CompoundSystem, LanguageModel, Node
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.models import Decoder, DecoderConfig
 from sysdpo_jax.training import Report
 from sysdpo_jax.typing import Features, Params, Record
 
@@ -24,43 +22,23 @@ INPUTS = ("facts", "names", "operation")
 NEW_TOKENS = 3
 
 
-@dataclass(frozen=True)
-class SmallTask:
-    """width, layers: of each decoder. questions: how many of each split."""
+@dataclass(frozen=True, kw_only=True)
+class SmallTask(Task):
+    """width, layers: of each decoder."""
 
     world: World = World()
     width: int = 64
     layers: int = 2
-    search: BeamSearch = BeamSearch()
     pretraining: FitConfig = FitConfig(steps=1500, learning_rate=3e-3, batch_size=128, examples=65536)
     train_questions: int = 512
     validation_questions: int = 256
     test_questions: int = 512
-    align: AlignConfig = field(
-        default_factory=lambda: AlignConfig(
-            beta=0.5,
-            sft=0.3,
-            drafter_rate=2e-3,
-            refiner_rate=2e-3,
-            steps=400,
-            batch_size=64,
-            samples=16,
-            group=4,
-            num_intermediates=8,
-            every=1,
-            epochs=20,
-        )
-    )
+    align: AlignConfig = ALIGN["small"]
 
     def system(self, shared: bool) -> CompoundSystem:
-        model = self._model()
-        return CompoundSystem(
-            inputs=INPUTS,
-            nodes=(
-                Node(DRAFT, model, INPUTS, params=SHARED if shared else DRAFTER),
-                Node(ANSWER, model, ("operation", DRAFT), params=SHARED if shared else REFINER),
-            ),
-        )
+        model, (drafter, refiner) = self._model(), keys_of(shared)
+        nodes = Node(DRAFT, model, INPUTS, drafter), Node(ANSWER, model, ("operation", DRAFT), refiner)
+        return CompoundSystem(INPUTS, nodes)
 
     def initial(self, shared: bool, seed: int, phases: Phases) -> Params:
         """Trained from scratch on data with faults; one model for both nodes learns from both kinds."""
@@ -70,32 +48,24 @@ class SmallTask:
         def make(name: str, report: Report) -> Params:
             return fit(model, data[name](seed), self.pretraining, named_key(key, name), report)
 
-        names = (SHARED,) if shared else (DRAFTER, REFINER)
-        return {name: phases.params(f"pretrain_{name}", self.pretraining.steps, partial(make, name)) for name in names}
+        return {
+            name: phases.params(f"pretrain_{name}", self.pretraining.steps, partial(make, name))
+            for name in dict.fromkeys(keys_of(shared))
+        }
 
-    def questions(self, split: Split, seed: int) -> list[dict[str, Any]]:
+    def questions(self, split: str, seed: int) -> list[dict[str, Any]]:
         return [question.inputs for question in self._split(seed)[split]]
 
     def score(self, record: Record) -> float:
         return float(record[ANSWER] == str(right_answer(record)))
 
     def _model(self) -> LanguageModel:
-        words, prompt = word_tokenizer(self.world.vocabulary), self.world.facts + len(INPUTS)
-        decoder = DecoderConfig(
-            vocab_size=len(words),
-            hidden_size=self.width,
-            intermediate_size=2 * self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=prompt + NEW_TOKENS,
-            tie_word_embeddings=True,
-        )
-        return LanguageModel(Decoder(decoder), words, prompt, NEW_TOKENS, prompt=_joined, search=self.search)
+        prompt = self.world.facts + len(INPUTS)
+        settings: dict[str, Any] = {"prompt": _joined, "search": self.search}
+        return small_writer(self.world.vocabulary, prompt, NEW_TOKENS, self.width, self.layers, **settings)
 
     def _split(self, seed: int) -> dict[str, list[Question]]:
-        sizes = {"test": self.test_questions, "validation": self.validation_questions, "train": self.train_questions}
-        return self.world.split(sizes, seed)
+        return self.world.split(self.sizes, seed)
 
     def _drafts(self, seed: int) -> Features:
         """Drafts for random questions, none of them held out."""

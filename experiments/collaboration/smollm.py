@@ -1,16 +1,16 @@
 """The SmolLM2 size: SmolLM2-135M-Instruct drafts and refines, each with LoRA factors of its own on the same weights."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import jax
 
 from experiments.collaboration import instructions
-from experiments.collaboration.task import ANSWER, DRAFT, DRAFTER, REFINER, SHARED, AlignConfig, Split
+from experiments.collaboration.task import ALIGN, ANSWER, DRAFT, AlignConfig, Task, keys_of
 from experiments.common.phases import Phases
 from experiments.common.weights import smollm2_file
-from sysdpo_jax import LORA_PARAMS, BeamSearch, CompoundSystem, LanguageModel, LoRA, Node, add_lora, pretrained
+from sysdpo_jax import LORA_PARAMS, CompoundSystem, LanguageModel, LoRA, Node, add_lora, pretrained
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.typing import Params, Record
 
@@ -19,58 +19,36 @@ DRAFT_PROMPT, DRAFT_TOKENS = 48, 14
 ANSWER_PROMPT, ANSWER_TOKENS = 64, 16
 
 
-@dataclass(frozen=True)
-class SmolLMTask:
-    """lora: of each model. temperature: of sampling. questions: how many of each split."""
+@dataclass(frozen=True, kw_only=True)
+class SmolLMTask(Task):
+    """lora: of each model. temperature: of sampling."""
 
     lora: LoRA = LoRA(rank=8, alpha=16.0, targets="all_linear")
-    search: BeamSearch = BeamSearch()
     temperature: float = 0.8
     train_questions: int = 192
     validation_questions: int = 64
     test_questions: int = 128
-    align: AlignConfig = field(
-        default_factory=lambda: AlignConfig(
-            beta=0.1,
-            sft=0.05,
-            drafter_rate=5e-4,
-            refiner_rate=5e-4,
-            steps=16,
-            batch_size=8,
-            samples=4,
-            group=4,
-            num_intermediates=3,
-            every=1,
-            min_margin=0.3,
-            chunk_size=1,
-            trainable=LORA_PARAMS,
-        )
-    )
+    align: AlignConfig = replace(ALIGN["smollm2"], trainable=LORA_PARAMS)
 
     def system(self, shared: bool) -> CompoundSystem:
         model = replace(checkpoint()[0], temperature=self.temperature, search=self.search)
-        drafter = replace(
+        first = replace(
             model, max_prompt_length=DRAFT_PROMPT, max_new_tokens=DRAFT_TOKENS, prompt=instructions.draft_prompt
         )
-        refiner = replace(
+        second = replace(
             model, max_prompt_length=ANSWER_PROMPT, max_new_tokens=ANSWER_TOKENS, prompt=instructions.answer_prompt
         )
-        return CompoundSystem(
-            inputs=("words", "opener"),
-            nodes=(
-                Node(DRAFT, drafter, ("words",), params=SHARED if shared else DRAFTER),
-                Node(ANSWER, refiner, ("opener", DRAFT), params=SHARED if shared else REFINER),
-            ),
-        )
+        drafter, refiner = keys_of(shared)
+        nodes = Node(DRAFT, first, ("words",), drafter), Node(ANSWER, second, ("opener", DRAFT), refiner)
+        return CompoundSystem(("words", "opener"), nodes)
 
     def initial(self, shared: bool, seed: int, phases: Phases) -> Params:
         """Nothing is trained beforehand: `phases` stays empty. The trees share the arrays of the base."""
         base, key = checkpoint()[1], jax.random.key(seed)
-        return {name: add_lora(base, self.lora, named_key(key, name)) for name in _names(shared)}
+        return {name: add_lora(base, self.lora, named_key(key, name)) for name in keys_of(shared)}
 
-    def questions(self, split: Split, seed: int) -> list[dict[str, Any]]:
-        sizes = {"test": self.test_questions, "validation": self.validation_questions, "train": self.train_questions}
-        return instructions.questions(sizes, seed)[split]
+    def questions(self, split: str, seed: int) -> list[dict[str, Any]]:
+        return instructions.questions(self.sizes, seed)[split]
 
     def score(self, record: Record) -> float:
         return instructions.score(record["words"], record["opener"], record[ANSWER])
@@ -84,7 +62,3 @@ def checkpoint() -> tuple[LanguageModel, Params]:
     model, params = pretrained.load(smollm2_file(), truncation="keep_end", remat="full")
     assert isinstance(model, LanguageModel)
     return model, params
-
-
-def _names(shared: bool) -> tuple[str, ...]:
-    return (SHARED,) if shared else (DRAFTER, REFINER)

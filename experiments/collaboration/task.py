@@ -1,20 +1,20 @@
-"""What a size of the experiment consists of: its two models, its questions, the checker and the settings of training.
+"""What a size of the experiment consists of: its models, its questions, the checker, and how it is aligned.
 
 Every size is a system of two nodes, "draft" and "answer", both language models. `initial` gives the prompted system.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
 
-from experiments.common.phases import Phases
-from sysdpo_jax import CompoundSystem
-from sysdpo_jax.typing import Params, Record
+import sysdpo_jax as sj
+from experiments.common.command import read_table
+from experiments.common.models import adam_with_warmup
+from sysdpo_jax.training import SystemOptimizer
 
 # Names of the nodes, and of their parameters: two trees, or one that both nodes share.
 DRAFT, ANSWER = "draft", "answer"
 DRAFTER, REFINER, SHARED = "drafter", "refiner", "shared"
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -50,30 +50,66 @@ class AlignConfig:
             raise ValueError(f"align.samples {self.samples} must be a multiple of align.group {self.group}")
 
 
-class Task(Protocol):
-    """One size of the experiment: a frozen dataclass, whose fields identify a run folder."""
+ALIGN = read_table(Path(__file__).with_name("settings.yaml"), "align", AlignConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A size of the experiment, whose fields identify a run folder. questions: how many of each split.
+
+    Beside these fields it has `system(shared)`, inputs -> draft -> answer, whose inputs are strings and whose params
+    keys are those of `keys_of`; `initial(shared, seed, phases)`, the prompted system's parameters, whose long making is
+    a phase; `questions(split, seed)`, input records of which none is in two splits, nor twice in one; and
+    `score(record)`, in [0, 1] and 1 exactly when the answer is right, which never reads the draft.
+    """
+
+    search: sj.BeamSearch = sj.BeamSearch()
+    train_questions: int
+    validation_questions: int
+    test_questions: int
+    align: AlignConfig
 
     @property
-    def align(self) -> AlignConfig: ...
+    def sizes(self) -> dict[str, int]:
+        return {"test": self.test_questions, "validation": self.validation_questions, "train": self.train_questions}
 
-    def system(self, shared: bool) -> CompoundSystem:
-        """Inputs -> draft -> answer, with the temperatures and the search that the experiment uses.
 
-        Inputs are strings. The params keys are DRAFTER and REFINER, or SHARED for both nodes.
-        """
-        ...
+def keys_of(shared: bool) -> tuple[str, str]:
+    """The keys of the drafter's and of the refiner's parameters, one where they share them."""
+    return (SHARED, SHARED) if shared else (DRAFTER, REFINER)
 
-    def initial(self, shared: bool, seed: int, phases: Phases) -> Params:
-        """The prompted system's `{params key: tree}`, the same for the same arguments.
 
-        What takes long to make is a phase of `phases`, so that it is made once a run folder.
-        """
-        ...
+@dataclass(frozen=True)
+class Alignment:
+    """nodes: those that are trained. recorded: whether pairs hold the drafts (SysDPO-Direct), else SysDPO-Sampling."""
 
-    def questions(self, split: Split, seed: int) -> list[dict[str, Any]]:
-        """Input records {input name: string}; no question is in two splits, nor twice in one."""
-        ...
+    nodes: tuple[str, ...]
+    recorded: bool
 
-    def score(self, record: Record) -> float:
-        """In [0, 1], 1 exactly when the final answer is right. Reads the inputs and the answer, never the draft."""
-        ...
+
+BOTH = (DRAFT, ANSWER)
+ALIGNMENTS = {
+    "draft_recorded": Alignment((DRAFT,), True),
+    "answer_recorded": Alignment((ANSWER,), True),
+    "first_only": Alignment((DRAFT,), False),
+    "second_only": Alignment((ANSWER,), False),
+    "sysdpo_sampling": Alignment(BOTH, False),
+    "sysdpo_direct": Alignment(BOTH, True),
+}
+
+
+def optimizer_of(system: sj.CompoundSystem, nodes: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
+    """Adam with warm-up and a cosine for the parameters of the nodes; the other parameters are frozen."""
+    rates = {key: config.refiner_rate if key == REFINER else config.drafter_rate for key in system.param_keys}
+    trained = {system.node(name).params_key for name in nodes}
+    return sj.make_optimizer(
+        {
+            key: adam_with_warmup(rates[key], config.trainable, steps) if key in trained else sj.FROZEN
+            for key in system.param_keys
+        }
+    )
+
+
+def number_of_steps(pairs: Sequence[sj.PreferenceRecord], config: AlignConfig) -> int:
+    """At most `epochs` passes over the pairs."""
+    return min(config.steps, config.epochs * (len(pairs) // config.batch_size))

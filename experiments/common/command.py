@@ -1,41 +1,39 @@
-"""The command line of an experiment: presets, a folder that belongs to one configuration, seeds side by side."""
+"""The command line of an experiment: flags, presets, tables of settings, a folder of one configuration."""
 
 import dataclasses
+import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import jax
+import yaml
 
-from sysdpo_jax.flags import fields_of, help_parser, parse_flags
+from sysdpo_jax.flags import fields_of, from_mapping, help_parser, parse_flags
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import InUseError, locked_folder
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.runs import keep_compilations
-from sysdpo_jax.threads import DaemonExecutor
-from sysdpo_jax.training import Board
 
 C = TypeVar("C")
 
 
-class SeedRun(Protocol):
-    """All phases of one seed."""
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """{phase: seconds it took}."""
-        ...
-
-    def run(self) -> Any:
-        """Do what is missing; the figures."""
-        ...
+def read_table(path: Path, section: str, kind: type[C]) -> dict[str, C]:
+    """{name: dataclass} of a section of a YAML file."""
+    return {name: from_mapping(kind, fields) for name, fields in yaml.safe_load(path.read_text())[section].items()}
 
 
-R = TypeVar("R", bound=SeedRun)
+def read_presets(full: C, path: Path) -> dict[str, C]:
+    """The full size, and the presets of a YAML file's section of that name, {preset: {flag without dashes: value}}."""
+    presets = {"full": full}
+    for name, flags in yaml.safe_load(path.read_text())["presets"].items():
+        words = {flag: value if isinstance(value, str) else json.dumps(value) for flag, value in flags.items()}
+        presets[name] = parse_flags(full, [f"--preset={name}", *(f"--{flag}={word}" for flag, word in words.items())])
+    return presets
 
 
 def parse(default: C, arguments: Sequence[str], description: str | None) -> C:
@@ -59,6 +57,19 @@ def parse_preset(presets: Mapping[str, C], arguments: Sequence[str], description
     return parse(presets[name], arguments, description)
 
 
+def made_by(
+    module: str, arguments: Sequence[str], packages: Sequence[str] = (), cores: object = os.cpu_count(), note: str = ""
+) -> dict[str, Any]:
+    """What a file of results says of the command that made it. packages: whose versions count; "python" is one too."""
+    versions = {name: platform.python_version() if name == "python" else version(name) for name in packages}
+    return {
+        "command": " ".join([f"python -m {module}", *arguments]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {cores} cores{note}",
+        **({"versions": versions} if versions else {}),
+    }
+
+
 @contextmanager
 def experiment_folder(folder: Path, run: Any) -> Iterator[None]:
     """The folder belongs to one configuration, a dataclass: phases of another must not be taken for this one's.
@@ -78,36 +89,3 @@ def experiment_folder(folder: Path, run: Any) -> Iterator[None]:
         write_json(path, dataclasses.asdict(run))
         keep_compilations(str(folder / "compiled"))
         yield
-
-
-def run_seeds(seeds: Sequence[int], make: Callable[[int, Board], R]) -> tuple[dict[int, R], dict[int, Any]]:
-    """{seed: its run} and {seed: what its `run` returned}. Raises SystemExit for no seeds or one given twice."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise SystemExit(f"--seeds {' '.join(map(str, seeds))}: give one or more different numbers")
-    with Board() as board:
-        runs = {seed: make(seed, board) for seed in seeds}
-        if len(runs) == 1:
-            # In this thread, where Ctrl-C stops it.
-            return runs, {seed: run.run() for seed, run in runs.items()}
-        # Small models leave cores idle: seeds run side by side, and a device takes their work in turn.
-        with DaemonExecutor(min(len(runs), os.cpu_count() or 1), "seed") as pool:
-            figures = dict(zip(runs, pool.map(lambda run: run.run(), runs.values()), strict=True))
-    return runs, figures
-
-
-def provenance(
-    module: str, arguments: Sequence[str], runs: Mapping[int, SeedRun], evaluated_on: str, began: float
-) -> dict[str, Any]:
-    """What results.json says of how it was made. began: `time.monotonic()` of the start."""
-    return {
-        "seeds": list(runs),
-        "phases": {f"seed {seed} {name}": s for seed, run in runs.items() for name, s in run.seconds.items()},
-        "evaluated_on": evaluated_on,
-        "made_by": {
-            "command": " ".join([f"python -m {module}", *arguments]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-            "jax": jax.__version__,
-            "seconds_of_this_start": round(time.monotonic() - began, 1),
-        },
-    }

@@ -5,20 +5,59 @@ those of y doubled, so that few y carry most of p(y | x). In every round Y(x) is
 loss is minimised on it for some steps. The gap is that of p(z | x) summed over all 27 y.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from matplotlib.figure import Figure
 
-from experiments.exact.digits import VALUES, Sampled, Searched
-from experiments.exact.outcomes import OutcomePopulation, outcome_population, sampling_loss
+from experiments.exact.populations import OutcomePopulation, outcome_population, sampling_loss
 from experiments.exact.solvers import lbfgs
 from experiments.exact.systems import chain, gap, log_tables
 from sysdpo_jax import BeamSearch, SamplingObjective
+from sysdpo_jax.decoding import Penalties, beam_search
 from sysdpo_jax.typing import Params
+
+BASE, DIGITS = 3, 3
+VALUES = BASE**DIGITS
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The `number` beams of a (diverse) beam search, like a language model's over tokens."""
+
+    search: BeamSearch
+
+    def draw(self, params: Params, number: int, key: PRNGKeyArray) -> Bool[np.ndarray, "x values"]:
+        """Which y are in Y(x); the key is not used."""
+        tables = jnp.asarray(prefix_tables(log_tables(params)["y"]), jnp.float32)
+        values, valid = _search(tables, self.search.penalties(), number, self.search.groups(number))
+        sets = np.zeros((len(tables), VALUES), bool)
+        rows, places = np.nonzero(valid)
+        sets[rows, np.asarray(values)[rows, places]] = True
+        return sets
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`number` independent samples of p(y | x), of which equal ones are one member of Y(x)."""
+
+    def draw(self, params: Params, number: int, key: PRNGKeyArray) -> Bool[np.ndarray, "x values"]:
+        """Which y are in Y(x)."""
+        logits = params["y"]["logits"]
+        # Always as many, so that a larger Y(x) holds the smaller one's samples.
+        values = np.asarray(jax.random.categorical(key, logits, shape=(VALUES, len(logits))))[:number]
+        sets = np.zeros((len(logits), VALUES), bool)
+        sets[np.arange(len(logits)), values] = True
+        return sets
+
 
 DIGIT_CHAIN = chain("digits", num_inputs=4, intermediates=VALUES)
 METHODS: Mapping[str, Searched | Sampled] = {
@@ -84,6 +123,28 @@ def run_study(config: StudyConfig, beta: float, seed: int) -> Study:
     return Study(float(np.mean([_gap(case, case.reference, beta) for case in cases])), curves)
 
 
+def draw_study(study: Study, path: Path) -> None:
+    """Gap on z against the number of intermediates; the dashed line is the gap before. The study alone decides."""
+    numbers = sorted({number for curve in study.curves.values() for number in curve})
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        figure = Figure((9.4, 4.6), layout="constrained")
+        axes = figure.add_subplot(
+            xscale="log", xticks=numbers, xlabel="number of intermediates M", ylabel="gap on z, nats"
+        )
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="y", color="#d9dde3")
+        for row, (name, curve) in enumerate(study.curves.items()):
+            gaps, errors = zip(*((point.gap, point.standard_error) for point in curve.values()), strict=True)
+            # Side by side, so that bars at the same M can be told apart.
+            places = [number * 1.015 ** (row - len(study.curves) // 2) for number in curve]
+            axes.errorbar(places, gaps, errors, label=name, capsize=3)
+        axes.axhline(study.before, color="black", linestyle="--", label="before")
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside right upper")
+        figure.savefig(path, metadata={"Date": None, "Title": "Gap on z over the number of intermediates M"})
+
+
 def _case(key: PRNGKeyArray, beta: float) -> Case:
     reference, target = (_chain_params(k) for k in jax.random.split(key))
     base, aim = (DIGIT_CHAIN.outcome_log_prob(DIGIT_CHAIN.log_prob(params)) for params in (reference, target))
@@ -111,3 +172,42 @@ def _align(
 def _gap(case: Case, params: Params, beta: float) -> float:
     base, found = (DIGIT_CHAIN.outcome_log_prob(DIGIT_CHAIN.log_prob(p)) for p in (case.reference, params))
     return gap(case.rewards, found - base, beta)
+
+
+def prefix_tables(log_prob: Float[np.ndarray, "x values"]) -> Float[np.ndarray, "x prefixes base"]:
+    """log p(next digit, prefix | x) for every prefix of less than three digits; normalised it is the conditional.
+
+    The prefixes are ordered by length, then by their number in base 3, first digit first: 0 is the empty one and n has
+    the continuations 3 n + 1, 3 n + 2 and 3 n + 3.
+    """
+    levels = [
+        np.logaddexp.reduce(log_prob.reshape(len(log_prob), BASE**length, BASE, -1), axis=-1)
+        for length in range(DIGITS)
+    ]
+    return np.concatenate(levels, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _search(
+    tables: Float[Array, "x prefixes base"], penalties: Penalties, num_beams: int, num_groups: int
+) -> tuple[Int[Array, "x beams"], Bool[Array, "x beams"]]:
+    """The values that the beams spell, and which beams are valid."""
+
+    def step(tokens: Array, parents: Array | None, prefix: Array, made: Array) -> Any:
+        kept = prefix if parents is None else jnp.take_along_axis(prefix, parents, axis=1)
+        prefix = kept * BASE + tokens + 1
+        return jnp.take_along_axis(tables, prefix[..., None], axis=1), prefix
+
+    beams = beam_search(
+        step,
+        tables[:, 0],
+        jnp.zeros((len(tables), num_beams), jnp.int32),
+        num_beams=num_beams,
+        num_groups=num_groups,
+        penalties=penalties,
+        max_new_tokens=DIGITS,
+        stop_tokens=(),
+        pad_token=0,
+    )
+    powers = jnp.array([BASE**place for place in reversed(range(DIGITS))], jnp.int32)
+    return jnp.sum(beams.tokens * powers, axis=-1), beams.valid

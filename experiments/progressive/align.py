@@ -1,34 +1,12 @@
-"""Alignment of the reference system, or of one component of it alone, with the library's Trainer."""
+"""Settings of the alignment of the reference system, and its components as systems of their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import jax
-from jaxtyping import PRNGKeyArray
-
-from experiments.common.fit import adam_with_warmup
-from experiments.progressive import judge
+import sysdpo_jax as sj
+from experiments.common import models
 from experiments.progressive.system import IMAGE, LANGUAGE
-from experiments.progressive.world import Request
-from sysdpo_jax import (
-    FROZEN,
-    CompoundSystem,
-    Diffusion,
-    DirectObjective,
-    Node,
-    OnlineResult,
-    PreferenceRecord,
-    Rounds,
-    Trainer,
-    create_state,
-    epoch_batches,
-    make_optimizer,
-    online,
-    prepare_pairs,
-)
-from sysdpo_jax.training import ProgressFactory, SystemOptimizer
-from sysdpo_jax.typing import Params
+from sysdpo_jax.training import SystemOptimizer
 
 # Parameters through which the caption acts on the picture.
 CONDITIONING = "attn2|text_encoder"
@@ -65,99 +43,28 @@ class AlignConfig:
     min_margin: float = 0.4
 
 
-def optimizer_of(system: CompoundSystem, trained: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
+def optimizer_of(system: sj.CompoundSystem, trained: Sequence[str], config: AlignConfig, steps: int) -> SystemOptimizer:
     """Adam with the rates of the configuration over so many steps. trained: the parameter keys that are not frozen."""
     rates = {LANGUAGE: (config.language_rate, ".*"), IMAGE: (config.image_rate, CONDITIONING)}
-    return make_optimizer(
-        {key: adam_with_warmup(*rates[key], steps) if key in trained else FROZEN for key in system.param_keys}
+    return sj.make_optimizer(
+        {key: models.adam_with_warmup(*rates[key], steps) if key in trained else sj.FROZEN for key in system.param_keys}
     )
 
 
-def objective_of(trained: Sequence[str], config: AlignConfig) -> DirectObjective:
+def objective_of(trained: Sequence[str], config: AlignConfig) -> sj.DirectObjective:
     """SysDPO-Direct, with the likelihood of the winner's answer where the language model is trained."""
-    return DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
+    return sj.DirectObjective(config.beta, sft=(("answer", config.sft),) if LANGUAGE in trained else ())
 
 
-def align_in_rounds(
-    system: CompoundSystem,
-    params: Params,
-    requests: Mapping[str, Sequence[Request]],
-    config: AlignConfig,
-    number: int,
-    directory: Path,
-    seed: int,
-    progress: ProgressFactory,
-) -> OnlineResult:
-    """The system after so many online rounds on the training requests; rounds that are in the directory count.
-
-    They end where the score or the order consistency of validation requests falls.
-    """
-    rounds = Rounds(
-        number=number,
-        samples=(config.samples, config.online_samples),
-        sample_batch=config.sample_batch,
-        group=config.group,
-        min_margin=config.min_margin,
-        steps=config.steps,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        stop_on=("score", "order"),
-        fall=config.fall,
-    )
-    both = (LANGUAGE, IMAGE)
-    first = optimizer_of(system, both, config, config.steps)
-    trainer = Trainer(
-        system, objective_of(both, config), first, directory, checkpoint_every=100, keep=1, progress=progress
-    )
-    inputs = {part: [{"request": request.text} for request in requests[part]] for part in ("train", "validation")}
-    return online(
-        trainer,
-        params,
-        inputs["train"],
-        judge.score,
-        rounds,
-        held_out=inputs["validation"],
-        held_out_samples=config.held_out_samples,
-        figures={"order": judge.in_order},
-        optimizer=lambda steps: optimizer_of(system, both, config, steps),
-        seed=seed,
-    )
-
-
-def align(
-    system: CompoundSystem,
-    params: Params,
-    pairs: Sequence[PreferenceRecord],
-    trained: Sequence[str],
-    config: AlignConfig,
-    directory: Path,
-    key: PRNGKeyArray,
-    progress: ProgressFactory,
-    rows_per_pair: int = 1,
-) -> Params:
-    """Parameters of the system after SysDPO-Direct on the pairs, with `params` as reference.
-
-    trained: the parameter keys that are trained, the others are frozen. rows_per_pair: how many pairs take the place of
-    one in a batch, where a pair is not a whole run.
-    """
-    batch_size = config.batch_size * rows_per_pair
-    steps = min(config.steps, config.epochs * (len(pairs) // batch_size))
-    optimizer, objective = optimizer_of(system, trained, config, steps), objective_of(trained, config)
-    seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
-    trainer = Trainer(system, objective, optimizer, directory, checkpoint_every=100, keep=1, progress=progress)
-    batches = epoch_batches(prepare_pairs(system, pairs), batch_size, seed)
-    return trainer.fit(create_state(system, params, optimizer), batches, steps, key).params
-
-
-def language_part(system: CompoundSystem) -> CompoundSystem:
+def language_part(system: sj.CompoundSystem) -> sj.CompoundSystem:
     """The language model alone."""
-    return CompoundSystem(("request",), (system.node("answer"),))
+    return sj.CompoundSystem(("request",), (system.node("answer"),))
 
 
-def image_part(system: CompoundSystem) -> CompoundSystem:
+def image_part(system: sj.CompoundSystem) -> sj.CompoundSystem:
     """The image model alone: one picture for one caption, with the log-ratio's weight of the whole system."""
     node = system.node("images")
-    assert isinstance(node.component, Diffusion)
+    assert isinstance(node.component, sj.Diffusion)
 
     single = replace(node.component, strata=1)
-    return CompoundSystem(("caption",), (Node("image", single, ("caption",), params=IMAGE, weight=node.weight),))
+    return sj.CompoundSystem(("caption",), (sj.Node("image", single, ("caption",), params=IMAGE, weight=node.weight),))

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-from experiments.common.words import word_tokenizer
+from experiments.common.models import small_writer, word_tokenizer
 from experiments.progressive.world import CAPTION_WORDS, CAPTIONS, SIZE, VOCABULARY, split_captions
 from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, TextEncoder, Tool
 from sysdpo_jax.diffusion import DDIM, Constant, NoiseSchedule
-from sysdpo_jax.models import CLIPTextConfig, CLIPTextEncoder, Decoder, DecoderConfig, UNet2DCondition, UNetConfig
+from sysdpo_jax.models import CLIPTextConfig, CLIPTextEncoder, UNet2DCondition, UNetConfig
 
 LANGUAGE, IMAGE = "lm", "unet"
 PROMPT_TOKENS = 5
@@ -27,18 +27,7 @@ class ModelConfig:
 
 def language_model(config: ModelConfig) -> LanguageModel:
     """A small Llama decoder that answers a request with three captions."""
-    words = word_tokenizer(VOCABULARY)
-    decoder = DecoderConfig(
-        vocab_size=len(words),
-        hidden_size=config.lm_width,
-        intermediate_size=2 * config.lm_width,
-        num_hidden_layers=config.lm_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=PROMPT_TOKENS + ANSWER_TOKENS,
-        tie_word_embeddings=True,
-    )
-    return LanguageModel(Decoder(decoder), words, PROMPT_TOKENS, ANSWER_TOKENS)
+    return small_writer(VOCABULARY, PROMPT_TOKENS, ANSWER_TOKENS, config.lm_width, config.lm_layers)
 
 
 def diffusion(config: ModelConfig) -> Diffusion:

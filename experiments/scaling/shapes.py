@@ -1,10 +1,8 @@
-"""Models by shape alone: components and prepared features of published models, without weights, tokenizers or data.
-
-Shapes are from the models' config.json on the Hugging Face hub.
-"""
+"""Models by shape alone: components and prepared features of published models, without weights, tokenizers or data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,61 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from experiments.common.command import read_table
 from sysdpo_jax import Diffusion, FlowMatching, LanguageModel, PixelCodec
 from sysdpo_jax.models import Decoder, DecoderConfig, UNet2DCondition, UNetConfig
 from sysdpo_jax.typing import Features, Params
 
-LLAMA_3_8B = DecoderConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_position_embeddings=8192,
-)
-LLAMA_32_1B = replace(
-    LLAMA_3_8B, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True
-)
-QWEN15_18B = DecoderConfig(
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=5504,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    rope_theta=1000000.0,
-    max_position_embeddings=32768,
-    qkv_bias=True,
-    model_type="qwen2",
-)
-SMOLLM2_135M = DecoderConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    rms_norm_eps=1e-5,
-    rope_theta=100000.0,
-    max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)
-SD15 = UNetConfig(cross_attention_dim=768)
-SDXL = UNetConfig(
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(320, 640, 1280),
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    cross_attention_dim=2048,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-    use_linear_projection=True,
-)
+SHAPES = Path(__file__).with_name("shapes.yaml")
+DECODERS, UNETS = read_table(SHAPES, "decoders", DecoderConfig), read_table(SHAPES, "unets", UNetConfig)
 PIXELS_PER_LATENT = 8
 TEXT_TOKENS, SIZE_IDS = 77, 6
 

@@ -9,63 +9,62 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.scaling.shapes import (
-    LLAMA_3_8B,
-    QWEN15_18B,
-    SD15,
-    SDXL,
-    SMOLLM2_135M,
-    image_features,
-    painter,
-    text_features,
-    writer,
-)
-from sysdpo_jax import (
-    LORA_PARAMS,
-    ComponentOptimizer,
-    CompoundSystem,
-    DirectObjective,
-    LoRA,
-    Node,
-    PairBatch,
-    SampledBatch,
-    SamplingObjective,
-    Tool,
-    add_lora,
-    make_optimizer,
-)
+import sysdpo_jax as sj
+from experiments.scaling.shapes import DECODERS, UNETS, image_features, painter, text_features, writer
 from sysdpo_jax.models import DecoderConfig, UNetConfig
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.typing import Params
 
 Dtype = Literal["bfloat16", "float32"]
-LORA = LoRA(rank=16, alpha=32.0, targets="attention")
+LORA = sj.LoRA(rank=16, alpha=32.0, targets="attention")
 
 
 @dataclass(frozen=True)
-class Size:
-    """sequence: tokens of prompt and completion together, half each; image_size: pixels a side; intermediates: M."""
+class Config:
+    """What to compile.
 
-    sequence: int
-    image_size: int
-    intermediates: int
+    system: a name in experiments/scaling/systems.py. topology: generation and sides, v5e:4x4. mode: train all weights
+    of all models, or LoRA factors (rank 16, attention). data, fsdp, tensor: the mesh; fsdp is by default what the
+    others leave. batch: pairs in a step, by default one for each chip or, with tensor, for each group of them.
+    accumulate: parts the batch is cut into. sequence: tokens of prompt and completion, half each. image_size: pixels a
+    side, by default the model's own. intermediates: of SysDPO-Sampling. param_dtype: of the weights, of which those
+    that are trained have float32 master weights; state_dtype: of the optimiser's moments. attention, remat: see
+    DecoderConfig. level: the compiler's effort; "default" is what a run uses.
+    """
 
+    system: str = "smollm2-135m+sd15"
+    topology: str = "v5e:2x2"
+    mode: Literal["full", "lora"] = "full"
+    data: int = 1
+    fsdp: int | None = None
+    tensor: int = 1
+    batch: int | None = None
+    accumulate: int = 1
+    sequence: int = 1024
+    image_size: int | None = None
+    intermediates: int = 4
+    param_dtype: Dtype = "bfloat16"
+    state_dtype: Dtype = "float32"
+    attention: str = "flash"
+    remat: str = "full"
+    level: Literal["O0", "O1", "default"] = "O1"
 
-@dataclass(frozen=True)
-class Computing:
-    """How the models compute and keep what they do: fields of their configurations."""
+    def model(self, shape: Any) -> Any:
+        """A model's configuration with how it computes and keeps what it does."""
+        computing = {name: getattr(self, name) for name in ("param_dtype", "attention", "remat")}
+        return replace(shape, dtype="bfloat16", **computing)
 
-    attention: str
-    remat: str
-    param_dtype: Dtype
+    def writer(self, shape: DecoderConfig) -> sj.LanguageModel:
+        """A language model of this shape."""
+        return writer(self.model(shape), self.sequence // 2, self.sequence - self.sequence // 2)
 
 
 @dataclass(frozen=True)
 class Example:
     """A system with what its step takes. batch: pairs in a step -> the shapes of a batch."""
 
-    system: CompoundSystem
+    system: sj.CompoundSystem
     objective: Objective
     batch: Callable[[int], Any]
 
@@ -80,79 +79,62 @@ def with_draft(question: str, draft: str) -> str:
     return f"{question}\n{draft}"
 
 
-def written_and_painted(decoder: DecoderConfig, unet: UNetConfig, size: Size, computing: Computing) -> Example:
+def written_and_painted(decoder: DecoderConfig, unet: UNetConfig, config: Config, pixels: int) -> Example:
     """A language model whose answer is the caption of an image, with SysDPO-Direct; text encoders run beforehand."""
-    language = writer(_computing(decoder, computing), size.sequence // 2, size.sequence - size.sequence // 2)
-    image = painter(_computing(unet, computing), size.image_size)
-    system = CompoundSystem(
+    language, image = config.writer(decoder), painter(config.model(unet), pixels)
+    system = sj.CompoundSystem(
         ("request",),
         (
-            Node("answer", language, ("request",), params="writer"),
-            Node("caption", Tool(captions_of), ("answer",), plate=1),
-            Node("image", image, ("caption",), params="painter", plate=1),
+            sj.Node("answer", language, ("request",), params="writer"),
+            sj.Node("caption", sj.Tool(captions_of), ("answer",), plate=1),
+            sj.Node("image", image, ("caption",), params="painter", plate=1),
         ),
     )
 
-    def batch(pairs: int) -> PairBatch:
+    def batch(pairs: int) -> sj.PairBatch:
         side = {
             "answer": text_features(language, pairs),
             "caption": jax.ShapeDtypeStruct((pairs, 1, 0), jnp.float32),
             "image": image_features(image, pairs, 1),
         }
-        return PairBatch(side, side)
+        return sj.PairBatch(side, side)
 
-    return Example(system, DirectObjective(), batch)
+    return Example(system, sj.DirectObjective(), batch)
 
 
-def drafted_and_answered(decoder: DecoderConfig, size: Size, computing: Computing) -> Example:
+def drafted_and_answered(decoder: DecoderConfig, config: Config, _: int) -> Example:
     """One language model drafts and another one answers, with SysDPO-Sampling, one intermediate at a time."""
-    language = writer(_computing(decoder, computing), size.sequence // 2, size.sequence - size.sequence // 2)
-    system = CompoundSystem(
-        ("question",),
-        (
-            Node("draft", language, ("question",)),
-            Node("answer", replace(language, prompt=with_draft), ("question", "draft")),
-        ),
-    )
+    language, number = config.writer(decoder), config.intermediates
+    answering = sj.Node("answer", replace(language, prompt=with_draft), ("question", "draft"))
+    system = sj.CompoundSystem(("question",), (sj.Node("draft", language, ("question",)), answering))
 
-    def batch(pairs: int) -> SampledBatch:
-        texts = text_features(language, pairs, size.intermediates)
-        valid: Any = jax.ShapeDtypeStruct((pairs, size.intermediates), jnp.bool_)
+    def batch(pairs: int) -> sj.SampledBatch:
+        texts = text_features(language, pairs, number)
+        valid: Any = jax.ShapeDtypeStruct((pairs, number), jnp.bool_)
         staleness: Any = jax.ShapeDtypeStruct((pairs,), jnp.int32)
-        return SampledBatch({"draft": texts}, PairBatch({"answer": texts}, {"answer": texts}), valid, staleness)
+        return sj.SampledBatch({"draft": texts}, sj.PairBatch({"answer": texts}, {"answer": texts}), valid, staleness)
 
-    return Example(system, SamplingObjective(chunk_size=1), batch)
+    return Example(system, sj.SamplingObjective(chunk_size=1), batch)
 
 
-# {name: (its own image size, what makes it)}
-SYSTEMS: dict[str, tuple[int, Callable[[Size, Computing], Example]]] = {
-    "smollm2-135m+sd15": (512, partial(written_and_painted, SMOLLM2_135M, SD15)),
-    "qwen1.5-1.8b-x2": (0, partial(drafted_and_answered, QWEN15_18B)),
-    "llama3-8b+sdxl": (1024, partial(written_and_painted, LLAMA_3_8B, SDXL)),
+# {name: (pixels of its images, what makes it of a configuration and of pixels)}
+SYSTEMS: dict[str, tuple[int, Callable[[Config, int], Example]]] = {
+    "smollm2-135m+sd15": (512, partial(written_and_painted, DECODERS["smollm2-135m"], UNETS["sd15"])),
+    "qwen1.5-1.8b-x2": (0, partial(drafted_and_answered, DECODERS["qwen1.5-1.8b"])),
+    "llama3-8b+sdxl": (1024, partial(written_and_painted, DECODERS["llama-3-8b"], UNETS["sdxl"])),
 }
 
 
-def fine_tuning(mode: Literal["full", "lora"], params: Params, state_dtype: Dtype) -> tuple[Params, SystemOptimizer]:
+def fine_tuning(config: Config, params: Params) -> tuple[Params, SystemOptimizer]:
     """Parameters to train and their optimiser, AdamW for every component.
 
     params: shapes, `{params_key: tree}`. Weights of less than 32 bits that are trained get master weights; LoRA's
-    factors are kept in float32 beside them. state_dtype: of the moments.
+    factors are kept in float32 beside them.
     """
-    if mode == "full":
-        component = ComponentOptimizer(optax.adamw(1e-6), master_weights=True, state_dtype=state_dtype)
-        return params, make_optimizer(dict.fromkeys(params, component))
-    factors = {
-        key: jax.eval_shape(partial(add_lora, lora=LORA), tree, key=jax.random.key(0)) for key, tree in params.items()
-    }
-    component = ComponentOptimizer(optax.adamw(1e-5), trainable=LORA_PARAMS, state_dtype=state_dtype)
-    return factors, make_optimizer(dict.fromkeys(params, component))
-
-
-def _computing(config: Any, computing: Computing) -> Any:
-    return replace(
-        config,
-        dtype="bfloat16",
-        param_dtype=computing.param_dtype,
-        attention=computing.attention,
-        remat=computing.remat,
-    )
+    if config.mode == "full":
+        component = sj.ComponentOptimizer(optax.adamw(1e-6), master_weights=True, state_dtype=config.state_dtype)
+        return params, sj.make_optimizer(dict.fromkeys(params, component))
+    add_lora = partial(sj.add_lora, lora=LORA, key=jax.random.key(0))
+    factors = {key: jax.eval_shape(add_lora, tree) for key, tree in params.items()}
+    component = sj.ComponentOptimizer(optax.adamw(1e-5), trainable=sj.LORA_PARAMS, state_dtype=config.state_dtype)
+    return factors, sj.make_optimizer(dict.fromkeys(params, component))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.scaling.shapes import SMOLLM2_135M
+from experiments.scaling.shapes import DECODERS
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components import LanguageModel
 from sysdpo_jax.components.token_log_probs import number_of_chunks, token_log_probs
@@ -150,7 +150,7 @@ def test_memory_and_work_of_a_step() -> None:
 
     At most 33 per cent of the temporary bytes with plain log-probabilities, at most 1.15 times the work.
     """
-    config = dataclasses.replace(SMOLLM2_135M, remat="full")
+    config = dataclasses.replace(DECODERS["smollm2-135m"], remat="full")
     shape = jax.ShapeDtypeStruct
     numbers = {name: shape((4,), jnp.int32) for name in ("prompt_lengths", "lengths")}
     shares = {name: shape((4,), jnp.float32) for name in ("truncated", "retokenized")}

@@ -8,12 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.exact.digits import VALUES, Sampled, Searched, prefix_tables
-from experiments.exact.drawing import draw_study
-from experiments.exact.outcomes import outcome_population, sampling_loss
-from experiments.exact.preferences import local_populations, system_population
+from experiments.exact.populations import local_populations, outcome_population, sampling_loss, system_population
 from experiments.exact.solvers import independent_outcome_loss
-from experiments.exact.study import DIGIT_CHAIN, METHODS, Point, Study, StudyConfig, run_study
+from experiments.exact.study import (
+    DIGIT_CHAIN,
+    METHODS,
+    VALUES,
+    Point,
+    Sampled,
+    Searched,
+    Study,
+    StudyConfig,
+    draw_study,
+    prefix_tables,
+    run_study,
+)
 from experiments.exact.systems import SYSTEMS, gap
 from experiments.exact_alignment import main
 from sysdpo_jax import BeamSearch, SamplingObjective

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import gpu_check, gpu_families
+from experiments.benchmarks import gpu_check
+from experiments.benchmarks.gpu_cases import ATTENTION, STEPS
 from experiments.benchmarks.gpu_check import CheckError, check_attention, check_device, check_steps, main
-from experiments.benchmarks.gpu_families import ATTENTION, STEPS
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b, odd", "mistral-7b, window", "sdxl, text", "gemma-2-2b"])
@@ -45,7 +45,7 @@ def test_every_family_is_checked():
     from sysdpo_jax.pretrained.decoders import FAMILIES
 
     assert set(FAMILIES) | {"sd-1.5", "sd-2.1", "sdxl", "sd-3"} <= set(STEPS)
-    assert gpu_families.STEPS["qwen3"]().component.decoder.config.model_type == "qwen3"
+    assert STEPS["qwen3"]().component.decoder.config.model_type == "qwen3"
 
 
 def test_a_failure_ends_the_command(tmp_path, capsys, monkeypatch):

@@ -10,13 +10,11 @@ import pytest
 
 from experiments import llm_collaboration
 from experiments.collaboration.arithmetic import WORDS, Question, World, right_answer
-from experiments.collaboration.report import results_table
-from experiments.collaboration.results import summarise
+from experiments.collaboration.report import RESULTS
 from experiments.collaboration.run import METHODS, SHARED_METHODS, SeedRun
 from experiments.collaboration.small import SmallTask
-from experiments.common.fit import FitConfig
-from experiments.common.phases import Phases
-from experiments.common.storage import load_params, overlay
+from experiments.common.models import FitConfig
+from experiments.common.phases import Phases, load_params, overlay
 from sysdpo_jax.io import read_arrays
 from sysdpo_jax.report import markdown_table
 from sysdpo_jax.training.progress import Board
@@ -116,7 +114,7 @@ def test_one_set_of_weights_serves_both_nodes(tmp_path):
         figures = SeedRun(replace(SMOKE, task=task, shared=True), 0, tmp_path, board).run()
     assert tuple(figures) == SHARED_METHODS
     assert list(load_params(tmp_path / "sysdpo_sampling.safetensors")) == ["shared"]
-    assert tuple(summarise({0: figures})["differences"]) == (
+    assert tuple(RESULTS.summarise({0: figures})["differences"]) == (
         "sysdpo_sampling - prompted",
         "sysdpo_sampling - sysdpo_direct",
         "sysdpo_sampling - best_of_n",
@@ -227,7 +225,7 @@ def test_differences_are_paired_and_clustered_by_seed_and_question():
         return {"question": questions, "right": right, "score": right / 2 + 0.25}
 
     figures = {seed: {method: columns() for method in METHODS} for seed in (0, 1)}
-    made = summarise(figures)["differences"]["sysdpo_sampling - separate"]
+    made = RESULTS.summarise(figures)["differences"]["sysdpo_sampling - separate"]
     gaps = [figures[seed]["sysdpo_sampling"]["right"] - figures[seed]["separate"]["right"] for seed in (0, 1)]
     clusters = np.array(gaps).reshape(6, 4).mean(1)
     np.testing.assert_allclose(made["accuracy"]["value"], clusters.mean())
@@ -238,7 +236,7 @@ def test_differences_are_paired_and_clustered_by_seed_and_question():
 
 def test_the_committed_run_with_real_weights_is_the_one_on_the_page():
     results = json.loads((DOCS / "smollm2" / "results.json").read_text())
-    assert markdown_table(results_table(results)) in (DOCS / "README.md").read_text()
+    assert markdown_table(RESULTS.table(results)) in (DOCS / "README.md").read_text()
     assert results["evaluated_on"] == "test"
     for other in ("prompted", "first_only", "second_only"):
         gain = results["differences"][f"sysdpo_sampling - {other}"]["accuracy"]
@@ -247,7 +245,7 @@ def test_the_committed_run_with_real_weights_is_the_one_on_the_page():
 
 def test_the_committed_run_shows_what_the_page_claims():
     results = json.loads((DOCS / "results.json").read_text())
-    assert markdown_table(results_table(results)) in (DOCS / "README.md").read_text()
+    assert markdown_table(RESULTS.table(results)) in (DOCS / "README.md").read_text()
     assert results["evaluated_on"] == "test"
     assert results["methods"]["sysdpo_sampling"]["questions"] >= 512
     for other in ("prompted", "first_only", "second_only", "separate_sampling"):

@@ -8,10 +8,22 @@ import numpy as np
 import pytest
 
 from experiments import progressive_images
-from experiments.progressive import judge, pretrain
-from experiments.progressive.results import summarise
+from experiments.progressive import judge
+from experiments.progressive.report import RESULTS
 from experiments.progressive.run import METHODS
-from experiments.progressive.world import ADVERBS, ATTRIBUTES, OBJECTS, Caption, Request, World, join_captions, render
+from experiments.progressive.world import (
+    ADVERBS,
+    ATTRIBUTES,
+    OBJECTS,
+    Caption,
+    Faults,
+    Request,
+    World,
+    answers,
+    join_captions,
+    pictures,
+    render,
+)
 from sysdpo_jax.io import read_arrays
 
 
@@ -97,7 +109,7 @@ def test_requests_of_the_three_splits_are_disjoint_and_cover_the_world():
 
 def test_the_language_model_is_trained_on_training_requests_alone():
     train = World().split(0)["train"]
-    made, asked = pretrain.answers(train, pretrain.Faults(), 4000, seed=0)
+    made, asked = answers(train, Faults(), 4000, seed=0)
     assert set(asked) == {request.text for request in train}
     # 0.6 in order, and one in six of the others by chance: within 5 standard errors.
     requests = {request.text: request for request in train}
@@ -109,8 +121,8 @@ def test_the_language_model_is_trained_on_training_requests_alone():
 
 def test_the_image_models_faults_are_in_its_pictures():
     """Two adverbs exchanged, the others drawn too close to the middle, with noise; everything measured on pixels."""
-    faults = dataclasses.replace(pretrain.Faults(), noise=0.0)
-    images, captions = pretrain.pictures(World(), faults, 3000, seed=0)
+    faults = dataclasses.replace(Faults(), noise=0.0)
+    images, captions = pictures(World(), faults, 3000, seed=0)
     values = {name: [] for name in ADVERBS}
     measured = judge.measure(images)
     for row, text in enumerate(captions):
@@ -145,7 +157,7 @@ def test_differences_are_paired_and_clustered_by_seed_and_request():
         }  # fmt: skip
 
     figures = {seed: {method: columns(rng.normal(size=10)) for method in METHODS} for seed in (0, 1)}
-    made = summarise(figures)["differences"]["sysdpo - before"]["preference_score"]
+    made = RESULTS.summarise(figures)["differences"]["sysdpo - before"]["preference_score"]
     gaps = [figures[s]["sysdpo"]["score"] - figures[s]["before"]["score"] for s in (0, 1)]
     clusters = np.array(gaps).reshape(4, 5).mean(1)
     np.testing.assert_allclose(made["value"], clusters.mean())

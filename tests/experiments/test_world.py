@@ -3,16 +3,19 @@
 import numpy as np
 import pytest
 
-from experiments.progressive import judge, pretrain
+from experiments.progressive import judge
 from experiments.progressive.world import (
     ADVERBS,
     ATTRIBUTES,
     OBJECTS,
     Caption,
+    Faults,
     Request,
     World,
+    answers,
     join_captions,
     parse,
+    pictures,
     render,
     split_captions,
     well_formed,
@@ -28,7 +31,7 @@ def test_the_split_keeps_requests_apart_and_training_never_sees_the_held_out(see
     parts = world.split(seed)
     assert {name: len(part) for name, part in parts.items()} == {"train": 40, "validation": 8, "test": 16}
     assert len(set().union(*parts.values())) == 64
-    _, asked = pretrain.answers(parts["train"], pretrain.Faults(), 500, seed)
+    _, asked = answers(parts["train"], Faults(), 500, seed)
     assert set(asked) <= {request.text for request in parts["train"]}
     assert world.split(seed) == parts
     assert world.split(seed + 10) != parts
@@ -88,12 +91,12 @@ def test_the_captions_alone_are_scored_by_their_adverbs():
 
 def test_the_faults_are_in_the_training_data():
     """A share of answers in order: all of the ordered ones and 1/6 of the others; 0.03 is 3 standard errors."""
-    made, asked = pretrain.answers([REQUEST], pretrain.Faults(ordered=0.6), 2000, 0)
+    made, asked = answers([REQUEST], Faults(ordered=0.6), 2000, 0)
     levels = [[parse(text).value for text in split_captions(answer)] for answer in made]
     assert np.mean([a > b > c for a, b, c in levels]) == pytest.approx(0.6 + 0.4 / 6, abs=0.035)
     assert set(asked) == {REQUEST.text}
-    faults = pretrain.Faults(contrast=0.5, noise=0.0, exchanged=(1, 3))
-    images, captions = pretrain.pictures(World(("ball",), ("red",)), faults, 300, 0)
+    faults = Faults(contrast=0.5, noise=0.0, exchanged=(1, 3))
+    images, captions = pictures(World(("ball",), ("red",)), faults, 300, 0)
     shown = judge.measure(images)["red"]
     means = [shown[[adverb in caption.split() for caption in captions]].mean() for adverb in ADVERBS]
     expected = 0.5 + 0.5 * (np.array([0, 3, 2, 1, 4, 5, 6]) / 6 - 0.5)

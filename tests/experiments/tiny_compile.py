@@ -8,11 +8,11 @@ from functools import partial
 import jax
 
 from experiments import compile_tpu
-from experiments.scaling.shapes import LLAMA_3_8B, SDXL
+from experiments.scaling.shapes import DECODERS, UNETS
 from experiments.scaling.systems import SYSTEMS, drafted_and_answered, written_and_painted
 
 DECODER = dataclasses.replace(
-    LLAMA_3_8B,
+    DECODERS["llama-3-8b"],
     vocab_size=1024,
     hidden_size=256,
     intermediate_size=512,
@@ -21,7 +21,7 @@ DECODER = dataclasses.replace(
     num_key_value_heads=2,
 )
 UNET = dataclasses.replace(
-    SDXL,
+    UNETS["sdxl"],
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     block_out_channels=(32, 64),

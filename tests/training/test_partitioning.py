@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from experiments.scaling.shapes import LLAMA_3_8B, SDXL, SMOLLM2_135M
+from experiments.scaling.shapes import DECODERS, UNETS
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.models.lora import LoRA, add_lora
@@ -24,12 +24,12 @@ from sysdpo_jax.trees import by_path
 TOKENS = ((1, 8), jnp.int32)
 IMAGE, TIME = ((1, 16, 16, 4), jnp.float32), ((1,), jnp.float32)
 FAMILIES = {
-    "decoder, tied": (Decoder(SMOLLM2_135M), TOKENS),
-    "decoder, 8B": (Decoder(LLAMA_3_8B), TOKENS),
+    "decoder, tied": (Decoder(DECODERS["smollm2-135m"]), TOKENS),
+    "decoder, 8B": (Decoder(DECODERS["llama-3-8b"]), TOKENS),
     "clip": (CLIPTextEncoder(CLIPTextConfig(num_hidden_layers=2)), TOKENS),
     "t5": (T5Encoder(T5Config(num_layers=2)), TOKENS),
     "unet, SDXL": (
-        UNet2DCondition(SDXL),
+        UNet2DCondition(UNETS["sdxl"]),
         IMAGE,
         TIME,
         *(((1, *shape), jnp.float32) for shape in ((7, 2048), (1280,), (6,))),

@@ -1,4 +1,4 @@
-"""Populations of preference pairs: every ordered pair of runs, weighted by how often a judge decides that way.
+"""Populations of preference pairs: every ordered pair of runs or outcomes, weighted by how often a judge decides so.
 
 A judge is a table of rewards R(x, s) in nats: it prefers s to s' with probability sigmoid(R(x, s) - R(x, s')), the
 Bradley-Terry model. Its odds are what a perfectly aligned system reproduces.
@@ -11,17 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+import sysdpo_jax as sj
 from experiments.exact.systems import ExactSystem
-from sysdpo_jax import CompoundSystem, DirectObjective, Node, PairBatch
 from sysdpo_jax.typing import Params
+from sysdpo_jax.values import distinct
+
+# (params, reference, share of each pair [pairs], which intermediates are in Y(x) [pairs, M]) -> loss.
+SetLoss = Callable[[Params, Params, Array, Array], Array]
 
 
 class Population(NamedTuple):
     """Ordered pairs: row numbers of the preferred and the other record, and the share of each pair (they sum to 1)."""
 
-    system: CompoundSystem
+    system: sj.CompoundSystem
     records: Sequence[dict[str, Any]]
     chosen: np.ndarray
     rejected: np.ndarray
@@ -29,7 +33,7 @@ class Population(NamedTuple):
 
 
 def population_loss(
-    objective: DirectObjective, population: Population, reference: Params
+    objective: sj.DirectObjective, population: Population, reference: Params
 ) -> Callable[[Params, Array], Array]:
     """(params, share) -> the library's loss on the whole population.
 
@@ -38,7 +42,7 @@ def population_loss(
     system, key = population.system, jax.random.key(0)
     features = system.prepare(population.records)
     rows = population.chosen[:, None], population.rejected[:, None]
-    pairs = PairBatch(*(jax.tree.map(lambda x, r=r: jnp.asarray(x)[r], features) for r in rows))
+    pairs = sj.PairBatch(*(jax.tree.map(lambda x, r=r: jnp.asarray(x)[r], features) for r in rows))
 
     def loss(params: Params, share: Array) -> Array:
         losses = jax.vmap(lambda pair: objective(system, params, reference, pair, key)[0])(pairs)
@@ -69,6 +73,58 @@ def local_populations(
     return [_local(exact, axis, rewards, np.exp(reference)) for axis in range(len(exact.values))]
 
 
+class OutcomePopulation(NamedTuple):
+    """Ordered pairs of outcomes with all intermediates, so that a smaller Y(x) is a mask and not another shape.
+
+    batch: [pairs, M, ...] with the M intermediates in the order of the runs. x: [pairs], the input of each pair.
+    share: [pairs], how often the judge decides that way; they sum to 1.
+    """
+
+    system: sj.CompoundSystem
+    batch: sj.SampledBatch
+    x: np.ndarray
+    share: Float[np.ndarray, " pairs"]
+
+    def members(self, sets: Bool[np.ndarray, "x M"]) -> Bool[np.ndarray, "pairs M"]:
+        """Y(x) of every pair, from that of every x."""
+        return sets[self.x]
+
+    def all_members(self) -> Bool[np.ndarray, "pairs M"]:
+        """Y(x) = Y, with which p(z | x) is exact."""
+        return np.asarray(self.batch.valid)
+
+
+def outcome_population(exact: ExactSystem, rewards: Float[np.ndarray, "x z"]) -> OutcomePopulation:
+    """All pairs of z on the same x, under a judge with rewards R(x, z) in nats (Bradley-Terry)."""
+    inner, outer = ([n.name for n in nodes] for nodes in (exact.system.intermediates, exact.system.outputs))
+    runs = exact.records()[: len(exact.runs())]
+    every, finals = (distinct([{name: run[name] for name in names} for run in runs]) for names in (inner, outer))
+    x, first, second = np.nonzero(np.broadcast_to(~np.eye(len(finals), dtype=bool), (len(rewards), *[len(finals)] * 2)))
+    records = [
+        sj.PreferenceRecord({"x": int(row)}, finals[i], finals[j]) for row, i, j in zip(x, first, second, strict=True)
+    ]
+    wins = _sigmoid(rewards[x, first] - rewards[x, second])
+    batch = sj.sampled_batch(exact.system, records, [every] * len(records), len(every))
+    return OutcomePopulation(exact.system, batch, x, wins / wins.sum())
+
+
+def sampling_loss(objective: sj.SamplingObjective, population: OutcomePopulation) -> SetLoss:
+    """The library's loss on the whole population; every pair is a batch of one, weighted by its share.
+
+    Populations on the same system differ in what the loss takes, so they are one compilation.
+    """
+    system, key = population.system, jax.random.key(0)
+    single = jax.tree.map(lambda x: jnp.asarray(x)[:, None], population.batch)
+
+    def loss(params: Params, reference: Params, share: Array, members: Array) -> Array:
+        def one(pair: sj.SampledBatch) -> Array:
+            return objective(system, params, reference, pair, key)[0]
+
+        return jnp.sum(share * jax.vmap(one)(single._replace(valid=members[:, None])))
+
+    return loss
+
+
 def _local(exact: ExactSystem, axis: int, rewards: np.ndarray, probability: np.ndarray) -> Population:
     node, values = exact.system.node(exact.values[axis]), np.array(exact.runs())[:, axis]
     prefers = _sigmoid(rewards[:, :, None] - rewards[:, None, :])
@@ -82,12 +138,12 @@ def _local(exact: ExactSystem, axis: int, rewards: np.ndarray, probability: np.n
         start = len(records)
         records += [{**parents, node.name: v} for v in range(len(drawn))]
         pairs += [(start + v, start + w, wins[v, w]) for v, w in np.ndindex(*wins.shape)]
-    alone = CompoundSystem(node.parents, (Node(node.name, node.component, node.parents, node.params),))
+    alone = sj.CompoundSystem(node.parents, (sj.Node(node.name, node.component, node.parents, node.params),))
     chosen, rejected, shares = map(np.array, zip(*pairs, strict=True))
     return _population(alone, records, chosen, rejected, shares)
 
 
-def _contexts(exact: ExactSystem, node: Node) -> Iterator[tuple[dict[str, int], np.ndarray]]:
+def _contexts(exact: ExactSystem, node: sj.Node) -> Iterator[tuple[dict[str, int], np.ndarray]]:
     """Every assignment of the node's parents, and the runs [X, S] in which they take these values."""
     runs = np.array(exact.runs())
     columns = {name: runs[None, :, axis] for axis, name in enumerate(exact.values)}
@@ -101,7 +157,7 @@ def _contexts(exact: ExactSystem, node: Node) -> Iterator[tuple[dict[str, int], 
 
 
 def _population(
-    system: CompoundSystem,
+    system: sj.CompoundSystem,
     records: Sequence[dict[str, Any]],
     chosen: np.ndarray,
     rejected: np.ndarray,

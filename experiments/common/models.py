@@ -1,6 +1,6 @@
-"""Supervised training of one component from scratch, and the optimiser of an alignment."""
+"""Small models that are trained from scratch on a world of few words, and the optimiser of an alignment."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,42 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from sysdpo_jax import Component, ComponentOptimizer
+from sysdpo_jax import Component, ComponentOptimizer, LanguageModel, Trainer, create_state
+from sysdpo_jax.models import Decoder, DecoderConfig
 from sysdpo_jax.typing import Features, Params
 
 # Steps between two movements of the progress bar.
 REPORT_EVERY = 25
+
+
+def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word of the vocabulary, and "<pad>", "<eos>" and "<unk>" in front of them."""
+    special = ("<pad>", "<eos>", "<unk>")
+    words = {word: number for number, word in enumerate((*special, *vocabulary))}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def small_writer(
+    vocabulary: Sequence[str], prompt_tokens: int, new_tokens: int, width: int, layers: int, **settings: Any
+) -> LanguageModel:
+    """A small Llama decoder of these words. settings: of the `LanguageModel`."""
+    words = word_tokenizer(vocabulary)
+    decoder = DecoderConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=prompt_tokens + new_tokens,
+        tie_word_embeddings=True,
+    )
+    return LanguageModel(Decoder(decoder), words, prompt_tokens, new_tokens, **settings)
 
 
 @dataclass(frozen=True)
@@ -64,3 +94,9 @@ def adam_with_warmup(rate: float, trainable: str, steps: int) -> ComponentOptimi
     """Adam for an alignment: warm-up to the rate, then a cosine to 0. trainable: regex of the leaves it trains."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(10, steps // 4), steps)
     return ComponentOptimizer(optax.adam(schedule), clip_norm=1.0, trainable=trainable)
+
+
+def align(trainer: Trainer, params: Params, batches: Callable[[int], Any], steps: int, key: PRNGKeyArray) -> Params:
+    """Parameters of the trainer's system after so many steps, with `params` as reference. batches: of a seed."""
+    seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
+    return trainer.fit(create_state(trainer.system, params, trainer.optimizer), batches(seed), steps, key).params
