@@ -16,6 +16,7 @@ from sysdpo_jax.components.prompts import (
     Prompt,
     Truncation,
     check_vocabulary,
+    closing,
     completion_ids,
     fitted,
     prompt_ids,
@@ -24,7 +25,6 @@ from sysdpo_jax.components.prompts import (
 from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
-from sysdpo_jax.components.turns import closing
 from sysdpo_jax.decoding.beam_decode import beam_generate
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.decoding.decode import generate

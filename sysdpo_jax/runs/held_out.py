@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.preferences import (
     SHARE,
@@ -21,7 +21,6 @@ from sysdpo_jax.evaluation.preferences import (
     win_rate,
 )
 from sysdpo_jax.evaluation.scoring import Scorer
-from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation import share_interval
-from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.report.outcome import best_evaluation, final_figures, summary
 from sysdpo_jax.report.samples import spread
