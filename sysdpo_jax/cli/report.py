@@ -20,8 +20,8 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import ComparedRuns, write_report
-from sysdpo_jax.report.samples import compare_runs, spread
-from sysdpo_jax.report.training import compared_steps, run_report, run_results, run_summary
+from sysdpo_jax.report.outcome import compared_steps, run_report, run_results, run_summary
+from sysdpo_jax.report.tables import compare_runs, spread
 from sysdpo_jax.runs.config import MeshConfig
 from sysdpo_jax.runs.files import CONFIG, read_config
 from sysdpo_jax.runs.held_out import FOLDER, runs_name
@@ -95,9 +95,8 @@ def write_run_report(run: Run, made_by: Mapping[str, Any]) -> Path:
         results |= {"rounds": rounds}
     write_json(folder / "results.json", results)
     title = f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system"
-    configuration = {name: value for name, value in asdict(run.config).items() if name != "directory"}
     runs = tuple(_compared_runs(run, compared_steps(rows, best)))
-    report = run_report(title, rows, results, run.system, configuration, runs, best)
+    report = run_report(title, rows, results, run.system, asdict(run.config), runs, best)
     write_report(folder / "report.html", report)
     return folder / "report.html"
 

@@ -45,7 +45,7 @@ SETTINGS = threading.Lock()
 
 
 def chart_svg(figure: Figure) -> Markup:
-    """The drawing of a figure that changes. Its curves are of the classes curve, raw, mean or band, and c0 to c7."""
+    """The drawing of a figure that changes. Its curves have the classes curve, raw, mean or band, and c0 to c7."""
     file = io.BytesIO()
     with SETTINGS, mpl.rc_context(TEXT | {"svg.hashsalt": repr(figure)}):
         drawn = mpl.figure.Figure(SIZE, layout="constrained")
@@ -63,6 +63,8 @@ def chart_svg(figure: Figure) -> Markup:
         axes.yaxis.set_major_formatter("{x:g}")
         for number, curve in enumerate(figure.curves):
             _draw(axes, curve, number)
+        for step in figure.marks:
+            axes.axvline(step, color=FAINT, linewidth=0.6, gid="curve round")
         drawn.savefig(file, format="svg", metadata=METADATA)
     return _inline(ET.fromstring(file.getvalue()), f"{figure.title} over steps")
 

@@ -1,18 +1,19 @@
 """The model card of an exported component: what it is part of, what it was trained on, and how it did."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.report.outcome import BEST, ENDED, Best, Figures, final_figures, interval_of, over
+from sysdpo_jax.report.curves import Rows
+from sysdpo_jax.report.outcome import BEST, ENDED, Best, Figures, final_figures, interval_of, over, portable
 from sysdpo_jax.report.templates import render
 
 # Of an evaluation, as `final_figures` names them.
 EVALUATED = ("win_rate", "score_before", "score", "score_difference")
-Rows = Sequence[Mapping[str, Any]]
 
 
 def model_card(
@@ -34,7 +35,7 @@ def model_card(
         library: what loads its files, None for none.
         hub: names on the hub, as the fields "base_model" and "datasets" of the head.
         system: what was aligned.
-        configuration: of the run, as it is written in its folder.
+        configuration: of the run, as it is written in its folder. Paths are shown as `portable` makes them.
         data: "source", "kept" and "sha256" of the preferences; of online rounds those of their prompts, without "kept".
         rows: the metrics of the run up to the step.
         step: of the exported checkpoint.
@@ -44,7 +45,9 @@ def model_card(
     tag = "text-to-image" if library == "diffusers" else "text-generation"
     loaded = {} if library is None else {"library_name": library, "pipeline_tag": tag}
     head = yaml.safe_dump({**loaded, "tags": ["sysdpo", "dpo", "compound-system"], **hub}, sort_keys=False)
-    run = {"system": system, "configuration": configuration, "data": data, "step": step, "version": version}
+    folder = Path(configuration["directory"])
+    shown = {"configuration": portable(configuration, folder), "data": portable(data, folder)}
+    run = {"system": system, "step": step, "version": version, **shown}
     final = final_figures(rows, best)
     figures, evaluated = tuple(_figures(rows, final)), _evaluated(final)
     return render("model_card.md.jinja", name=name, head=head, figures=figures, evaluated=evaluated, **run)

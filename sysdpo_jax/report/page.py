@@ -12,8 +12,7 @@ from sysdpo_jax.io import write_whole
 from sysdpo_jax.report.curves import Figure
 from sysdpo_jax.report.diagram import diagram
 from sysdpo_jax.report.pictures import ImageRow, picture
-from sysdpo_jax.report.samples import ComparedRuns, TextTable
-from sysdpo_jax.report.tables import Table
+from sysdpo_jax.report.tables import ComparedRuns, Table, TextTable
 from sysdpo_jax.report.templates import render
 
 
@@ -67,12 +66,9 @@ def write_report(path: str | Path, report: Report) -> None:
     from sysdpo_jax.report import charts
 
     parts = {"chart_svg": charts.chart_svg, "colour_classes": charts.colour_classes, "diagram": diagram}
-    parts |= {"dotted": _dotted, "is_list": _is_list, "is_picture": _is_picture, "picture": picture}
+    parts |= {"dotted": _dotted, "is_list": _is_list, "picture": picture}
+    parts |= {"is_picture": lambda value: isinstance(value, np.ndarray) and value.ndim == 3}
     write_whole(Path(path), render("page.html.jinja", report=report, **parts))
-
-
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 3
 
 
 def _is_list(value: Any) -> bool:

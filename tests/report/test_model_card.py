@@ -18,6 +18,7 @@ CARD = {
     "hub": {"base_model": "org/model", "datasets": "owner/data"},
     "system": CompoundSystem(("x",), (Node("head", Categorical(2, (2,)), ("x",)),)),
     "configuration": {
+        "directory": "/home/me/runs/my_run",
         "system": {"components": {"head": PART, "judge": OTHER}},
         "objective": {"kind": "sampling", "loss": "sigmoid", "beta": 0.1},
         "schedule": {"batch_size": 8, "learning_rate": 1e-4},
