@@ -20,7 +20,7 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import ComparedRuns, write_report
-from sysdpo_jax.report.outcome import compared_steps, run_report, run_results, run_summary
+from sysdpo_jax.report.outcome import compared_steps, run_report, run_results, summary
 from sysdpo_jax.report.tables import compare_runs, spread
 from sysdpo_jax.runs.config import MeshConfig
 from sysdpo_jax.runs.files import CONFIG, read_config
@@ -58,7 +58,7 @@ def run(config: Config) -> None:
 
 def result_lines(run: Run) -> list[str]:
     """The result in sentences, as the terminal and the report have it."""
-    return list(run_summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)))
+    return list(summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)))
 
 
 def tell_result(run: Run, began: float) -> None:

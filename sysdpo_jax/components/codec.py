@@ -54,7 +54,7 @@ class Codec(Protocol):
             images: Paths, bytes, PIL images or arrays.
 
         Returns:
-            {"latents": [B, h, w, c]} or, where those take a frozen model, {"pixels": ...}, and the frames.
+            {"latents": [B, h, w, c]} or, of a `LatentCodec`, {"pixels": ...}, and the frames.
 
         Raises:
             RecordError: For an image that cannot be used, naming the row.
@@ -72,24 +72,6 @@ class Codec(Protocol):
             Pixels in [0, 1].
         """
         ...
-
-
-@runtime_checkable
-class FrozenCodec(Codec, Protocol):
-    """A codec whose model is the entry "codec" of the component's parameters, and is never trained.
-
-    batch_size: images that the model takes at once. several_sizes: see `Component`. encode is jittable.
-    """
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def several_sizes(self) -> bool: ...
-
-    def init(self, key: PRNGKeyArray) -> Params: ...
-
-    def encode(self, params: Params, pixels: UInt8[Array, "batch height width channels"]) -> Latents: ...
 
 
 def whole_frames(codec: Codec, rows: int) -> Int[np.ndarray, "batch 6"]:
@@ -154,6 +136,7 @@ class PixelCodec:
 class LatentCodec:
     """The means of an AutoencoderKL, shifted and scaled as the denoiser expects them.
 
+    The model is the entry "codec" of the component's parameters, and is never trained.
     Pixels are rounded to 8 bits, as in a file, so that a picture that was sampled and the file of it are the same.
     Departure from the training code of latent diffusion: the posterior's mean stands for a draw, so that encoding is a
     function of the image.
@@ -189,21 +172,16 @@ class LatentCodec:
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of what is sampled."""
-        return self.sizes[0]
-
-    @property
     def several_sizes(self) -> bool:
         return len(self.sizes) > 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (*self.image_size, 3)
+        return (*self.sizes[0], 3)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        height, width = self.image_size
+        height, width = self.sizes[0]
         return height // self._factor, width // self._factor, self.autoencoder.config.latent_channels
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -229,7 +207,7 @@ class LatentCodec:
             opened: dict[int, Any] = {row: open_picture(images[row], f"image in row {row}") for row in distinct}
             height, width = self._nearest([opened[first].shape[:2] for first in firsts])
         else:
-            opened, (height, width) = dict(enumerate(images)), self.image_size
+            opened, (height, width) = dict(enumerate(images)), self.sizes[0]
         pixels, frames = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), 6), np.int32)
         for row, first in enumerate(firsts):
             if first < row:

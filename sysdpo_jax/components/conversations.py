@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, TypeVar
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.user_code import user_code
 from sysdpo_jax.values import TEXT, TOKENS, sampled_fault
+
+T = TypeVar("T")
 
 # The names of a conversation with more than messages; the last two are TRL's columns too.
 MESSAGES, TOOLS, ARGUMENTS = "messages", "tools", "chat_template_kwargs"
@@ -77,8 +79,7 @@ def read_tools(value: Any, what: str) -> list[Mapping[str, Any]]:
     tools = _from_json(value, what, [])
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RecordError(f"{what} must be a list of objects, the JSON schemas of functions, not {kind(tools)}")
-    _check_json(tools, what)
-    return tools
+    return _json(tools, what)
 
 
 def read_arguments(value: Any, what: str) -> dict[str, Any]:
@@ -86,8 +87,7 @@ def read_arguments(value: Any, what: str) -> dict[str, Any]:
     arguments = _from_json(value, what, {})
     if not isinstance(arguments, Mapping):
         raise RecordError(f"{what} must be an object of the chat template's arguments, not {kind(arguments)}")
-    _check_json(arguments, what)
-    return dict(arguments)
+    return dict(_json(arguments, what))
 
 
 def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bool) -> str:
@@ -163,8 +163,7 @@ def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
         kept["content"] = _one_text(kept["content"], where)
     elif calls is None:
         raise RecordError(f"{where} has no content: give a text, or 'tool_calls'")
-    _check_json(kept, where)
-    return kept
+    return _json(kept, where)
 
 
 def _one_text(content: Any, where: str) -> str:
@@ -203,12 +202,13 @@ def _from_json(value: Any, what: str, empty: Any) -> Any:
         raise RecordError(f"{what} is a text that is not JSON ({error}): write it as JSON, or as objects") from None
 
 
-def _check_json(value: Any, where: str) -> None:
-    """What JSON cannot hold would reach the text as Python writes it."""
+def _json(value: T, where: str) -> T:
+    """The value; what JSON cannot hold would reach the text as Python writes it."""
     try:
         json.dumps(value)
     except (TypeError, ValueError) as error:
         raise RecordError(f"{where} holds what JSON cannot hold ({error}): give texts, numbers and lists") from None
+    return value
 
 
 def _check_names(tokenizer: Any, arguments: Mapping[str, Any], row: int) -> None:

@@ -72,7 +72,8 @@ def _each_once(function: Callable[[PyTree], PyTree], trees: Sequence[PyTree], at
     inverse: list[np.ndarray] = []
     for tree in trees:
         known, leaves = len(kinds), jax.tree.leaves(tree)
-        own = [kinds.setdefault(_digest(leaves, row), len(kinds)) for row in range(len(leaves[0]))]
+        rows = (b"".join(leaf[row].tobytes() for leaf in leaves) for row in range(len(leaves[0])))
+        own = [kinds.setdefault(hashlib.blake2b(row, digest_size=16).digest(), len(kinds)) for row in rows]
         inverse.append(np.array(own, np.int64))
         # A row is the first of its kind where the number of its kind is one higher than all before it.
         highest = np.maximum.accumulate([known - 1, *own])
@@ -89,13 +90,6 @@ def _spread(made: np.ndarray, rows: np.ndarray) -> np.ndarray:
     if len(made) == 1:
         return np.broadcast_to(made, (len(rows), *made.shape[1:]))
     return made if len(rows) == len(made) and (rows == np.arange(len(rows))).all() else made[rows]
-
-
-def _digest(leaves: Sequence[np.ndarray], row: int) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in leaves:
-        digest.update(leaf[row].tobytes())
-    return digest.digest()
 
 
 def _flat(entry: PyTree, leading: int) -> PyTree:

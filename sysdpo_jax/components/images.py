@@ -83,12 +83,6 @@ def open_picture(value: Any, where: str) -> Pixels:
         raise RecordError(f"{where}: {what} cannot be read ({said}): replace it, or drop the row") from None
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says, which then says nothing of it."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
-
-
 def _check_size(image: Image.Image, where: str) -> None:
     """Refuses what Pillow warns of; it refuses twice as much itself."""
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -102,7 +96,8 @@ def _picture(image: Image.Image, where: str) -> Pixels:
     # The second picture of an MPO file, as telephones write it, is a preview or a depth of the first.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise RecordError(f"{where} is {image.n_frames} pictures in one file: give one of them")  # type: ignore[attr-defined]
-    image = upright(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     # Pillow would cut these off at 255 instead of scaling them.
     if image.mode.startswith("I"):
         return np.repeat(_checked(np.asarray(image, np.float32)[..., None] / 65535, where), 3, axis=2)

@@ -246,10 +246,7 @@ class LanguageModel(Component):
         if kept.shape[-1] < width:
             spare = [(0, 0)] * (tokens.ndim - 1) + [(0, width - kept.shape[-1])]
             kept = np.pad(kept, spare, constant_values=self._pad)
-        return features | {
-            "tokens": kept,
-            "completion": np.arange(sizes["completion"]) < own["completion"][..., None],
-        }
+        return features | {"tokens": kept, "completion": np.arange(sizes["completion"]) < own["completion"][..., None]}
 
     def padding(self, features: Features) -> float:
         places = np.size(features["tokens"])

@@ -49,7 +49,8 @@ def sampled_texts(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[
     ends: the tokens at which sampling stops; what does not end with one was cut.
     """
     made = facts_of(tokenizer).fingerprint
-    how = [_end(tokenizer, row[-1], ends) for row in rows]
+    eos = tokenizer.eos_token_id
+    how: list[End] = ["end" if row[-1] == eos else "stop" if row[-1] in ends else "cut" for row in rows]
     kept = [_shown(tokenizer, row, end) for row, end in zip(rows, how, strict=True)]
     texts = zip(_decoded(tokenizer, kept), rows, how, strict=True)
     return [SampledText(text, row, end, made) for text, row, end in texts]
@@ -61,12 +62,6 @@ def own_tokens(tokenizer: Any, text: SampledText) -> list[int] | None:
         return None
     [said] = _decoded(tokenizer, [_shown(tokenizer, text.tokens, text.end)])
     return list(text.tokens) if said == text else None
-
-
-def _end(tokenizer: Any, last: int, ends: Sequence[int]) -> End:
-    if last == tokenizer.eos_token_id:
-        return "end"
-    return "stop" if last in ends else "cut"
 
 
 def _shown(tokenizer: Any, tokens: Sequence[int], end: End) -> list[int]:

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, Metrics, Raw, RecordError, row_keys
-from sysdpo_jax.components.codec import Codec, FrozenCodec, Latents, whole_frames
+from sysdpo_jax.components.codec import Codec, LatentCodec, Latents, whole_frames
 from sysdpo_jax.components.conversations import kind
 from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.source import Source
@@ -119,11 +119,11 @@ class TextToImage(Component):
 
     @property
     def several_sizes(self) -> bool:
-        return isinstance(self.codec, FrozenCodec) and self.codec.several_sizes
+        return isinstance(self.codec, LatentCodec) and self.codec.several_sizes
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        parts = {"codec": isinstance(self.codec, FrozenCodec), "text": isinstance(self.text, FrozenText)}
+        parts = {"codec": isinstance(self.codec, LatentCodec), "text": isinstance(self.text, FrozenText)}
         return tuple(name for name, frozen in parts.items() if frozen)
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -133,7 +133,7 @@ class TextToImage(Component):
         frames = [jnp.zeros((1, 6))] if self.text.sized else []
         params = {
             "denoiser": self.denoiser.init(image_key, latents, jnp.zeros(1), *conditioning, *frames)["params"],
-            "codec": self.codec.init(jax.random.fold_in(key, 2)) if isinstance(self.codec, FrozenCodec) else {},
+            "codec": self.codec.init(jax.random.fold_in(key, 2)) if isinstance(self.codec, LatentCodec) else {},
             "text": self.text.init(text_key),
         }
         return {name: tree for name, tree in params.items() if tree}
@@ -156,7 +156,7 @@ class TextToImage(Component):
 
     def raw(self, features: Features) -> Mapping[str, Raw]:
         found = {}
-        if isinstance(self.codec, FrozenCodec) and "pixels" in features:
+        if isinstance(self.codec, LatentCodec) and "pixels" in features:
             found["pixels"] = Raw(np.ndim(features["pixels"]) - 3, self.codec.batch_size)
         if isinstance(self.text, FrozenText):
             texts = [name for name in RAW_TEXTS if name in features]
@@ -171,7 +171,7 @@ class TextToImage(Component):
             if name in RAW_TEXTS:
                 states = self.text.encode(params["text"], entry)
                 made[RAW_TEXTS[name]] = {"encoded": states, "truncated": entry["truncated"]}
-            elif isinstance(self.codec, FrozenCodec):
+            elif isinstance(self.codec, LatentCodec):
                 made["latents"] = self.codec.encode(params["codec"], entry)
         return made
 

@@ -3,7 +3,7 @@
 import base64
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -53,7 +53,16 @@ class Template:
     @property
     def pieces(self) -> list[Piece]:
         """The text in the order in which it stands there."""
-        return list(_pieces(self.text))
+        pieces, line = list[Piece](), 1
+        for before, name, specification, conversion in Formatter().parse(self.text):
+            line += before.count("\n")
+            if name is None:
+                pieces.append(Piece(before, None, "", line))
+                continue
+            field = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
+            pieces.append(Piece(before, field, re.split(r"[.\[]", name, maxsplit=1)[0], line))
+            line += field.count("\n")
+        return pieces
 
     @property
     def names(self) -> list[str]:
@@ -92,18 +101,6 @@ def read_template(path: str, field: str) -> Template:
         raise ConfigError(f"{field} {path} is not UTF-8 text ({error.reason}): convert it") from None
     except OSError as error:
         raise ConfigError(f"{field} {path} cannot be read ({error.strerror}): give a file with the question") from None
-
-
-def _pieces(text: str) -> Iterator[Piece]:
-    line = 1
-    for before, name, specification, conversion in Formatter().parse(text):
-        line += before.count("\n")
-        if name is None:
-            yield Piece(before, None, "", line)
-            continue
-        field = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
-        yield Piece(before, field, re.split(r"[.\[]", name, maxsplit=1)[0], line)
-        line += field.count("\n")
 
 
 def _parses(text: str) -> bool:

@@ -71,11 +71,12 @@ def interval_of(figures: Figures, name: str) -> Interval | None:
     return None if ends[0] is None or ends[1] is None else Interval(ends[0], ends[1])
 
 
-def summary(rows: Rows, steps: int, best: Best = BEST) -> Iterator[str]:
+def summary(rows: Rows, steps: int, best: Best = BEST, rounds: Rows = ()) -> Iterator[str]:
     """The result in sentences, of which there are none without an evaluation. Brackets hold 95% intervals.
 
-    steps: of the whole training, which may have been stopped before.
+    steps: of the whole training, which may have been stopped before. rounds: as of `run_results`.
     """
+    steps = rounds[-1]["last"] if rounds else steps
     made, figures = evaluations(rows), final_figures(rows, best)
     if made and not figures:
         yield (
@@ -93,11 +94,6 @@ def summary(rows: Rows, steps: int, best: Best = BEST) -> Iterator[str]:
         yield from (few,) if few else ()
         if made[-1]["step"] < steps:
             yield f"the last evaluation was at step {made[-1]['step']} of {steps}"
-
-
-def run_summary(rows: Rows, steps: int, best: Best = BEST, rounds: Rows = ()) -> Iterator[str]:
-    """The result in sentences, as `run_results` takes its arguments."""
-    yield from summary(rows, rounds[-1]["last"] if rounds else steps, best)
     for number, each in enumerate(rounds, 1):
         if each["stopped"] is not None:
             yield f"the rounds end with round {number}: {each['stopped']}"
@@ -114,7 +110,7 @@ def run_results(rows: Rows, steps: int, best: Best = BEST, rounds: Rows = ()) ->
     """
     trained = [row for row in rows if "loss" in row]
     return {
-        "summary": list(run_summary(rows, steps, best, rounds)),
+        "summary": list(summary(rows, steps, best, rounds)),
         "final": final_figures(rows, best),
         "evaluations": evaluations(rows),
         "best_step": best_evaluation(rows, best),

@@ -48,10 +48,6 @@ class Report:
     headline: tuple[str, ...] = ()
     runs: tuple[ComparedRuns, ...] = ()
 
-    @property
-    def paragraphs(self) -> list[str]:
-        return [text for text in self.description.split("\n\n") if text.strip()]
-
 
 def write_report(path: str | Path, report: Report) -> None:
     """Write the page; a reader never finds half of one.
