@@ -121,8 +121,8 @@ class Form:
         score = self._stated(answer) if self.answer == "stated" else _last_number(answer)
         if score is None:
             raise ScoreError(
-                f"the judge's answer has no score; it ends with {_end(answer)}, expected is {EXPECTED[self.answer]}: fix the "
-                "template, or see judge.answer",
+                f"the judge's answer has no score; it ends with {_end(answer)}, expected is {EXPECTED[self.answer]}: "
+                "fix the template, or see judge.answer",
                 "the answer had no score",
             )
         if not self.low <= score <= self.high:
