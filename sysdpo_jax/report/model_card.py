@@ -35,7 +35,7 @@ def model_card(
         library: what loads its files, None for none.
         hub: names on the hub, as the fields "base_model" and "datasets" of the head.
         system: what was aligned.
-        configuration: of the run, as it is written in its folder. Paths are shown as `portable` makes them.
+        configuration: of the run, as it is written in its folder.
         data: "source", "kept" and "sha256" of the preferences; of online rounds those of their prompts, without "kept".
         rows: the metrics of the run up to the step.
         step: of the exported checkpoint.
@@ -45,9 +45,8 @@ def model_card(
     tag = "text-to-image" if library == "diffusers" else "text-generation"
     loaded = {} if library is None else {"library_name": library, "pipeline_tag": tag}
     head = yaml.safe_dump({**loaded, "tags": ["sysdpo", "dpo", "compound-system"], **hub}, sort_keys=False)
-    folder = Path(configuration["directory"])
-    shown = {"configuration": portable(configuration, folder), "data": portable(data, folder)}
-    run = {"system": system, "step": step, "version": version, **shown}
+    data = portable(data, Path(configuration["directory"]))
+    run = {"system": system, "configuration": configuration, "data": data, "step": step, "version": version}
     final = final_figures(rows, best)
     figures, evaluated = tuple(_figures(rows, final)), _evaluated(final)
     return render("model_card.md.jinja", name=name, head=head, figures=figures, evaluated=evaluated, **run)

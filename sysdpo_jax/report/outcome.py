@@ -166,7 +166,8 @@ def portable(value: Any, folder: Path) -> Any:
     # A word such as "/think" is no path.
     if not path.is_absolute() or (len(path.parts) < 3 and not path.suffix):
         return value
-    return str(path.relative_to(folder.parent)) if path.is_relative_to(folder.parent) else path.name
+    beside = folder.absolute().parent
+    return str(path.relative_to(beside)) if path.is_relative_to(beside) else path.name
 
 
 def compared_steps(rows: Rows, best: Best = BEST) -> dict[str, int]:

@@ -67,6 +67,14 @@ def test_what_there_is_none_of_is_left_out():
     assert yaml.safe_load(text.split("---\n")[1]) == {"tags": ["sysdpo", "dpo", "compound-system"]}
 
 
+@pytest.mark.parametrize(("source", "shown"), [("/home/me/pairs.jsonl", "pairs.jsonl"), ("/home/me/runs/a/b", "a/b")])
+def test_the_place_of_the_data_is_not_told(source, shown):
+    """What lies beside the run's folder is named from there, another file by its name."""
+    text = model_card(**CARD | {"data": CARD["data"] | {"source": source}})
+    assert f"Data: `{shown}`, 100 preferences" in text
+    assert "/home" not in text
+
+
 def parts_of(text):
     """The front matter, and the lines of the rest without the block of code."""
     _, head, body = re.split(r"^---$\n", text, maxsplit=2, flags=re.MULTILINE)
