@@ -7,9 +7,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, RecordError, batch_size
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, batch_size
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Asking,
@@ -145,12 +145,10 @@ class LanguageModel(Component):
             "retokenized": retokenized.astype(np.float32),
         }
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         return self.log_prob_with_metrics(params, features, key)[0]
 
-    def log_prob_with_metrics(
-        self, params: Params, features: Features, key: Keys
-    ) -> tuple[Float[Array, "batch"], Metrics]:
+    def log_prob_with_metrics(self, params: Params, features: Features, key: Keys) -> tuple[LogProbs, Metrics]:
         """Sum over completion tokens of log softmax(logits)[token], in float32, and their number as "tokens".
 
         "truncated" and "retokenized" are those of `prepare`. The mask comes from the lengths, never from the padding

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, RecordError
+from sysdpo_jax.components.base import Component, LogProbs, RecordError
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
@@ -48,7 +48,7 @@ class Categorical(Component):
         columns.append(_indices(values, self.num_values, "its own value"))
         return np.stack(columns, axis=-1)
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         log_probs = jax.nn.log_softmax(params["logits"].astype(jnp.promote_types(params["logits"].dtype, jnp.float32)))
         return log_probs[tuple(jnp.moveaxis(features, -1, 0))]
 
@@ -102,7 +102,7 @@ class Gaussian(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         return {"value": _rows(values, self.size, "its own value"), "parents": self._parents(parents)}
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         error = (features["value"] - self._mean(params, features["parents"])) / self.scale
         normaliser = self.size * (0.5 * math.log(2 * math.pi) + math.log(self.scale))
         return -0.5 * jnp.sum(error**2, axis=-1) - normaliser

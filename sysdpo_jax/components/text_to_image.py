@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, Raw, RecordError, row_keys
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, Raw, RecordError, row_keys
 from sysdpo_jax.components.codec import Codec, LatentCodec, Latents, whole_frames
 from sysdpo_jax.components.conversations import kind
 from sysdpo_jax.components.encoding import encode_together
@@ -175,12 +175,10 @@ class TextToImage(Component):
                 made["latents"] = self.codec.encode(params["codec"], entry)
         return made
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         return self.log_prob_with_metrics(params, features, key)[0]
 
-    def log_prob_with_metrics(
-        self, params: Params, features: Features, key: Keys
-    ) -> tuple[Float[Array, "batch"], Metrics]:
+    def log_prob_with_metrics(self, params: Params, features: Features, key: Keys) -> tuple[LogProbs, Metrics]:
         """-(T omega / 2) * mean squared error at one (t, eps) of each row, drawn from its key.
 
         Metrics: that error as "mse", and "truncated", 1 where the caption was cut.

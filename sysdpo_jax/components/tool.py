@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 import jax.numpy as jnp
 import numpy as np
 import tenacity
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, RecordError, batch_size
+from sysdpo_jax.components.base import Component, LogProbs, RecordError, batch_size
 from sysdpo_jax.threads import DaemonExecutor
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, shown, user_code
@@ -101,7 +101,7 @@ class Tool(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         return np.zeros((len(values), 0), np.float32)
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         return jnp.zeros(features.shape[0])
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:

@@ -10,7 +10,7 @@ from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.report.curves import Rows
 from sysdpo_jax.report.outcome import BEST, ENDED, Best, Figures, final_figures, interval_of, over, portable
-from sysdpo_jax.report.templates import render
+from sysdpo_jax.report.page import render
 
 # Of an evaluation, as `final_figures` names them.
 EVALUATED = ("win_rate", "score_before", "score", "score_difference")

@@ -161,7 +161,7 @@ def portable(value: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         return {name: portable(item, folder) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(item, folder) for item in value]
+        return type(value)(portable(item, folder) for item in value)
     path = Path(value) if isinstance(value, str) else Path()
     # A word such as "/think" is no path.
     if not path.is_absolute() or (len(path.parts) < 3 and not path.suffix):

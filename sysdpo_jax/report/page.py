@@ -1,11 +1,13 @@
 """A report of an experiment as one HTML file that needs no other: tables, curves, pictures and the graph."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import write_whole
@@ -13,7 +15,6 @@ from sysdpo_jax.report.curves import Figure
 from sysdpo_jax.report.diagram import diagram
 from sysdpo_jax.report.pictures import ImageRow, picture
 from sysdpo_jax.report.tables import ComparedRuns, Table, TextTable
-from sysdpo_jax.report.templates import render
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,34 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def render(template: str, **values: Any) -> str:
+    """The template of this name, filled in. A value that it lacks is an error; half of a character is shown escaped."""
+    return ENVIRONMENT.get_template(template).render(values).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def code(text: str) -> str:
+    """A text as code in a line of Markdown, also in a cell of a table, whatever it holds."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if "`" in line or not line else ""
+    return f"{fence}{space}{line}{space}{fence}".replace("|", r"\|")
+
+
+def fenced(text: str, language: str) -> str:
+    """A text as a block of code in Markdown, whatever it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+# Templates of pages escape whatever is not markup already, those of Markdown say how.
+ENVIRONMENT = Environment(
+    loader=PackageLoader("sysdpo_jax.report", ""),
+    autoescape=lambda name: not (name or "").endswith(".md.jinja"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ENVIRONMENT.filters |= {"code": code, "fenced": fenced}
