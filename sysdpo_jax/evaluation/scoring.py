@@ -21,6 +21,8 @@ from sysdpo_jax.user_code import name_of, user_code
 Scorer = Callable[[Mapping[str, Any]], float]
 # The run of an id.
 Read = Callable[[str], Mapping[str, Any]]
+# Takes the id and the score of a run.
+Keep = Callable[[str, float], None]
 # (id, score) of runs; of one without a score the error that says why.
 Scored = Generator[tuple[str, float | ScoreError], None, None]
 
@@ -134,14 +136,7 @@ async def _cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def score_runs(
-    scorer: Scorer | Judge,
-    names: Sequence[str],
-    read: Read,
-    parallel: int,
-    skip: bool,
-    keep: Callable[[str, float], None],
-) -> None:
+def score_runs(scorer: Scorer | Judge, names: Sequence[str], read: Read, parallel: int, skip: bool, keep: Keep) -> None:
     """Call `keep` with the id and the score of each run as it comes, and log how many have none; else as `scores`."""
     errors = list[ScoreError]()
     with closing(scores(scorer, names, read, parallel, skip)) as found:
