@@ -18,7 +18,7 @@ from sysdpo_jax.models.autoencoder import AutoencoderKL, scale_latents, unscale_
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Params
 
-Latents = Float[Array | np.ndarray, "batch h w c"]
+Latents = Float[Array, "batch h w c"]
 Pixels = Float[np.ndarray, "batch height width channels"]
 
 
@@ -61,7 +61,7 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, params: Params, latents: Latents) -> Pixels:
+    def decode(self, params: Params, latents: Float[np.ndarray, "batch h w c"]) -> Pixels:
         """Turn latents into pixels, on the host.
 
         Args:
@@ -124,7 +124,7 @@ class PixelCodec:
         latents = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.latent_shape)
         return Prepared({"latents": latents}, whole_frames(self, len(images)))
 
-    def decode(self, params: Params, latents: Latents) -> Pixels:
+    def decode(self, params: Params, latents: Float[np.ndarray, "batch h w c"]) -> Pixels:
         """params: none, {}."""
         h, w, _ = self.latent_shape
         blocks = latents.reshape(-1, h, w, self.patch, self.patch, self.image_shape[2])
@@ -231,7 +231,7 @@ class LatentCodec:
         mean: Any = self.autoencoder.apply({"params": params}, scaled, method="encode")[0]
         return scale_latents(self.autoencoder.config, mean).astype(jnp.float32)
 
-    def decode(self, params: Params, latents: Latents) -> Pixels:
+    def decode(self, params: Params, latents: Float[np.ndarray, "batch h w c"]) -> Pixels:
         """Pixels in [0, 1], on the host, batch_size images at a time."""
         decode = partial(_decode, self.autoencoder, params)
         pixels = in_slices(decode, latents, range(len(latents)), self.batch_size)

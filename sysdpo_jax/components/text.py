@@ -7,7 +7,7 @@ Axes: B batch, S text tokens, D text width.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class TextConditioner(Protocol):
         Returns:
             The shapes and types of the conditioning's arrays, with a batch axis of 1; nothing is computed.
         """
-        return _shapes(self)
+        return _shapes(cast(Any, self))
 
     def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
         """Tokenize captions, on the host.
