@@ -90,7 +90,7 @@ def online(
         raise ConfigError(f"rounds: stop_on {unknown[0]!r} is no held-out figure: choose among {known}")
     folder = Path(trainer.directory)
     if isinstance(scorer, Judge):
-        asked = digest([scorer.template, scorer.form, scorer.model, scorer.temperature])
+        asked = digest([scorer.template, scorer.form, scorer.config.model, scorer.config.temperature])
     else:
         asked = name_of(scorer)
     about = {"scorer": asked, "system": digest(about_system(trainer.system))}
