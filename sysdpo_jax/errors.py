@@ -7,3 +7,11 @@ class ConfigError(ValueError):
 
 class DamagedFileError(ValueError):
     """A file that this library wrote is no longer what it was: the message names it, the reason and the remedy."""
+
+
+class ScoreError(ConfigError):
+    """One run has no score, which says nothing of the others. reason: the kind of failure, for counts."""
+
+    def __init__(self, message: str, reason: str = "the scorer failed"):
+        super().__init__(message)
+        self.reason = reason

@@ -107,6 +107,16 @@ def append_whole(file: FileIO, data: bytes) -> None:
         raise
 
 
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(where it starts, in bytes; the line) of all lines that end; of a killed process the last one may not."""
+    start = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield start, line
+            start += len(line)
+
+
 def note_of(path: Path) -> Path:
     """Where it is said how the file at `path` was made."""
     return path.with_name(f"{path.name}.json")

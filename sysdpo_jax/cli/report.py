@@ -20,8 +20,8 @@ from sysdpo_jax.cli import command_line
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.locks import locked_folder
 from sysdpo_jax.report import ComparedRuns, write_report
-from sysdpo_jax.report.samples import compare_runs, spread
-from sysdpo_jax.report.training import compared_steps, run_report, run_results, run_summary
+from sysdpo_jax.report.outcome import compared_steps, run_report, run_results, summary
+from sysdpo_jax.report.tables import compare_runs, spread
 from sysdpo_jax.runs.files import CONFIG, write_config
 from sysdpo_jax.runs.held_out import FOLDER, runs_name
 from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, read_run, refuse_others, round_store
@@ -79,7 +79,7 @@ def reported(run: Run, about: Mapping[str, Any], began: float) -> Iterator[Calla
 def _tell_result(run: Run, began: float) -> None:
     """Print the result and the report's path. Without a report the training is what it was, and so is what ended it."""
     try:
-        for line in run_summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)):
+        for line in summary(_metrics(run), run.config.schedule.steps, best_of(run.config), _rounds(run)):
             print(line, flush=True)
         print(write_run_report(run, made_by(time.monotonic() - began)), flush=True)
     except Exception as error:
@@ -110,9 +110,8 @@ def write_run_report(run: Run, made_by: Mapping[str, Any]) -> Path:
         results |= {"rounds": rounds}
     write_json(folder / "results.json", results)
     title = f"{folder.name}: {', '.join(run.optimizer.trained_keys)} aligned as one system"
-    configuration = {name: value for name, value in asdict(run.config).items() if name != "directory"}
     runs = tuple(_compared_runs(run, compared_steps(rows, best)))
-    report = run_report(title, rows, results, run.system, configuration, runs, best)
+    report = run_report(title, rows, results, run.system, asdict(run.config), runs, best)
     write_report(folder / "report.html", report)
     return folder / "report.html"
 

@@ -1,15 +1,11 @@
 """Components: the generators a system is made of."""
 
 from sysdpo_jax.components.base import Component, RecordError
-from sysdpo_jax.components.categorical import Categorical
-from sysdpo_jax.components.codec import Codec, PixelCodec
-from sysdpo_jax.components.diffusion import Diffusion
-from sysdpo_jax.components.flow_matching import FlowMatching
-from sysdpo_jax.components.gaussian import Gaussian
+from sysdpo_jax.components.codec import Codec, LatentCodec, PixelCodec, bucket_sizes
 from sysdpo_jax.components.language_model import LanguageModel
-from sysdpo_jax.components.latent_codec import LatentCodec, bucket_sizes
-from sysdpo_jax.components.stable_diffusion_text import SD3Text, SDXLText
-from sysdpo_jax.components.text import FrozenText, TextConditioner, TextEncoder
+from sysdpo_jax.components.tables import Categorical, Gaussian
+from sysdpo_jax.components.text import FrozenText, SD3Text, SDXLText, TextConditioner, TextEncoder
+from sysdpo_jax.components.text_to_image import Diffusion, FlowMatching
 from sysdpo_jax.components.tool import Tool
 
 __all__ = [

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
 
+LogProbs = Float[Array, "batch"]
 Metrics = Mapping[str, Float[Array, "batch"]]
 
 
@@ -112,7 +113,7 @@ class Component(Protocol):
         """
         return features
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         """log p(value | parents) of each row, up to a constant that does not depend on `params`. Jittable.
 
         Args:
@@ -126,9 +127,7 @@ class Component(Protocol):
         """
         ...
 
-    def log_prob_with_metrics(
-        self, params: Params, features: Features, key: Keys
-    ) -> tuple[Float[Array, "batch"], Metrics]:
+    def log_prob_with_metrics(self, params: Params, features: Features, key: Keys) -> tuple[LogProbs, Metrics]:
         """`log_prob`, and figures worth logging for policy and reference (none by default).
 
         Args:

@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, TypeVar
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.user_code import user_code
 from sysdpo_jax.values import TEXT, TOKENS, sampled_fault
+
+T = TypeVar("T")
 
 # The names of a conversation with more than messages; the last two are TRL's columns too.
 MESSAGES, TOOLS, ARGUMENTS = "messages", "tools", "chat_template_kwargs"
@@ -75,24 +76,18 @@ def read_messages(value: Any, what: str) -> list[dict[str, Any]]:
 
 def read_tools(value: Any, what: str) -> list[Mapping[str, Any]]:
     """Schemas of functions from a list or its JSON, as tables hold it. Raises `RecordError` for anything else."""
-    tools = _from_json(value, what)
-    if tools is None:
-        return []
+    tools = _from_json(value, what, [])
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RecordError(f"{what} must be a list of objects, the JSON schemas of functions, not {kind(tools)}")
-    _check_json(tools, what)
-    return tools
+    return _json(tools, what)
 
 
 def read_arguments(value: Any, what: str) -> dict[str, Any]:
     """Arguments of a chat template from an object or its JSON. Raises `RecordError` for anything else."""
-    arguments = _from_json(value, what)
-    if arguments is None:
-        return {}
+    arguments = _from_json(value, what, {})
     if not isinstance(arguments, Mapping):
         raise RecordError(f"{what} must be an object of the chat template's arguments, not {kind(arguments)}")
-    _check_json(arguments, what)
-    return dict(arguments)
+    return dict(_json(arguments, what))
 
 
 def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bool) -> str:
@@ -111,7 +106,8 @@ def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bo
         )
     tools = list(conversation.tools) or None
     arguments = dict(conversation.arguments)
-    _check_names(tokenizer, arguments, row)
+    if arguments:
+        _check_names(tokenizer, arguments, row)
 
     def write(messages: Sequence[Mapping[str, Any]]) -> str:
         return str(
@@ -167,8 +163,7 @@ def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
         kept["content"] = _one_text(kept["content"], where)
     elif calls is None:
         raise RecordError(f"{where} has no content: give a text, or 'tool_calls'")
-    _check_json(kept, where)
-    return kept
+    return _json(kept, where)
 
 
 def _one_text(content: Any, where: str) -> str:
@@ -195,35 +190,32 @@ def _text_part(part: Any, where: str) -> str:
     return str(part["text"])
 
 
-def _from_json(value: Any, what: str) -> Any:
+def _from_json(value: Any, what: str, empty: Any) -> Any:
+    """The value, or that of a text; `empty` for none and for a text of nothing."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return empty
     if not isinstance(value, str):
         return value
-    if not value.strip():
-        return None
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{what} is a text that is not JSON ({error}): write it as JSON, or as objects") from None
 
 
-def _check_json(value: Any, where: str) -> None:
-    """What JSON cannot hold would reach the text as Python writes it."""
+def _json(value: T, where: str) -> T:
+    """The value; what JSON cannot hold would reach the text as Python writes it."""
     try:
         json.dumps(value)
     except (TypeError, ValueError) as error:
         raise RecordError(f"{where} holds what JSON cannot hold ({error}): give texts, numbers and lists") from None
-
-
-@cache
-def _own_arguments(tokenizer: Any) -> frozenset[str]:
-    """The arguments of `apply_chat_template` that are not the template's."""
-    known = signature(tokenizer.apply_chat_template).parameters.values()
-    return frozenset(p.name for p in known if p.kind is not Parameter.VAR_KEYWORD) - {"documents"} | {MESSAGES}
+    return value
 
 
 def _check_names(tokenizer: Any, arguments: Mapping[str, Any], row: int) -> None:
-    made_by: Any = type(tokenizer)
-    taken = [name for name in arguments if name in _own_arguments(made_by)]
+    """Refuses arguments of `apply_chat_template` that are not the template's."""
+    known = signature(tokenizer.apply_chat_template).parameters.values()
+    own = {p.name for p in known if p.kind is not Parameter.VAR_KEYWORD} - {"documents"} | {MESSAGES}
+    taken = [name for name in arguments if name in own]
     if taken:
         raise RecordError(
             f"row {row} gives the chat template {taken[0]!r}, which is set for it: leave it out of {ARGUMENTS!r}"
@@ -243,10 +235,8 @@ def _unread(conversation: Conversation, template: str, text: str, write: Any) ->
             return f"the argument {name!r}"
     for key in dict.fromkeys(key for turn in conversation.messages for key in turn if key not in ("role", "content")):
         # A template may write whole messages, without the names of their keys.
-        if not named(key) and text == write([_without(turn, key) for turn in conversation.messages]):
+        if not named(key) and text == write(
+            [{name: value for name, value in turn.items() if name != key} for turn in conversation.messages]
+        ):
             return f"messages with {key!r}"
     return None
-
-
-def _without(turn: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in turn.items() if name != key}

@@ -1,7 +1,7 @@
 """What frozen parts make of raw features, on the host: equal rows once, in slices of few sizes."""
 
 import hashlib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,16 @@ def encode_together(component: Component, params: Params, sides: Sequence[Featur
     """
     raw = [component.raw(features) for features in sides]
     names = list(dict.fromkeys(name for own in raw for name in own))
-    made = [_without(side, own) if own else side for side, own in zip(sides, raw, strict=True)]
+    made = [
+        {name: entry for name, entry in side.items() if name not in own} if own else side
+        for side, own in zip(sides, raw, strict=True)
+    ]
     frozen = {name: params[name] for name in component.frozen} if names else {}
     for name in names:
         entries = {place: _flat(sides[place][name], own[name].leading) for place, own in enumerate(raw) if name in own}
         for places in _alike(entries):
             rows = raw[places[0]][name].rows
-            encode = partial(_encode_entry, component, name, frozen)
+            encode = partial(_encode, component, name, frozen)
             whole = _each_once(encode, [entries[place] for place in places], rows)
             for place, entry in zip(places, whole, strict=True):
                 axes = np.shape(jax.tree.leaves(sides[place][name])[0])[: raw[place][name].leading]
@@ -69,7 +72,8 @@ def _each_once(function: Callable[[PyTree], PyTree], trees: Sequence[PyTree], at
     inverse: list[np.ndarray] = []
     for tree in trees:
         known, leaves = len(kinds), jax.tree.leaves(tree)
-        own = [kinds.setdefault(_digest(leaves, row), len(kinds)) for row in range(len(leaves[0]))]
+        rows = (b"".join(leaf[row].tobytes() for leaf in leaves) for row in range(len(leaves[0])))
+        own = [kinds.setdefault(hashlib.blake2b(row, digest_size=16).digest(), len(kinds)) for row in rows]
         inverse.append(np.array(own, np.int64))
         # A row is the first of its kind where the number of its kind is one higher than all before it.
         highest = np.maximum.accumulate([known - 1, *own])
@@ -88,17 +92,6 @@ def _spread(made: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return made if len(rows) == len(made) and (rows == np.arange(len(rows))).all() else made[rows]
 
 
-def _digest(leaves: Sequence[np.ndarray], row: int) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in leaves:
-        digest.update(leaf[row].tobytes())
-    return digest.digest()
-
-
-def _without(features: Features, names: Container[str]) -> dict[str, Any]:
-    return {name: entry for name, entry in features.items() if name not in names}
-
-
 def _flat(entry: PyTree, leading: int) -> PyTree:
     """With one axis in the place of those before the rows' own."""
     return jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[leading:])), entry)
@@ -113,10 +106,6 @@ def _alike(entries: Mapping[int, PyTree]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _encode_entry(component: Component, name: str, params: Params, entry: PyTree) -> Any:
-    return _encode(component, params, {name: entry})
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(component: Component, params: Params, features: Features) -> Features:
-    return component.encode(params, features)
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode(component: Component, name: str, params: Params, entry: PyTree) -> Features:
+    return component.encode(params, {name: entry})

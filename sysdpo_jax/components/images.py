@@ -15,9 +15,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from sysdpo_jax.components.base import RecordError
 
-# Pixels that are floats at a time, while an image is resized.
-PART = 2**20
-
 Pixels = UInt8[np.ndarray, "h w channels"] | Float[np.ndarray, "h w channels"]
 
 
@@ -54,9 +51,15 @@ def fit_image(value: Any, height: int, width: int, row: int) -> Fitted:
     scale = max(height / old_height, width / old_width)
     new_height, new_width = math.ceil(old_height * scale - 1e-6), math.ceil(old_width * scale - 1e-6)
     top, left = (new_height - height) // 2, (new_width - width) // 2
-    rows, columns = _before(top, height, new_height, old_height), _before(left, width, new_width, old_width)
+    # Where what is cut out lies before, in which it must stay whatever is rounded.
+    rows, columns = old_height / new_height, old_width / new_width
+    right, bottom = min((left + width) * columns, old_width), min((top + height) * rows, old_height)
+    box = left * columns, top * rows, right, bottom
+    # Channel by channel, for Pillow resizes RGB in 8 bits alone, and rounds between its two passes.
+    channels = [Image.fromarray(_floats(channel)) for channel in np.moveaxis(pixels, 2, 0)]
+    resized = [channel.resize((width, height), Image.Resampling.BICUBIC, box) for channel in channels]
     frame = (old_height, old_width, top, left, height, width)
-    return Fitted(_resized(pixels, (height, width), rows, columns), frame)
+    return Fitted(np.stack(resized, axis=2).clip(0, 1), frame)
 
 
 def open_picture(value: Any, where: str) -> Pixels:
@@ -80,12 +83,6 @@ def open_picture(value: Any, where: str) -> Pixels:
         raise RecordError(f"{where}: {what} cannot be read ({said}): replace it, or drop the row") from None
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says, which then says nothing of it."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
-
-
 def _check_size(image: Image.Image, where: str) -> None:
     """Refuses what Pillow warns of; it refuses twice as much itself."""
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -99,7 +96,8 @@ def _picture(image: Image.Image, where: str) -> Pixels:
     # The second picture of an MPO file, as telephones write it, is a preview or a depth of the first.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise RecordError(f"{where} is {image.n_frames} pictures in one file: give one of them")  # type: ignore[attr-defined]
-    image = upright(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     # Pillow would cut these off at 255 instead of scaling them.
     if image.mode.startswith("I"):
         return np.repeat(_checked(np.asarray(image, np.float32)[..., None] / 65535, where), 3, axis=2)
@@ -130,47 +128,5 @@ def _checked(pixels: np.ndarray, where: str) -> np.ndarray:
     return pixels
 
 
-def _floats(pixels: Pixels) -> Float[np.ndarray, "h w channels"]:
+def _floats(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
-
-
-def _before(start: int, length: int, resized: int, size: int) -> tuple[float, float]:
-    """Where the part [start, start + length) of an axis resized from `size` lies before."""
-    return start * size / resized, min((start + length) * size / resized, size)
-
-
-def _resized(
-    pixels: Pixels,
-    size: tuple[int, int],
-    rows: tuple[float, float],
-    columns: tuple[float, float],
-) -> Float[np.ndarray, "height width 3"]:
-    """The part of a picture between two rows and two columns, bicubic, in floats: first its rows, then its columns."""
-    height, width = size
-    (first, last), (left, right) = _reached(rows, height, pixels.shape[0]), _reached(columns, width, pixels.shape[1])
-    part = pixels[first:last, left:right]
-    rows, columns = (rows[0] - first, rows[1] - first), (columns[0] - left, columns[1] - left)
-    step = max(1, PART // part.shape[1])
-    strips = [_floats(part[start : start + step]) for start in range(0, len(part), step)]
-    narrow = np.concatenate([_bicubic(strip, (len(strip), width), None, columns) for strip in strips])
-    return _bicubic(narrow, size, rows, None).clip(0, 1)
-
-
-def _reached(part: tuple[float, float], length: int, size: int) -> tuple[int, int]:
-    """The pixels of an axis that the filter reads for the part of it that becomes `length` pixels."""
-    start, end = part
-    reach = 2 * max(1.0, (end - start) / length) + 1
-    return max(0, math.floor(start - reach)), min(size, math.ceil(end + reach))
-
-
-def _bicubic(
-    pixels: Float[np.ndarray, "h w channels"],
-    size: tuple[int, int],
-    rows: tuple[float, float] | None,
-    columns: tuple[float, float] | None,
-) -> Float[np.ndarray, "height width channels"]:
-    """The pixels between two rows and two columns, None for all of them, resized to (height, width)."""
-    (top, bottom), (left, right) = rows or (0, pixels.shape[0]), columns or (0, pixels.shape[1])
-    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(pixels, 2, 0)]
-    resized = [c.resize(size[::-1], Image.Resampling.BICUBIC, (left, top, right, bottom)) for c in channels]
-    return np.stack([np.asarray(channel) for channel in resized], axis=2)

@@ -7,15 +7,16 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, RecordError, batch_size
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, batch_size
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Asking,
     Prompt,
     Truncation,
     check_vocabulary,
+    closing,
     completion_ids,
     fitted,
     prompt_ids,
@@ -24,7 +25,6 @@ from sysdpo_jax.components.prompts import (
 from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
-from sysdpo_jax.components.turns import closing
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.decoding.decode import beam_generate, generate
 from sysdpo_jax.models.decoder import Decoder, head_params
@@ -144,12 +144,10 @@ class LanguageModel(Component):
             "retokenized": retokenized.astype(np.float32),
         }
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         return self.log_prob_with_metrics(params, features, key)[0]
 
-    def log_prob_with_metrics(
-        self, params: Params, features: Features, key: Keys
-    ) -> tuple[Float[Array, "batch"], Metrics]:
+    def log_prob_with_metrics(self, params: Params, features: Features, key: Keys) -> tuple[LogProbs, Metrics]:
         """Sum over completion tokens of log softmax(logits)[token], in float32, and their number as "tokens".
 
         "truncated" and "retokenized" are those of `prepare`. The mask comes from the lengths, never from the padding
@@ -245,10 +243,7 @@ class LanguageModel(Component):
         if kept.shape[-1] < width:
             spare = [(0, 0)] * (tokens.ndim - 1) + [(0, width - kept.shape[-1])]
             kept = np.pad(kept, spare, constant_values=self._pad)
-        return features | {
-            "tokens": kept,
-            "completion": np.arange(sizes["completion"]) < own["completion"][..., None],
-        }
+        return features | {"tokens": kept, "completion": np.arange(sizes["completion"]) < own["completion"][..., None]}
 
     def padding(self, features: Features) -> float:
         places = np.size(features["tokens"])

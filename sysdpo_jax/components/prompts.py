@@ -5,8 +5,10 @@ yield the texts to tokenize, and `tokenized` runs the rows of a batch side by si
 many texts at a time.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+import re
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import (
@@ -17,8 +19,7 @@ from sysdpo_jax.components.conversations import (
     read_messages,
     render,
 )
-from sysdpo_jax.components.sampled_text import marks_spaces, own_tokens
-from sysdpo_jax.components.turns import Closing, closing, turn_text
+from sysdpo_jax.components.sampled_text import facts_of, own_tokens
 from sysdpo_jax.values import SampledText
 
 # What becomes of a text without room: refused, or a prompt keeps its first or its last tokens.
@@ -26,6 +27,8 @@ Truncation = Literal["error", "keep_start", "keep_end"]
 TRUNCATIONS = get_args(Truncation)
 # In front of a text that is tokenized apart from its prompt, so that it does not begin as the first of a text does.
 BEFORE = ("\n", ".", "a")
+# Contents of a turn that no template changes and that differ in every letter.
+PROBES = ("0", "1")
 
 T = TypeVar("T")
 # A text, and whether the tokenizer adds its special tokens to it.
@@ -82,6 +85,17 @@ class Completion(NamedTuple):
 
     ids: list[int]
     retokenized: bool
+
+
+class Closing(NamedTuple):
+    """What a template writes behind the content of a turn: the text, its tokens, and the one that ends the turn."""
+
+    text: str
+    tokens: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+_known: WeakKeyDictionary[Any, tuple[Any, Closing | None]] = WeakKeyDictionary()
 
 
 def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[Prompt]:
@@ -203,7 +217,7 @@ def _following(tokenizer: Any, prompt: Prompt, text: str) -> Asking[tuple[list[i
     Where they do, the text is tokenized apart: the prompt stays what the model is asked.
     """
     # A tokenizer that splits at spaces makes one word of two without a space between them, which may be no token.
-    together = marks_spaces(tokenizer) or prompt.text[-1:].isspace() or not text or text[0].isspace()
+    together = facts_of(tokenizer).marks_spaces or prompt.text[-1:].isspace() or not text or text[0].isspace()
     if together:
         whole = yield prompt.text + text, False
         ids = whole[len(prompt.plain) :]
@@ -227,3 +241,72 @@ def _up_to_the_end(
             return kept
     last = max((place for place, token in enumerate(ids) if token in ends), default=len(ids) - 1)
     return ids[: last + 1]
+
+
+def closing(tokenizer: Any) -> Closing | None:
+    """How the tokenizer's chat template closes an assistant's turn; None without a template or where it writes none.
+
+    The end is the first special token behind the content or, without one, the first token that was added.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return None
+    if tokenizer not in _known or _known[tokenizer][0] != template:
+        _known[tokenizer] = template, _read(tokenizer)
+    return _known[tokenizer][1]
+
+
+def turn_text(tokenizer: Any, prompt: str, asked: Conversation, turn: Mapping[str, Any], row: int) -> str:
+    """What the template writes of the turn behind `prompt`, its text of what was asked with the turn's opening.
+
+    A template may open the turn that it asks for otherwise than one that is there, as with `enable_thinking: false`,
+    for which some write an empty block of thoughts into the prompt alone. What follows the opening is then the turn.
+    Raises `RecordError` where the template refuses the turn, writes what was asked otherwise when a turn follows, or
+    leaves a block open for the model to close, for which a message has no place.
+    """
+    whole = render(tokenizer, asked.followed_by(turn), row, False)
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    texts = _probed(tokenizer, asked, turn["role"], row)
+    opening = _common_start(*texts)
+    # Of templates that write a content twice, or nothing of it, this is no opening.
+    once = len({text.removeprefix(opening + probe) for text, probe in zip(texts, PROBES, strict=True)}) == 1
+    given = _common_start(prompt, render(tokenizer, asked, row, False))
+    if not once or len(opening) < len(given) or not (prompt.startswith(opening) and whole.startswith(opening)):
+        raise RecordError(
+            f"the chat template does not leave the prompt in row {row} as it is when the completion follows (it "
+            "rewrites earlier turns): give that completion as a string"
+        )
+    begun = prompt[len(opening) :]
+    # A block that begins with <name> there and has no end.
+    if any(begun.rfind(f"<{name}>") > begun.rfind(f"</{name}>") for name in re.findall(r"<(\w+)>", begun)):
+        raise RecordError(
+            f"the chat template ends the prompt in row {row} with {begun!r}, for the model to go on "
+            "from, which a message does not: give that completion as a string that goes on from there"
+        )
+    return whole[len(opening) :]
+
+
+def _probed(tokenizer: Any, asked: Conversation, role: str, row: int) -> list[str]:
+    """What is asked and a turn of each of the `PROBES`, as the template writes them."""
+    turns = ({"role": role, "content": probe} for probe in PROBES)
+    return [render(tokenizer, asked.followed_by(turn), row, False) for turn in turns]
+
+
+def _common_start(one: str, other: str) -> str:
+    places = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(places, min(len(one), len(other)))]
+
+
+def _read(tokenizer: Any) -> Closing | None:
+    try:
+        texts = _probed(tokenizer, Conversation(({"role": "user", "content": "a"},)), "assistant", 0)
+    except RecordError:
+        return None
+    tail = _common_start(*(text[::-1] for text in texts))[::-1]
+    if not all(text.removesuffix(tail).endswith(probe) for text, probe in zip(texts, PROBES, strict=True)):
+        return None
+    tokens = tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    facts = facts_of(tokenizer)
+    ends = [token for token in tokens if token in facts.special] or [token for token in tokens if token in facts.added]
+    return Closing(tail, tokens, tuple(ends[:1]))

@@ -1,6 +1,7 @@
-"""What diffusion and flow-matching components share: text in, latents out, the surrogate log-probability in between.
+"""Images given captions, by diffusion or flow matching; log-probabilities are Diffusion-DPO's surrogate (2311.12908).
 
-A subclass says how a clean latent is corrupted and how noise becomes a latent; everything else is here.
+`Diffusion` and `FlowMatching` say how a clean latent is corrupted and how noise becomes a latent; `TextToImage` has the
+rest: text in, latents out, the surrogate in between.
 Axes: B batch, h w c latent.
 """
 
@@ -17,14 +18,15 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, Metrics, Raw, RecordError, row_keys
-from sysdpo_jax.components.codec import Codec, FrozenCodec, whole_frames
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, Raw, RecordError, row_keys
+from sysdpo_jax.components.codec import Codec, LatentCodec, Latents, whole_frames
 from sysdpo_jax.components.conversations import kind
 from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.text import FrozenText, TextConditioner
-from sysdpo_jax.diffusion.samplers import Denoiser, guided, guides
-from sysdpo_jax.diffusion.schedules import expand
+from sysdpo_jax.diffusion.samplers import DDIM, Denoiser, FlowEuler, Sampler, guided, guides
+from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, add_noise, expand, target
+from sysdpo_jax.diffusion.weightings import Constant, Weighting
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
@@ -85,9 +87,7 @@ class TextToImage(Component):
             raise ValueError("a negative_prompt is only read with guidance: set guidance_scale above 1")
 
     @abstractmethod
-    def corrupt(
-        self, clean: Float[Array, "batch h w c"], noise: Float[Array, "batch h w c"], u: Float[Array, "batch"]
-    ) -> Corrupted:
+    def corrupt(self, clean: Latents, noise: Latents, u: Float[Array, "batch"]) -> Corrupted:
         """Noise the latents.
 
         Args:
@@ -100,9 +100,7 @@ class TextToImage(Component):
         """
 
     @abstractmethod
-    def denoise(
-        self, predict: Denoiser, noise: Float[Array, "batch h w c"], key: PRNGKeyArray
-    ) -> Float[Array, "batch h w c"]:
+    def denoise(self, predict: Denoiser, noise: Latents, key: PRNGKeyArray) -> Latents:
         """Run the sampler from pure noise to clean latents.
 
         Args:
@@ -121,11 +119,11 @@ class TextToImage(Component):
 
     @property
     def several_sizes(self) -> bool:
-        return isinstance(self.codec, FrozenCodec) and self.codec.several_sizes
+        return isinstance(self.codec, LatentCodec) and self.codec.several_sizes
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        parts = {"codec": isinstance(self.codec, FrozenCodec), "text": isinstance(self.text, FrozenText)}
+        parts = {"codec": isinstance(self.codec, LatentCodec), "text": isinstance(self.text, FrozenText)}
         return tuple(name for name, frozen in parts.items() if frozen)
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -135,7 +133,7 @@ class TextToImage(Component):
         frames = [jnp.zeros((1, 6))] if self.text.sized else []
         params = {
             "denoiser": self.denoiser.init(image_key, latents, jnp.zeros(1), *conditioning, *frames)["params"],
-            "codec": self.codec.init(jax.random.fold_in(key, 2)) if isinstance(self.codec, FrozenCodec) else {},
+            "codec": self.codec.init(jax.random.fold_in(key, 2)) if isinstance(self.codec, LatentCodec) else {},
             "text": self.text.init(text_key),
         }
         return {name: tree for name, tree in params.items() if tree}
@@ -158,7 +156,7 @@ class TextToImage(Component):
 
     def raw(self, features: Features) -> Mapping[str, Raw]:
         found = {}
-        if isinstance(self.codec, FrozenCodec) and "pixels" in features:
+        if isinstance(self.codec, LatentCodec) and "pixels" in features:
             found["pixels"] = Raw(np.ndim(features["pixels"]) - 3, self.codec.batch_size)
         if isinstance(self.text, FrozenText):
             texts = [name for name in RAW_TEXTS if name in features]
@@ -173,16 +171,14 @@ class TextToImage(Component):
             if name in RAW_TEXTS:
                 states = self.text.encode(params["text"], entry)
                 made[RAW_TEXTS[name]] = {"encoded": states, "truncated": entry["truncated"]}
-            elif isinstance(self.codec, FrozenCodec):
+            elif isinstance(self.codec, LatentCodec):
                 made["latents"] = self.codec.encode(params["codec"], entry)
         return made
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         return self.log_prob_with_metrics(params, features, key)[0]
 
-    def log_prob_with_metrics(
-        self, params: Params, features: Features, key: Keys
-    ) -> tuple[Float[Array, "batch"], Metrics]:
+    def log_prob_with_metrics(self, params: Params, features: Features, key: Keys) -> tuple[LogProbs, Metrics]:
         """-(T omega / 2) * mean squared error at one (t, eps) of each row, drawn from its key.
 
         Metrics: that error as "mse", and "truncated", 1 where the caption was cut.
@@ -245,7 +241,7 @@ class TextToImage(Component):
     @partial(jax.jit, static_argnums=0)
     def _sample(
         self, params: Params, text: Features, null: Features | None, frames: Array | None, key: PRNGKeyArray
-    ) -> Float[Array, "batch h w c"]:
+    ) -> Latents:
         conditioning = self._conditioning(params, text, frames)
         unconditional = None if null is None else self._conditioning(params, null, frames)
         noise = jax.random.normal(key, (conditioning[0].shape[0], *self.codec.latent_shape))
@@ -260,6 +256,101 @@ class TextToImage(Component):
     def _predict(self, params: Params, latents: Array, time: Array, *conditioning: Array) -> Array:
         prediction: Any = self.denoiser.apply({"params": params["denoiser"]}, latents, time, *conditioning)
         return prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(TextToImage):
+    """Discrete-time diffusion, trained at t ~ U{low, ..., high - 1} (arXiv 2311.12908, equation 14).
+
+    log p(image | caption) ~= -(T omega / 2) * mean squared error of the prediction at one draw of (t, noise).
+
+    Args:
+        denoiser: Module (latents [B, h, w, c], time [B], *conditioning) -> prediction [B, h, w, c].
+        text: Captions to the conditioning; trained with the denoiser unless it is `FrozenText`.
+        codec: Images (paths, bytes, PIL images, arrays) to latents and back.
+        num_steps: Of the sampler.
+        guidance_scale: Of the sampler; at most 1 means no guidance.
+        negative_prompt: What guidance leads away from; None is the null condition.
+        caption_dropout: Share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
+        strata: Rows come in groups of this many whose times are spread evenly (set it to the node's plate).
+        source: The files that it was read from, which `pretrained.save` hands on.
+        schedule: Of the noise.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        weighting: T * omega(lambda_t), see `sysdpo_jax.diffusion`.
+        timesteps: The range (low, high) of t; (0, num_timesteps) by default. A narrower one departs from the paper.
+        sampler: From noise to latents, see `sysdpo_jax.diffusion`.
+
+    Raises:
+        ValueError: For a value out of range, and an epsilon model that would be trained where the SNR is 0.
+    """
+
+    schedule: NoiseSchedule = NoiseSchedule()
+    prediction_type: PredictionType = "epsilon"
+    weighting: Weighting = Constant()
+    timesteps: tuple[int, int] | None = None
+    sampler: Sampler = DDIM()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self._range
+        if not 0 <= low < high <= self.schedule.num_timesteps:
+            raise ValueError(f"timesteps {self.timesteps} must lie within (0, {self.schedule.num_timesteps})")
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"unknown prediction_type {self.prediction_type!r}: epsilon, v_prediction or sample")
+        if self.prediction_type == "epsilon" and high == self.schedule.num_timesteps and self.schedule.snr()[-1] == 0:
+            raise ValueError(
+                "an epsilon model says nothing of z_0 where the SNR is 0: use v_prediction with "
+                f"rescale_betas_zero_snr, or timesteps=(0, {high - 1})"
+            )
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        return self.timesteps or (0, self.schedule.num_timesteps)
+
+    def corrupt(self, clean: Latents, noise: Latents, u: Float[Array, "batch"]) -> Corrupted:
+        low, high = self._range
+        t = low + jnp.floor(u * (high - low)).astype(jnp.int32)
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        answer = target(clean, noise, alpha, sigma, self.prediction_type)
+        weight = self.weighting(self.schedule, t, self.prediction_type, clean[0].size)
+        return Corrupted(add_noise(clean, noise, alpha, sigma), t, answer, weight)
+
+    def denoise(self, predict: Denoiser, noise: Latents, key: PRNGKeyArray) -> Latents:
+        return self.sampler(predict, noise, self.schedule, self.prediction_type, self.num_steps, key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching(TextToImage):
+    """z = (1 - sigma) z_0 + sigma eps with the velocity eps - z_0 as target (arXiv 2209.03003, equation 1).
+
+    Args:
+        denoiser: Module (latents [B, h, w, c], time [B], *conditioning) -> velocity [B, h, w, c].
+        text: Captions to the conditioning; trained with the denoiser unless it is `FrozenText`.
+        codec: Images (paths, bytes, PIL images, arrays) to latents and back.
+        num_steps: Of the sampler.
+        guidance_scale: Of the sampler; at most 1 means no guidance.
+        negative_prompt: What guidance leads away from; None is the null condition.
+        caption_dropout: Share of rows whose caption is replaced by the null condition in `log_prob`, for guidance.
+        strata: Rows come in groups of this many whose times are spread evenly (set it to the node's plate).
+        source: The files that it was read from, which `pretrained.save` hands on.
+        sampler: Euler steps, and the schedule that gives the level sigma(u) at u ~ U[0, 1) in training too.
+        scale: T * omega, the weight of the mean squared velocity error.
+    """
+
+    sampler: FlowEuler = FlowEuler()
+    scale: float = 50_000.0
+
+    def corrupt(self, clean: Latents, noise: Latents, u: Float[Array, "batch"]) -> Corrupted:
+        level = self.sampler.schedule.sigma(u)
+        t = expand(level, clean)
+        return Corrupted((1 - t) * clean + t * noise, self._time(level), noise - clean, jnp.full(u.shape, self.scale))
+
+    def denoise(self, predict: Denoiser, noise: Latents, key: PRNGKeyArray) -> Latents:
+        return self.sampler(lambda z, level: predict(z, self._time(level)), noise, self.num_steps, key)
+
+    def _time(self, level: Float[Array, "batch"]) -> Float[Array, "batch"]:
+        """What the denoiser is told of the noise level."""
+        return level * self.sampler.schedule.num_train_timesteps
 
 
 def _captions(parents: Parents) -> list[str]:

@@ -1,20 +1,34 @@
-"""A deterministic node: a parser, a template, a retriever, a call to a tool. No parameters, log-ratio exactly 0."""
+"""A deterministic node: a parser, a template, a retriever, a call to a tool. No parameters, log-ratio exactly 0.
 
+Calls go on several at a time, are tried again, and given up after a while. All their threads are daemons: Python cannot
+end a call that hangs, but the process can end beside it.
+"""
+
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+import tenacity
+from jaxtyping import PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, RecordError, batch_size
-from sysdpo_jax.components.calls import side_by_side, tried, within
+from sysdpo_jax.components.base import Component, LogProbs, RecordError, batch_size
+from sysdpo_jax.threads import DaemonExecutor
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, shown, user_code
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Seconds before the second try, twice as many before each next one, up to the last; each with up to a second of jitter.
+FIRST_WAIT, LAST_WAIT = 1.0, 60.0
 REMEDY = "fix it, or give the tool retries or a longer timeout where it may pass"
 OR_SKIP = "; on_error: skip leaves such rows out"
 
@@ -87,7 +101,7 @@ class Tool(Component):
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         return np.zeros((len(values), 0), np.float32)
 
-    def log_prob(self, params: Params, features: Features, key: Keys) -> Float[Array, "batch"]:
+    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         return jnp.zeros(features.shape[0])
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
@@ -123,16 +137,16 @@ class Tool(Component):
         """
         rows = batch_size(parents, "Tool")
         values = [{name: column[row] for name, column in parents.items()} for row in range(rows)]
-        made = side_by_side(self._outcome, values, self.concurrency, _stops)
+        made = _side_by_side(self._outcome, values, self.concurrency)
         why = next((outcome for outcome in made.values() if _stops(outcome)), None)
         return [made[row] if row in made else NotCalledError(f"not called after {why}") for row in range(rows)]
 
     def _outcome(self, values: Mapping[str, Any]) -> Any:
         what, skip = f"the tool {name_of(self.function)} for {shown(values)}", self.on_error == "skip"
-        call = partial(within, self.timeout, lambda: self.function(*values.values()))
+        call = partial(_within, self.timeout, lambda: self.function(*values.values()))
         try:
             with user_code(what, partial(ToolError, skip=skip), (RecordError,), REMEDY + ("" if skip else OR_SKIP)):
-                return tried(call, what, self.retries, _may_pass)
+                return _tried(call, what, self.retries)
         except ToolError as error:
             return error
         except RecordError as error:
@@ -153,5 +167,66 @@ def _stops(outcome: Any) -> bool:
     return isinstance(outcome, ToolError) and not (outcome.skip or outcome.refused)
 
 
-def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, RecordError)
+def _tried(call: Callable[[], T], what: str, retries: int) -> T:
+    """What the call returns, in the first of 1 + retries tries that does not raise, or what the last of them raises.
+
+    what: names the call in the log.
+    """
+
+    def announce(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        logger.warning(
+            "%s failed (%s: %s); try %d of %d follows in %.1f s",
+            what, type(error).__name__, error, state.attempt_number + 1, retries + 1, state.upcoming_sleep,
+        )  # fmt: skip
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=tenacity.wait_exponential(FIRST_WAIT, LAST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
+        retry=tenacity.retry_if_exception_type() & tenacity.retry_if_not_exception_type(RecordError),
+        before_sleep=announce,
+        reraise=True,
+    )
+    return retrying(call)
+
+
+def _within(seconds: float | None, call: Callable[[], T]) -> T:
+    """What the call returns, made in a thread of its own if there is a limit. Raises `TimeoutError` past the limit."""
+    if seconds is None:
+        return call()
+    thread = DaemonExecutor(1, "call")
+    made = thread.submit(call)
+    thread.shutdown(wait=False, cancel_futures=False)
+    if not wait([made], seconds).done:
+        raise TimeoutError(f"no result within {seconds:g} s")
+    return made.result()
+
+
+def _side_by_side(call: Callable[[T], Any], items: Sequence[T], threads: int) -> dict[int, Any]:
+    """`{place: what the call returned}` for the items, so many at a time; one at a time in the caller's own thread.
+
+    After an outcome that stops no further call begins. Those under way are finished, so that items may be missing.
+    Raises what a call raises, without waiting for the others.
+    """
+    results: dict[int, Any] = {}
+    if threads == 1:
+        for place, item in enumerate(items):
+            results[place] = call(item)
+            if _stops(results[place]):
+                break
+        return results
+    waiting, running = iter(enumerate(items)), dict[Future[Any], int]()
+    pool, ended = DaemonExecutor(min(threads, len(items)), "call"), False
+    try:
+        while True:
+            for place, item in islice(waiting, 0 if ended else threads - len(running)):
+                running[pool.submit(call, item)] = place
+            if not running:
+                return results
+            for made in wait(running, return_when=FIRST_COMPLETED).done:
+                place = running.pop(made)
+                results[place] = made.result()
+                ended |= _stops(results[place])
+    finally:
+        # After Ctrl-C too: what is under way ends on its own.
+        pool.shutdown(wait=False)

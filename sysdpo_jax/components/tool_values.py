@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sysdpo_jax.io import whole_lines
 from sysdpo_jax.row_files import pack, unpack
 from sysdpo_jax.user_code import name_of
 from sysdpo_jax.values import content, is_plain
@@ -95,20 +96,15 @@ class Kept:
 
 def _starts(path: Path) -> Iterator[tuple[str, int]]:
     """(key, where its line starts, in bytes)."""
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                fields = json.loads(line)
-            except ValueError:
-                # What a killed process or a full disk left of a line.
-                fields = None
-            else:
-                if not isinstance(fields, dict) or set(fields) != FIELDS:
-                    raise ValueError(f"{path}, line {number} is no value of a tool: name another file for them")
-            if fields is not None and line.endswith(b"\n"):
-                yield fields["key"], start
-            start += len(line)
+    for number, (start, line) in enumerate(whole_lines(path), 1):
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            # What a killed process or a full disk left of a line.
+            continue
+        if not isinstance(fields, dict) or set(fields) != FIELDS:
+            raise ValueError(f"{path}, line {number} is no value of a tool: name another file for them")
+        yield fields["key"], start
 
 
 def _appended(path: Path, line: bytes) -> int:

@@ -1,13 +1,17 @@
 """Measuring what systems produce: scorers, judges, preference figures and their intervals."""
 
-from sysdpo_jax.evaluation.intervals import Interval, mean_interval, share_interval, too_few, wilson_interval
 from sysdpo_jax.evaluation.preferences import (
     Estimate,
+    Interval,
     clustered_mean,
     interval_figures,
+    mean_interval,
     order_consistency,
     paired_difference,
     preference_score,
+    share_interval,
+    too_few,
+    wilson_interval,
     win_rate,
 )
 from sysdpo_jax.evaluation.scorers import CalibratedScorer, brightness, foreground, height, redness, size

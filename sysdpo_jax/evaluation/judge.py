@@ -1,37 +1,124 @@
-"""A judge behind HTTP: a model that is asked for the score of a run."""
+"""A judge behind HTTP: a model that is asked for the score of a run, by a file with the run's values in braces."""
 
 import base64
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from pathlib import Path
+from string import Formatter
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 
 from sysdpo_jax.data.files import ImageFiles
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge_answer import Form, text_of
 from sysdpo_jax.evaluation.judge_client import Again, ChatClient
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
-from sysdpo_jax.evaluation.judge_template import Template, read_template
-from sysdpo_jax.evaluation.unscored import ScoreError
+from sysdpo_jax.user_code import user_code
+
+
+class Piece(NamedTuple):
+    """A text and the field behind it: what stands in its braces, the value that it names, and its line."""
+
+    text: str
+    field: str | None
+    name: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text that `str.format` takes, and the place that it is from.
+
+    Raises `ConfigError` naming the line where it is no such text, and for one that names no value.
+    """
+
+    path: str
+    text: str
+
+    def __post_init__(self) -> None:
+        lines = self.text.split("\n")
+        try:
+            pieces = self.pieces
+        except ValueError as error:
+            line = next(n for n in range(1, len(lines) + 1) if not _parses("\n".join(lines[:n])))
+            raise ConfigError(f"{self.path}, line {line}: {error}: write {{{{ and }}}} for braces") from None
+        if not any(piece.field is not None for piece in pieces):
+            raise ConfigError(f"{self.path} names no value of a run: write one in braces, such as {{answer}}")
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The text in the order in which it stands there."""
+        pieces, line = list[Piece](), 1
+        for before, name, specification, conversion in Formatter().parse(self.text):
+            line += before.count("\n")
+            if name is None:
+                pieces.append(Piece(before, None, "", line))
+                continue
+            field = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
+            pieces.append(Piece(before, field, re.split(r"[.\[]", name, maxsplit=1)[0], line))
+            line += field.count("\n")
+        return pieces
+
+    @property
+    def names(self) -> list[str]:
+        """The values that the text names."""
+        return [piece.name for piece in self.pieces if piece.field is not None]
+
+    def check(self, names: Collection[str], of: str) -> None:
+        """Raise `ConfigError` for a field that names none of the values `names`. of: what has them, for the message."""
+        for piece in self.pieces:
+            if piece.field is not None and piece.name not in names:
+                near = get_close_matches(piece.name, names, 1)
+                meant = f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(names)};"
+                raise ConfigError(
+                    f"{self.path}, line {piece.line}: {{{piece.field}}} is no value of {of}: {meant} {{{{ and }}}} "
+                    "stand for braces"
+                )
+
+    def filled(self, values: Mapping[str, Any]) -> str:
+        """The text with the values. Raises `ScoreError` naming the line and the field that a value does not fit."""
+        return "".join(piece.text + self._shown(piece, values) for piece in self.pieces)
+
+    def _shown(self, piece: Piece, values: Mapping[str, Any]) -> str:
+        if piece.field is None:
+            return ""
+        with user_code(f"{self.path}, line {piece.line}: {{{piece.field}}}", ScoreError):
+            return f"{{{piece.field}}}".format(**values)
+
+
+def read_template(path: str, field: str) -> Template:
+    """The template in a file. field: that of the configuration. Raises `ConfigError` for a file that is none."""
+    try:
+        return Template(path, Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{field} {path} does not exist: write the question into a file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{field} {path} is not UTF-8 text ({error.reason}): convert it") from None
+    except OSError as error:
+        raise ConfigError(f"{field} {path} cannot be read ({error.strerror}): give a file with the question") from None
+
+
+def _parses(text: str) -> bool:
+    try:
+        list(Formatter().parse(text))
+    except ValueError:
+        return False
+    return True
 
 
 def make_judge(config: JudgeConfig, field: str) -> "Judge":
     """The judge that is configured; its template is read. field: its place, for errors. Raises `ConfigError`."""
     if not config.url or not config.model or not config.template:
         raise ConfigError(f"{field}: a judge needs url, model and template")
-    return Judge(
-        template=read_template(config.template, f"{field}.template"),
-        form=Form(config.answer, *config.range),
-        client=ChatClient(
-            config.url, os.environ.get(config.key, "").strip(), config.key, config.timeout, config.retries
-        ),
-        model=config.model,
-        temperature=config.temperature,
-        max_tokens=config.max_tokens,
-    )
+    key = os.environ.get(config.key, "").strip()
+    client = ChatClient(config.url, key, config.key, config.timeout, config.retries)
+    template = read_template(config.template, f"{field}.template")
+    return Judge(config, template, Form(config.answer, *config.range), client)
 
 
 @dataclass(frozen=True)
@@ -39,15 +126,13 @@ class Judge:
     """Scores a run by asking a model for a number.
 
     template: the question; values that are images are shown as images, in the order in which it names them. form: how
-    the score is asked for and found. model, temperature, max_tokens: see `JudgeConfig`.
+    the score is asked for and found.
     """
 
+    config: JudgeConfig
     template: Template
     form: Form
     client: ChatClient
-    model: str
-    temperature: float | None = 0.0
-    max_tokens: int | None = None
 
     async def score(self, connections: httpx.AsyncClient, run: Mapping[str, Any]) -> float:
         """The score of a run. connections: of the client.
@@ -62,9 +147,9 @@ class Judge:
         shown = {name: "(image)" if _images(value) else value for name, value in run.items()}
         text = self.template.filled(shown) + self.form.request
         content = [{"type": "text", "text": text}, *map(_as_part, images)] if images else text
-        settings = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        settings = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
         return {
-            "model": self.model,
+            "model": self.config.model,
             "messages": [{"role": "user", "content": content}],
             **{name: value for name, value in settings.items() if value is not None},
         }
@@ -73,7 +158,7 @@ class Judge:
         try:
             return self.form.score(text_of(completion))
         except ScoreError as error:
-            if self.temperature == 0:
+            if self.config.temperature == 0:
                 raise
             raise Again(str(error), final=error) from None
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge_client import Again, NoCompletionError
-from sysdpo_jax.evaluation.unscored import ScoreError
 
 # What servers say of an answer that has not come to its end.
 CUT = ("length", "max_tokens", "model_length")
@@ -26,6 +25,11 @@ LINE = re.compile(
     re.IGNORECASE,
 )
 LONGEST_LINE = 100
+# What an answer is to have, as `JudgeConfig.answer` says.
+EXPECTED = {
+    "stated": 'a JSON object {"score": number}, or a last line such as "Score: 7"',
+    "last_number": "a number",
+}
 # Markdown's signs, but not between digits, where they would be taken for something else: "4*5".
 MARKDOWN = re.compile(r"(?<![0-9*_`#])[*_`#]+|(?<![*_`#])[*_`#]++(?![0-9])")
 # Any number of a text. What it is out of is taken with it: "8/10", "**8** out of **10**". A sign after a digit is a
@@ -116,14 +120,9 @@ class Form:
         answer = _without_thinking(text).replace("\N{MINUS SIGN}", "-")
         score = self._stated(answer) if self.answer == "stated" else _last_number(answer)
         if score is None:
-            expected = (
-                'a JSON object {"score": number}, or a last line such as "Score: 7"'
-                if self.answer == "stated"
-                else "a number"
-            )
             raise ScoreError(
-                f"the judge's answer has no score; it ends with {_end(answer)}, expected is {expected}: fix the "
-                "template, or see judge.answer",
+                f"the judge's answer has no score; it ends with {_end(answer)}, expected is {EXPECTED[self.answer]}: "
+                "fix the template, or see judge.answer",
                 "the answer had no score",
             )
         if not self.low <= score <= self.high:

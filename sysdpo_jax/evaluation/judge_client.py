@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 import tenacity
 
-from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.evaluation.unscored import ScoreError
+from sysdpo_jax.errors import ConfigError, ScoreError
 
 # Worth another try, as all faults of the server (5xx) are: timeout, conflict, too early, too many requests.
 TRANSIENT = (408, 409, 425, 429)
@@ -29,30 +28,15 @@ REMEDIES = {
 }
 # What servers write in the place of a status, in `code` or `type` of an error: small letters, without "_" and "error".
 WORDS = {
-    "invalidrequest": 400,
-    "badrequest": 400,
-    "invalidargument": 400,
-    "invalidprompt": 400,
-    "contextlengthexceeded": 400,
-    "exceedcontextsize": 400,
-    "stringabovemaxlength": 400,
-    "contentfilter": 400,
-    "contentpolicyviolation": 400,
-    "requesttoolarge": 413,
-    "unprocessableentity": 422,
-    "authentication": 401,
-    "unauthorized": 401,
-    "unauthenticated": 401,
-    "invalidapikey": 401,
-    "insufficientquota": 402,
-    "billing": 402,
-    "permission": 403,
-    "permissiondenied": 403,
-    "notfound": 404,
-    "modelnotfound": 404,
-    "deploymentnotfound": 404,
-    "ratelimit": 429,
-    "ratelimitexceeded": 429,
+    400: "invalidrequest badrequest invalidargument invalidprompt contextlengthexceeded exceedcontextsize "
+    "stringabovemaxlength contentfilter contentpolicyviolation",
+    401: "authentication unauthorized unauthenticated invalidapikey",
+    402: "insufficientquota billing",
+    403: "permission permissiondenied",
+    404: "notfound modelnotfound deploymentnotfound",
+    413: "requesttoolarge",
+    422: "unprocessableentity",
+    429: "ratelimit ratelimitexceeded",
 }
 # Bytes of an answer after decompression. A hundred thousand words of reasoning have less than a quarter of them.
 LONGEST_ANSWER = 4 * 2**20
@@ -137,7 +121,7 @@ class ChatClient:
         backoff = tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT)
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Again),
-            wait=lambda state: max(backoff(state), _asked_wait(state)),
+            wait=lambda state: max(backoff(state), cast(Any, state.outcome).exception().wait),
             stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_before_delay(PATIENCE),
             before_sleep=self._announce,
         )
@@ -152,10 +136,9 @@ class ChatClient:
 
     def _announce(self, state: tenacity.RetryCallState) -> None:
         """Say once of a client that it waits; what its tries come to in the end says an error."""
-        error = state.outcome.exception() if state.outcome is not None else None
         if self._shown not in _ANNOUNCED:
             _ANNOUNCED.add(self._shown)
-            said = self._without_key(str(error))
+            said = self._without_key(str(cast(Any, state.outcome).exception()))
             logger.warning("the judge at %s does not answer (%s): asked again for up to two minutes", self._shown, said)
 
     async def _once(self, connections: httpx.AsyncClient, data: bytes, read: Callable[[Any], T]) -> T:
@@ -252,8 +235,9 @@ def _code(error: Any) -> int:
         if re.fullmatch("[45][0-9]{2}", name):
             return int(name)
         word = re.sub("[^a-z]", "", name.lower()).removesuffix("error")
-        if word in WORDS:
-            return WORDS[word]
+        for status, words in WORDS.items():
+            if word in words.split():
+                return status
     return 500
 
 
@@ -266,11 +250,6 @@ def _said(answer: bytes) -> str:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         said = answer[:1000].decode(errors="replace")
     return repr(str(said)[:300])
-
-
-def _asked_wait(state: tenacity.RetryCallState) -> float:
-    error = None if state.outcome is None else state.outcome.exception()
-    return error.wait if isinstance(error, Again) else 0.0
 
 
 def _retry_after(value: str) -> float:

@@ -2,23 +2,32 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.evaluation.in_parallel import as_completed
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge import Judge, make_judge
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
-from sysdpo_jax.evaluation.unscored import ScoreError, counted
 from sysdpo_jax.importing import import_function
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.user_code import name_of, user_code
 
 Scorer = Callable[[Mapping[str, Any]], float]
+# The run of an id.
+Read = Callable[[str], Mapping[str, Any]]
+# Takes the id and the score of a run.
+Keep = Callable[[str, float], None]
+# (id, score) of runs; of one without a score the error that says why.
+Scored = Generator[tuple[str, float | ScoreError], None, None]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +67,10 @@ def score_of(scorer: Scorer, run: Mapping[str, Any], name: str) -> float:
     return number
 
 
-def scores(
-    scorer: Scorer | Judge,
-    names: Iterable[str],
-    read: Callable[[str], Mapping[str, Any]],
-    parallel: int,
-    skip: bool,
-) -> Generator[tuple[str, float | ScoreError], None, None]:
+def scores(scorer: Scorer | Judge, names: Iterable[str], read: Read, parallel: int, skip: bool) -> Scored:
     """(id, score) of runs as they come. A function scores one after the other, a judge `parallel` at a time.
 
-    read: the run of an id; it is called when its turn has come. skip: gives the error of one without a score.
+    read: is called when a run's turn has come. skip: gives the error of one without a score.
     Raises as `score_of`, when all scores that are there were given.
     """
     if isinstance(scorer, Judge):
@@ -83,9 +86,7 @@ def scores(
         yield name, found
 
 
-def _judged(
-    judge: Judge, names: Iterable[str], read: Callable[[str], Mapping[str, Any]], parallel: int, skip: bool
-) -> Generator[tuple[str, float | ScoreError], None, None]:
+def _judged(judge: Judge, names: Iterable[str], read: Read, parallel: int, skip: bool) -> Scored:
     connections = judge.client.connections(parallel)
 
     async def judged(name: str) -> tuple[str, float | ScoreError]:
@@ -107,14 +108,35 @@ def _judged(
             runner.run(connections.aclose())
 
 
-def score_runs(
-    scorer: Scorer | Judge,
-    names: Sequence[str],
-    read: Callable[[str], Mapping[str, Any]],
-    parallel: int,
-    skip: bool,
-    keep: Callable[[str, float], None],
-) -> None:
+def as_completed(
+    runner: asyncio.Runner, call: Callable[[T], Coroutine[Any, Any, R]], items: Iterable[T], parallel: int
+) -> Iterator[R]:
+    """What `call` returns for each of the items, as it comes, `parallel` of them at a time.
+
+    What a call raises is raised when all that is there beside it was given; then, and where the caller stops or is
+    interrupted, the other calls are cancelled.
+    """
+    waiting, running = iter(items), set[asyncio.Task[R]]()
+    try:
+        while True:
+            for item in islice(waiting, parallel - len(running)):
+                running.add(runner.get_loop().create_task(call(item)))
+            if not running:
+                return
+            done, running = runner.run(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
+            for task in sorted(done, key=lambda task: task.exception() is not None):
+                yield task.result()
+    finally:
+        runner.run(_cancelled(running))
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def score_runs(scorer: Scorer | Judge, names: Sequence[str], read: Read, parallel: int, skip: bool, keep: Keep) -> None:
     """Call `keep` with the id and the score of each run as it comes, and log how many have none; else as `scores`."""
     errors = list[ScoreError]()
     with closing(scores(scorer, names, read, parallel, skip)) as found:
@@ -124,8 +146,14 @@ def score_runs(
             else:
                 keep(name, score)
     if errors:
-        said = (len(errors), len(names), counted(errors), errors[-1])
+        said = len(errors), len(names), counted(errors), errors[-1]
         logger.warning("%d of %d runs have no score (%s); the last: %s", *said)
+
+
+def counted(errors: Iterable[ScoreError]) -> str:
+    """How many failures there are of each kind, the most frequent first: "the answer was cut: 5, ...: 1"."""
+    kinds = Counter(error.reason for error in errors)
+    return ", ".join(f"{reason}: {number}" for reason, number in kinds.most_common())
 
 
 def about_scorer(scorer: str, judge: JudgeConfig) -> dict[str, str]:

@@ -7,13 +7,12 @@ those of the page's style sheet, and the same figure is the same SVG.
 import io
 import re
 import threading
-import xml.etree.ElementTree as ET
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
 from sysdpo_jax.report.curves import Curve, Figure, Line, Values, as_floats
@@ -28,9 +27,17 @@ GREATEST = 1e300
 # What is drawn in these colours has those of the style sheet's variables, which follow the light and the dark mode.
 COLOURS = ("#2b62c4", "#c4501b", "#2e8540", "#8b3fb0", "#a67800", "#0f8a94", "#c22f68", "#5b6470")
 FAINT, RULE = "#69707a", "#d9dde3"
-VARIABLES = {colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)} | {
+# In matplotlib's files: what is replaced by what, in this order.
+REWRITTEN = {
+    "<(metadata|style).*?</\\1>": "",
+    ' transform="[^"]*"': "",
+    '<g id="curve': '<g class="curve',
+    '<g id="[^"]*"': "<g",
+    "xlink:href": "href",
+    "'DejaVu Sans'[^;\"]*": "system-ui, sans-serif",
     FAINT: "var(--faint)",
     RULE: "var(--rule)",
+    **{colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)},
 }
 TEXT: dict[Any, Any] = {
     "axes.labelcolor": FAINT,
@@ -45,8 +52,8 @@ SETTINGS = threading.Lock()
 
 
 def chart_svg(figure: Figure) -> Markup:
-    """The drawing of a figure that changes. Its curves are of the classes curve, raw, mean or band, and c0 to c7."""
-    file = io.BytesIO()
+    """The drawing of a figure that changes. Its curves have the classes curve, raw, mean or band, and c0 to c7."""
+    file = io.StringIO()
     with SETTINGS, mpl.rc_context(TEXT | {"svg.hashsalt": repr(figure)}):
         drawn = mpl.figure.Figure(SIZE, layout="constrained")
         axes = drawn.add_subplot()
@@ -63,8 +70,10 @@ def chart_svg(figure: Figure) -> Markup:
         axes.yaxis.set_major_formatter("{x:g}")
         for number, curve in enumerate(figure.curves):
             _draw(axes, curve, number)
+        for step in figure.marks:
+            axes.axvline(step, color=FAINT, linewidth=0.6, gid="curve round")
         drawn.savefig(file, format="svg", metadata=METADATA)
-    return _inline(ET.fromstring(file.getvalue()), f"{figure.title} over steps")
+    return _inline(file.getvalue(), f"{figure.title} over steps")
 
 
 def colour_classes(number: int) -> str:
@@ -114,24 +123,11 @@ def _alone(values: Line) -> list[int]:
     return np.flatnonzero(seen[1:-1] & ~seen[:-2] & ~seen[2:]).tolist()
 
 
-def _inline(root: ET.Element, title: str) -> Markup:
-    """matplotlib's file as a part of a page: without namespaces, size and a style sheet of its own, and with a name."""
-    for element in list(root.iter()):
-        element.tag = element.tag.split("}")[-1]
-        element.attrib = {name.split("}")[-1]: value for name, value in element.attrib.items()}
-        if "style" in element.attrib:
-            style = re.sub("#[0-9a-f]{6}", lambda match: VARIABLES.get(match[0], match[0]), element.attrib["style"])
-            element.set("style", re.sub("'DejaVu Sans'.*?(?=;|$)", "system-ui, sans-serif", style))
-        element.attrib.pop("transform", None)
-        for name in {"d", "x", "y"} & set(element.attrib):
-            element.set(name, re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.2f}", element.attrib[name]))
-        if element.tag == "g" and "id" in element.attrib:
-            name = element.attrib.pop("id")
-            element.attrib |= {"class": name} if name.startswith("curve ") else {}
-        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
-            element.remove(child)
-    named = ET.Element("title")
-    named.text = title
-    root.insert(0, named)
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img"}
-    return Markup(ET.tostring(root, encoding="unicode"))
+def _inline(svg: str, title: str) -> Markup:
+    """matplotlib's file as a part of a page: without header, size and a style sheet of its own, and with a name."""
+    head, _, body = svg[svg.index("<svg") :].partition(">")
+    for pattern, text in REWRITTEN.items():
+        body = re.sub(pattern, text, body, flags=re.DOTALL)
+    body = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", body)
+    box = re.findall('viewBox="[^"]*"', head)[0]
+    return Markup(f'<svg {box} role="img"><title>{escape(title)}</title>{body}')

@@ -63,7 +63,11 @@ def diagram(system: CompoundSystem) -> Diagram:
     depth: dict[str, int] = {}
     for name, box in boxes.items():
         depth[name] = max((depth[parent] + 1 for parent in box.parents), default=0)
-    routes = [_route(parent, name, depth) for name, box in boxes.items() for parent in box.parents]
+    routes: list[list[Slot]] = [
+        [parent, *((parent, name, layer) for layer in range(depth[parent] + 1, depth[name])), name]
+        for name, box in boxes.items()
+        for parent in box.parents
+    ]
     layers = _layers(depth, routes)
     longest = [
         max(len(line) for slot in slots if isinstance(slot, str) for line in boxes[slot].lines) for slots in layers
@@ -88,10 +92,6 @@ def _box(node: Node, keys: Sequence[str]) -> Box:
         lines.append(f"weight {node.weight:g}")
     kind = "tool" if node.deterministic else "component"
     return Box(tuple(lines), kind, min(node.plate or 1, COPIES_SHOWN), node.parents)
-
-
-def _route(parent: str, child: str, depth: Mapping[str, int]) -> list[Slot]:
-    return [parent, *((parent, child, layer) for layer in range(depth[parent] + 1, depth[child])), child]
 
 
 def _layers(depth: Mapping[str, int], routes: Sequence[Sequence[Slot]]) -> list[list[Slot]]:

@@ -1,18 +1,19 @@
 """The model card of an exported component: what it is part of, what it was trained on, and how it did."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.report.outcome import BEST, ENDED, Best, Figures, final_figures, interval_of, over
-from sysdpo_jax.report.templates import render
+from sysdpo_jax.report.curves import Rows
+from sysdpo_jax.report.outcome import BEST, ENDED, Best, Figures, final_figures, interval_of, over, portable
+from sysdpo_jax.report.page import render
 
 # Of an evaluation, as `final_figures` names them.
 EVALUATED = ("win_rate", "score_before", "score", "score_difference")
-Rows = Sequence[Mapping[str, Any]]
 
 
 def model_card(
@@ -44,6 +45,7 @@ def model_card(
     tag = "text-to-image" if library == "diffusers" else "text-generation"
     loaded = {} if library is None else {"library_name": library, "pipeline_tag": tag}
     head = yaml.safe_dump({**loaded, "tags": ["sysdpo", "dpo", "compound-system"], **hub}, sort_keys=False)
+    data = portable(data, Path(configuration["directory"]))
     run = {"system": system, "configuration": configuration, "data": data, "step": step, "version": version}
     final = final_figures(rows, best)
     figures, evaluated = tuple(_figures(rows, final)), _evaluated(final)

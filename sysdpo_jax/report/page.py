@@ -1,20 +1,20 @@
 """A report of an experiment as one HTML file that needs no other: tables, curves, pictures and the graph."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import write_whole
 from sysdpo_jax.report.curves import Figure
 from sysdpo_jax.report.diagram import diagram
 from sysdpo_jax.report.pictures import ImageRow, picture
-from sysdpo_jax.report.samples import ComparedRuns, TextTable
-from sysdpo_jax.report.tables import Table
-from sysdpo_jax.report.templates import render
+from sysdpo_jax.report.tables import ComparedRuns, Table, TextTable
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ class Report:
     headline: tuple[str, ...] = ()
     runs: tuple[ComparedRuns, ...] = ()
 
-    @property
-    def paragraphs(self) -> list[str]:
-        return [text for text in self.description.split("\n\n") if text.strip()]
-
 
 def write_report(path: str | Path, report: Report) -> None:
     """Write the page; a reader never finds half of one.
@@ -67,12 +63,9 @@ def write_report(path: str | Path, report: Report) -> None:
     from sysdpo_jax.report import charts
 
     parts = {"chart_svg": charts.chart_svg, "colour_classes": charts.colour_classes, "diagram": diagram}
-    parts |= {"dotted": _dotted, "is_list": _is_list, "is_picture": _is_picture, "picture": picture}
+    parts |= {"dotted": _dotted, "is_list": _is_list, "picture": picture}
+    parts |= {"is_picture": lambda value: isinstance(value, np.ndarray) and value.ndim == 3}
     write_whole(Path(path), render("page.html.jinja", report=report, **parts))
-
-
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 3
 
 
 def _is_list(value: Any) -> bool:
@@ -87,3 +80,34 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def render(template: str, **values: Any) -> str:
+    """The template of this name, filled in. A value that it lacks is an error; half of a character is shown escaped."""
+    return ENVIRONMENT.get_template(template).render(values).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def code(text: str) -> str:
+    """A text as code in a line of Markdown, also in a cell of a table, whatever it holds."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if "`" in line or not line else ""
+    return f"{fence}{space}{line}{space}{fence}".replace("|", r"\|")
+
+
+def fenced(text: str, language: str) -> str:
+    """A text as a block of code in Markdown, whatever it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+# Templates of pages escape whatever is not markup already, those of Markdown say how.
+ENVIRONMENT = Environment(
+    loader=PackageLoader("sysdpo_jax.report", ""),
+    autoescape=lambda name: not (name or "").endswith(".md.jinja"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ENVIRONMENT.filters |= {"code": code, "fenced": fenced}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 Pixels = Float[np.ndarray, "height width 3"]
@@ -105,20 +105,19 @@ def image_grid(rows: Sequence[ImageRow]) -> Image.Image:
     if len(sizes) != 1:
         raise ValueError(f"a grid needs pictures of one size, got {sorted(sizes) or 'none'}")
     factor = _factor(lines[0][0][0])
-    width, height = (factor * side for side in sizes.pop())
-    placed, top, right = [], 0, 0
-    for line in lines:
-        left = 0
-        for images in line:
-            for image in images:
-                placed.append((image.resize((width, height), Image.Resampling.NEAREST), (left, top)))
-                left += width + GAP
-            left += METHOD_GAP - GAP
-        top, right = top + height + GAP, max(right, left - METHOD_GAP)
-    grid = Image.new("RGB", (right, top - GAP), "white")
-    for image, place in placed:
-        grid.paste(image, place)
-    return grid
+
+    def enlarged(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+        return _padded(np.asarray(image).repeat(factor, axis=0).repeat(factor, axis=1), GAP, GAP)
+
+    methods = [[np.concatenate([*map(enlarged, images)], axis=1) for images in line] for line in lines]
+    drawn = [np.concatenate([_padded(method, 0, METHOD_GAP - GAP) for method in line], axis=1) for line in methods]
+    width = max(line.shape[1] for line in drawn)
+    grid = np.concatenate([_padded(line, 0, width - line.shape[1]) for line in drawn])
+    return Image.fromarray(grid[:-GAP, :-METHOD_GAP])
+
+
+def _padded(pixels: UInt8[np.ndarray, "h w 3"], below: int, right: int) -> UInt8[np.ndarray, "height width 3"]:
+    return np.pad(pixels, ((0, below), (0, right), (0, 0)), constant_values=255)
 
 
 def _factor(image: Image.Image) -> int:

@@ -11,12 +11,11 @@ from jaxtyping import Float, PRNGKeyArray
 
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation import Estimate, clustered_mean, interval_figures, paired_difference
 from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.preferences import SHARE, Bounds
 from sysdpo_jax.evaluation.scoring import Scorer, score_of, score_runs
-from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same, digest, fingerprints

@@ -317,7 +317,7 @@ def online(
     check_watched(rounds.stop_on, figures, "rounds: ")
     folder = Path(trainer.directory)
     if isinstance(scorer, Judge):
-        asked = digest([scorer.template, scorer.form, scorer.model, scorer.temperature])
+        asked = digest([scorer.template, scorer.form, scorer.config.model, scorer.config.temperature])
     else:
         asked = name_of(scorer)
     about = {"scorer": asked, "system": digest(about_system(trainer.system))}

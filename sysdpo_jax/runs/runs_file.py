@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.io import append_whole, note_of, read_json, write_json
+from sysdpo_jax.io import append_whole, note_of, read_json, whole_lines, write_json
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.typing import Record
 from sysdpo_jax.values import SampledText, from_json, to_json
@@ -61,8 +60,7 @@ class Outcomes:
         if not note.exists():
             raise ConfigError(f"{path} exists, and nothing says how it was made: name another output")
         check_same(str(path), read_json(note), about, f"name another output, or give what {note} says")
-        with path.open("rb") as file:
-            ends = list(accumulate((len(line) for line in file if line.endswith(b"\n")), initial=0))
+        ends = [0, *(start + len(line) for start, line in whole_lines(path))]
         os.truncate(path, ends[-1])
         lines = list(read_lines(path))
         while lines and lacks_images(lines[-1], path):

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import sysdpo_jax as sj
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation import share_interval
-from sysdpo_jax.evaluation.unscored import ScoreError
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.report.outcome import best_evaluation, final_figures, summary
-from sysdpo_jax.report.samples import spread
+from sysdpo_jax.report.tables import spread
 from sysdpo_jax.runs.held_out import HeldOut, RunScorer
 
 SYSTEM = sj.CompoundSystem(("x",), (sj.Node("z", sj.Categorical(50, (4,)), ("x",)),))

@@ -124,13 +124,6 @@ def test_cutting_out_first_changes_nothing(shape, size):
     np.testing.assert_allclose(fit_image(pixels, *size, 0).pixels, two_steps(pixels, *size), atol=1e-5)
 
 
-def test_a_picture_is_resized_in_parts_as_in_one(monkeypatch):
-    pixels = np.random.default_rng(2).integers(0, 256, (90, 50, 3), np.uint8)
-    whole = fit_image(pixels, 16, 24, 0).pixels
-    monkeypatch.setattr("sysdpo_jax.components.images.PART", 300)
-    np.testing.assert_array_equal(fit_image(pixels, 16, 24, 0).pixels, whole)
-
-
 @pytest.mark.parametrize("shape", [(2, 1500), (1500, 2), (1, 20_000)])
 def test_the_cost_of_a_narrow_picture_is_that_of_the_result(shape):
     """Resized whole it would have up to 5 * 10^9 pixels; arrays take ten times the result's bytes at most."""

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 
 from sysdpo_jax import LanguageModel, RecordError
 from sysdpo_jax.components import language_model
-from sysdpo_jax.components.sampled_text import fingerprint, own_tokens, sampled_texts
+from sysdpo_jax.components.sampled_text import facts_of, own_tokens, sampled_texts
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.values import SampledText, from_json, to_json
 from tests.components.tokenizer_kinds import BOS, EOS, KINDS, QWEN, SIZE, TURN, tokenizer_of
@@ -312,13 +312,13 @@ def test_tokens_without_room_and_those_that_the_decoder_has_not():
 
 def test_the_fingerprint_is_of_what_ids_mean():
     tokenizer = tokenizer_of("byte-level")
-    first = fingerprint(tokenizer)
+    first = facts_of(tokenizer).fingerprint
     again_made = tokenizer_of("byte-level, Qwen")
     again_made.padding_side, again_made.pad_token = "left", again_made.eos_token
-    assert fingerprint(again_made) == first
-    assert fingerprint(tokenizer_of("prepended")) != first
+    assert facts_of(again_made).fingerprint == first
+    assert facts_of(tokenizer_of("prepended")).fingerprint != first
     tokenizer.add_tokens(["<new>"])
-    assert fingerprint(tokenizer) != first
+    assert facts_of(tokenizer).fingerprint != first
 
 
 def test_a_tokenizer_of_python_code():

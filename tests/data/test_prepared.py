@@ -38,7 +38,7 @@ from sysdpo_jax import (
 )
 from sysdpo_jax.batch import encode_batch
 from sysdpo_jax.components.base import row_keys
-from sysdpo_jax.components.sampled_text import fingerprint
+from sysdpo_jax.components.sampled_text import facts_of
 from sysdpo_jax.data import files, preferences
 from sysdpo_jax.data import prepared as stored
 from sysdpo_jax.data.formats import READERS
@@ -720,8 +720,8 @@ def test_sampled_texts_keep_their_tokens_through_the_files(tmp_path):
     """Tokens that no tokenizer would make of the text, and no end where it was cut."""
     system = CompoundSystem(("question",), (Node("answer", writer(), ("question",)),))
     model = system.node("answer").component
-    made = [SampledText("a red", (4, 5, 2), "end", fingerprint(model.tokenizer)),
-            SampledText("a red", (4, 5), "cut", fingerprint(model.tokenizer))]  # fmt: skip
+    made = [SampledText("a red", (4, 5, 2), "end", facts_of(model.tokenizer).fingerprint),
+            SampledText("a red", (4, 5), "cut", facts_of(model.tokenizer).fingerprint)]  # fmt: skip
     rows = [{"inputs": {"question": "a ball"}, "chosen": {"answer": to_json(made[0])},
              "rejected": {"answer": to_json(made[1])}}] * 2  # fmt: skip
     loaded = load_preferences(written(tmp_path / "p.jsonl", rows), system, cache=tmp_path / "cache")

@@ -14,14 +14,11 @@ import numpy as np
 import pytest
 
 from sysdpo_jax.cli.main import dispatch
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation import judge_client
-from sysdpo_jax.evaluation.in_parallel import as_completed
-from sysdpo_jax.evaluation.judge import make_judge
+from sysdpo_jax.evaluation.judge import Template, make_judge, read_template
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
-from sysdpo_jax.evaluation.judge_template import Template, read_template
-from sysdpo_jax.evaluation.scoring import check_scorer, score_runs
-from sysdpo_jax.evaluation.unscored import ScoreError
+from sysdpo_jax.evaluation.scoring import as_completed, check_scorer, score_runs
 from sysdpo_jax.runs.runs_file import read_lines
 
 RUNS = 12

@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge_answer import Form, text_of
 from sysdpo_jax.evaluation.judge_client import Again, NoCompletionError
-from sysdpo_jax.evaluation.unscored import ScoreError
 
 STATED = Form("stated", 0.0, 10.0)
 

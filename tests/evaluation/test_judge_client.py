@@ -12,10 +12,9 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation import judge_client
 from sysdpo_jax.evaluation.judge_client import Again, ChatClient, NoCompletionError, _retry_after
-from sysdpo_jax.evaluation.unscored import ScoreError
 
 GOOD = {"choices": [{"message": {"content": "7"}}]}
 

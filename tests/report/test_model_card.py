@@ -18,6 +18,7 @@ CARD = {
     "hub": {"base_model": "org/model", "datasets": "owner/data"},
     "system": CompoundSystem(("x",), (Node("head", Categorical(2, (2,)), ("x",)),)),
     "configuration": {
+        "directory": "/home/me/runs/my_run",
         "system": {"components": {"head": PART, "judge": OTHER}},
         "objective": {"kind": "sampling", "loss": "sigmoid", "beta": 0.1},
         "schedule": {"batch_size": 8, "learning_rate": 1e-4},
@@ -64,6 +65,14 @@ def test_what_there_is_none_of_is_left_out():
     assert "LoRA" not in text
     assert "valuat" not in text
     assert yaml.safe_load(text.split("---\n")[1]) == {"tags": ["sysdpo", "dpo", "compound-system"]}
+
+
+@pytest.mark.parametrize(("source", "shown"), [("/home/me/pairs.jsonl", "pairs.jsonl"), ("/home/me/runs/a/b", "a/b")])
+def test_the_place_of_the_data_is_not_told(source, shown):
+    """What lies beside the run's folder is named from there, another file by its name."""
+    text = model_card(**CARD | {"data": CARD["data"] | {"source": source}})
+    assert f"Data: `{shown}`, 100 preferences" in text
+    assert "/home" not in text
 
 
 def parts_of(text):

@@ -185,6 +185,16 @@ def test_a_curve_is_drawn_to_scale():
     assert 0 < top < 0.2 * height < 0.7 * height < bottom < height
 
 
+def test_marks_are_vertical_lines_at_their_steps():
+    figure = Figure("f", (Curve("c", (0, 5, 10), (2.0, 3.0, 4.0)),), (0, 5))
+    [([curve], _)] = drawn_curves(figure, "raw")
+    marks = [line for [line], _ in drawn_curves(figure, "round")]
+    for mark, point in zip(marks, curve[:2], strict=True):
+        np.testing.assert_allclose(mark[:, 0], point[0], atol=0.02)
+    assert drawn_curves(Figure("f", figure.curves), "round") == []
+    assert [made.marks for made in run_figures(rows(), [0, 8])] == [(0, 8)] * 4
+
+
 def test_a_value_that_is_not_finite_breaks_the_line_and_one_alone_is_a_dot():
     figure = Figure("f", (Curve("c", tuple(range(6)), (1.0, 2.0, None, float("nan"), 3.0, float("inf"))),))
     assert "nan" not in chart_svg(figure)

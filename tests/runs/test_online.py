@@ -13,8 +13,7 @@ import pytest
 
 import sysdpo_jax as sj
 from sysdpo_jax.data.batches import PreferenceBatches
-from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.evaluation.unscored import ScoreError
+from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.runs.rounds import RoundStore
 from sysdpo_jax.training import EvaluationError, read_metrics
 
