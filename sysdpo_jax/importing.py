@@ -3,12 +3,11 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.user_code import is_users, shown, user_code
 
 
@@ -31,10 +30,11 @@ def import_object(path: str, field: str) -> Any:
     for part in name.split("."):
         with user_code(f"{field}: {path}", ConfigError):
             # A module may make its attributes when they are asked for.
-            there = hasattr(found, part)
+            there, known = hasattr(found, part), dir(found)
             found = getattr(found, part, None)
         if not there:
-            raise ConfigError(f"{field}: {module} has no {name!r}; write module:name of something that it defines")
+            near = meant(part, known, "write module:name of something that it defines")
+            raise ConfigError(f"{field}: {module} has no {name!r}: {near}")
     return found
 
 
@@ -76,9 +76,7 @@ def call(path: str, settings: Mapping[str, Any], field: str, name_field: str) ->
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
         for name in settings:
             if name not in known:
-                near = get_close_matches(name, known, 1)
-                meant = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-                raise ConfigError(f"{field}.{name} is no setting of {path}: {meant}")
+                raise ConfigError(f"{field}.{name} is no setting of {path}: {meant(name, known)}")
     try:
         signature(function).bind(**settings)
     except TypeError as error:

@@ -60,6 +60,18 @@ def write_json_lines(path: Path, rows: Sequence[Any]) -> None:
     write_whole(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
+def read_text(path: Path, name: str, remedy: str) -> str:
+    """What a user's file says. name: of it, for errors. Raises `ConfigError` for a file that is no UTF-8 text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{name} does not exist: {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8 text ({error.reason}): convert it") from None
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror}): {remedy}") from None
+
+
 def read_json(path: Path, remedy: str = "restore it, or remove it") -> Any:
     """What `write_json` wrote. Raises `DamagedFileError` for what is no JSON, and `FileNotFoundError`."""
     text = path.read_bytes()

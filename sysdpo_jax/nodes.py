@@ -8,6 +8,7 @@ from functools import cached_property
 from sysdpo_jax.components.base import Component, RecordError
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import Tool
+from sysdpo_jax.errors import meant
 from sysdpo_jax.static import unhashable
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, user_code
@@ -87,9 +88,8 @@ def check_names(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> None:
     for node in nodes:
         for parent in node.parents:
             if parent not in seen:
-                raise GraphError(
-                    f"node {node.name!r} has an unknown parent {parent!r}: add a node or an input of that name"
-                )
+                near = meant(parent, seen, "add a node or an input of that name")
+                raise GraphError(f"node {node.name!r} has an unknown parent {parent!r}: {near}")
         if node.plate is not None and node.plate < 1:
             raise GraphError(f"node {node.name!r} has plate={node.plate}: it needs at least one copy")
     read = {parent for node in nodes for parent in node.parents}

@@ -7,6 +7,7 @@ from functools import cached_property
 import jax
 from jaxtyping import PRNGKeyArray
 
+from sysdpo_jax.errors import meant
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.nodes import GraphError, Node, check_names, check_plates, check_static, topological, users_part
 from sysdpo_jax.typing import Params
@@ -72,7 +73,7 @@ class Graph:
         for node in self.nodes:
             if node.name == name:
                 return node
-        raise GraphError(f"no node is called {name!r}; the nodes are {', '.join(n.name for n in self.nodes)}")
+        raise GraphError(f"no node is called {name!r}: {meant(name, (node.name for node in self.nodes))}")
 
     def with_ancestors(self, names: Sequence[str]) -> tuple[Node, ...]:
         """Some nodes and all that they depend on.

@@ -20,7 +20,7 @@ from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import Row, known_digest, read_rows, source_digest
-from sysdpo_jax.data.formats import READERS, Reader, States, call_reader, placed, require_holdable
+from sysdpo_jax.data.formats import Reader, States, call_reader, placed, reader_of, require_holdable
 from sysdpo_jax.data.prepared import (
     Prepared,
     PreparedRows,
@@ -151,7 +151,8 @@ def load_preferences(
         source: A .jsonl or .parquet file, or a folder or hub name that `datasets.load_dataset` takes.
         system: What the records are prepared for.
         reader: A name in `formats.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
-            "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
+            "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`, or
+            "module:name" of one.
         params: Of the system, `{params_key: tree}`: its frozen parts encode. Of several processes each gives the whole
             frozen parts on its own devices, see `replicate_per_process`.
         split: Of a folder or hub name.
@@ -181,9 +182,7 @@ def load_preferences(
         raise ValueError(f"ignore {ignore!r} is one text: give the names of fields in a tuple, ({ignore!r},)")
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error {on_error!r} is neither 'stop' nor 'skip'")
-    if isinstance(reader, str) and reader not in READERS:
-        raise ValueError(f"unknown reader {reader!r}: choose one of {', '.join(READERS)}")
-    convert = READERS[reader] if isinstance(reader, str) else reader
+    convert = reader_of(reader) if isinstance(reader, str) else reader
     called, kept = system, None
     if system is not None and tool_values is not None:
         called = with_kept_values(system, ToolValues(Path(tool_values)))

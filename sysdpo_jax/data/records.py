@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.errors import meant
 from sysdpo_jax.graph import CompoundSystem, Known, Node
 from sysdpo_jax.typing import Features, Record
 
@@ -122,9 +122,7 @@ def _check_plate(node: Node, value: Any, side: str) -> None:
 def _refuse_unknown(where: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in values:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]!r}?" if near else f"the system has {', '.join(known)}"
-            raise RecordError(f"{where}, field {name!r} is no name of the system: {meant}")
+            raise RecordError(f"{where}, field {name!r} is no name of the system: {meant(name, known)}")
 
 
 def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: bool | None = None) -> bool:

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from sysdpo_jax.errors import meant
 
 
 class CheckpointError(ValueError):
@@ -99,9 +100,7 @@ def check_settings(kind: type, settings: Mapping[str, Any], made: Collection[str
     known = [field.name for field in fields(kind) if field.name not in made]
     for name in settings:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TypeError(f"{kind.__name__} has no setting {name!r}{meant}, only {', '.join(known)}")
+            raise TypeError(f"{kind.__name__} has no setting {name!r} ({meant(name, known)})")
 
 
 def read_json(path: Path) -> dict[str, Any]:

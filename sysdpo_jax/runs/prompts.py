@@ -7,6 +7,7 @@ from typing import Any
 import sysdpo_jax as sj
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.io import read_text
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.values import from_json
 
@@ -23,13 +24,8 @@ def read_prompts(path: str | Path, system: sj.CompoundSystem, ignore: Sequence[s
             raise ConfigError(
                 f"{path}: the system has the inputs {', '.join(system.inputs)}: write JSON Lines with them"
             )
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist: give a file of prompts")
-        try:
-            # Not splitlines: a prompt may hold what that takes for ends of lines.
-            texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
+        # Not splitlines: a prompt may hold what that takes for ends of lines.
+        texts = [line.strip() for line in read_text(path, str(path), "give a file of prompts").split("\n")]
         rows = [{system.inputs[0]: text} for text in texts if text]
     else:
         rows = list(read_lines(path))

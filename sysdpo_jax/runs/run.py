@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
+from sysdpo_jax.data.formats import reader_of
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_json, write_json
@@ -262,7 +263,7 @@ def read_preferences(run: Run) -> sj.Preferences:
     return sj.load_preferences(
         data.source,
         run.system,
-        data.reader,
+        reader_of(data.reader, "data.reader"),
         split=data.split,
         on_error=data.on_error,
         ignore=data.ignore,
@@ -321,4 +322,7 @@ def first_batch(run: Run, batches: BatchSource) -> PyTree:
 def _objective(config: TrainConfig) -> Objective:
     own = config.objective
     common = (own.beta, own.loss, own.label_smoothing, tuple(sorted(own.sft.items())))
-    return sj.DirectObjective(*common) if own.kind == "direct" else sj.SamplingObjective(*common, own.chunk_size)
+    try:
+        return sj.DirectObjective(*common) if own.kind == "direct" else sj.SamplingObjective(*common, own.chunk_size)
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from None

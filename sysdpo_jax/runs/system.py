@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.importing import built, call, import_function
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
@@ -87,8 +87,8 @@ def _check(system: SystemConfig) -> None:
         if (node.component is None) == (node.tool is None):
             raise ConfigError(f"system.nodes.{name}: give either a component or a tool")
         if node.component is not None and node.component not in system.components:
-            known = ", ".join(system.components) or "none"
-            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {known}")
+            near = meant(node.component, system.components)
+            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {near}")
     used = {node.component for node in system.nodes.values()}
     for name, component in system.components.items():
         if name not in used:
