@@ -5,8 +5,7 @@ Values are converted by jsonargparse, which also lays out the help and knows wha
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
@@ -17,7 +16,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, meant
 
 C = TypeVar("C")
 # What a value of a type is, in words.
@@ -70,7 +69,7 @@ def from_mapping(kind: type[C], values: Any, place: str = "") -> C:
         raise ConfigError(f"{place} is {values!r}: give a mapping of {', '.join(hints)}")
     for name in values:
         if name not in hints:
-            raise ConfigError(f"{_below(place, name)} is no field: {_meant(name, hints)}")
+            raise ConfigError(f"{_below(place, name)} is no field: {meant(name, hints)}")
     made = {name: _converted(hints[name], value, _below(place, name)) for name, value in values.items()}
     _refuse_missing(kind, made, f"{place}." if place else "")
     return kind(**made)
@@ -322,12 +321,9 @@ def _meant_elsewhere(config: Any, path: Sequence[str]) -> str:
     return f"did you mean {' or '.join(repr(f'--{_dashed(name)}') for name in found[:3])}?" if found else ""
 
 
-def _meant(name: Any, known: Mapping[str, Any], flag: str = "") -> str:
-    """What was meant, in words. flag: in which the name stands, to be given back whole."""
-    near = get_close_matches(str(name), known, 1)
-    if not near:
-        return f"there are {', '.join(known)}"
-    return f"did you mean {flag.replace(name, _dashed(near[0]), 1) if flag else near[0]!r}?"
+def _meant(name: str, known: Iterable[str], flag: str) -> str:
+    """`meant`, of a name in a flag, which is given back whole."""
+    return meant(name, known, form=lambda near: repr(flag.replace(name, _dashed(near), 1)))
 
 
 def _dashed(name: Any) -> str:

@@ -288,7 +288,7 @@ def _find_cycle(parents: Mapping[str, Sequence[str]]) -> list[str]:
 
 def instead_of_plate(value: Any, plate: int) -> str | None:
     """What a value is instead of a plate's list, None where it is one."""
-    if isinstance(value, str) or not hasattr(value, "__len__"):
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return type(value).__name__
     return None if len(value) == plate else f"{len(value)} values"
 

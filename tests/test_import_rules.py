@@ -38,7 +38,7 @@ ALLOWED = {
     "graph": {"components", "structure"},
     "batch": {"graph"},
     "objectives": {"batch", "graph", "components.base"},
-    "data": {"components", "batch", "graph"},
+    "data": {"components", "batch", "graph", "structure"},
     "training": {"models", "components", "parallel", "batch", "graph", "objectives", "data"},
     "pretrained": {"models", "decoding", "diffusion", "components"},
     "evaluation": {"components", "graph", "data"},

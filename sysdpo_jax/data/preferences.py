@@ -374,9 +374,9 @@ class _Pass:
             return row
         if not isinstance(own, str | int):
             said = f"the field 'id' is {type(own).__name__}: give a text or a whole number, or leave it out"
-            return Row(row.number, RecordError(said))
-        if own in ids:
+        elif own in ids:
             said = f"the id {own!r} is that of row {ids[own]} too: make ids unique, or leave them out"
-            return Row(row.number, RecordError(said))
-        ids[own] = row.number
-        return row
+        else:
+            ids[own] = row.number
+            return row
+        return Row(row.number, RecordError(said))
