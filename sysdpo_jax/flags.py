@@ -195,29 +195,30 @@ def help_parser(usage: str, description: str, fields: Sequence[Field], epilog: s
 
 def _find(config: Any, path: Sequence[str], flag: str) -> tuple[list[str], Any]:
     """The names that a flag leads through and the type of the field there. config: a type or an instance."""
-    kind = type(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    if not dataclasses.is_dataclass(kind):
-        raise ConfigError(f"{flag} is no flag: what it begins with has no fields")
-    hints, name, rest = _hints(kind), path[0].replace("-", "_"), path[1:]
-    if name not in hints:
-        raise ConfigError(f"{flag} is no flag: {_meant_elsewhere(config, path) or _meant(path[0], hints, flag)}")
-    hint, value = hints[name], None if isinstance(config, type) else getattr(config, name)
-    item = _item(hint)
-    if not rest:
-        return [name], hint
-    if item is None:
-        inner, found = _find(hint if value is None else value, rest, flag)
-        return [name, *inner], found
-    if item is Any:
-        # Keyword arguments.
-        return [name, *(part.replace("-", "_") for part in rest)], Any
-    if dataclasses.is_dataclass(item) and len(rest) > 1:
-        # Names of the user's own.
-        if value is not None and rest[0] not in value:
-            raise ConfigError(f"{flag} is no flag: {_meant(rest[0], value, flag)}")
-        inner, found = _find(item if value is None else value[rest[0]], rest[1:], flag)
-        return [name, rest[0], *inner], found
-    return [name, *rest], item
+    names = list[str]()
+    kind, value = (config, None) if isinstance(config, type) else (type(config), config)
+    for place, part in enumerate(path):
+        name, item = part.replace("-", "_"), _item(kind)
+        if dataclasses.is_dataclass(kind):
+            hints, here = _hints(cast(Any, kind)), kind if value is None else value
+            if name not in hints:
+                near = _meant_elsewhere(here, path[place:]) or _meant(part, hints, flag)
+                raise ConfigError(f"{flag} is no flag: {near}")
+            kind, value = hints[name], None if value is None else getattr(value, name)
+        elif Any in (kind, item):
+            # Keyword arguments.
+            kind = Any
+        elif item is not None:
+            # Names of the user's own, of which a field of one that there is not cannot be given.
+            name, last = part, place == len(path) - 1
+            if dataclasses.is_dataclass(item) and value is not None and name not in value and not last:
+                raise ConfigError(f"{flag} is no flag: {_meant(name, value, flag)}")
+            kind, value = item, None if value is None else value.get(name)
+        else:
+            raise ConfigError(f"{flag} is no flag: what it begins with has no fields")
+        kind = type(value) if dataclasses.is_dataclass(value) else kind
+        names.append(name)
+    return names, kind
 
 
 def _replaced(given: Any, path: Sequence[str], value: Any) -> Any:

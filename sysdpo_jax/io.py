@@ -147,21 +147,16 @@ class ResumableJsonl:
     def __post_init__(self) -> None:
         if not self.path.exists():
             return
-        if not self.note.exists():
+        note = note_of(self.path)
+        if not note.exists():
             raise ConfigError(f"{self.path} exists, and nothing says how it was made: name another output")
-        remedy = f"name another output, or give what {self.note} says"
-        check_same(str(self.path), read_json(self.note), self.about, remedy)
+        check_same(str(self.path), read_json(note), self.about, f"name another output, or give what {note} says")
         self.cut(self.count())
-
-    @property
-    def note(self) -> Path:
-        """Says how the file is made."""
-        return note_of(self.path)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add whole lines, on disk when this returns."""
         if not self.path.exists():
-            write_json(self.note, self.about)
+            write_json(note_of(self.path), self.about)
         with self.path.open("ab", buffering=0) as file:
             append_whole(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
             os.fsync(file.fileno())

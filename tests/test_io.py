@@ -14,7 +14,16 @@ from experiments.common.storage import load_pairs, load_params, save_pairs, save
 from sysdpo_jax import PreferenceRecord, io, load_preferences, save_preferences
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError, DamagedFileError
-from sysdpo_jax.io import ResumableJsonl, read_arrays, read_json, replacing, write_arrays, write_json, write_json_lines
+from sysdpo_jax.io import (
+    ResumableJsonl,
+    note_of,
+    read_arrays,
+    read_json,
+    replacing,
+    write_arrays,
+    write_json,
+    write_json_lines,
+)
 from sysdpo_jax.locks import locked_file
 from sysdpo_jax.manifest import check_same, differences
 from sysdpo_jax.pretrained.checkpoint import new_folder
@@ -173,7 +182,7 @@ def test_lines_go_on_after_a_kill_and_others_are_refused(tmp_path):
     assert path.read_text() == '{"id": 1}\n'
     with pytest.raises(ConfigError, match=r"runs.jsonl is of another run \(seed was 0, now 1\): name another output"):
         ResumableJsonl(path, {"seed": "1"})
-    again.note.unlink()
+    note_of(again.path).unlink()
     with pytest.raises(ConfigError, match="nothing says how it was made"):
         ResumableJsonl(path, {"seed": "0"})
 

@@ -219,8 +219,8 @@ def load_preferences(
         return sha256, folder
 
     def write(folder: Path) -> None:
-        if _is_whole(folder):
-            # Says when it was used, where that can be written.
+        if (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder))):
+            # All is there, of files that are as they were. Says when it was used, where that can be written.
             with suppress(OSError):
                 os.utime(folder)
             return
@@ -234,11 +234,6 @@ def load_preferences(
     sha256, folder = by_all(named)
     by_all(lambda: write(folder))
     return reading.open(folder, sha256, featured, about)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether all parts are there, and made of files that are as they were."""
-    return (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder)))
 
 
 def _inode(path: Path) -> int:

@@ -66,7 +66,10 @@ def build_system(config: TrainConfig, mesh: Mesh, origin: Origin | None = None) 
     system = config.system
     _check(system)
     # The graph first: its errors should not wait for weights to be read.
-    sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+    try:
+        sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+    except sj.GraphError as error:
+        raise sj.GraphError(f"system.nodes: {error}") from None
     models = {name: _model(name, component, config, mesh, origin) for name, component in system.components.items()}
     nodes = [_node(name, node, _component(name, node, models)) for name, node in system.nodes.items()]
     return sj.CompoundSystem(system.inputs, tuple(nodes)), {name: params for name, (_, params) in models.items()}
