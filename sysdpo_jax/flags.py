@@ -196,7 +196,8 @@ def help_parser(usage: str, description: str, fields: Sequence[Field], epilog: s
 def _find(config: Any, path: Sequence[str], flag: str) -> tuple[list[str], Any]:
     """The names that a flag leads through and the type of the field there. config: a type or an instance."""
     names = list[str]()
-    kind, value = (config, None) if isinstance(config, type) else (type(config), config)
+    kind: Any = config if isinstance(config, type) else type(config)
+    value: Any = None if isinstance(config, type) else config
     for place, part in enumerate(path):
         name, item = part.replace("-", "_"), _item(kind)
         if dataclasses.is_dataclass(kind):
