@@ -126,7 +126,7 @@ def test_a_reader_of_ones_own_gets_the_whole_row_but_what_is_ignored(tmp_path):
     path = lines(tmp_path / "pairs.jsonl", row, row | {"id": "y"})
     assert len(load_preferences(path, TEXT, reader, ignore=["weight"])) == 2
     assert load_preferences(path, TEXT, f"{__name__}:own") == load_preferences(path, TEXT, own)
-    with pytest.raises(ConfigError, match="reader: .* has no 'onw': did you mean 'own'"):
+    with pytest.raises(ConfigError, match=r"reader: .* has no 'onw': did you mean 'own'"):
         load_preferences(path, TEXT, f"{__name__}:onw")
     assert seen[0] == {name: value for name, value in row.items() if name != "weight"}
     # What is ignored is not an id either.
