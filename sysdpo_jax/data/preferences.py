@@ -208,12 +208,8 @@ def load_preferences(
         settings = (FORMAT, reading.size, sha256, split, convert, tuple(ignore), on_error, base, str(kept))
         folder = Path(cache) / digest([*settings, *about])
         noted = folder / TOOLS
-        if (
-            kept is not None
-            and jax.process_index() == 0
-            and noted.exists()
-            and _inode(kept) != read_json(noted, remedy(noted))
-        ):
+        first = jax.process_index() == 0
+        if kept is not None and first and noted.exists() and _inode(kept) != read_json(noted, remedy(noted)):
             # Whoever removes the file of what tools gave wants them asked again.
             shutil.rmtree(folder)
         return sha256, folder
