@@ -70,7 +70,9 @@ def test_the_configuration_says_the_same(systems, section):
     nodes = yaml.safe_load(text)
     assert {name: tuple(node["parents"]) for name, node in nodes.items()} == {n.name: n.parents for n in system.nodes}
     assert [name for name, node in nodes.items() if "tool" in node] == [n.name for n in system.nodes if n.deterministic]
-    for node in nodes.values():
-        # A prompt names all of the parents and nothing else.
-        fields = set(re.findall(r"\{(\w+)\}", node.get("prompt", "")))
-        assert fields == set(node["parents"]) or (not fields and len(node["parents"]) == 1)
+    for node in system.nodes:
+        if isinstance(node.component, sj.LanguageModel):
+            # Each parent by its own name: values in a wrong order, or one that is left out, give another prompt.
+            made = node.component.prompt(*node.parents) if node.component.prompt else " ".join(node.parents)
+            template = nodes[node.name].get("prompt", f"{{{node.parents[0]}}}")
+            assert made == template.format(**{parent: parent for parent in node.parents})
