@@ -349,9 +349,10 @@ class CompoundSystem(Graph):
 
     def _rows(self, node: Node, columns: Parents) -> dict[str, Sequence[Any]]:
         """The parents' values, one row a copy: plates give each copy its element, others the same value to all."""
-        if node.plate is None:
+        copies = node.plate
+        if copies is None:
             return {name: columns[name] for name in node.parents}
-        spread = lambda name, v: v if self._is_plate(name) else [v] * node.plate  # noqa: E731
+        spread = lambda name, v: v if self._is_plate(name) else [v] * copies  # noqa: E731
         return {name: [x for value in columns[name] for x in spread(name, value)] for name in node.parents}
 
     def _is_plate(self, name: str) -> bool:

@@ -96,17 +96,19 @@ def read_config(path: str | Path) -> TrainConfig:
 
 def _parsed(path: Path, text: str) -> Any:
     """What the YAML of a file holds. Raises `ConfigError` with the line and the reason for what is none."""
-    line: int | str = ""
+    line: int | None = None
     try:
         return yaml.load(text, _UniqueKeys)
     except yaml.MarkedYAMLError as error:
-        line, reason = error.problem_mark.line + 1, ", ".join(filter(None, (error.context, error.problem)))
+        line = error.problem_mark.line if error.problem_mark else None
+        reason = ", ".join(filter(None, (error.context, error.problem)))
     except yaml.reader.ReaderError as error:
-        line, reason = text.count("\n", 0, error.position) + 1, f"the character {chr(error.character)!r}"
+        line, reason = text.count("\n", 0, error.position), f"the character {chr(error.character)!r}"
     except ValueError as error:
         # A date that there is not.
         reason = str(error)
-    raise ConfigError(f"{path}{line and f':{line}'}: this is no YAML ({reason}): fix it")
+    place = path if line is None else f"{path}:{line + 1}"
+    raise ConfigError(f"{place}: this is no YAML ({reason}): fix it")
 
 
 def configure(kind: type[C], arguments: Sequence[str]) -> C:
