@@ -17,7 +17,6 @@ BOTTOM = {
     "processes",
     "errors",
     "flags",
-    "importing",
     "keys",
     "row_files",
     "static",

@@ -28,9 +28,8 @@ from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.importing import import_function
 from sysdpo_jax.row_files import pack
-from sysdpo_jax.user_code import is_users, name_of, shown, user_code
+from sysdpo_jax.user_code import import_function, is_users, name_of, shown, user_code
 from sysdpo_jax.values import from_json
 
 # States of files.

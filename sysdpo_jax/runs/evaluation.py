@@ -7,7 +7,6 @@ import jax
 
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.evaluation.scoring import about_scorer, make_scorer
-from sysdpo_jax.importing import import_function
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.manifest import digest
 from sysdpo_jax.report.outcome import BEST
@@ -15,6 +14,7 @@ from sysdpo_jax.runs.held_out import FOLDER, HeldOut
 from sysdpo_jax.runs.prompts import read_prompts
 from sysdpo_jax.runs.run import Run
 from sysdpo_jax.training import Evaluation
+from sysdpo_jax.user_code import import_function
 
 
 def make_evaluation(run: Run) -> Evaluation | None:

@@ -9,7 +9,6 @@ import jax
 import sysdpo_jax as sj
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import GraphError
-from sysdpo_jax.importing import import_function
 from sysdpo_jax.manifest import digest
 from sysdpo_jax.runs.config import MeshConfig, TrainConfig, as_dict
 from sysdpo_jax.runs.files import CONFIG, find_config, read_config
@@ -17,7 +16,7 @@ from sysdpo_jax.runs.round_store import Which
 from sysdpo_jax.runs.run import assemble, identity_of, read_origin, restored
 from sysdpo_jax.runs.system import build_system
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import shown, user_code
+from sysdpo_jax.user_code import import_function, shown, user_code
 
 # Of components and nodes: what a system that has not trained does not depend on.
 TRAINING = ("mode", "lora", "learning_rate", "weight")

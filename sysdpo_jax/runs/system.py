@@ -13,14 +13,13 @@ from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
 from sysdpo_jax.errors import ConfigError, meant
-from sysdpo_jax.importing import built, call, import_function
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
 from sysdpo_jax.runs.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import name_of, shown, user_code
+from sysdpo_jax.user_code import built, call, import_function, name_of, shown, user_code
 
 Model = tuple[sj.Component, Params]
 
