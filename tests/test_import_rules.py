@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).parents[1] / "sysdpo_jax"
 # Small modules that import nothing of the library, and that every part may import.
 BOTTOM = {
     "io",
-    "locks",
     "manifest",
     "processes",
     "errors",

@@ -16,6 +16,7 @@ from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError, DamagedFileError
 from sysdpo_jax.io import (
     ResumableJsonl,
+    locked_file,
     note_of,
     read_arrays,
     read_json,
@@ -24,7 +25,6 @@ from sysdpo_jax.io import (
     write_json,
     write_json_lines,
 )
-from sysdpo_jax.locks import locked_file
 from sysdpo_jax.manifest import check_same, differences
 from sysdpo_jax.pretrained.checkpoint import new_folder
 from sysdpo_jax.row_files import ROWS, RowFile, write_row_file

@@ -12,8 +12,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 
 from sysdpo_jax.flags import fields_of, help_parser, parse_flags
-from sysdpo_jax.io import read_json, write_json
-from sysdpo_jax.locks import InUseError, locked_folder
+from sysdpo_jax.io import InUseError, locked_folder, read_json, write_json
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.runs import keep_compilations
 from sysdpo_jax.threads import DaemonExecutor

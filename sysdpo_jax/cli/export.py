@@ -17,8 +17,7 @@ from pathlib import Path
 import sysdpo_jax as sj
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import write_whole
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import locked_file, write_whole
 from sysdpo_jax.report.model_card import model_card
 from sysdpo_jax.report.outcome import best_evaluation
 from sysdpo_jax.runs.caches import keep_compilations

@@ -23,8 +23,7 @@ from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import ResumableJsonl, file_digest
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import ResumableJsonl, file_digest, locked_file
 from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.loading import load_system
 from sysdpo_jax.runs.prompts import read_prompts

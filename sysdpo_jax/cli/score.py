@@ -22,8 +22,7 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer, scores
 from sysdpo_jax.evaluation.unscored import ScoreError, counted
-from sysdpo_jax.io import ResumableJsonl, file_digest, note_of
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import ResumableJsonl, file_digest, locked_file, note_of
 from sysdpo_jax.runs.runs_file import Run, noted_errors, read_lines, run_lines, values_of, with_images
 from sysdpo_jax.training import Board
 

@@ -34,8 +34,7 @@ from sysdpo_jax.data.prepared import (
 )
 from sysdpo_jax.data.records import Counts, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.io import read_json, write_json
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import locked_file, read_json, write_json
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.processes import by_all
 from sysdpo_jax.typing import Params

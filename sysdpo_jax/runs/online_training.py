@@ -13,8 +13,7 @@ import numpy as np
 from sysdpo_jax.data.batches import preference_dataset
 from sysdpo_jax.data.preferences import Preferences, load_preferences
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
-from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.io import locked_folder, note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same, describe, digest, fingerprints
 from sysdpo_jax.parallel.replicate import replicate_per_process
 from sysdpo_jax.parallel.sharding import batch_shard, make_mesh

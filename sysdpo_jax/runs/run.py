@@ -16,8 +16,7 @@ import sysdpo_jax as sj
 from sysdpo_jax.data.formats import reader_of
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import read_json, write_json
-from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.io import locked_folder, read_json, write_json
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
