@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sysdpo_jax.encoding import encode_sides
-from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.graph import CompoundSystem, encode_sides
 from sysdpo_jax.typing import Features, Params
 
 

@@ -1,5 +1,9 @@
 """Errors of what a user gave, and of files that this library wrote, which every part may raise."""
 
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
 
 class ConfigError(ValueError):
     """A configuration or a file cannot be used: the message names the file, the field and the remedy."""
@@ -15,3 +19,15 @@ class ScoreError(ConfigError):
     def __init__(self, message: str, reason: str = "the scorer failed"):
         super().__init__(message)
         self.reason = reason
+
+
+def meant(name: Any, known: Iterable[str], otherwise: str = "", form: Callable[[str], str] = repr) -> str:
+    """What a name that is not known may stand for, to end a message with: the nearest known one, or else all of them.
+
+    otherwise: what is said where none is near, instead. form: writes the nearest one.
+    """
+    every = list(known)
+    near = get_close_matches(str(name), every, 1)
+    if near:
+        return f"did you mean {form(near[0])}?"
+    return otherwise or f"there are {', '.join(every) or 'none'}"

@@ -5,8 +5,7 @@ Values are converted by jsonargparse, which also lays out the help and knows wha
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
@@ -17,7 +16,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, meant
 
 C = TypeVar("C")
 # What a value of a type is, in words.
@@ -70,7 +69,7 @@ def from_mapping(kind: type[C], values: Any, place: str = "") -> C:
         raise ConfigError(f"{place} is {values!r}: give a mapping of {', '.join(hints)}")
     for name in values:
         if name not in hints:
-            raise ConfigError(f"{_below(place, name)} is no field: {_meant(name, hints)}")
+            raise ConfigError(f"{_below(place, name)} is no field: {meant(name, hints)}")
     made = {name: _converted(hints[name], value, _below(place, name)) for name, value in values.items()}
     _refuse_missing(kind, made, f"{place}." if place else "")
     return kind(**made)
@@ -196,29 +195,31 @@ def help_parser(usage: str, description: str, fields: Sequence[Field], epilog: s
 
 def _find(config: Any, path: Sequence[str], flag: str) -> tuple[list[str], Any]:
     """The names that a flag leads through and the type of the field there. config: a type or an instance."""
-    kind = type(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
-    if not dataclasses.is_dataclass(kind):
-        raise ConfigError(f"{flag} is no flag: what it begins with has no fields")
-    hints, name, rest = _hints(kind), path[0].replace("-", "_"), path[1:]
-    if name not in hints:
-        raise ConfigError(f"{flag} is no flag: {_meant_elsewhere(config, path) or _meant(path[0], hints, flag)}")
-    hint, value = hints[name], None if isinstance(config, type) else getattr(config, name)
-    item = _item(hint)
-    if not rest:
-        return [name], hint
-    if item is None:
-        inner, found = _find(hint if value is None else value, rest, flag)
-        return [name, *inner], found
-    if item is Any:
-        # Keyword arguments.
-        return [name, *(part.replace("-", "_") for part in rest)], Any
-    if dataclasses.is_dataclass(item) and len(rest) > 1:
-        # Names of the user's own.
-        if value is not None and rest[0] not in value:
-            raise ConfigError(f"{flag} is no flag: {_meant(rest[0], value, flag)}")
-        inner, found = _find(item if value is None else value[rest[0]], rest[1:], flag)
-        return [name, rest[0], *inner], found
-    return [name, *rest], item
+    names = list[str]()
+    kind: Any = config if isinstance(config, type) else type(config)
+    value: Any = None if isinstance(config, type) else config
+    for place, part in enumerate(path):
+        name, item = part.replace("-", "_"), _item(kind)
+        if dataclasses.is_dataclass(kind):
+            hints, here = _hints(cast(Any, kind)), kind if value is None else value
+            if name not in hints:
+                near = _meant_elsewhere(here, path[place:]) or _meant(part, hints, flag)
+                raise ConfigError(f"{flag} is no flag: {near}")
+            kind, value = hints[name], None if value is None else getattr(value, name)
+        elif Any in (kind, item):
+            # Keyword arguments.
+            kind = Any
+        elif item is not None:
+            # Names of the user's own, of which a field of one that there is not cannot be given.
+            name, last = part, place == len(path) - 1
+            if dataclasses.is_dataclass(item) and value is not None and name not in value and not last:
+                raise ConfigError(f"{flag} is no flag: {_meant(name, value, flag)}")
+            kind, value = item, None if value is None else value.get(name)
+        else:
+            raise ConfigError(f"{flag} is no flag: what it begins with has no fields")
+        kind = type(value) if dataclasses.is_dataclass(value) else kind
+        names.append(name)
+    return names, kind
 
 
 def _replaced(given: Any, path: Sequence[str], value: Any) -> Any:
@@ -322,12 +323,9 @@ def _meant_elsewhere(config: Any, path: Sequence[str]) -> str:
     return f"did you mean {' or '.join(repr(f'--{_dashed(name)}') for name in found[:3])}?" if found else ""
 
 
-def _meant(name: Any, known: Mapping[str, Any], flag: str = "") -> str:
-    """What was meant, in words. flag: in which the name stands, to be given back whole."""
-    near = get_close_matches(str(name), known, 1)
-    if not near:
-        return f"there are {', '.join(known)}"
-    return f"did you mean {flag.replace(name, _dashed(near[0]), 1) if flag else near[0]!r}?"
+def _meant(name: str, known: Iterable[str], flag: str) -> str:
+    """`meant`, of a name in a flag, which is given back whole."""
+    return meant(name, known, form=lambda near: repr(flag.replace(name, _dashed(near), 1)))
 
 
 def _dashed(name: Any) -> str:

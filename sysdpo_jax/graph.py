@@ -8,7 +8,7 @@ values. A copy sees its own element of each parent that is a plate, and the whol
 without a plate sees the whole list of a plated parent. Log-probabilities are summed over the plate.
 """
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,14 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import RecordError, row_keys
+from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
-from sysdpo_jax.encoding import encode_sides, frozen_entries
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.nodes import GraphError as GraphError
-from sysdpo_jax.nodes import Node as Node
-from sysdpo_jax.nodes import naming, users_part
-from sysdpo_jax.plates import as_plate, by_rank, grouped, instead_of_plate
-from sysdpo_jax.structure import Graph
+from sysdpo_jax.structure import Graph, as_plate, by_rank, grouped, instead_of_plate, naming, users_part
+from sysdpo_jax.structure import GraphError as GraphError
+from sysdpo_jax.structure import Node as Node
 from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
 from sysdpo_jax.values import Unequal, content_or_unequal
 
@@ -126,7 +124,11 @@ class CompoundSystem(Graph):
         Returns:
             A tree of the same form with all that `encode` reads, and nothing else.
         """
-        return frozen_entries(self.nodes, params)
+        found: dict[str, Params] = {}
+        for node in self.nodes:
+            for name in node.component.frozen:
+                found.setdefault(node.params_key, {})[name] = params[node.params_key][name]
+        return found
 
     def encode(self, params: Params, features: Mapping[str, Features]) -> dict[str, Features]:
         """Encode by frozen parts what `prepare` made, NumPy in and out.
@@ -177,14 +179,13 @@ class CompoundSystem(Graph):
         """
         keys = row_keys(key, jax.tree.leaves(features)[0].shape[0])
         keys = jax.vmap(named_key, in_axes=(0, None))(keys, node.name)
-        if node.plate is None:
-            with users_part(node, "log_prob", GraphError):
-                log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
-            return log_prob, dict(metrics)
-        keys = jax.vmap(row_keys, in_axes=(0, None))(keys, node.plate).reshape(-1)
-        folded = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), features)
+        if node.plate is not None:
+            keys = jax.vmap(row_keys, in_axes=(0, None))(keys, node.plate).reshape(-1)
+            features = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), features)
         with users_part(node, "log_prob", GraphError):
-            log_prob, metrics = node.component.log_prob_with_metrics(params, folded, keys)
+            log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
+        if node.plate is None:
+            return log_prob, dict(metrics)
         means = {name: value.reshape(-1, node.plate).mean(-1) for name, value in metrics.items()}
         return log_prob.reshape(-1, node.plate).sum(-1), means
 
@@ -255,10 +256,9 @@ class CompoundSystem(Graph):
         Raises:
             RecordError: Naming the node.
         """
-        parents, tree, node_key = self._parents_and_params(node, params, columns, key)
-        rows = parents if node.plate is None else self._unfold(node, parents)
+        rows = self._rows(node, columns)
         with naming(node), users_part(node, "sample", RecordError):
-            made = node.component.sample(tree, rows, node_key)
+            made = node.component.sample(node.tree(params), rows, named_key(key, node.name))
             wanted = len(next(iter(rows.values())))
             if len(made) != wanted:
                 raise RecordError(f"sample returned {len(made)} values for {wanted} rows: return one for each")
@@ -308,10 +308,9 @@ class CompoundSystem(Graph):
         Raises:
             RecordError: Naming the node.
         """
-        parents, tree, node_key = self._parents_and_params(node, params, columns, key)
-        rows = parents if node.plate is None else self._unfold(node, parents)
+        rows = self._rows(node, columns)
         with naming(node), users_part(node, "candidates", RecordError):
-            flat = node.component.candidates(tree, rows, number, node_key)
+            flat = node.component.candidates(node.tree(params), rows, number, named_key(key, node.name))
         if node.plate is None:
             return flat
         plates = grouped(flat, node.plate)
@@ -320,19 +319,13 @@ class CompoundSystem(Graph):
             for copies in plates
         ]
 
-    def _parents_and_params(
-        self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
-    ) -> tuple[dict[str, Sequence[Any]], Params, PRNGKeyArray]:
-        parents = {name: columns[name] for name in node.parents}
-        return parents, node.tree(params), named_key(key, node.name)
-
     def _call(self, node: Node, parents: Parents) -> list[Any]:
         """What the tool of a node gives for every row, or the `ToolError`; of a plate all the copies' values."""
         tool: Any = node.component
         if node.plate is None:
             made = tool.outcomes(parents)
         elif any(self._is_plate(name) for name in node.parents):
-            copies = grouped(tool.outcomes(self._unfold(node, parents)), node.plate)
+            copies = grouped(tool.outcomes(self._rows(node, parents)), node.plate)
             # One copy without a value leaves the run without one.
             made = [next((x for x in row if isinstance(x, ToolError)), row) for row in copies]
         else:
@@ -344,21 +337,23 @@ class CompoundSystem(Graph):
             # It has no part in the loss, and its value is not needed.
             copies = () if node.plate is None else (node.plate,)
             return np.zeros((len(records), *copies, 0), np.float32)
-        columns = {name: [record[name] for record in records] for name in (*node.parents, node.name)}
-        values = columns.pop(node.name)
-        if node.plate is None:
-            with users_part(node, "prepare", RecordError):
-                return node.component.prepare(values, columns)
-        flat = [value for row in values for value in row]
+        columns = _columns(records, (*node.parents, node.name))
+        values = columns[node.name]
+        if node.plate is not None:
+            values = [value for row in values for value in row]
         with users_part(node, "prepare", RecordError):
-            features = node.component.prepare(flat, self._unfold(node, columns))
-        return jax.tree.map(lambda x: np.reshape(x, (len(values), node.plate, *x.shape[1:])), features)
+            features = node.component.prepare(values, self._rows(node, columns))
+        if node.plate is None:
+            return features
+        return jax.tree.map(lambda x: np.reshape(x, (len(records), node.plate, *x.shape[1:])), features)
 
-    def _unfold(self, node: Node, parents: Parents) -> dict[str, list[Any]]:
-        """One row a copy: plated parents give each copy its element, the others the same value to all."""
-        copies = node.plate or 1
-        spread: Callable[[str, Any], Sequence[Any]] = lambda name, v: v if self._is_plate(name) else [v] * copies  # noqa: E731
-        return {name: [x for value in column for x in spread(name, value)] for name, column in parents.items()}
+    def _rows(self, node: Node, columns: Parents) -> dict[str, Sequence[Any]]:
+        """The parents' values, one row a copy: plates give each copy its element, others the same value to all."""
+        copies = node.plate
+        if copies is None:
+            return {name: columns[name] for name in node.parents}
+        spread = lambda name, v: v if self._is_plate(name) else [v] * copies  # noqa: E731
+        return {name: [x for value in columns[name] for x in spread(name, value)] for name in node.parents}
 
     def _is_plate(self, name: str) -> bool:
         return name not in self.inputs and self.node(name).plate is not None
@@ -380,3 +375,19 @@ def _columns(rows: Sequence[Record], names: Sequence[str]) -> dict[str, list[Any
 def _alive(runs: Sequence[Any]) -> list[int]:
     """The rows that have a run, and neither nothing nor a `ToolError`."""
     return [row for row, run in enumerate(runs) if isinstance(run, dict)]
+
+
+def encode_sides(
+    nodes: Iterable[Node], params: Params, sides: Sequence[Mapping[str, Features]]
+) -> list[dict[str, Features]]:
+    """The encoded features of each of several `{node: features}`, see `CompoundSystem.encode`."""
+    made: list[dict[str, Features]] = [dict(side) for side in sides]
+    for node in nodes:
+        places = [place for place, side in enumerate(sides) if node.component.frozen and node.name in side]
+        if places:
+            with users_part(node, "encode", GraphError):
+                features = [sides[place][node.name] for place in places]
+                encoded = encode_together(node.component, params[node.params_key], features)
+            for place, entry in zip(places, encoded, strict=True):
+                made[place][node.name] = entry
+    return made

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import cache
 from pathlib import PurePath
@@ -153,11 +154,9 @@ def _detailed(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return [_detailed(value.func), _detailed(value.args), _detailed(value.keywords)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-        parts = {
-            f.name: kept[f.name] for f in dataclasses.fields(value) if f.compare or hasattr(kept[f.name], "get_vocab")
-        }
-        return [_source(type(value)), {name: _detailed(part) for name, part in parts.items()}]
+        parts = [(field, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+        counted = {f.name: _detailed(part) for f, part in parts if f.compare or hasattr(part, "get_vocab")}
+        return [_source(type(value)), counted]
     if isinstance(value, Mapping):
         return {str(name): _detailed(part) for name, part in sorted(value.items(), key=lambda item: str(item[0]))}
     if isinstance(value, tuple | list):
@@ -187,16 +186,12 @@ def _around(code: Any) -> list[Any]:
 
 def _source(code: Any) -> list[str]:
     """The name of a function or class and, of the users', its source."""
-    if not is_users(code):
-        return [name_of(code)]
-    try:
-        return [
-            name_of(code),
-            inspect.getsource(code if inspect.isclass(code) or inspect.isroutine(code) else type(code)),
-        ]
-    except (OSError, TypeError):
-        # Made in an interactive session, say: the name must do.
-        return [name_of(code)]
+    told = [name_of(code)]
+    if is_users(code):
+        # Of what was made in an interactive session, say, the name must do.
+        with suppress(OSError, TypeError):
+            told.append(inspect.getsource(code if inspect.isclass(code) or inspect.isroutine(code) else type(code)))
+    return told
 
 
 def _parts(value: Any) -> dict[str, Any] | None:

@@ -154,13 +154,10 @@ class RowFile:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, row: int) -> Any:
-        return self._unpacked(row)
+        return self.entry(row)
 
-    def entry(self, row: int, name: str) -> Any:
-        """One entry of a row that is an object; of the others nothing is read."""
-        return self._unpacked(row, name)
-
-    def _unpacked(self, row: int, *names: str) -> Any:
+    def entry(self, row: int, *names: str) -> Any:
+        """One entry of a row that is an object, by the names that lead to it; of the others nothing is read."""
         with reading(self._path, self._remedy):
             packed = json.loads(self._rows["row"][row].as_py())
             for name in names:

@@ -1,15 +1,86 @@
 """What a system is made of: nodes in topological order, what each depends on, and the parameters that they need."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import jax
 from jaxtyping import PRNGKeyArray
 
+from sysdpo_jax.components.base import Component, RecordError
+from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.components.tool import Tool, ToolError
+from sysdpo_jax.errors import meant
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.nodes import GraphError, Node, check_names, check_plates, check_static, topological, users_part
+from sysdpo_jax.static import unhashable
 from sysdpo_jax.typing import Params
+from sysdpo_jax.user_code import is_users, name_of, user_code
+
+
+class GraphError(ValueError):
+    """The nodes do not form a valid system, or a component fails in it: names the node and the remedy."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value of the system and the component that produces it.
+
+    Args:
+        name: Of the value in records.
+        component: What produces it.
+        parents: Names of inputs or other nodes, in the order in which the component takes them.
+        params: Key of the parameter tree, the node's name by default; nodes with the same key share weights.
+        plate: Number of copies, or None for a single value.
+        weight: Multiplies the node's log-ratio in the system's sum: it scales a surrogate against exact
+            log-probabilities.
+    """
+
+    name: str
+    component: Component
+    parents: tuple[str, ...] = ()
+    params: str | None = None
+    plate: int | None = None
+    weight: float = 1.0
+
+    @property
+    def params_key(self) -> str:
+        return self.name if self.params is None else self.params
+
+    @cached_property
+    def deterministic(self) -> bool:
+        """Whether the node is a Tool: no parameters, recomputed when a record lacks its value."""
+        return isinstance(self.component, Tool)
+
+    def tree(self, params: Params) -> Params:
+        """The node's own parameters.
+
+        Args:
+            params: `{params_key: tree}` of the system.
+
+        Returns:
+            What `encode`, `log_prob` and `sample` of the component take; empty for a tool.
+        """
+        return params.get(self.params_key, {})
+
+
+@contextmanager
+def naming(node: Node) -> Iterator[None]:
+    """Put the node's name in front of a `RecordError`."""
+    try:
+        yield
+    except RecordError as error:
+        raise RecordError(f"node {node.name!r}: {error}") from error
+
+
+def users_part(node: Node, method: str, failure: type[RecordError] | type[GraphError]) -> AbstractContextManager[None]:
+    """Around a call of a component: where it is the user's own, whatever it raises is its failure."""
+    if not is_users(node.component):
+        return nullcontext()
+    # Who handles a `RecordError` names the node.
+    place = "" if failure is RecordError else f"node {node.name!r}: "
+    return user_code(f"{place}{name_of(type(node.component))}.{method}", failure, (RecordError, GraphError))
 
 
 @dataclass(frozen=True)
@@ -22,10 +93,11 @@ class Graph:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
         nodes = tuple(replace(node, parents=tuple(node.parents)) for node in self.nodes)
-        check_names(self.inputs, nodes)
-        object.__setattr__(self, "nodes", topological(self.inputs, nodes))
-        check_plates(self.nodes)
-        check_static(self.nodes)
+        _check_names(self.inputs, nodes)
+        object.__setattr__(self, "nodes", _topological(self.inputs, nodes))
+        plates = {node.name: node.plate for node in nodes}
+        for node in self.nodes:
+            _check_node(node, plates)
 
     @property
     def param_keys(self) -> tuple[str, ...]:
@@ -72,7 +144,7 @@ class Graph:
         for node in self.nodes:
             if node.name == name:
                 return node
-        raise GraphError(f"no node is called {name!r}; the nodes are {', '.join(n.name for n in self.nodes)}")
+        raise GraphError(f"no node is called {name!r}: {meant(name, (node.name for node in self.nodes))}")
 
     def with_ancestors(self, names: Sequence[str]) -> tuple[Node, ...]:
         """Some nodes and all that they depend on.
@@ -147,3 +219,100 @@ class Graph:
             lines.append(f'    {node.name}{left}"{node.name}{plate}: {type(node.component).__name__}{shared}"{right}')
             lines.extend(f"    {parent} --> {node.name}" for parent in node.parents)
         return "\n".join(lines)
+
+
+def _check_names(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> None:
+    """Raise `GraphError` for a name that is there twice, unknown or not read."""
+    names = [*inputs, *(node.name for node in nodes)]
+    for name in names:
+        if names.count(name) > 1:
+            raise GraphError(f"the name {name!r} is used twice: every input and node needs a name of its own")
+    read = {parent: node for node in nodes for parent in node.parents}
+    for parent, node in read.items():
+        if parent not in names:
+            near = meant(parent, names, "add a node or an input of that name")
+            raise GraphError(f"node {node.name!r} has an unknown parent {parent!r}: {near}")
+    for name in inputs:
+        if name not in read:
+            raise GraphError(f"no node reads the input {name!r}: name it among a node's parents or take it out")
+
+
+def _check_node(node: Node, plates: Mapping[str, int | None]) -> None:
+    """Raise `GraphError` for a plate that does not fit, and a component that cannot be hashed, naming the field."""
+    component, plate = node.component, 1 if node.plate is None else node.plate
+    if plate < 1:
+        raise GraphError(f"node {node.name!r} has plate={plate}: it needs at least one copy")
+    if isinstance(component, TextToImage) and plate % component.strata:
+        raise GraphError(
+            f"node {node.name!r} has a component of strata={component.strata}, which must divide its plate of {plate}: "
+            "copies share what strata spread, rows of a batch do not"
+        )
+    for parent in node.parents:
+        if node.plate is not None and plates.get(parent) not in (None, node.plate):
+            raise GraphError(
+                f"node {node.name!r} is a plate of {node.plate} but its parent {parent!r} is one of "
+                f"{plates[parent]}: copies are matched one to one, so the plates must be equal"
+            )
+    found = unhashable(component, type(component).__name__)
+    if found is not None:
+        raise GraphError(
+            f"the component of node {node.name!r} cannot be hashed because of {found}: a system is static, so give "
+            "tuples instead of lists, and keep arrays in the parameters"
+        )
+
+
+def _topological(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Parents before children; among the ready ones the order in which they were written."""
+    ordered: list[Node] = []
+    known, waiting = set(inputs), list(nodes)
+    while waiting:
+        ready = next((node for node in waiting if known.issuperset(node.parents)), None)
+        if ready is None:
+            cycle = _find_cycle({node.name: [p for p in node.parents if p not in known] for node in waiting})
+            raise GraphError(
+                f"the nodes form a cycle: {' -> '.join(cycle)}; node {cycle[0]!r} must not depend on itself"
+            )
+        waiting.remove(ready)
+        ordered.append(ready)
+        known.add(ready.name)
+    return tuple(ordered)
+
+
+def _find_cycle(parents: Mapping[str, Sequence[str]]) -> list[str]:
+    """A cycle as a path of names from parent to child that ends where it began; every name has a parent here."""
+    path = [next(iter(parents))]
+    while path[-1] not in path[:-1]:
+        path.append(parents[path[-1]][0])
+    return path[path.index(path[-1]) :][::-1]
+
+
+def instead_of_plate(value: Any, plate: int) -> str | None:
+    """What a value is instead of a plate's list, None where it is one."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        return type(value).__name__
+    return None if len(value) == plate else f"{len(value)} values"
+
+
+def as_plate(value: Any, tool: Tool, plate: int) -> Any:
+    """A plate's list of what a tool gave, or the `ToolError`."""
+    instead = None if isinstance(value, ToolError) else instead_of_plate(value, plate)
+    if instead is not None:
+        reason = f"the tool {name_of(tool.function)} gave {instead} for a plate of {plate}: return a list of {plate}"
+        return ToolError(reason, tool.on_error == "skip", refused=True)
+    return value if isinstance(value, ToolError) else list(value)
+
+
+def grouped(values: Sequence[Any], plate: int) -> list[list[Any]]:
+    """The copies' values, a list for each row."""
+    return [list(values[start : start + plate]) for start in range(0, len(values), plate)]
+
+
+def by_rank(sizes: Sequence[int], number: int) -> list[tuple[int, ...]]:
+    """The first `number` of all tuples with 0 <= t[i] < sizes[i], by their sum."""
+    found: list[tuple[int, ...]] = []
+    level = {(0,) * len(sizes)}
+    while level and len(found) < number:
+        found += sorted(level)
+        longer = ((*t[:i], t[i] + 1, *t[i + 1 :]) for t in level for i in range(len(sizes)))
+        level = {t for t in longer if all(rank < size for rank, size in zip(t, sizes, strict=True))}
+    return found[:number]

@@ -14,8 +14,7 @@ from experiments.common.phases import load_pairs, load_params, save_pairs, save_
 from sysdpo_jax import PreferenceRecord, io, load_preferences, save_preferences
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.errors import ConfigError, DamagedFileError
-from sysdpo_jax.io import read_arrays, read_json, replacing, write_arrays, write_json, write_json_lines
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import locked_file, read_arrays, read_json, replacing, write_arrays, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same, differences
 from sysdpo_jax.pretrained.checkpoint import new_folder
 from sysdpo_jax.row_files import ROWS, RowFile, write_row_file

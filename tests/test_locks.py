@@ -13,16 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from sysdpo_jax import locks
-from sysdpo_jax.locks import InUseError, locked_file, locked_folder
+from sysdpo_jax import io
+from sysdpo_jax.io import InUseError, locked_file, locked_folder
 
-# Takes a lock, says so, and keeps it until it is told to go. It loads the module alone: JAX takes seconds.
+# Takes a lock, says so, and keeps it until it is told to go.
 HOLDER = """
-import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("locks", sys.argv[1])
-locks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(locks)
-with getattr(locks, sys.argv[2])(pathlib.Path(sys.argv[3])):
+import pathlib, sys
+from sysdpo_jax import io
+with getattr(io, sys.argv[1])(pathlib.Path(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -31,7 +29,7 @@ with getattr(locks, sys.argv[2])(pathlib.Path(sys.argv[3])):
 @contextmanager
 def held(kind, path):
     """Another process that has it."""
-    command = [sys.executable, "-c", HOLDER, locks.__file__, kind, str(path)]
+    command = [sys.executable, "-c", HOLDER, kind, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
@@ -50,7 +48,7 @@ KINDS = pytest.mark.parametrize(
 def test_another_process_is_refused_and_told_whose_it_is(tmp_path, kind, name, remedy):
     path = tmp_path / name
     with held(kind, path) as process:
-        with pytest.raises(InUseError) as caught, getattr(locks, kind)(path):
+        with pytest.raises(InUseError) as caught, getattr(io, kind)(path):
             pass
         said = str(caught.value)
     begin = f"{path} is in use by process {process.pid} on host {socket.gethostname()} since 20"
@@ -58,7 +56,7 @@ def test_another_process_is_refused_and_told_whose_it_is(tmp_path, kind, name, r
     assert said.endswith(f": wait for it or choose {remedy}")
     # It has left, and all that it made with it.
     assert list(tmp_path.iterdir()) == []
-    with getattr(locks, kind)(path):
+    with getattr(io, kind)(path):
         pass
 
 
@@ -70,7 +68,7 @@ def test_what_a_killed_process_held_is_free_at_once(tmp_path, kind, name, remedy
         process.wait()
     left = next(path for path in tmp_path.rglob("*.json"))
     assert json.loads(left.read_text())["process"] == process.pid
-    with getattr(locks, kind)(path):
+    with getattr(io, kind)(path):
         assert json.loads(left.read_text())["process"] == os.getpid()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

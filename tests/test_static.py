@@ -18,8 +18,8 @@ from sysdpo_jax import (
     TextEncoder,
     Tool,
 )
-from sysdpo_jax.importing import built
 from sysdpo_jax.static import hold_tuples, unhashable
+from sysdpo_jax.user_code import built
 from tests.components.stubs import Affine, Embedding, word_tokenizer
 from tests.components.test_language_model import component
 

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sysdpo_jax.flags import fields_of, from_mapping, help_parser, parse_flags
-from sysdpo_jax.io import read_json, write_json
-from sysdpo_jax.locks import InUseError, locked_folder
+from sysdpo_jax.io import InUseError, locked_folder, read_json, write_json
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.runs import keep_compilations
 

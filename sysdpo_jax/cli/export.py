@@ -20,8 +20,7 @@ from safetensors.numpy import save_file
 import sysdpo_jax as sj
 from sysdpo_jax.data.files import LINES, TABLE
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import read_json, write_whole
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import locked_file, read_json, write_whole
 from sysdpo_jax.pretrained.base import CheckpointError
 from sysdpo_jax.pretrained.checkpoint import new_folder
 from sysdpo_jax.report.model_card import model_card

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
@@ -12,7 +11,7 @@ from jsonargparse import ArgumentParser
 import sysdpo_jax as sj
 from sysdpo_jax.cli import ARGUMENTS
 from sysdpo_jax.cli.ending import bounded_exit, user_errors
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.flags import fields_of, help_parser, parse_flags
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.files import configure
@@ -56,9 +55,7 @@ def dispatch(arguments: Sequence[str]) -> None:
         elif name == COMPLETION:
             print(_completion(rest))
         elif name not in COMMANDS:
-            near = get_close_matches(name, COMMANDS, 1)
-            meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-            raise ConfigError(f"{name!r} is no command: {meant}")
+            raise ConfigError(f"{name!r} is no command: {meant(name, COMMANDS)}")
         else:
             ARGUMENTS.set(tuple(arguments))
             _run(command_module(name), name, rest)

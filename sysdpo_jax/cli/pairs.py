@@ -17,8 +17,7 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import write_json_lines
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import locked_file, write_json_lines
 from sysdpo_jax.runs.runs_file import Line, moved, read_lines, read_runs
 
 

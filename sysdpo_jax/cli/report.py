@@ -17,8 +17,7 @@ from typing import Any
 import jax
 
 from sysdpo_jax.cli import command_line
-from sysdpo_jax.io import read_json, write_json
-from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.io import locked_folder, read_json, write_json
 from sysdpo_jax.report import ComparedRuns, write_report
 from sysdpo_jax.report.outcome import compared_steps, run_report, run_results, summary
 from sysdpo_jax.report.tables import compare_runs, spread

@@ -21,8 +21,7 @@ from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.files import ImageFiles
 from sysdpo_jax.data.rollouts import run_batches
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.io import file_digest
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import file_digest, locked_file
 from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.config import Which
 from sysdpo_jax.runs.run import load_system

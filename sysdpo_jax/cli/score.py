@@ -20,8 +20,7 @@ from typing import Literal
 from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, counted, make_scorer, scores
-from sysdpo_jax.io import file_digest, note_of
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import file_digest, locked_file, note_of
 from sysdpo_jax.runs.runs_file import Line, Outcomes, read_runs, values_of, with_images
 from sysdpo_jax.training import Board
 

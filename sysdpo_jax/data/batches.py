@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,6 +31,8 @@ from sysdpo_jax.threads import DaemonExecutor
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, user_code
 
+# Of batches: rows, seed, shard and number of shapes.
+Settings: TypeAlias = tuple[int, int, tuple[int, int], int]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -239,23 +241,12 @@ class PreferenceBatches:
     Args:
         system: As for `preference_dataset`, which makes them.
         records: As for `preference_dataset`.
-        batch_size: As for `preference_dataset`.
-        seed: As for `preference_dataset`.
-        shard: As for `preference_dataset`.
-        shapes: As for `preference_dataset`.
+        settings: batch_size, seed, shard and shapes, as for `preference_dataset`.
     """
 
-    def __init__(
-        self,
-        system: CompoundSystem,
-        records: Indexed[PreferenceRecord],
-        batch_size: int,
-        seed: int,
-        shard: tuple[int, int],
-        shapes: int,
-    ):
-        self.system, self._records = system, records
-        self._settings = batch_size, seed, shard, shapes
+    def __init__(self, system: CompoundSystem, records: Indexed[PreferenceRecord], settings: Settings):
+        self.system, self._records, self._settings = system, records, settings
+        batch_size, _, shard, _ = settings
         check_batches(len(records), batch_size, shard)
         self._rows: PreparedRows | None = None
         if isinstance(records, Preferences) and records.fits(system):
@@ -371,7 +362,7 @@ def preference_dataset(
         RecordError: Names the record that cannot be used, counted from 0.
         ValueError: Fewer records than a batch, or a batch that count does not divide.
     """
-    return PreferenceBatches(system, records, batch_size, seed, shard, shapes)
+    return PreferenceBatches(system, records, (batch_size, seed, shard, shapes))
 
 
 @contextmanager

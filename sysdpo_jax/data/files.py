@@ -18,8 +18,7 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import MESSAGES
 from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.data.records import PreferenceRecord
-from sysdpo_jax.io import file_digest, read_json, replacing, write_json, write_whole
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import file_digest, locked_file, read_json, replacing, write_json, write_whole
 from sysdpo_jax.values import SampledText, from_json, to_json
 
 LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)

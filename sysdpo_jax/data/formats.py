@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,9 +26,10 @@ from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
+from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.row_files import pack
-from sysdpo_jax.user_code import is_users, name_of, shown, user_code
+from sysdpo_jax.user_code import import_function, is_users, name_of, shown, user_code
 from sysdpo_jax.values import from_json
 
 # States of files.
@@ -189,6 +189,19 @@ READERS: dict[str, Reader] = {
 }
 
 
+def reader_of(name: str, field: str = "reader") -> Reader:
+    """The reader of that name in `READERS`, or the function "module:name". field: that says so, for errors.
+
+    Raises `ConfigError` where there is none.
+    """
+    if name in READERS:
+        return READERS[name]
+    if ":" in name:
+        return import_function(name, field)
+    near = meant(name, READERS)
+    raise ConfigError(f"{field}: unknown reader {name!r}: {near} (or write module:name of a function of your own)")
+
+
 def call_reader(convert: Reader, row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
     """The records of a row. Raises `RecordError` where a reader of the user's fails, or returns something else."""
     if not is_users(convert):
@@ -306,8 +319,8 @@ def refuse_unread(
             continue
         if isinstance(value, str | list) and any(value == row.get(other) for other in read):
             continue
-        near = [other for other in get_close_matches(name, read, 1, 0.8) if is_empty(row.get(other))]
-        hint = f"did you mean {near[0]!r}?" if near else REMEDIES.get(name, "give it a name that is read")
+        lacking = [other for other in read if is_empty(row.get(other))]
+        hint = REMEDIES.get(name) or meant(name, lacking, "give it a name that is read")
         raise RecordError(f"the field {name!r} is not read: {hint}; where it does not matter, {remedy}")
 
 

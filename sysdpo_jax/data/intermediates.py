@@ -261,14 +261,12 @@ class IntermediateSearch:
     def _start(self, step: int) -> int:
         return step - step % self._batches.every
 
-    def _rows_from(self, step: int) -> list[int]:
-        """The records of the batches that a draw serves, each once, in their order."""
-        steps = range(step, step + self._batches.every)
-        return list(dict.fromkeys(row for at in steps for row in self._rows_at(at).tolist()))
-
     def _draw(self, step: int, params: Params) -> None:
-        spec, rows = self._batches, self._rows_from(step)
+        spec = self._batches
         index, count = spec.shard
+        # The records of the batches that the draw serves, each once, in their order.
+        served = (row for at in range(step, step + spec.every) for row in self._rows_at(at).tolist())
+        rows = list(dict.fromkeys(served))
         # What tools gave of inputs alone stays; of what an earlier policy drew it would fill the memory.
         given = {node.name for node in spec.system.given}
         self._known = {key: value for key, value in self._known.items() if key[0] in given}
@@ -277,7 +275,10 @@ class IntermediateSearch:
         sets: list[list[dict[str, Any]]] = []
         for number, start in enumerate(range(0, len(rows), size)):
             part = rows[start : start + size]
-            inputs = [{**self._records[row].inputs, **self._given(row)} for row in part]
+            records = [self._records[row] for row in part]
+            inputs = [
+                {**r.inputs, **{name: value for name, value in r.chosen.items() if name in given}} for r in records
+            ]
             part_key = jax.random.fold_in(key, number * count + index)
             try:
                 # Slices of one size, so that nothing recompiles and memory is bounded.
@@ -291,10 +292,6 @@ class IntermediateSearch:
             for ending in (ROWS, LEAVES):
                 path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
         write_row_file(self._path(step), ({"record": row, "sets": own} for row, own in zip(rows, sets, strict=True)))
-
-    def _given(self, row: int) -> dict[str, Any]:
-        chosen = self._records[row].chosen
-        return {node.name: chosen[node.name] for node in self._batches.system.given if node.name in chosen}
 
     def _read(self, step: int) -> None:
         path, present = self._path(step), self._files(step)

@@ -20,7 +20,7 @@ from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import Row, known_digest, read_rows, source_digest
-from sysdpo_jax.data.formats import READERS, Reader, States, call_reader, placed, require_holdable
+from sysdpo_jax.data.formats import Reader, States, call_reader, placed, reader_of, require_holdable
 from sysdpo_jax.data.prepared import (
     Prepared,
     PreparedRows,
@@ -34,8 +34,7 @@ from sysdpo_jax.data.prepared import (
 )
 from sysdpo_jax.data.records import Counts, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.io import read_json, write_json
-from sysdpo_jax.locks import locked_file
+from sysdpo_jax.io import locked_file, read_json, write_json
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.processes import by_all
 from sysdpo_jax.typing import Params
@@ -151,7 +150,8 @@ def load_preferences(
         source: A .jsonl or .parquet file, or a folder or hub name that `datasets.load_dataset` takes.
         system: What the records are prepared for.
         reader: A name in `formats.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
-            "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`.
+            "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`, or
+            "module:name" of one.
         params: Of the system, `{params_key: tree}`: its frozen parts encode. Of several processes each gives the whole
             frozen parts on its own devices, see `replicate_per_process`.
         split: Of a folder or hub name.
@@ -181,9 +181,7 @@ def load_preferences(
         raise ValueError(f"ignore {ignore!r} is one text: give the names of fields in a tuple, ({ignore!r},)")
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error {on_error!r} is neither 'stop' nor 'skip'")
-    if isinstance(reader, str) and reader not in READERS:
-        raise ValueError(f"unknown reader {reader!r}: choose one of {', '.join(READERS)}")
-    convert = READERS[reader] if isinstance(reader, str) else reader
+    convert = reader_of(reader) if isinstance(reader, str) else reader
     called, kept = system, None
     if system is not None and tool_values is not None:
         called = with_kept_values(system, ToolValues(Path(tool_values)))
@@ -209,19 +207,15 @@ def load_preferences(
         settings = (FORMAT, reading.size, sha256, split, convert, tuple(ignore), on_error, base, str(kept))
         folder = Path(cache) / digest([*settings, *about])
         noted = folder / TOOLS
-        if (
-            kept is not None
-            and jax.process_index() == 0
-            and noted.exists()
-            and _inode(kept) != read_json(noted, remedy(noted))
-        ):
+        first = jax.process_index() == 0
+        if kept is not None and first and noted.exists() and _inode(kept) != read_json(noted, remedy(noted)):
             # Whoever removes the file of what tools gave wants them asked again.
             shutil.rmtree(folder)
         return sha256, folder
 
     def write(folder: Path) -> None:
-        if _is_whole(folder):
-            # Says when it was used, where that can be written.
+        if (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder))):
+            # All is there, of files that are as they were. Says when it was used, where that can be written.
             with suppress(OSError):
                 os.utime(folder)
             return
@@ -235,11 +229,6 @@ def load_preferences(
     sha256, folder = by_all(named)
     by_all(lambda: write(folder))
     return reading.open(folder, sha256, featured, about)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether all parts are there, and made of files that are as they were."""
-    return (folder / WHOLE).exists() and all(map(is_fresh, _parts(folder)))
 
 
 def _inode(path: Path) -> int:
@@ -375,9 +364,9 @@ class _Pass:
             return row
         if not isinstance(own, str | int):
             said = f"the field 'id' is {type(own).__name__}: give a text or a whole number, or leave it out"
-            return Row(row.number, RecordError(said))
-        if own in ids:
+        elif own in ids:
             said = f"the id {own!r} is that of row {ids[own]} too: make ids unique, or leave them out"
-            return Row(row.number, RecordError(said))
-        ids[own] = row.number
-        return row
+        else:
+            ids[own] = row.number
+            return row
+        return Row(row.number, RecordError(said))

@@ -25,6 +25,7 @@ from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates
 from sysdpo_jax.graph import CompoundSystem, Known, Node
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.row_files import RowFile, write_row_file
+from sysdpo_jax.structure import naming
 from sysdpo_jax.typing import Features, Params, Record
 from sysdpo_jax.user_code import is_users
 from sysdpo_jax.values import is_plain
@@ -364,30 +365,20 @@ def _check_final(system: CompoundSystem, runs: Sequence[Record]) -> None:
     make fit.
     """
     for node in system.nodes:
-        here = node.name in runs[0]
+        model: Any = node.component
+        here, asked = node.name in runs[0], all(parent in runs[0] for parent in node.parents)
         if node.deterministic:
             continue
-        if all(parent in runs[0] for parent in node.parents):
-            if here:
-                system.prepare(runs, [node.name])
-            elif isinstance(node.component, LanguageModel):
-                blank = "" if node.plate is None else [""] * node.plate
-                system.prepare([{node.name: blank, **run} for run in runs], [node.name])
-        elif here and isinstance(node.component, LanguageModel | TextToImage):
-            _check_value(
-                node, [value for run in runs for value in (run[node.name] if node.plate else [run[node.name]])]
-            )
-
-
-def _check_value(node: Node, values: Sequence[Any]) -> None:
-    """Final values whose parents will be drawn, after a stand-in for these."""
-    model: Any = node.component
-    parent = {"caption": [""] * len(values)}
-    if isinstance(model, LanguageModel):
-        # Messages need the ones before them, which are not known.
-        values = [value if isinstance(value, str) else "" for value in values]
-        model, parent = replace(model, prompt=None), {"prompt": ["."] * len(values)}
-    try:
-        model.prepare(values, parent)
-    except RecordError as error:
-        raise RecordError(f"node {node.name!r}: {error}") from error
+        if asked and (here or isinstance(model, LanguageModel)):
+            blank = "" if node.plate is None else [""] * node.plate
+            system.prepare([{node.name: blank, **run} for run in runs], [node.name])
+        elif here and isinstance(model, LanguageModel | TextToImage):
+            # Its parents will be drawn: it stands behind a stand-in for them.
+            values = [value for run in runs for value in (run[node.name] if node.plate else [run[node.name]])]
+            parent = {"caption": [""] * len(values)}
+            if isinstance(model, LanguageModel):
+                # Messages need the ones before them, which are not known.
+                values = [value if isinstance(value, str) else "" for value in values]
+                model, parent = replace(model, prompt=None), {"prompt": ["."] * len(values)}
+            with naming(node):
+                model.prepare(values, parent)

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import jax
@@ -12,7 +11,9 @@ import numpy as np
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.graph import CompoundSystem, Known, Node
+from sysdpo_jax.errors import meant
+from sysdpo_jax.graph import CompoundSystem, Known
+from sysdpo_jax.structure import instead_of_plate
 from sysdpo_jax.typing import Features, Record
 
 SIDES = ("chosen", "rejected")
@@ -95,36 +96,24 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
     Inputs and final values must be there, and inputs say something: a system may answer with nothing, but nobody asks
     it nothing.
     """
-    _refuse_unknown("inputs", record.inputs, system.inputs)
-    for name in system.inputs:
-        if name not in record.inputs:
-            raise RecordError(f"inputs lacks the field {name!r}: add it")
-        if isinstance(record.inputs[name], str) and not record.inputs[name].strip():
+    nodes, final = {node.name: node for node in system.nodes}, [node.name for node in system.outputs]
+    for where, known, needed in (("inputs", system.inputs, system.inputs), *((side, nodes, final) for side in SIDES)):
+        values = getattr(record, where)
+        for name in values:
+            if name not in known:
+                raise RecordError(f"{where}, field {name!r} is no name of the system: {meant(name, known)}")
+        for name in needed:
+            if name not in values:
+                raise RecordError(f"{where} lacks the field {name!r}: add it")
+    for name, value in record.inputs.items():
+        if isinstance(value, str) and not value.strip():
             raise RecordError(f"inputs, field {name!r} is empty: write a text, or drop the row")
     for side in SIDES:
-        values = getattr(record, side)
-        _refuse_unknown(side, values, [node.name for node in system.nodes])
-        missing = [node.name for node in system.outputs if node.name not in values]
-        if missing:
-            raise RecordError(f"{side} lacks the field {missing[0]!r}: add it")
-        for node in system.nodes:
-            if node.name in values and not node.deterministic:
-                _check_plate(node, values[node.name], side)
-
-
-def _check_plate(node: Node, value: Any, side: str) -> None:
-    if node.plate is None or (isinstance(value, list) and len(value) == node.plate):
-        return
-    has = f"{len(value)} values" if isinstance(value, list) else type(value).__name__
-    raise RecordError(f"{side}, field {node.name!r}: {has} instead of a list of {node.plate}, one for each copy")
-
-
-def _refuse_unknown(where: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in values:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]!r}?" if near else f"the system has {', '.join(known)}"
-            raise RecordError(f"{where}, field {name!r} is no name of the system: {meant}")
+        for name, value in getattr(record, side).items():
+            plate = None if nodes[name].deterministic else nodes[name].plate
+            has = None if plate is None else instead_of_plate(value, plate)
+            if has is not None:
+                raise RecordError(f"{side}, field {name!r}: {has} instead of a list of {plate}, one for each copy")
 
 
 def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: bool | None = None) -> bool:

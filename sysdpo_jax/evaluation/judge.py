@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -14,10 +13,11 @@ import httpx
 import numpy as np
 
 from sysdpo_jax.data.files import ImageFiles
-from sysdpo_jax.errors import ConfigError, ScoreError
+from sysdpo_jax.errors import ConfigError, ScoreError, meant
 from sysdpo_jax.evaluation.judge_answer import Form, text_of
 from sysdpo_jax.evaluation.judge_client import Again, ChatClient
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
+from sysdpo_jax.io import read_text
 from sysdpo_jax.user_code import user_code
 
 
@@ -73,10 +73,9 @@ class Template:
         """Raise `ConfigError` for a field that names none of the values `names`. of: what has them, for the message."""
         for piece in self.pieces:
             if piece.field is not None and piece.name not in names:
-                near = get_close_matches(piece.name, names, 1)
-                meant = f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(names)};"
+                near = meant(piece.name, names, f"there are {', '.join(names)};", "{{{}}}".format)
                 raise ConfigError(
-                    f"{self.path}, line {piece.line}: {{{piece.field}}} is no value of {of}: {meant} {{{{ and }}}} "
+                    f"{self.path}, line {piece.line}: {{{piece.field}}} is no value of {of}: {near} {{{{ and }}}} "
                     "stand for braces"
                 )
 
@@ -93,14 +92,7 @@ class Template:
 
 def read_template(path: str, field: str) -> Template:
     """The template in a file. field: that of the configuration. Raises `ConfigError` for a file that is none."""
-    try:
-        return Template(path, Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(f"{field} {path} does not exist: write the question into a file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{field} {path} is not UTF-8 text ({error.reason}): convert it") from None
-    except OSError as error:
-        raise ConfigError(f"{field} {path} cannot be read ({error.strerror}): give a file with the question") from None
+    return Template(path, read_text(Path(path), f"{field} {path}", "give a file with the question"))
 
 
 def _parses(text: str) -> bool:

@@ -14,9 +14,8 @@ import numpy as np
 from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge import Judge, make_judge
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
-from sysdpo_jax.importing import import_function
 from sysdpo_jax.io import file_digest
-from sysdpo_jax.user_code import name_of, user_code
+from sysdpo_jax.user_code import import_function, name_of, user_code
 
 Scorer = Callable[[Mapping[str, Any]], float]
 # The run of an id.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sysdpo_jax.errors import meant
 from sysdpo_jax.graph import CompoundSystem, GraphError
 from sysdpo_jax.objectives.log_ratio import NodeLogps
 from sysdpo_jax.objectives.losses import LOSSES, SMOOTHED
@@ -66,7 +67,7 @@ class PreferenceObjective:
     def __post_init__(self) -> None:
         hold_tuples(self)
         if self.loss not in LOSSES:
-            raise ValueError(f"unknown loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
+            raise ValueError(f"unknown loss {self.loss!r}: {meant(self.loss, LOSSES)}")
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:

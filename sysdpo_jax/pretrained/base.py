@@ -7,12 +7,13 @@ says it of other keys.
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
+
+from sysdpo_jax.errors import meant
 
 Model = TypeVar("Model")
 
@@ -156,9 +157,7 @@ def check_settings(kind: type, settings: Mapping[str, Any], made: Collection[str
     known = [field.name for field in fields(kind) if field.name not in made]
     for name in settings:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TypeError(f"{kind.__name__} has no setting {name!r}{meant}, only {', '.join(known)}")
+            raise TypeError(f"{kind.__name__} has no setting {name!r} ({meant(name, known)})")
 
 
 def read_fields(config: ConfigReader, kind: type, *names: str, **defaults: Any) -> dict[str, Any]:

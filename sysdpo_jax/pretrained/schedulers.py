@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from sysdpo_jax.diffusion.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler, Sampler
 from sysdpo_jax.diffusion.levels import Spacing
+from sysdpo_jax.diffusion.samplers import DDIM, DDPM, PNDM, DPMSolver, Euler, FlowEuler, Sampler
 from sysdpo_jax.diffusion.schedules import FlowSchedule, NoiseSchedule, PredictionType
 from sysdpo_jax.pretrained.base import CLASSES, CheckpointError, ConfigReader, read_fields
 

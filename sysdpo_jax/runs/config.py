@@ -117,7 +117,8 @@ class DataConfig:
 
     Args:
         source: A JSONL or Parquet file of preferences, a folder, or a data set of the hub.
-        reader: The form of its rows: records, trl, pick_a_pic, ranked or ranked_all.
+        reader: The form of its rows: records, trl, pick_a_pic, ranked or ranked_all, or "module:function" of a row and
+            the system, which returns its records.
         split: Of a data set of the hub or a folder.
         on_error: Of a row with an error: stop, or skip and count it.
         ignore: Fields of rows that are left unread.

@@ -11,7 +11,6 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation import too_few
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer
-from sysdpo_jax.importing import import_function
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.manifest import digest
 from sysdpo_jax.report.outcome import BEST
@@ -23,6 +22,7 @@ from sysdpo_jax.runs.rounds import check_watched
 from sysdpo_jax.runs.run import Run, is_online, make_batches, round_store
 from sysdpo_jax.runs.runs_file import read_prompts
 from sysdpo_jax.training import Evaluation
+from sysdpo_jax.user_code import import_function
 
 
 def check_first(config: TrainConfig, rounds: bool = False) -> None:

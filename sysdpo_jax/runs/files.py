@@ -7,7 +7,6 @@ import os
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +15,9 @@ import jax
 import yaml
 
 from sysdpo_jax.data.files import LINES, TABLE
-from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.flags import from_mapping, read_flags, to_mapping, with_flags
-from sysdpo_jax.io import write_whole
+from sysdpo_jax.io import read_text, write_whole
 from sysdpo_jax.runs.config import TrainConfig
 
 C = TypeVar("C", bound=TrainConfig)
@@ -37,9 +36,9 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands there twice", node.start_mark)
+        for place, (key, _) in enumerate(node.value):
+            if key.value in names[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -62,9 +61,7 @@ def recipe(name: str) -> Path:
     """The file of a recipe. Raises `ConfigError` for a name that is none, with the nearest one."""
     known = recipes()
     if name not in known:
-        near = get_close_matches(name, known, 1)
-        meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        raise ConfigError(f"{name!r} is no recipe: {meant}")
+        raise ConfigError(f"{name!r} is no recipe: {meant(name, known)}")
     return known[name]
 
 
@@ -87,12 +84,7 @@ def read_config(path: str | Path) -> TrainConfig:
         ConfigError: Naming the file and the field, with the nearest known name.
     """
     path = Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give the YAML file of the run") from None
-    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is no YAML file ({' '.join(str(error).split())}): fix it") from None
+    values = _parsed(path, read_text(path, str(path), "give the YAML file of the run"))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no mapping of fields: begin with, for example, 'system:'")
     try:
@@ -101,6 +93,23 @@ def read_config(path: str | Path) -> TrainConfig:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config if config.directory else replace(config, directory=str(Path("runs", path.stem).absolute()))
+
+
+def _parsed(path: Path, text: str) -> Any:
+    """What the YAML of a file holds. Raises `ConfigError` with the line and the reason for what is none."""
+    line: int | None = None
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line if error.problem_mark else None
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+    except yaml.reader.ReaderError as error:
+        line, reason = text.count("\n", 0, error.position), f"the character {chr(error.character)!r}"
+    except ValueError as error:
+        # A date that there is not.
+        reason = str(error)
+    place = path if line is None else f"{path}:{line + 1}"
+    raise ConfigError(f"{place}: this is no YAML ({reason}): fix it")
 
 
 def configure(kind: type[C], arguments: Sequence[str]) -> C:

@@ -26,8 +26,7 @@ from sysdpo_jax.data.rollouts import preferred
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.judge import Judge
 from sysdpo_jax.evaluation.scoring import Scorer
-from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
-from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.io import locked_folder, note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same, describe, digest, fingerprints
 from sysdpo_jax.parallel.sharding import batch_shard, replicate_per_process
 from sysdpo_jax.processes import by_all

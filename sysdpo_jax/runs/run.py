@@ -15,9 +15,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 import sysdpo_jax as sj
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.importing import import_function
-from sysdpo_jax.io import file_digest, read_json
-from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.io import file_digest, locked_folder, read_json
 from sysdpo_jax.manifest import check_same, digest
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
@@ -31,7 +29,7 @@ from sysdpo_jax.training.metrics import EVALUATED
 from sysdpo_jax.training.progress import LINE_EVERY, tell
 from sysdpo_jax.training.trainer import BatchSource, encoder
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import shown, user_code
+from sysdpo_jax.user_code import import_function, shown, user_code
 
 # Of components and nodes: what a system that has not trained does not depend on.
 TRAINING = ("mode", "lora", "learning_rate", "weight")
@@ -236,9 +234,9 @@ def make_trainer(run: Run, evaluation: sj.Evaluation | None = None) -> sj.Traine
 
 def read_preferences(run: Run) -> sj.Preferences:
     """The preferences, prepared and encoded. Raises `RecordError` naming file, row and field."""
-    folder = Path(run.config.directory)
+    data, folder = run.config.data, Path(run.config.directory)
     return sj.load_preferences(
-        **vars(run.config.data),
+        **vars(data) | {"reader": reader_of(data.reader, "data.reader")},
         system=run.system,
         params=sj.replicate_per_process(run.system.frozen_params(run.params)),
         cache=prepared_folder(run.config.prepared_cache, folder),
@@ -295,7 +293,10 @@ def first_batch(run: Run, batches: BatchSource) -> PyTree:
 def _objective(config: TrainConfig) -> Objective:
     own = config.objective
     common = (own.beta, own.loss, own.label_smoothing, tuple(sorted(own.sft.items())))
-    return sj.DirectObjective(*common) if own.kind == "direct" else sj.SamplingObjective(*common, own.chunk_size)
+    try:
+        return sj.DirectObjective(*common) if own.kind == "direct" else sj.SamplingObjective(*common, own.chunk_size)
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from None
 
 
 class Loaded(NamedTuple):

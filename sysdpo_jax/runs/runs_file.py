@@ -20,7 +20,7 @@ from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.io import append_whole, note_of, read_json, whole_lines, write_json
+from sysdpo_jax.io import append_whole, note_of, read_json, read_text, whole_lines, write_json
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.typing import Record
 from sysdpo_jax.values import SampledText, from_json, to_json
@@ -221,13 +221,8 @@ def read_prompts(path: str | Path, system: CompoundSystem, ignore: Sequence[str]
             raise ConfigError(
                 f"{path}: the system has the inputs {', '.join(system.inputs)}: write JSON Lines with them"
             )
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist: give a file of prompts")
-        try:
-            # Not splitlines: a prompt may hold what that takes for ends of lines.
-            texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
+        # Not splitlines: a prompt may hold what that takes for ends of lines.
+        texts = [line.strip() for line in read_text(path, str(path), "give a file of prompts").split("\n")]
         rows = [{system.inputs[0]: text} for text in texts if text]
     else:
         rows = list(read_lines(path))

@@ -12,15 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
-from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.importing import built, call, import_function
+from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
 from sysdpo_jax.runs.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import name_of, shown, user_code
+from sysdpo_jax.user_code import built, call, import_function, name_of, shown, user_code
 
 Model = tuple[sj.Component, Params]
 
@@ -66,7 +65,10 @@ def build_system(config: TrainConfig, mesh: Mesh, origin: Origin | None = None) 
     system = config.system
     _check(system)
     # The graph first: its errors should not wait for weights to be read.
-    sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+    try:
+        sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+    except sj.GraphError as error:
+        raise sj.GraphError(f"system.nodes: {error}") from None
     models = {name: _model(name, component, config, mesh, origin) for name, component in system.components.items()}
     nodes = [_node(name, node, _component(name, node, models)) for name, node in system.nodes.items()]
     return sj.CompoundSystem(system.inputs, tuple(nodes)), {name: params for name, (_, params) in models.items()}
@@ -87,8 +89,8 @@ def _check(system: SystemConfig) -> None:
         if (node.component is None) == (node.tool is None):
             raise ConfigError(f"system.nodes.{name}: give either a component or a tool")
         if node.component is not None and node.component not in system.components:
-            known = ", ".join(system.components) or "none"
-            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {known}")
+            near = meant(node.component, system.components)
+            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {near}")
     used = {node.component for node in system.nodes.values()}
     for name, component in system.components.items():
         if name not in used:

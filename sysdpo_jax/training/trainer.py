@@ -19,7 +19,7 @@ from sysdpo_jax.batch import encode_batch
 from sysdpo_jax.data.batches import EpochBatches, Indexed, PreferenceBatches, read_ahead
 from sysdpo_jax.data.intermediates import IntermediateSearch, SearchedBatches
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.locks import locked_folder
+from sysdpo_jax.io import locked_folder
 from sysdpo_jax.manifest import as_text, describe
 from sysdpo_jax.objectives.direct import DirectObjective
 from sysdpo_jax.objectives.objective import Objective

@@ -91,9 +91,18 @@ def test_the_ready_configurations_are_valid(path):
         "choice": ("dtype: float16", "{}: dtype is 'float16': give 'float32' or 'bfloat16'"),
         "twice": (
             "system: {nodes: {a: {}, a: {}}}",
-            "{} is no YAML file ('a' stands there twice in \"<unicode string>\", line 1, column 17: "
-            "system: {nodes: {a: {}, a: {}}} ^): fix it",
+            "{}:1: this is no YAML ('a' stands there twice): fix it",
         ),
+        "twice, below each other": (
+            "seed: 1\nschedule:\n  steps: 1\n  warmup: 2\n  steps: 3\n",
+            "{}:5: this is no YAML ('steps' stands there twice): fix it",
+        ),
+        "an open bracket": (
+            "seed: 1\ndata: {ignore: [a}\n",
+            "{}:2: this is no YAML (while parsing a flow sequence, expected ',' or ']', but got '}'): fix it",
+        ),
+        "a character": ("seed: 1\ndata: \0", "{}:2: this is no YAML (the character '\\x00'): fix it"),
+        "no date": ("seed: 2026-02-30", "{}: this is no YAML (day is out of range for month): fix it"),
         "list": ("- 1", "{} holds no mapping of fields: begin with, for example, 'system:'"),
     }.values(),
 )
@@ -159,7 +168,7 @@ def test_the_system_is_the_one_described(file):
             "no_such:f",
             "system.nodes.scale.tool: the module 'no_such'",
         ),
-        "name": ("test_config:one_hot", "test_config:two", "has no 'two'"),
+        "name": ("test_config:one_hot", "test_config:two", "has no 'two': write module:name of something"),
         "path": (
             "tests.cli.test_config:one_hot",
             "split",

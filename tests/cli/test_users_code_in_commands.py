@@ -10,11 +10,11 @@ import pytest
 import sysdpo_jax as sj
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.importing import import_object
 from sysdpo_jax.runs.config import NodeConfig
 from sysdpo_jax.runs.files import read_config
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.runs.system import _component
+from sysdpo_jax.user_code import import_object
 
 RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError, CancelledError)
 
@@ -37,6 +37,10 @@ def score(run):
 
 def nothing(*values, **settings):
     return None
+
+def read(row, system):
+    from sysdpo_jax import PreferenceRecord
+    return [PreferenceRecord(row["inputs"], row["chosen"], row["rejected"])]
 """
 
 CONFIG = """
@@ -48,7 +52,7 @@ system:
     answer: {{component: head, parents: [kind]}}
   components:
     head: {{factory: "{factory}", mode: full, settings: {settings}}}
-data: {{source: {folder}/pairs.jsonl}}
+data: {{source: {folder}/pairs.jsonl, reader: "{reader}"}}
 schedule: {{steps: 2, batch_size: 2, warmup: 1}}
 evaluation: {{prompts: {folder}/prompts.txt, scorer: "{scorer}", every: 1}}
 """
@@ -74,6 +78,7 @@ def configured(place, name="own.yaml", **changes):
         "factory": "sysdpo_jax:Categorical",
         "settings": "{num_values: 3, parent_sizes: [2]}",
         "scorer": "users_own:score",
+        "reader": "records",
         "calls": "",
     } | changes
     (place / name).write_text(CONFIG.format(folder=place, **settings))
@@ -107,6 +112,14 @@ COMMANDS = {
     "the tool of preferences": (
         lambda place: dispatch(["train", str(configured(place, tool="users_own:fails"))]),
         "pairs.jsonl, row 1: chosen: node 'kind': the tool users_own:fails for q='bb' failed",
+    ),
+    "the reader": (
+        lambda place: dispatch(["prepare", str(configured(place, reader="users_own:fails"))]),
+        "pairs.jsonl, row 1: the reader users_own:fails failed",
+    ),
+    "the module of a reader": (
+        lambda place: dispatch(["prepare", str(configured(place, reader="users_broken:read"))]),
+        "data.reader: the module 'users_broken' cannot be imported: it failed",
     ),
     "the scorer": (
         lambda place: scored(place, "users_own:fails"),
@@ -156,6 +169,11 @@ def test_the_command_ends_with_1_and_names_what_failed(place, capsys, caplog, mo
     # A factory that refuses its settings with a ValueError has said all that there is.
     if not (raised is ValueError and "refuses its settings" in line):
         assert "Traceback" in caplog.text
+
+
+def test_a_reader_is_named_as_tools_and_scorers_are(place, capsys):
+    dispatch(["prepare", str(configured(place, reader="users_own:read"))])
+    assert "3 rows, 3 preferences" in "".join(capsys.readouterr())
 
 
 def test_a_module_that_is_not_there_needs_no_traceback(place, caplog):

@@ -8,7 +8,7 @@ import pytest
 
 from sysdpo_jax import CompoundSystem, Diffusion, GraphError, LatentCodec, Node, Tool, bucket_sizes
 from sysdpo_jax.components.base import Component, Raw
-from sysdpo_jax.encoding import encode_sides
+from sysdpo_jax.graph import encode_sides
 from sysdpo_jax.models.lora import LoRA, add_lora
 from tests.components.painters import (
     VAE,

@@ -246,7 +246,7 @@ def test_readers_without_names_need_one_input_and_one_final_value(tmp_path):
         load_preferences(path, two, "trl")
     with pytest.raises(ValueError, match="pass the system"):
         load_preferences(path, reader="trl")
-    with pytest.raises(ValueError, match="unknown reader 'tlr': choose one of records, trl"):
+    with pytest.raises(ValueError, match="unknown reader 'tlr': did you mean 'trl'"):
         load_preferences(path, reader="tlr")
 
 

@@ -17,6 +17,7 @@ from sysdpo_jax import (
 )
 from sysdpo_jax.data.files import _plain
 from sysdpo_jax.data.formats import is_empty
+from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import CompoundSystem, Node
 from tests.components.test_conversations import TOOL, model
 from tests.components.test_conversations import USER as ASKED
@@ -124,6 +125,9 @@ def test_a_reader_of_ones_own_gets_the_whole_row_but_what_is_ignored(tmp_path):
 
     path = lines(tmp_path / "pairs.jsonl", row, row | {"id": "y"})
     assert len(load_preferences(path, TEXT, reader, ignore=["weight"])) == 2
+    assert load_preferences(path, TEXT, f"{__name__}:own") == load_preferences(path, TEXT, own)
+    with pytest.raises(ConfigError, match=r"reader: .* has no 'onw': did you mean 'own'"):
+        load_preferences(path, TEXT, f"{__name__}:onw")
     assert seen[0] == {name: value for name, value in row.items() if name != "weight"}
     # What is ignored is not an id either.
     assert len(load_preferences(lines(path, row, row), TEXT, own, ignore=("id",))) == 2

@@ -144,7 +144,7 @@ def test_a_frozen_component_contributes_nothing_and_is_not_evaluated():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "dpo"}, "unknown loss 'dpo': choose one of sigmoid"),
+        ({"loss": "dpo"}, "unknown loss 'dpo': did you mean 'ipo'"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"label_smoothing": 0.5}, r"must lie in \[0, 0\.5\)"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "does not use label_smoothing"),

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from sysdpo_jax import DirectObjective, SamplingObjective, epoch_batches
-from sysdpo_jax.locks import InUseError
+from sysdpo_jax.io import InUseError
 from sysdpo_jax.training import (
     FROZEN,
     ComponentOptimizer,
