@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from sysdpo_jax.errors import DamagedFileError
+from sysdpo_jax.errors import ConfigError, DamagedFileError
 
 # Seconds that a holder who is just leaving may take.
 PATIENCE = 1.0

@@ -105,7 +105,9 @@ def check_attention(shape: AttentionShape) -> str:
         out, back = jax.vjp(partial(run, implementation=implementation), *args)
         return [out, *back(onto)]
 
-    request = AttentionRequest.of(queries, slots, values, None, shape.softcap, shape.causal, shape.window)
+    request = AttentionRequest.of(
+        queries, slots, values, softcap=shape.softcap is not None, causal=shape.causal, window=shape.window
+    )
     kernel = choose("auto", jax.default_backend(), request)
     found = both("auto", onto, queries, slots, values)
     with jax.default_matmul_precision("highest"):

@@ -10,6 +10,7 @@ Functions with an underscore work on one row of the batch.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -189,9 +190,14 @@ def beam_search(
     likeliest = min(vocab, wanted + (num_beams - size + stops if num_groups > 1 else 0))
 
     def advance(loop: _Loop, log_probs: Array, tokens: Array) -> _Loop:
-        def row(*beams: Any) -> Any:
-            return _advance(*beams, loop.made, penalties, num_groups, wanted, stop_tokens)
-
+        row = partial(
+            _advance,
+            made=loop.made,
+            penalties=penalties,
+            num_groups=num_groups,
+            wanted=wanted,
+            stop_tokens=stop_tokens,
+        )
         running, finished, parents = jax.vmap(row)(loop.running, loop.finished, log_probs, tokens)
         return _Loop(loop.made + 1, running, finished, parents, loop.state)
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray, PyTree
 
 import sysdpo_jax as sj
+from sysdpo_jax.data.formats import reader_of
 from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import file_digest, locked_folder, read_json
