@@ -79,7 +79,7 @@ def test_a_published_text_encoder_is_transformers_tensor_for_tensor(name):
     found = stored_shapes(CLIP, config, CLIPTextEncoder(config), ((1, 77), jnp.int32))
     kind = getattr(transformers, values["architectures"][0])
     expected = torch_shapes(lambda: kind(transformers.CLIPTextConfig(**values)))
-    [(pattern, prefix)] = clip.ALIASES
+    [(pattern, prefix)] = CLIP.naming(config).aliases
     assert found == {re.sub(pattern, prefix, tensor): shape for tensor, shape in expected.items()}
 
 
@@ -96,7 +96,7 @@ def test_what_is_written_is_read_again_and_means_the_same_to_the_library(family,
     config = read(family, values)
     written = family.write(config)
     assert read(family, written) == config
-    if family is clip:
+    if family is CLIP:
         theirs = transformers.CLIPTextConfig(**written)
         shape = {"dtype", "param_dtype", "with_projection"}
         assert all(getattr(theirs, name) == value for name, value in vars(config).items() if name not in shape)
