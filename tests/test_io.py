@@ -163,7 +163,7 @@ def test_a_damaged_file_is_named_with_the_remedy(user, left, tmp_path):
 def test_lines_go_on_after_a_kill_and_others_are_refused(tmp_path):
     path = tmp_path / "new" / "runs.jsonl"
     outcomes, lost = Outcomes(path, {"seed": "0"}), {"id": "3", "outputs": {"z": "runs_images/3.png"}}
-    outcomes.add([{"id": "1"}, {"id": "2", "error": "no route"}, {"id": "2", "error": "no route"}])
+    outcomes.add([{"id": "1"}, {"id": "2", "error": "no route"}])
     with path.open("a") as stopped:
         stopped.write('{"id": "3", "inp')
     again = Outcomes(path, {"seed": "0"})
