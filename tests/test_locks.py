@@ -16,12 +16,14 @@ import pytest
 from sysdpo_jax import locks
 from sysdpo_jax.locks import InUseError, locked_file, locked_folder
 
-# Takes a lock, says so, and keeps it until it is told to go. It loads the module alone: JAX takes seconds.
+# Takes a lock, says so, and keeps it until it is told to go. The package's own start and JAX, which locks do not need,
+# would take seconds: an empty package and an empty module stand in for them.
 HOLDER = """
-import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("locks", sys.argv[1])
-locks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(locks)
+import pathlib, sys, types
+package, manifest = (types.ModuleType(name) for name in ("sysdpo_jax", "sysdpo_jax.manifest"))
+package.__path__, manifest.check_same = [sys.argv[1]], None
+sys.modules.update({made.__name__: made for made in (package, manifest)})
+from sysdpo_jax import locks
 with getattr(locks, sys.argv[2])(pathlib.Path(sys.argv[3])):
     print("held", flush=True)
     sys.stdin.readline()
@@ -31,7 +33,7 @@ with getattr(locks, sys.argv[2])(pathlib.Path(sys.argv[3])):
 @contextmanager
 def held(kind, path):
     """Another process that has it."""
-    command = [sys.executable, "-c", HOLDER, locks.__file__, kind, str(path)]
+    command = [sys.executable, "-c", HOLDER, str(Path(locks.__file__).parent), kind, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process

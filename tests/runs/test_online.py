@@ -57,6 +57,8 @@ def optimizer(rate):
 
 
 ROUNDS = sj.Rounds(number=3, samples=64, sample_batch=96, group=8, pairs="all", steps=30, batch_size=64, epochs=None)
+# Enough where nothing is said of how far the rounds come.
+FEW = replace(ROUNDS, samples=16)
 RUNS, HELD_OUT = 3 * 64, 3 * 16
 
 
@@ -176,7 +178,7 @@ def test_more_rounds_go_on_where_fewer_ended(whole, tmp_path):
 
 def test_a_figure_that_falls_ends_the_rounds_and_the_best_is_what_counts(tmp_path):
     """The other figure falls as the score rises; a prompt that is there eight times makes the error small."""
-    rounds = replace(ROUNDS, stop_on=("other", "score"))
+    rounds = replace(FEW, stop_on=("other", "score"))
     given = {"figures": {"other": lambda run: -worth(run)}, "held_out": PROMPTS * 8, "held_out_samples": 4}
     result = trained(tmp_path, rounds, **given)
     assert "other on held-out prompts changed by -0." in result.stopped
@@ -190,7 +192,7 @@ def test_a_fall_within_the_noise_ends_the_rounds_where_it_is_too_far(tmp_path):
     """One held-out prompt has no interval, so that only `fall` ends the rounds."""
     figures = {"other": lambda run: -worth(run)}
     one = {"held_out": PROMPTS[:1], "figures": figures}
-    rounds = replace(ROUNDS, number=2, stop_on=("score", "other"))
+    rounds = replace(FEW, number=2, stop_on=("score", "other"))
     assert trained(tmp_path / "noise", rounds, **one).stopped is None
     stopped = trained(tmp_path / "fall", replace(rounds, fall=0.01), **one)
     assert stopped.stopped is not None
@@ -198,14 +200,14 @@ def test_a_fall_within_the_noise_ends_the_rounds_where_it_is_too_far(tmp_path):
 
 
 def test_patience_ends_the_run_within_a_round(tmp_path):
-    rounds = replace(ROUNDS, stop_on=("flat",))
+    rounds = replace(FEW, stop_on=("flat",))
     made = trained(tmp_path, rounds, figures={"flat": lambda run: 1.0}, every=10, patience=2)
     assert made.stopped == "eval/flat was no better in 2 evaluations"
     assert [each.last for each in made.rounds] == [20]
 
 
 def test_a_kept_reference_is_that_of_the_first_round(tmp_path):
-    trained(tmp_path, replace(ROUNDS, number=2, reference="keep"))
+    trained(tmp_path, replace(FEW, number=2, reference="keep"))
     losses = {row["step"]: row["loss"] for row in rows_of(tmp_path) if "loss" in row}
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
     # The policy has moved away from the first one, along its preferences.
@@ -213,7 +215,7 @@ def test_a_kept_reference_is_that_of_the_first_round(tmp_path):
 
 
 def test_a_share_of_the_pairs_is_of_earlier_rounds(tmp_path):
-    result = trained(tmp_path, replace(ROUNDS, number=2, mix=0.25))
+    result = trained(tmp_path, replace(FEW, number=2, mix=0.25))
     [one, two] = result.rounds
     assert one.earlier == 0
     assert two.earlier == round((two.pairs - two.earlier) / 3)
