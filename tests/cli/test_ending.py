@@ -132,6 +132,15 @@ def whole(tmp_path_factory):
     return folder, printed.getvalue().splitlines(), *found_in(folder)
 
 
+def without_evaluation(folder, other):
+    """The flags of a copy of the run in `folder`, whose evaluation is left out."""
+    shutil.copytree(folder / "run", other / "run")
+    config = yaml.safe_load((folder / "run.yaml").read_text()) | {"directory": str(other / "run")}
+    del config["evaluation"]
+    (other / "run.yaml").write_text(yaml.safe_dump(config))
+    return [str(other / "run.yaml")]
+
+
 def runs_of(folder, step):
     lines = (folder / "run" / "evaluation" / f"runs-{step:08d}.jsonl").read_text().splitlines()
     return {run["id"]: run for run in map(json.loads, lines)}
@@ -200,8 +209,7 @@ def test_without_an_evaluation_nothing_is_invented(tmp_path, capsys):
 def test_an_evaluation_that_is_left_out_later_is_still_told(whole, tmp_path, capsys):
     """The same folder, whose training is over."""
     folder, lines, _, page = whole
-    shutil.copytree(folder / "run", tmp_path / "run")
-    again, _, same = ended(tmp_path, capsys, configured(tmp_path, scorer=None))
+    again, _, same = ended(tmp_path, capsys, without_evaluation(folder, tmp_path))
     assert again == [*lines[:2], str(tmp_path / "run" / "report.html")]
     assert [rows[2] for rows in same.runs[:3]] == [["question 0"], ["question 3"], ["question 7"]]
     assert len(page.runs) == 3
@@ -222,9 +230,9 @@ def test_a_few_prompts_are_said_to_be_too_few_before_and_after(tmp_path, capsys)
 def test_a_report_that_cannot_be_written_does_not_undo_the_training(whole, tmp_path, capsys):
     """The result is told all the same."""
     folder, lines, results, _ = whole
-    shutil.copytree(folder / "run", tmp_path / "run")
+    flags = without_evaluation(folder, tmp_path)
     (tmp_path / "run" / "evaluation" / f"runs-{results['final']['step']:08d}.jsonl").unlink()
-    dispatch(["train", *configured(tmp_path, scorer=None)])
+    dispatch(["train", *flags])
     captured = capsys.readouterr()
     assert captured.out.splitlines() == lines[:2]
     warning = captured.err.splitlines()[-1]

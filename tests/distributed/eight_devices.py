@@ -22,7 +22,6 @@ from sysdpo_jax.training import (
     make_optimizer,
     make_train_step,
 )
-from tests.components.drawn import drawn
 from tests.components.stubs import IdTokenizer
 
 STEPS, ROWS, LENGTH, WIDTH = 20, 16, 12, 256
@@ -123,7 +122,7 @@ def rows_on_a_device(array):
 
 def main() -> None:
     batch_at = epoch_batches(preferences(), ROWS, seed=0)
-    params = drawn(SYSTEM.init)
+    params = jax.jit(SYSTEM.init)(jax.random.key(7))
     runs = {name: run(name, batch_at, params) for name in MESHES}
     states = {name: result.pop("state") for name, result in runs.items()}
     same = resume("fsdp", batch_at, params) == states["fsdp"]

@@ -178,7 +178,7 @@ def test_more_rounds_go_on_where_fewer_ended(whole, tmp_path):
 
 def test_a_figure_that_falls_ends_the_rounds_and_the_best_is_what_counts(tmp_path):
     """The other figure falls as the score rises; a prompt that is there eight times makes the error small."""
-    rounds = replace(FEW, stop_on=("other", "score"))
+    rounds = replace(ROUNDS, stop_on=("other", "score"))
     given = {"figures": {"other": lambda run: -worth(run)}, "held_out": PROMPTS * 8, "held_out_samples": 4}
     result = trained(tmp_path, rounds, **given)
     assert "other on held-out prompts changed by -0." in result.stopped
@@ -192,7 +192,7 @@ def test_a_fall_within_the_noise_ends_the_rounds_where_it_is_too_far(tmp_path):
     """One held-out prompt has no interval, so that only `fall` ends the rounds."""
     figures = {"other": lambda run: -worth(run)}
     one = {"held_out": PROMPTS[:1], "figures": figures}
-    rounds = replace(FEW, number=2, stop_on=("score", "other"))
+    rounds = replace(ROUNDS, number=2, stop_on=("score", "other"))
     assert trained(tmp_path / "noise", rounds, **one).stopped is None
     stopped = trained(tmp_path / "fall", replace(rounds, fall=0.01), **one)
     assert stopped.stopped is not None

@@ -86,7 +86,7 @@ def kill_and_compare(environment, kind, tmp_path, kills, steps):
 
 
 def test_killed_and_restarted(environment, tmp_path):
-    kill_and_compare(environment, "direct", tmp_path, kills=1, steps=20)
+    kill_and_compare(environment, "direct", tmp_path, kills=1, steps=STEPS)
 
 
 @pytest.mark.slow
