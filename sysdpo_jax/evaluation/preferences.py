@@ -5,11 +5,11 @@ Runs of one prompt are alike, so errors are clustered: prompts are independent, 
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from scipy.special import ndtri, stdtrit
 
 Grades = Float[np.ndarray, "*runs 3"]
 Values = Float[np.ndarray, "runs"]
@@ -23,7 +23,7 @@ Number = int | float
 
 CONFIDENCE = 0.95
 TAIL = (1 + CONFIDENCE) / 2
-NORMAL = float(ndtri(TAIL))
+NORMAL = NormalDist().inv_cdf(TAIL)
 # Below this number of prompts an interval, whose own width is then an estimate from few numbers, says little: by
 # Student's t with 19 degrees of freedom it is 7% wider than with many prompts, with 4 it is 42% wider.
 ENOUGH_PROMPTS = 20
@@ -178,8 +178,16 @@ def mean_interval(mean: Number, standard_error: Number, clusters: int) -> Interv
     Returns:
         The 95% interval.
     """
-    reach = float(stdtrit(clusters - 1, TAIL)) * standard_error
+    reach = _student(clusters - 1) * standard_error
     return Interval(mean - reach, mean + reach)
+
+
+def _student(freedom: int) -> float:
+    """Student's t that a share `TAIL` lies below."""
+    # Imported late: it takes half a second, which a run without an evaluation does not need.
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, TAIL))
 
 
 def wilson_interval(share: Number, number: Number, quantile: Number = NORMAL) -> Interval:
@@ -229,7 +237,7 @@ def share_interval(share: Number, standard_error: Number, variance: Number, numb
     if alone or standard_error < ROUNDING:
         return wilson_interval(share, clusters)
     effective = binomial / max(standard_error**2, variance / number)
-    return wilson_interval(share, effective, float(stdtrit(clusters - 1, TAIL)))
+    return wilson_interval(share, effective, _student(clusters - 1))
 
 
 def too_few(prompts: int) -> str | None:

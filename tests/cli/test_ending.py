@@ -1,7 +1,10 @@
 """What a training run ends with: the lines in the terminal, results.json, and the runs that the report shows."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 from html.parser import HTMLParser
 
@@ -112,9 +115,30 @@ def ended(folder, capsys, flags):
 
 
 def looked_at(folder, capsys):
-    lines = capsys.readouterr().out.splitlines()
+    return capsys.readouterr().out.splitlines(), *found_in(folder)
+
+
+def found_in(folder):
     results = json.loads((folder / "run" / "results.json").read_text())
-    return lines, results, Tables((folder / "run" / "report.html").read_text())
+    return results, Tables((folder / "run" / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a training that ended, and what `looked_at` finds of it; nothing may be changed there."""
+    folder, printed = tmp_path_factory.mktemp("whole"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        dispatch(["train", *configured(folder)])
+    return folder, printed.getvalue().splitlines(), *found_in(folder)
+
+
+def without_evaluation(folder, other):
+    """The flags of a copy of the run in `folder`, whose evaluation is left out."""
+    shutil.copytree(folder / "run", other / "run")
+    config = yaml.safe_load((folder / "run.yaml").read_text()) | {"directory": str(other / "run")}
+    del config["evaluation"]
+    (other / "run.yaml").write_text(yaml.safe_dump(config))
+    return [str(other / "run.yaml")]
 
 
 def runs_of(folder, step):
@@ -122,10 +146,10 @@ def runs_of(folder, step):
     return {run["id"]: run for run in map(json.loads, lines)}
 
 
-def test_the_terminal_the_file_and_the_page_say_the_same(tmp_path, capsys):
-    lines, results, page = ended(tmp_path, capsys, configured(tmp_path))
-    final, before = results["final"], runs_of(tmp_path, 0)
-    after = runs_of(tmp_path, final["step"])
+def test_the_terminal_the_file_and_the_page_say_the_same(whole):
+    folder, lines, results, page = whole
+    final, before = results["final"], runs_of(folder, 0)
+    after = runs_of(folder, final["step"])
     changes = [after[name]["score"] - before[name]["score"] for name in before]
     rate = sum((change > 0) + 0.5 * (change == 0) for change in changes) / len(changes)
     assert rate > 0.6
@@ -135,15 +159,15 @@ def test_the_terminal_the_file_and_the_page_say_the_same(tmp_path, capsys):
     ends = f"[{100 * final['win_rate/low']:.1f}, {100 * final['win_rate/high']:.1f}]"
     assert lines[0].startswith(f"win rate {100 * rate:.1f}% {ends} over 24 prompts x 2 samples, best of 2 evaluations")
     assert lines[1].startswith(f"score {final['score_before']:.4g} before, {final['score']:.4g} after: difference +")
-    assert lines[2:] == [str(tmp_path / "run" / "report.html")]
+    assert lines[2:] == [str(folder / "run" / "report.html")]
     assert results["summary"] == lines[:2]
     assert [sentence.lower() for sentence in page.headline] == [f"{line}.".lower() for line in lines[:2]]
 
 
-def test_whole_runs_of_several_prompts_are_shown_with_their_scores(tmp_path, capsys):
-    _, results, page = ended(tmp_path, capsys, configured(tmp_path))
+def test_whole_runs_of_several_prompts_are_shown_with_their_scores(whole):
+    folder, _, results, page = whole
     step = results["final"]["step"]
-    before, after = runs_of(tmp_path, 0), runs_of(tmp_path, step)
+    before, after = runs_of(folder, 0), runs_of(folder, step)
     assert len(page.runs) == 3
     for name, rows in zip(("0-0", "12-0", "23-0"), page.runs, strict=True):
         first, second = before[name], after[name]
@@ -182,11 +206,11 @@ def test_without_an_evaluation_nothing_is_invented(tmp_path, capsys):
     assert "held-out" not in (tmp_path / "run" / "report.html").read_text().split("<h2>Configuration")[0]
 
 
-def test_an_evaluation_that_is_left_out_later_is_still_told(tmp_path, capsys):
+def test_an_evaluation_that_is_left_out_later_is_still_told(whole, tmp_path, capsys):
     """The same folder, whose training is over."""
-    lines, _, page = ended(tmp_path, capsys, configured(tmp_path))
-    again, _, same = ended(tmp_path, capsys, configured(tmp_path, scorer=None))
-    assert again == lines
+    folder, lines, _, page = whole
+    again, _, same = ended(tmp_path, capsys, without_evaluation(folder, tmp_path))
+    assert again == [*lines[:2], str(tmp_path / "run" / "report.html")]
     assert [rows[2] for rows in same.runs[:3]] == [["question 0"], ["question 3"], ["question 7"]]
     assert len(page.runs) == 3
     assert len(same.runs) == 8
@@ -203,11 +227,12 @@ def test_a_few_prompts_are_said_to_be_too_few_before_and_after(tmp_path, capsys)
     assert '<tr><th scope="row">step 8' in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_report_that_cannot_be_written_does_not_undo_the_training(tmp_path, capsys):
+def test_a_report_that_cannot_be_written_does_not_undo_the_training(whole, tmp_path, capsys):
     """The result is told all the same."""
-    lines, results, _ = ended(tmp_path, capsys, configured(tmp_path))
+    folder, lines, results, _ = whole
+    flags = without_evaluation(folder, tmp_path)
     (tmp_path / "run" / "evaluation" / f"runs-{results['final']['step']:08d}.jsonl").unlink()
-    dispatch(["train", *configured(tmp_path, scorer=None)])
+    dispatch(["train", *flags])
     captured = capsys.readouterr()
     assert captured.out.splitlines() == lines[:2]
     warning = captured.err.splitlines()[-1]
@@ -215,14 +240,14 @@ def test_a_report_that_cannot_be_written_does_not_undo_the_training(tmp_path, ca
     assert "runs-" in warning
 
 
-def card(folder):
-    dispatch(["export", "--directory", str(folder / "run"), "--output", str(folder / "aligned")])
-    return (folder / "aligned" / "head" / "README.md").read_text().split("## Figures\n")[1]
+def card(folder, output):
+    dispatch(["export", "--directory", str(folder / "run"), "--output", str(output / "aligned")])
+    return (output / "aligned" / "head" / "README.md").read_text().split("## Figures\n")[1]
 
 
-def test_a_card_has_the_figures_that_the_terminal_has(tmp_path, capsys):
-    _, results, _ = ended(tmp_path, capsys, configured(tmp_path))
-    final, text = results["final"], card(tmp_path)
+def test_a_card_has_the_figures_that_the_terminal_has(whole, tmp_path):
+    folder, _, results, _ = whole
+    final, text = results["final"], card(folder, tmp_path)
     rate = f"{final['win_rate']:.4g} [{final['win_rate/low']:.3g}, {final['win_rate/high']:.3g}]"
     assert f"| eval/win_rate | {rate} | {final['step']} |" in text
     assert f"| eval/score_before | {final['score_before']:.4g} | {final['step']} |" in text
@@ -233,7 +258,7 @@ def test_a_card_has_the_figures_that_the_terminal_has(tmp_path, capsys):
 
 def test_a_card_speaks_of_intervals_where_there_are_any(tmp_path):
     dispatch(["train", *configured(tmp_path, prompts=1)])
-    text = card(tmp_path)
+    text = card(tmp_path, tmp_path)
     assert "| eval/win_rate | " in text
     assert "[" not in text
     assert text.splitlines()[-1] == (
@@ -243,7 +268,7 @@ def test_a_card_speaks_of_intervals_where_there_are_any(tmp_path):
 
 def test_a_card_without_an_evaluation_has_the_figures_of_training(tmp_path):
     dispatch(["train", *configured(tmp_path, scorer=None)])
-    text = card(tmp_path)
+    text = card(tmp_path, tmp_path)
     assert "| loss | " in text
     assert "valuat" not in text
     assert "eval/" not in text

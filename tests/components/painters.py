@@ -15,7 +15,6 @@ VAE = AutoencoderKL(
 )
 
 # Of equal components one program each: run operation by operation, the autoencoder is a hundred of them.
-init = jax.jit(lambda node, key: node.init(key), static_argnums=0)
 encode = jax.jit(lambda node, params, features: node.encode(params, features), static_argnums=0)
 log_prob = jax.jit(lambda node, params, features, key: node.log_prob(params, features, key), static_argnums=0)
 

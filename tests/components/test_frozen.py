@@ -10,6 +10,7 @@ from sysdpo_jax import CompoundSystem, Diffusion, GraphError, LatentCodec, Node,
 from sysdpo_jax.components.base import Component, Raw
 from sysdpo_jax.graph import encode_sides
 from sysdpo_jax.models.lora import LoRA, add_lora
+from tests.components.drawn import drawn
 from tests.components.painters import (
     VAE,
     CountingCodec,
@@ -17,7 +18,6 @@ from tests.components.painters import (
     encode,
     encoded_since,
     images,
-    init,
     log_prob,
     painter,
 )
@@ -26,7 +26,7 @@ KEY = jax.random.key(0)
 
 
 def test_no_field_holds_an_array_and_other_weights_are_the_same_component():
-    node, params = painter(), init(painter(), KEY)
+    node, params = painter(), drawn(painter().init)
     assert list(arrays_in(node, "painter")) == []
     # The same walk finds one that is hidden.
     hiding = replace(node)
@@ -42,7 +42,7 @@ def test_no_field_holds_an_array_and_other_weights_are_the_same_component():
 
 def test_encode_gives_the_models_own_latents_and_states_and_leaves_what_is_encoded():
     node = painter(caption_dropout=0.5)
-    params, captions = init(node, KEY), ["a red ball", "cube", "a red ball"]
+    params, captions = drawn(node.init), ["a red ball", "cube", "a red ball"]
     raw = node.prepare(images(3), {"caption": captions})
     assert {name: leaf.dtype for name, leaf in (("pixels", raw["pixels"]), ("ids", raw["captions"]["tokens"]))} == {
         "pixels": np.uint8,
@@ -73,7 +73,7 @@ def test_encode_gives_the_models_own_latents_and_states_and_leaves_what_is_encod
 def test_equal_images_and_captions_are_encoded_once_whatever_axes_they_have(leading):
     """Six rows, two images, three captions: two images of one slice, three texts and a row of padding."""
     node = painter(caption_dropout=0.5)
-    params, first, second = init(node, KEY), *images(2)
+    params, first, second = drawn(node.init), *images(2)
     captions = ["a", "ball", "cube", "a", "ball", "cube"]
     raw = node.prepare([first, first.copy(), first, second, second, second.copy()], {"caption": captions})
     shaped = jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), raw)
@@ -94,7 +94,7 @@ def test_equal_images_and_captions_are_encoded_once_whatever_axes_they_have(lead
 
 def test_slices_are_of_few_sizes_and_no_rows_are_none():
     node = painter()
-    params, system = init(node, KEY), CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
+    params, system = drawn(node.init), CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
     raw = node.prepare(images(5), {"caption": ["a"] * 5})
     encoded_since()
     system.encode({"image": params}, {"image": raw})
@@ -114,7 +114,7 @@ def test_systems_with_other_weights_share_what_is_compiled():
     for seed in (1, 2):
         other = CompoundSystem(("caption",), (Node("image", painter(num_steps=3), ("caption",)),))
         assert other == system
-        [run] = other.sample({"image": init(node, jax.random.key(seed))}, [{"caption": "a ball"}], KEY)
+        [run] = other.sample({"image": drawn(node.init, seed)}, [{"caption": "a ball"}], KEY)
         pictures.append(run["image"])
     assert sampler._cache_size() == before + 1
     assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
@@ -122,7 +122,7 @@ def test_systems_with_other_weights_share_what_is_compiled():
 
 def test_sampling_decodes_with_the_parameters_codec_and_reads_the_frozen_states():
     """Trained and frozen conditioners sample the same; another autoencoder gives another picture."""
-    params, asked = init(painter(), KEY), {"caption": ["a red ball", "cube"]}
+    params, asked = drawn(painter().init), {"caption": ["a red ball", "cube"]}
     settings = {"guidance_scale": 2.0}
     frozen, trained = (painter(kind, **settings).sample(params, asked, KEY) for kind in (True, False))
     np.testing.assert_allclose(np.stack(frozen), np.stack(trained), atol=1e-5)
@@ -194,7 +194,7 @@ def test_the_images_of_a_call_get_the_nearest_of_several_sizes(shapes, size):
 
 def test_features_of_every_size_have_a_log_probability_and_sampling_has_the_first():
     node = painter(codec=LatentCodec(VAE, SIZES))
-    params = init(node, KEY)
+    params = drawn(node.init)
     system = CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
     for shape in ((9, 9), (9, 20), (20, 9)):
         raw = node.prepare([np.full((*shape, 3), 90, np.uint8)], {"caption": ["a"]})
@@ -224,7 +224,7 @@ def test_bad_sizes_are_refused(sizes):
 def test_sides_of_other_sizes_are_encoded_apart_and_equal_ones_once():
     """Sides that were prepared by themselves may have sizes of their own; what both hold is encoded once."""
     node = painter(codec=CountingCodec(VAE, SIZES, 2))
-    params = {"image": init(node, KEY)}
+    params = {"image": drawn(node.init)}
     nodes = (Node("image", node, ("caption",)),)
     wide, square = (
         {"image": node.prepare([np.full((*shape, 3), 90, np.uint8)] * 2, {"caption": ["a", "ball"]})}

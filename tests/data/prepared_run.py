@@ -8,11 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-import jax
-
 from sysdpo_jax import load_preferences
 from sysdpo_jax.data import preferences, prepared
-from tests.data.prepared_systems import pictures, texts
+from tests.data.prepared_systems import init, pictures, texts
 
 
 def main(kind: str, folder: Path, killed: int) -> None:
@@ -28,7 +26,7 @@ def main(kind: str, folder: Path, killed: int) -> None:
     preferences.TOGETHER, preferences.TOGETHER_WITH_IMAGES = 2, 2
     prepared.prepare_records = prepare
     system = {"texts": texts, "pictures": pictures}[kind]()
-    load_preferences(folder / f"{kind}.jsonl", system, params=system.init(jax.random.key(0)), cache=folder / "cache")
+    load_preferences(folder / f"{kind}.jsonl", system, params=init(system), cache=folder / "cache")
     print(made)
 
 

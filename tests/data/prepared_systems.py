@@ -3,12 +3,12 @@
 import json
 from dataclasses import replace
 
-import jax
 import numpy as np
 from PIL import Image
 
 from sysdpo_jax import CompoundSystem, LanguageModel, Node
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
+from tests.components.drawn import drawn
 from tests.components.painters import painter
 from tests.components.stubs import CHAT_TEMPLATE, SPECIAL, WORDS, word_tokenizer
 
@@ -17,8 +17,9 @@ TEMPLATE = CHAT_TEMPLATE.replace(
     "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
 )
 
-# One program for equal systems: run operation by operation, the painter's autoencoder is a hundred of them.
-init = jax.jit(CompoundSystem.init, static_argnums=0)
+
+def init(system, seed=0):
+    return drawn(system.init, seed)
 
 
 def tokenizer(template=TEMPLATE):

@@ -131,7 +131,7 @@ def test_a_second_epoch_and_a_restart_call_nothing(kind, tmp_path, calls):
     """Neither tokenizers, their templates, Pillow nor the frozen encoders; through the trainer too."""
     make, write = MAKERS[kind]
     path, system = write(tmp_path, 10), make()
-    params = init(system, KEY)
+    params = init(system)
     load = partial(load_preferences, path, params=params, cache=tmp_path / "cache")
     calls()
     first = preference_dataset(system, load(system), 4, seed=0, shapes=2)
@@ -154,7 +154,7 @@ def test_a_second_epoch_and_a_restart_call_nothing(kind, tmp_path, calls):
 
 def test_records_in_memory_are_encoded_once_by_the_trainer(tmp_path, calls):
     system = pictures()
-    params, rows = init(system, KEY), load_preferences(picture_file(tmp_path, 8), system)
+    params, rows = init(system), load_preferences(picture_file(tmp_path, 8), system)
     dataset = preference_dataset(system, list(rows), 4, seed=0)
     with pytest.raises(ValueError, match=r"frozen parts that have still to encode: give load_preferences their params"):
         dataset[0]
@@ -247,7 +247,7 @@ PARTS = {
 def test_a_frozen_weight_makes_another_folder_and_a_trained_one_does_not(part, tmp_path):
     name, new = PARTS[part]
     system, path = pictures(), picture_file(tmp_path, 2)
-    params = init(system, KEY)
+    params = init(system)
     load_preferences(path, system, params=params, cache=tmp_path / "cache")
     leaves, structure = jax.tree.flatten(params["image"][name])
     leaves[-1] = leaves[-1].reshape(-1).at[-1].add(1e-3).reshape(leaves[-1].shape)
@@ -414,7 +414,7 @@ def prepared(monkeypatch):
 
 def test_an_image_that_is_replaced_makes_its_part_anew(tmp_path, prepared):
     path, system = picture_file(tmp_path, 8), pictures()
-    load = partial(load_preferences, path, system, params=init(system, KEY), cache=tmp_path / "cache")
+    load = partial(load_preferences, path, system, params=init(system), cache=tmp_path / "cache")
     first = load()
     latents = [first.rows.features(row)["chosen"]["image"]["latents"].copy() for row in range(8)]
     assert prepared == [3, 3, 2]
@@ -431,7 +431,7 @@ def test_an_image_that_is_replaced_makes_its_part_anew(tmp_path, prepared):
 def test_equal_files_in_two_folders_have_pictures_of_their_own(tmp_path, monkeypatch):
     """Paths of pictures begin at the file, from wherever it is named."""
     system, made = pictures(), []
-    params = init(system, KEY)
+    params = init(system)
     for name, shift in (("one", 0), ("two", 3)):
         (tmp_path / name).mkdir()
         rows = [picture_row(row + shift, tmp_path / name) for row in range(2)]
@@ -474,7 +474,7 @@ def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path, prepar
     second = run()
     assert second.stdout.splitlines() == ["[2, 1, 2]"], second.stderr[-2000:]
     assert list(folder.glob("*.partial")) == []
-    load = partial(load_preferences, path, system, params=init(system, KEY))
+    load = partial(load_preferences, path, system, params=init(system))
     made = load(cache=tmp_path / "cache")
     assert prepared == []
     alike(made, load())
@@ -485,7 +485,7 @@ def test_a_killed_pass_is_gone_on_with_by_another_process(kind, tmp_path, prepar
 def test_a_pass_that_is_broken_off_is_gone_on_with(kind, error, tmp_path, prepared):
     make, write = MAKERS[kind]
     path, system = write(tmp_path, 8), make()
-    params = init(system, KEY)
+    params = init(system)
     load = partial(load_preferences, path, system, params=params)
     whole = load(cache=tmp_path / "other")
     prepared.clear()
@@ -512,7 +512,7 @@ def a_pass(path, system, params, skip=False):
 def test_parts_by_process_are_those_of_one_process(kind, number, tmp_path, prepared):
     make, write = MAKERS[kind]
     path, system = write(tmp_path, 8), make()
-    params = init(system, KEY)
+    params = init(system)
     made = []
     for count in (1, number):
         folder = tmp_path / str(count)
@@ -637,7 +637,7 @@ def test_skip_leaves_out_exactly_what_cannot_be_prepared_and_counts_why(tmp_path
             made = WRONG[change][0](made, tmp_path, number)
         rows.append(made)
     path, system = written(tmp_path / "p.jsonl", rows), illustrated()
-    params = init(system, KEY)
+    params = init(system)
     kept = load_preferences(path, system, params=params, on_error="skip")
     assert [record.inputs["question"] for record in kept] == [rows[place]["inputs"]["question"] for place in good]
     assert (kept.counts.read, kept.counts.kept, kept.counts.skipped) == (len(rows), len(good), number)
@@ -699,13 +699,13 @@ def test_losses_of_batches_of_like_sizes_are_those_of_whole_rows(kind, tmp_path)
     else:
         system = plated()
         path = written(tmp_path / "p.jsonl", [plated_row(row, tmp_path) for row in range(12)])
-    params, reference = init(system, KEY), init(system, jax.random.key(1))
+    params, reference = init(system), init(system, 1)
     reference |= {name: tree | system.frozen_params(params).get(name, {}) for name, tree in reference.items()}
     loaded = load_preferences(path, system, params=params)
     whole = encode_batch(system, params, prepare_pairs(system, list(loaded)))
     keys = row_keys(KEY, len(loaded))
     expected = ratios(system, params, reference, whole, keys)
-    dataset, found = preference_dataset(system, loaded, 3, seed=0, shapes=4), set()
+    dataset, found = preference_dataset(system, loaded, 3, seed=0, shapes=2), set()
     for step in range(dataset.plan.per_epoch):
         (rows, sizes), batch = dataset.plan.at(step), dataset[step]
         found.add(sizes)
@@ -741,7 +741,7 @@ SIZES = ((4, 4), (4, 8), (8, 4))
 def test_a_batch_of_pictures_has_one_size_and_all_sizes_come(tmp_path):
     """Wide, square and tall ones; of the tall ones there are too few for a batch."""
     system = pictures(codec=CountingCodec(VAE, SIZES, 2))
-    params = init(system, KEY)
+    params = init(system)
     shapes = [(5, 10)] * 6 + [(9, 9)] * 5 + [(12, 6)] * 2
     rows = [picture_row(row, tmp_path, shape) for row, shape in enumerate(shapes)]
     # Sides of two shapes get one size: wide and tall are square together.
@@ -792,7 +792,7 @@ def test_batches_are_a_function_of_the_step_and_shards_are_blocks(kind, tmp_path
     """Bit for bit, of a data set that is opened anew in the middle of an epoch."""
     make, write = MAKERS[kind]
     path, system = write(tmp_path, 14), make()
-    load = partial(load_preferences, path, system, params=init(system, KEY), cache=tmp_path / "cache")
+    load = partial(load_preferences, path, system, params=init(system), cache=tmp_path / "cache")
     whole = preference_dataset(system, load(), 4, seed=3)
     batches = [whole[step] for step in range(8)]
     again = preference_dataset(make(), load(), 4, seed=3)

@@ -96,7 +96,7 @@ def test_any_judge_of_the_outcome_is_matched_where_the_graph_can(results, name):
 def test_the_joint_written_by_hand_is_the_graphs(exact):
     """Every run's log-probability, 1e-5 (float32 against float64), and each x's probabilities sum to 1."""
     params = exact.system.init(jax.random.key(1))
-    terms = exact.system.log_prob(params, exact.system.prepare(exact.records()), jax.random.key(0))
+    terms = jax.jit(exact.system.log_prob)(params, exact.system.prepare(exact.records()), jax.random.key(0))
     by_hand = exact.log_prob(params)
     np.testing.assert_allclose(sum(terms.values()), by_hand.ravel(), atol=1e-5)
     np.testing.assert_allclose(np.exp(by_hand).sum(1), 1.0)
@@ -199,7 +199,7 @@ def test_two_losses_on_outcomes_are_one(exact):
     loss = jax.jit(sampling_loss(SamplingObjective(0.5), population))
     found = loss(params, reference, population.share, population.all_members())
     with jax.enable_x64(True):
-        mean = float(independent_outcome_loss(exact, rewards, 0.5, reference)(params))
+        mean = float(jax.jit(independent_outcome_loss(exact, rewards, 0.5, reference))(params))
     inputs, outcomes = rewards.shape
     pairs = mean * inputs * outcomes**2 - inputs * outcomes * np.log(2) / 2
     np.testing.assert_allclose(found, pairs / (inputs * outcomes * (outcomes - 1) / 2), atol=1e-5)

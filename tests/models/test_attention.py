@@ -23,6 +23,7 @@ from sysdpo_jax.models.attention_request import AttentionRequest
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.mmdit import MMDiTConfig
 from sysdpo_jax.models.unet import UNetConfig
+from tests.components.drawn import drawn
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,22 +70,27 @@ def formula(case: Case, queries: jax.Array, keys: jax.Array, values: jax.Array) 
     return jnp.einsum("bhls,bshk->blhk", weights / weights.sum(-1, keepdims=True), values, precision="highest")
 
 
-def check(case: Case, implementation: str, tolerance: float) -> None:
+def both(case: Case, function: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
     """Values and gradients in queries, keys and values."""
     *args, onto = inputs(case)
 
-    def both(function: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+    def run(args: list[jax.Array], onto: jax.Array) -> tuple[jax.Array, ...]:
         out, back = jax.vjp(function, *args)
         return out, *back(onto)
 
-    found = jax.jit(
-        lambda: both(
-            functools.partial(
-                attend, scale=case.scale, causal=case.causal, window=case.window, implementation=implementation
-            )
-        )
-    )()
-    for got, wanted in zip(found, jax.jit(lambda: both(functools.partial(formula, case)))(), strict=True):
+    return jax.jit(run)(args, onto)
+
+
+@functools.cache
+def written_out(case: Case) -> tuple[jax.Array, ...]:
+    """The formula's, compiled once for all implementations."""
+    return both(case, functools.partial(formula, case))
+
+
+def check(case: Case, implementation: str, tolerance: float) -> None:
+    settings = {"scale": case.scale, "causal": case.causal, "window": case.window}
+    found = both(case, functools.partial(attend, implementation=implementation, **settings))
+    for got, wanted in zip(found, written_out(case), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
@@ -158,7 +164,7 @@ def test_the_decoder_computes_as_its_configuration_says() -> None:
     config = DecoderConfig(64, 32, 48, 1, 4, 2, attention="flash")
     plain, flash = Decoder(dataclasses.replace(config, attention="plain")), Decoder(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 20)))
-    params = jax.jit(plain.init)(jax.random.key(1), tokens)
+    params = drawn(lambda key: plain.init(key, tokens))
     wanted = jax.jit(plain.apply)(params, tokens)
     np.testing.assert_allclose(jax.jit(flash.apply)(params, tokens), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     with pytest.raises(ValueError, match="takes no mask"):

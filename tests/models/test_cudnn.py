@@ -111,11 +111,9 @@ def gradient(request: AttentionRequest) -> Callable[..., object]:
 def test_nothing_chosen_raises() -> None:
     """Every combination is traced with its gradient, where JAX checks the kernel's conditions."""
     chosen = set()
-    kinds = ({}, {"causal": True}, {"causal": True, "window": 5})
-    for length, slots, width, kind, dtype in itertools.product(
-        (1, 63, 64, 130), (1, 64, 77), (8, 60, 128, 256), kinds, ("bfloat16", "float32")
-    ):
-        request = AttentionRequest(2, length, slots, 4, 2, width, dtype, **kind)
+    kinds = ({}, {"causal": True}, {"causal": True, "window": 5}, {"dtype": "float32"})
+    for length, slots, width, kind in itertools.product((1, 63, 64, 130), (1, 64, 77), (8, 60, 128, 256), kinds):
+        request = AttentionRequest(2, length, slots, 4, 2, width, **{"dtype": "bfloat16"} | kind)
         jax.eval_shape(gradient(request), *shapes(request))
         chosen.add(choose("auto", "gpu", request))
     assert chosen == {"cudnn", "xla"}

@@ -103,7 +103,7 @@ def random_params(family):
 
     def leaf(path, x):
         scale = 0.1 if x.ndim < 2 else x.shape[-2] ** -0.5
-        return jnp.asarray(scale * rng.normal(size=x.shape) + ("weight" in str(path[-1])), x.dtype)
+        return jax.device_put((scale * rng.normal(size=x.shape) + ("weight" in str(path[-1]))).astype(x.dtype))
 
     return jax.tree_util.tree_map_with_path(leaf, abstract(family))
 
@@ -118,7 +118,8 @@ def randomise(params):
     flat = flatten_dict(params, sep="/")
     for number, path in enumerate(sorted(flat)):
         if path.endswith("lora_b"):
-            flat[path] = 0.3 * jax.random.normal(jax.random.key(number), flat[path].shape)
+            drawn = np.random.default_rng(number).normal(size=flat[path].shape)
+            flat[path] = jax.device_put((0.3 * drawn).astype(flat[path].dtype))
     return unflatten_dict(flat, sep="/")
 
 

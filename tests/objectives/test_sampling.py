@@ -1,5 +1,6 @@
 """SysDPO-Sampling against enumeration in NumPy, its limits, and systems of every kind of component."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from sysdpo_jax import (
 )
 from sysdpo_jax.objectives import LOSSES
 from sysdpo_jax.objectives.objective import require_batch
+from tests.components.drawn import drawn
 from tests.objectives.mixtures import KEY, system_of
 
 INNER = ("language model, diffusion", "language model, categorical, gaussian")
@@ -37,6 +39,16 @@ RECORDS = [
     if z != other
 ]
 EVERY = [[{"y": y} for y in range(5)]] * len(RECORDS)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def evaluated(objective, system, params, reference, batch):
+    """Run operation by operation, every test would compile dozens of programs."""
+    return objective(system, params, reference, batch, KEY)
+
+
+def loss_of(params, reference, batch):
+    return evaluated(SamplingObjective(0.5), CHAIN, params, reference, batch)[0]
 
 
 def chain():
@@ -60,7 +72,7 @@ def test_with_all_intermediates_it_equals_enumeration(loss):
     """Float32 against float64 on ratios of order 1: 1e-5."""
     params, reference = chain()
     batch = sampled_batch(CHAIN, RECORDS, EVERY, 5)
-    value, (_, metrics) = SamplingObjective(0.5, loss)(CHAIN, params, reference, batch, KEY)
+    value, (_, metrics) = evaluated(SamplingObjective(0.5, loss), CHAIN, params, reference, batch)
     chosen, rejected = enumerated(params, reference)
     expected = LOSSES[loss](jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32), 0.5, 0.0)
     np.testing.assert_allclose(value, expected.mean(), atol=1e-5)
@@ -73,7 +85,7 @@ def test_the_gradient_equals_finite_differences_of_the_enumeration():
     """Central differences in float64 with a step of 1e-4: good to 1e-6; float32 gradients of order 0.1 to 1e-5."""
     params, reference = chain()
     batch = sampled_batch(CHAIN, RECORDS, EVERY, 5)
-    gradient = jax.grad(lambda p: SamplingObjective(0.5)(CHAIN, p, reference, batch, KEY)[0])(params)
+    gradient = jax.jit(jax.grad(loss_of))(params, reference, batch)
 
     def loss(name, place, change):
         # Float64 before the change: in float32 it would drown.
@@ -93,7 +105,7 @@ def test_some_intermediates_are_a_sum_over_these_alone():
     params, reference = chain()
     kept = [0, 3]
     batch = sampled_batch(CHAIN, RECORDS, [[{"y": y} for y in kept]] * len(RECORDS), 4)
-    _, (_, metrics) = SamplingObjective(1.0)(CHAIN, params, reference, batch, KEY)
+    _, (_, metrics) = evaluated(SamplingObjective(1.0), CHAIN, params, reference, batch)
 
     def outcome(tree):
         tables = [np.asarray(jax.nn.log_softmax(tree[name]["logits"]), np.float64) for name in "yz"]
@@ -111,7 +123,7 @@ def test_duplicates_carry_no_weight():
     once = [[{"y": 4}, {"y": 1}, {"y": 2}]] * len(RECORDS)
     again = [[{"y": 4}, {"y": 4}, {"y": 1}, {"y": 4}, {"y": 2}]] * len(RECORDS)
     results = [
-        SamplingObjective(0.5)(CHAIN, params, reference, sampled_batch(CHAIN, RECORDS, sets, number), KEY)
+        evaluated(SamplingObjective(0.5), CHAIN, params, reference, sampled_batch(CHAIN, RECORDS, sets, number))
         for sets, number in ((once, 3), (again, 5))
     ]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
@@ -125,7 +137,7 @@ def mixture(name):
     scale = {"image": 1e-4}
     nodes = tuple(replace(node, weight=scale.get(node.name, node.weight)) for node in system_of(name).nodes)
     system = CompoundSystem(("x",), nodes)
-    params, reference = (system.init(jax.random.key(seed)) for seed in (3, 4))
+    params, reference = (drawn(system.init, seed) for seed in (3, 4))
     inputs = [{"x": x} for x in ("a ball", "red", "the cube", "small")]
     first, second, more = (system.sample(params, inputs, jax.random.key(seed)) for seed in (1, 2, 5))
     inner, outer = ([node.name for node in nodes] for nodes in (system.intermediates, system.outputs))
@@ -221,12 +233,12 @@ def test_a_frozen_component_weighs_the_intermediates():
     params, reference = chain()
     mixed = {"y": reference["y"], "z": params["z"]}
     batch = sampled_batch(CHAIN, RECORDS, EVERY, 5)
-    loss, (terms, metrics) = SamplingObjective(0.5)(CHAIN, mixed, {"z": reference["z"]}, batch, KEY)
+    loss, (terms, metrics) = evaluated(SamplingObjective(0.5), CHAIN, mixed, {"z": reference["z"]}, batch)
     chosen, rejected = enumerated(mixed, reference)
     np.testing.assert_allclose(loss, np.log1p(np.exp(-0.5 * (chosen - rejected))).mean(), atol=1e-5)
     assert "rewards/margins/y" not in metrics
     assert terms.keys() == {"z"}
-    gradient = jax.grad(lambda p: SamplingObjective(0.5)(CHAIN, p, {"z": reference["z"]}, batch, KEY)[0])(mixed)
+    gradient = jax.jit(jax.grad(loss_of))(mixed, {"z": reference["z"]}, batch)
     assert not gradient["y"]["logits"].any()
     assert gradient["z"]["logits"].any()
     with pytest.raises(GraphError, match="every component is frozen"):
@@ -236,7 +248,7 @@ def test_a_frozen_component_weighs_the_intermediates():
 def test_no_gradient_reaches_the_reference():
     params, reference = chain()
     batch = sampled_batch(CHAIN, RECORDS, EVERY, 5)
-    gradient = jax.grad(lambda r: SamplingObjective(0.5)(CHAIN, params, r, batch, KEY)[0])(reference)
+    gradient = jax.jit(jax.grad(loss_of, argnums=1))(params, reference, batch)
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
@@ -246,7 +258,7 @@ def test_the_effective_number_of_intermediates(gap, effective):
     system = CompoundSystem(("x",), (Node("y", Categorical(5, (1,)), ("x",)), Node("z", Categorical(2, (5,)), ("y",))))
     params = {"y": {"logits": jnp.array([[gap, 0.0, 0.0, 0.0, 0.0]])}, "z": {"logits": jnp.zeros((5, 2))}}
     batch = sampled_batch(system, [PreferenceRecord({"x": 0}, {"z": 0}, {"z": 1})], EVERY[:1], 5)
-    _, (_, metrics) = SamplingObjective()(system, params, params, batch, KEY)
+    _, (_, metrics) = evaluated(SamplingObjective(), system, params, params, batch)
     for side in ("chosen", "rejected"):
         np.testing.assert_allclose(metrics[f"intermediates/effective/{side}"], effective, rtol=1e-5)
 
@@ -256,9 +268,9 @@ def test_an_intermediate_of_probability_0_has_no_weight():
     never = np.zeros((2, 5))
     never[:, 4] = -np.inf
     params, reference = ({"y": {"logits": t["y"]["logits"] + never}, "z": t["z"]} for t in chain())
-    step = jax.value_and_grad(lambda p, batch: SamplingObjective(0.5)(CHAIN, p, reference, batch, KEY)[0])
-    loss, gradient = step(params, sampled_batch(CHAIN, RECORDS, EVERY, 5))
-    expected, slope = step(params, sampled_batch(CHAIN, RECORDS, [sets[:4] for sets in EVERY], 5))
+    step = jax.jit(jax.value_and_grad(loss_of))
+    loss, gradient = step(params, reference, sampled_batch(CHAIN, RECORDS, EVERY, 5))
+    expected, slope = step(params, reference, sampled_batch(CHAIN, RECORDS, [sets[:4] for sets in EVERY], 5))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     close(gradient, slope)
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import torch
 from jaxtyping import PyTree
@@ -25,7 +25,7 @@ def torch_tree(arrays: dict[str, np.ndarray]) -> PyTree:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = jnp.array(array)
+        node[leaf] = jax.device_put(np.array(array))
     return tree
 
 

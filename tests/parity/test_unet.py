@@ -64,9 +64,9 @@ CONFIGS = {
 }
 
 
-def case(name: str, size: tuple[int, int] = (8, 8)):
+def case(name: str, size: tuple[int, int] = (8, 8), **changes):
     """diffusers' model, our module, and the inputs under diffusers' names and in its layout."""
-    config = CONFIGS[name]
+    config = CONFIGS[name] | changes
     model = diffusers.UNet2DConditionModel(sample_size=8, **config).eval()
     randomise(model, 1)
     rng = np.random.default_rng(0)
@@ -104,7 +104,12 @@ def assert_gradients_equal(found, expected):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [*((n, (8, 8)) for n in CONFIGS), ("sd1", (7, 5)), pytest.param("sdxl", (6, 9), marks=pytest.mark.slow)],
+    [
+        *((n, (8, 8)) for n in CONFIGS if n != "sd1"),
+        ("sd1", (7, 5)),
+        # Other sizes of the same networks.
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("sd1", (8, 8)), ("sdxl", (6, 9)))),
+    ],
 )
 def test_outputs_equal_diffusers(name, size):
     """1e-4: about 40 layers of float32 sums in another order."""
@@ -117,8 +122,10 @@ def test_outputs_equal_diffusers(name, size):
 
 
 def test_gradients_with_recomputed_activations_equal_autograd():
-    model, _, inputs = case("sd1")
-    module = UNet2DCondition(UNetConfig(**CONFIGS["sd1"], remat="full"))
+    """On two levels, with convolutional projections."""
+    changes = {"use_linear_projection": False}
+    model, _, inputs = case("sd2", **changes)
+    module = UNet2DCondition(UNetConfig(**CONFIGS["sd2"] | changes, remat="full"))
     (theirs(model, inputs) ** 2).mean().backward()
     args = arguments(inputs)
     found = jax.jit(jax.grad(lambda p: jnp.mean(module.apply({"params": p}, *args) ** 2)))(torch_params(model))

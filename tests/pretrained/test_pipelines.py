@@ -127,7 +127,7 @@ def test_without_a_negative_prompt_guidance_leads_away_from_the_null_condition(n
 
 
 @pytest.mark.parametrize("name", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3"))])
-@pytest.mark.parametrize("scale", [0.0, 0.5])
+@pytest.mark.parametrize("scale", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_guidance_scale_of_at_most_one_is_none_as_in_diffusers(name, scale, made):
     """0.0 is what the cards of SDXL-Turbo and Stable Diffusion 3.5 Large Turbo ask for. Tolerance as above."""
     pipe, folder = made(name)

@@ -27,6 +27,7 @@ from sysdpo_jax.training import CheckpointMismatchError, ComponentOptimizer, mak
 from sysdpo_jax.training.ahead_of_time import device_bytes
 from sysdpo_jax.training.throughput import step_flops
 from sysdpo_jax.trees import by_path
+from tests.components.drawn import drawn
 from tests.components.painters import encoded_since, images, painter
 from tests.distributed.test_meshes import printed
 from tests.training.systems import trained_rows
@@ -58,7 +59,7 @@ def system():
 
 @pytest.fixture(scope="module")
 def params(system):
-    return system.init(KEY)
+    return drawn(system.init)
 
 
 def test_frozen_entries_are_not_trained_and_in_memory_once(system, params):
