@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 import sysdpo_jax as sj
-from experiments.common.weights import smollm2_file
+from experiments.common.models import smollm2_file
 from sysdpo_jax.cli import main
 from sysdpo_jax.cli.main import COMMANDS, dispatch
 from sysdpo_jax.data.formats import READERS

@@ -35,7 +35,7 @@ import transformers
 from jaxtyping import Float, Int
 
 from experiments.common.command import made_by, parse
-from experiments.common.weights import smollm2_file
+from experiments.common.models import smollm2_file
 from sysdpo_jax.decoding import Beams, BeamSearch, beam_generate
 from sysdpo_jax.io import write_json
 from sysdpo_jax.pretrained import load_language_model

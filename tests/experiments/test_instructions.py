@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.collaboration import instructions
+from experiments.collaboration import smollm
 
 SIZES = {"test": 128, "validation": 64, "train": 192}
 GOOD = "Maybe the king saw a ship on the river!"
@@ -33,44 +33,44 @@ JUDGED = [
 
 @pytest.mark.parametrize(("answer", "failed"), JUDGED)
 def test_the_checker_agrees_with_a_reader(answer, failed):
-    held = instructions.checks("king, river", "Maybe", answer)
+    held = smollm.checks("king, river", "Maybe", answer)
     assert {name for name, holds in held.items() if not holds} == failed
-    assert instructions.score("king, river", "Maybe", answer) == pytest.approx(1 - len(failed) / 6, abs=1e-12)
+    assert smollm.score("king, river", "Maybe", answer) == pytest.approx(1 - len(failed) / 6, abs=1e-12)
 
 
 def test_only_an_answer_that_follows_everything_scores_exactly_one():
-    assert [answer for answer, _ in JUDGED if instructions.score("king, river", "Maybe", answer) == 1.0] == [
+    assert [answer for answer, _ in JUDGED if smollm.score("king, river", "Maybe", answer) == 1.0] == [
         answer for answer, failed in JUDGED if not failed
     ]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_pair_of_words_is_asked_for_twice_in_whatever_order(seed):
-    parts = instructions.questions(SIZES, seed)
+    parts = smollm.questions(SIZES, seed)
     assert {name: len(part) for name, part in parts.items()} == SIZES
     pairs = [frozenset(question["words"].split(", ")) for part in parts.values() for question in part]
     assert len(set(pairs)) == sum(SIZES.values())
     assert {len(pair) for pair in pairs} == {2}
-    assert instructions.questions(SIZES, seed) == parts
-    assert instructions.questions(SIZES, seed + 10) != parts
+    assert smollm.questions(SIZES, seed) == parts
+    assert smollm.questions(SIZES, seed + 10) != parts
 
 
 def test_questions_use_every_word_and_opener_and_are_plain_strings():
-    train = instructions.questions(SIZES, 0)["train"]
+    train = smollm.questions(SIZES, 0)["train"]
     assert {type(value) for question in train for value in question.values()} == {str}
-    assert {word for question in train for word in question["words"].split(", ")} == set(instructions.WORDS)
-    assert {question["opener"] for question in train} == set(instructions.OPENERS)
+    assert {word for question in train for word in question["words"].split(", ")} == set(smollm.WORDS)
+    assert {question["opener"] for question in train} == set(smollm.OPENERS)
     assert any(words != sorted(words) for words in (question["words"].split(", ") for question in train))
 
 
 def test_more_questions_than_there_are_pairs_are_refused():
     with pytest.raises(ValueError, match="781 questions asked for, but there are 780"):
-        instructions.questions({"train": 781}, 0)
+        smollm.questions({"train": 781}, 0)
 
 
 def test_each_model_is_shown_its_own_part_after_one_worked_example():
-    draft = instructions.draft_prompt("king, river")
-    answer = instructions.answer_prompt("Maybe", "The king saw\n the river. ")
+    draft = smollm.draft_prompt("king, river")
+    answer = smollm.answer_prompt("Maybe", "The king saw\n the river. ")
     for messages in (draft, answer):
         assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert draft[-1]["content"] == "king, river"
@@ -79,12 +79,12 @@ def test_each_model_is_shown_its_own_part_after_one_worked_example():
 
 def test_the_worked_examples_follow_the_instructions_themselves():
     """Their words are none of the questions', so that they give nothing away."""
-    _, request, reply, _ = instructions.draft_prompt("king, river")
+    _, request, reply, _ = smollm.draft_prompt("king, river")
     first, second = request["content"].split(", ")
-    held = instructions.checks(f"{first}, {second}", "Soon", reply["content"])
+    held = smollm.checks(f"{first}, {second}", "Soon", reply["content"])
     assert all(held[name] for name in ("first word", "second word", "order", "length"))
-    _, request, reply, _ = instructions.answer_prompt("Maybe", "")
-    held = instructions.checks(f"{first}, flew", "Soon", reply["content"])
+    _, request, reply, _ = smollm.answer_prompt("Maybe", "")
+    held = smollm.checks(f"{first}, flew", "Soon", reply["content"])
     assert all(held.values())
-    assert not {first, second} & set(instructions.WORDS)
-    assert "Soon" not in instructions.OPENERS
+    assert not {first, second} & set(smollm.WORDS)
+    assert "Soon" not in smollm.OPENERS

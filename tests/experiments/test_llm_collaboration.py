@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import llm_collaboration
-from experiments.collaboration.arithmetic import WORDS, Question, World, right_answer
 from experiments.collaboration.report import RESULTS
 from experiments.collaboration.run import METHODS, SHARED_METHODS, SeedRun
-from experiments.collaboration.small import SmallTask
+from experiments.collaboration.small import WORDS, Question, SmallTask, World, right_answer
 from experiments.common.models import FitConfig
 from experiments.common.phases import Phases, load_params, overlay
 from sysdpo_jax.io import read_arrays
