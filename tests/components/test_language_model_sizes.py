@@ -8,7 +8,6 @@ import pytest
 
 from sysdpo_jax import LanguageModel
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from tests.components.drawn import drawn
 from tests.components.stubs import SPECIAL, WORDS, word_tokenizer
 from tests.parity.test_decoder_families import VARIANTS
 
@@ -51,7 +50,7 @@ def test_log_probabilities_do_not_change_with_the_size(family, all_sizes, featur
     if family != "plain":
         config = dataclasses.replace(VARIANTS[family], vocab_size=CONFIG.vocab_size)
     node = model(config)
-    params = drawn(node.init)
+    params = jax.jit(node.init)(KEY)
     whole = log_prob(node, params, features, KEY)
     for sizes in all_sizes:
         made = node.resize(features, dict(zip(("prompt", "completion"), sizes, strict=True)))
@@ -95,7 +94,7 @@ def test_equal_sizes_are_traced_once(features):
         traces.append(1)
         return model().log_prob(params, batch, KEY)
 
-    params = drawn(model().init)
+    params = jax.jit(model().init)(KEY)
     other = model().prepare(ANSWERS[::-1], {"x": PROMPTS[::-1]})
     for sizes in ({"prompt": 6, "completion": 5}, {"prompt": 8, "completion": 8}):
         run(params, model().resize(features, sizes))

@@ -15,7 +15,6 @@ from sysdpo_jax.components import language_model
 from sysdpo_jax.components.sampled_text import facts_of, own_tokens, sampled_texts
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.values import SampledText, from_json, to_json
-from tests.components.drawn import drawn
 from tests.components.tokenizer_kinds import BOS, EOS, KINDS, QWEN, SIZE, TURN, tokenizer_of
 
 KEY = jax.random.key(0)
@@ -39,7 +38,7 @@ def random_params():
 
     That channel is the same after every token, so that its row of the head is a bias.
     """
-    made = drawn(lambda key: Decoder(CONFIG).init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+    made = jax.jit(Decoder(CONFIG).init)(KEY, jnp.zeros((1, 2), jnp.int32))["params"]
     random = np.random.default_rng(0)
     made = jax.tree.map(lambda x: np.array(x) + random.normal(0, 0.3, x.shape).astype("float32"), made)
     made["embed_tokens"]["embedding"][:, 0] = 4

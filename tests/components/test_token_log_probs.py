@@ -18,7 +18,6 @@ from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import DirectObjective
 from sysdpo_jax.training.throughput import count_flops
-from tests.components.drawn import drawn
 from tests.components.stubs import IdTokenizer
 
 # Nearly all the time of these tests is compilation, of programs that run once.
@@ -61,7 +60,7 @@ def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("sysdpo_jax.components.token_log_probs.MIN_CHUNK_BYTES", 4 * 10 * SMALL.vocab_size)
     # Chunks of 4 tokens, the last one padded.
     assert number_of_chunks(3 * 19, SMALL.hidden_size, SMALL.vocab_size) == 5
-    params = drawn(chunked.init)
+    params = jax.jit(chunked.init)(jax.random.key(0))
     if name == "LoRA":
         params = add_lora(params, LoRA(2, 4.0, ("lm_head", "q_proj")), jax.random.key(1))
     random = np.random.default_rng(0)
@@ -90,7 +89,7 @@ def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_empty_prompt() -> None:
     """The first token of all has no log-probability; the others count."""
     chunked, plain = models(SMALL, 4, 6)
-    params = drawn(chunked.init)
+    params = jax.jit(chunked.init)(jax.random.key(0))
     features = {
         "tokens": np.arange(20).reshape(2, 10),
         "prompt_lengths": np.array([0, 4]),

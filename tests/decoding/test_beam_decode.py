@@ -13,7 +13,6 @@ from jaxtyping import PyTree
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch
 from sysdpo_jax.decoding.decode import beam_generate
 from sysdpo_jax.models.decoder import Decoder
-from tests.components.drawn import drawn
 from tests.decoding.test_beam_search import Model, plain_search
 from tests.parity.convert import llama_params, torch_decoder
 from tests.parity.test_decoder import BASE
@@ -200,7 +199,7 @@ def test_one_new_token() -> None:
 def test_one_compilation_per_shape() -> None:
     """New values of anything but shapes, groups and an equal decoder do not trace anew; other groups do."""
     traces, config = [], dataclasses.replace(SMALL, num_hidden_layers=1)
-    params = drawn(lambda key: Decoder(config).init(key, ragged_prompts()[0])["params"])
+    params = jax.jit(Decoder(config).init)(jax.random.key(0), ragged_prompts()[0])["params"]
 
     class Counting(Decoder):
         def extend(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,6 @@ from sysdpo_jax import (
     Tool,
 )
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from tests.components.drawn import drawn
 from tests.components.stubs import SPECIAL, WORDS, Affine, Embedding, word_tokenizer
 
 KEY = jax.random.key(0)
@@ -86,5 +85,5 @@ def pairs(system, params):
 def start(name):
     """System, a policy, another reference and a batch of runs."""
     system = system_of(name)
-    params, reference = (drawn(system.init, seed) for seed in (3, 4))
+    params, reference = (system.init(jax.random.key(seed)) for seed in (3, 4))
     return system, params, reference, pairs(system, params)

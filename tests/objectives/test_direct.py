@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sysdpo_jax import DirectObjective, GraphError, PairBatch, log_ratio
-from tests.objectives import mixtures
-from tests.objectives.mixtures import KEY, NODES, system_of
+from tests.components.drawn import drawn
+from tests.objectives.mixtures import KEY, NODES, pairs, system_of
 
 BETA = 0.01
 MIXED = "language model, categorical, gaussian"
@@ -20,7 +20,13 @@ PAINTED = "language model, diffusion"
 REPEATED = ("language model", "language model, flow", "two kinds of picture")
 MIXTURES = [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATED)) for name in NODES]
 
-start = functools.cache(mixtures.start)
+
+@functools.cache
+def start(name):
+    """As `mixtures.start`, without compiling an initialisation."""
+    system = system_of(name)
+    params, reference = (drawn(system.init, seed) for seed in (3, 4))
+    return system, params, reference, pairs(system, params)
 
 
 @functools.cache

@@ -56,8 +56,6 @@ def optimizer(rate):
 
 
 ROUNDS = sj.Rounds(number=3, samples=64, sample_batch=96, group=8, pairs="all", steps=30, batch_size=64, epochs=None)
-# Enough where nothing is said of how far the rounds come.
-FEW = replace(ROUNDS, samples=16)
 RUNS, HELD_OUT = 3 * 64, 3 * 16
 
 
@@ -199,14 +197,14 @@ def test_a_fall_within_the_noise_ends_the_rounds_where_it_is_too_far(tmp_path):
 
 
 def test_patience_ends_the_run_within_a_round(tmp_path):
-    rounds = replace(FEW, stop_on=("flat",))
+    rounds = replace(ROUNDS, stop_on=("flat",))
     made = trained(tmp_path, rounds, figures={"flat": lambda run: 1.0}, every=10, patience=2)
     assert made.stopped == "eval/flat was no better in 2 evaluations"
     assert [each.last for each in made.rounds] == [20]
 
 
 def test_a_kept_reference_is_that_of_the_first_round(tmp_path):
-    trained(tmp_path, replace(FEW, number=2, reference="keep"))
+    trained(tmp_path, replace(ROUNDS, number=2, reference="keep"))
     losses = {row["step"]: row["loss"] for row in rows_of(tmp_path) if "loss" in row}
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
     # The policy has moved away from the first one, along its preferences.
@@ -214,7 +212,7 @@ def test_a_kept_reference_is_that_of_the_first_round(tmp_path):
 
 
 def test_a_share_of_the_pairs_is_of_earlier_rounds(tmp_path):
-    result = trained(tmp_path, replace(FEW, number=2, mix=0.25))
+    result = trained(tmp_path, replace(ROUNDS, number=2, mix=0.25))
     [one, two] = result.rounds
     assert one.earlier == 0
     assert two.earlier == round((two.pairs - two.earlier) / 3)

@@ -21,7 +21,6 @@ from sysdpo_jax.training import (
     make_train_step,
 )
 from sysdpo_jax.trees import by_path
-from tests.components.drawn import drawn
 from tests.components.stubs import WORDS, word_tokenizer
 
 SMALL = DecoderConfig(
@@ -47,7 +46,7 @@ def system(config):
 
 
 def adapted(config, rank=4):
-    params = drawn(system(config).init)
+    params = system(config).init(KEY)
     return {"lm": add_lora(params["lm"], LoRA(rank, 2.0 * rank, ("attention", "mlp")), jax.random.key(1))}
 
 
