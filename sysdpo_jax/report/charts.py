@@ -39,6 +39,7 @@ REWRITTEN = {
     RULE: "var(--rule)",
     **{colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)},
 }
+LONG = re.compile(r"\d+\.\d{3,}")
 TEXT: dict[Any, Any] = {
     "axes.labelcolor": FAINT,
     "font.size": 11,
@@ -128,6 +129,7 @@ def _inline(svg: str, title: str) -> Markup:
     head, _, body = svg[svg.index("<svg") :].partition(">")
     for pattern, text in REWRITTEN.items():
         body = re.sub(pattern, text, body, flags=re.DOTALL)
-    body = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", body)
+    # In tags alone: the numbers between them are the labels of the axes.
+    body = re.sub("<[^>]*>", lambda tag: LONG.sub(lambda number: f"{float(number[0]):.2f}", tag[0]), body)
     box = re.findall('viewBox="[^"]*"', head)[0]
     return Markup(f'<svg {box} role="img"><title>{escape(title)}</title>{body}')
