@@ -17,7 +17,6 @@ from experiments.collaboration.small import SmallTask
 from experiments.collaboration.smollm import SmolLMTask
 from experiments.common.command import read_presets
 from experiments.common.runs import ExperimentConfig, run_experiment
-from sysdpo_jax.training import Board
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,7 @@ PRESETS = read_presets(FULL, Path(__file__).parent / "collaboration" / "settings
 
 def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and table.md, print the table."""
-
-    def seed_run(config: Config, seed: int, folder: Path, board: Board) -> SeedRun:
-        return SeedRun(config.run, seed, folder, board)
-
-    run_experiment("experiments.llm_collaboration", __doc__, PRESETS, seed_run, RESULTS.write, arguments)
+    run_experiment("experiments.llm_collaboration", __doc__, PRESETS, SeedRun, RESULTS.write, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from experiments.common.command import read_presets
 from experiments.common.runs import ExperimentConfig, run_experiment
 from experiments.progressive.report import RESULTS
 from experiments.progressive.run import RunConfig, SeedRun
-from sysdpo_jax.training import Board
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,7 @@ PRESETS = read_presets(FULL, Path(__file__).parent / "progressive" / "settings.y
 
 def main(arguments: list[str]) -> None:
     """Run what is missing, write results.json, report.html and the picture, print the table."""
-
-    def seed_run(config: Config, seed: int, folder: Path, board: Board) -> SeedRun:
-        return SeedRun(config.run, seed, folder, board)
-
-    run_experiment("experiments.progressive_images", __doc__, PRESETS, seed_run, RESULTS.write, arguments)
+    run_experiment("experiments.progressive_images", __doc__, PRESETS, SeedRun, RESULTS.write, arguments)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,15 @@ class ScoreError(ConfigError):
         self.reason = reason
 
 
-def meant(name: Any, known: Iterable[str], otherwise: str = "", form: Callable[[str], str] = repr) -> str:
+def meant(
+    name: Any, known: Iterable[str], otherwise: str = "", form: Callable[[str], str] = repr, likeness: float = 0.6
+) -> str:
     """What a name that is not known may stand for, to end a message with: the nearest known one, or else all of them.
 
-    otherwise: what is said where none is near, instead. form: writes the nearest one.
+    otherwise: what is said where none is near, instead. form: writes the nearest one. likeness: of one that is near.
     """
     every = list(known)
-    near = get_close_matches(str(name), every, 1)
+    near = get_close_matches(str(name), every, 1, likeness)
     if near:
         return f"did you mean {form(near[0])}?"
     return otherwise or f"there are {', '.join(every) or 'none'}"

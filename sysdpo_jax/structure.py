@@ -227,13 +227,13 @@ def _check_names(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise GraphError(f"the name {name!r} is used twice: every input and node needs a name of its own")
-    read = {parent: node for node in nodes for parent in node.parents}
-    for parent, node in read.items():
+    read = [(node.name, parent) for node in nodes for parent in node.parents]
+    for name, parent in read:
         if parent not in names:
             near = meant(parent, names, "add a node or an input of that name")
-            raise GraphError(f"node {node.name!r} has an unknown parent {parent!r}: {near}")
+            raise GraphError(f"node {name!r} has an unknown parent {parent!r}: {near}")
     for name in inputs:
-        if name not in read:
+        if name not in {parent for _, parent in read}:
             raise GraphError(f"no node reads the input {name!r}: name it among a node's parents or take it out")
 
 

@@ -180,6 +180,26 @@ def test_lines_go_on_after_a_kill_and_others_are_refused(tmp_path):
         Outcomes(path, {"seed": "0"})
 
 
+def test_what_stands_beside_a_run_without_its_image_stays(tmp_path):
+    path, image = tmp_path / "runs.jsonl", tmp_path / "runs_images" / "1.png"
+    image.parent.mkdir()
+    image.write_bytes(b"")
+    outcomes = Outcomes(path, {})
+    outcomes.add(
+        [{"id": "1", "outputs": {"z": "runs_images/1.png"}}, {"id": "2", "score": 0.5}, {"id": "1", "score": 0}]
+    )
+    # As an editor may leave it; an error of null is none.
+    path.write_text(path.read_text().replace("\n", "\n\n", 1) + '{"id": "3", "score": 1, "error": null}\n')
+    assert list(Outcomes(path, {}).made) == ["1", "2", "3"]
+    assert Outcomes(path, {}, ids_only=True).made == {"1": {}, "2": {}, "3": {}}
+    image.unlink()
+    assert list(Outcomes(path, {}).made) == ["2", "3"]
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["2", "3"]
+    path.write_text('{"score": 1}\n')
+    with pytest.raises(ConfigError, match=r"runs\.jsonl has a line without the field 'id'"):
+        Outcomes(path, {})
+
+
 def test_a_row_that_a_full_disk_took_a_part_of_is_not_there(tmp_path, monkeypatch):
     outcomes = Outcomes(tmp_path / "a.jsonl", {})
     outcomes.add([{"id": "1"}])

@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
 from experiments.common.command import read_table
-from experiments.scaling import shapes
+from experiments.scaling import systems
 from sysdpo_jax.models import DecoderConfig, MMDiT, MMDiTConfig, UNetConfig
 from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.typing import Features, Params
@@ -65,10 +65,10 @@ class Case:
 
 def language(name: str, config: DecoderConfig, pairs: int, length: int, rate: float, lora_rank: int = 0) -> Case:
     """A decoder on pairs of texts of `length` tokens, the first half of them the prompt, with AdamW."""
-    model = shapes.writer(replace(config, **PRECISION), length // 2, length - length // 2)
+    model = systems.writer(replace(config, **PRECISION), length // 2, length - length // 2)
 
     def side(rng: np.random.Generator) -> Features:
-        like: Mapping[str, Any] = shapes.text_features(model, pairs)
+        like: Mapping[str, Any] = systems.text_features(model, pairs)
         return {
             "tokens": rng.integers(0, config.vocab_size, like["tokens"].shape, np.int32),
             "prompt_lengths": np.full(pairs, length // 2, np.int32),
@@ -85,12 +85,12 @@ def images(name: str, component: sj.Diffusion | sj.FlowMatching, pairs: int, pix
     """A denoiser on the latents of pairs of square images, with Adafactor."""
 
     def side(rng: np.random.Generator) -> Features:
-        like = shapes.image_features(component, pairs)
+        like = systems.image_features(component, pairs)
         random = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), like)
         random["text"]["truncated"] = np.zeros(pairs, np.float32)
         if "frames" in like:
             # SDXL's are pixels.
-            random["frames"] = np.full((pairs, shapes.SIZE_IDS), pixels, np.float32)
+            random["frames"] = np.full((pairs, systems.SIZE_IDS), pixels, np.float32)
         return random
 
     return Case(name, component, f"{pairs} pairs x {pixels} pixels", optax.adafactor(rate), side)
@@ -98,21 +98,21 @@ def images(name: str, component: sj.Diffusion | sj.FlowMatching, pairs: int, pix
 
 def unet(name: str, config: UNetConfig, pairs: int, pixels: int, rate: float) -> Case:
     """`images` of a U-Net in bfloat16."""
-    return images(name, shapes.painter(replace(config, **PRECISION), pixels), pairs, pixels, rate)
+    return images(name, systems.painter(replace(config, **PRECISION), pixels), pairs, pixels, rate)
 
 
 # {preset: {case: what makes it}}: pairs, tokens or pixels, learning rate.
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "large": {
-        "llama-3.2-1b": lambda: language("llama-3.2-1b", shapes.DECODERS["llama-3.2-1b"], 8, 1024, 1e-6),
+        "llama-3.2-1b": lambda: language("llama-3.2-1b", systems.DECODERS["llama-3.2-1b"], 8, 1024, 1e-6),
         "llama-3-8b": lambda: language(
-            "llama-3-8b", shapes.DECODERS["llama-3-8b"], pairs=4, length=1024, rate=1e-5, lora_rank=16
+            "llama-3-8b", systems.DECODERS["llama-3-8b"], pairs=4, length=1024, rate=1e-5, lora_rank=16
         ),
-        "sdxl": lambda: unet("sdxl", shapes.UNETS["sdxl"], 2, 1024, 1e-6),
+        "sdxl": lambda: unet("sdxl", systems.UNETS["sdxl"], 2, 1024, 1e-6),
     },
     "tiny": {
-        "decoder": lambda: language("decoder", shapes.DECODERS["tiny"], 2, 16, 1e-3, lora_rank=2),
-        "unet": lambda: unet("unet", shapes.UNETS["tiny"], 1, 64, 1e-4),
+        "decoder": lambda: language("decoder", systems.DECODERS["tiny"], 2, 16, 1e-3, lora_rank=2),
+        "unet": lambda: unet("unet", systems.UNETS["tiny"], 1, 64, 1e-4),
     },
 }
 
@@ -143,12 +143,13 @@ class AttentionShape:
 FAMILIES = Path(__file__).with_name("gpu_families.yaml")
 ATTENTION = read_table(FAMILIES, "attention", AttentionShape)
 TEXT_FAMILIES = read_table(FAMILIES, "decoders", DecoderConfig)
-UNET_FAMILIES, MMDIT = read_table(FAMILIES, "unets", UNetConfig), read_table(FAMILIES, "mmdits", MMDiTConfig)["sd-3"]
+UNET_FAMILIES = read_table(FAMILIES, "unets", UNetConfig)
+MMDIT = read_table(FAMILIES, "mmdits", MMDiTConfig)["sd-3"]
 
 
 def _flow(config: MMDiTConfig, pixels: int) -> sj.FlowMatching:
-    side = pixels // shapes.PIXELS_PER_LATENT
-    text = shapes.EncodedText(((shapes.TEXT_TOKENS, config.joint_attention_dim), (config.pooled_projection_dim,)))
+    side = pixels // systems.PIXELS_PER_LATENT
+    text = systems.EncodedText(((systems.TEXT_TOKENS, config.joint_attention_dim), (config.pooled_projection_dim,)))
     return sj.FlowMatching(MMDiT(config), text, sj.PixelCodec((side, side, config.in_channels)))
 
 

@@ -52,7 +52,7 @@ class RoundsRun(SeedRun):
     """One seed: one round and more of them."""
 
     def __init__(self, config: Config, seed: int, folder: Path, board: Board):
-        super().__init__(config.run, seed, folder, board)
+        super().__init__(config, seed, folder, board)
         self.rounds = config.rounds
 
     def run(self) -> dict[str, Any]:

@@ -47,9 +47,10 @@ class SeedRun(runs.SeedRun):
 
     config: RunConfig
 
-    def __init__(self, config: RunConfig, seed: int, folder: Path, board: Board):
-        super().__init__(config, config.task.system(config.shared), seed, folder, board)
-        self.task = config.task
+    def __init__(self, config: runs.ExperimentConfig, seed: int, folder: Path, board: Board):
+        run: Any = config.run
+        super().__init__(config, run.task.system(run.shared), seed, folder, board)
+        self.task = self.config.task
 
     def run(self) -> dict[str, dict[str, np.ndarray]]:
         before = self.task.initial(self.config.shared, self.seed, self.phases)

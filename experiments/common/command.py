@@ -23,13 +23,16 @@ C = TypeVar("C")
 
 def read_table(path: Path, section: str, kind: type[C]) -> dict[str, C]:
     """{name: dataclass} of a section of a YAML file."""
-    return {name: from_mapping(kind, fields) for name, fields in yaml.safe_load(path.read_text())[section].items()}
+    return {
+        name: from_mapping(kind, fields)
+        for name, fields in yaml.safe_load(path.read_text(encoding="utf-8"))[section].items()
+    }
 
 
 def read_presets(full: C, path: Path) -> dict[str, C]:
     """The full size, and the presets of a YAML file's section of that name, {preset: {flag without dashes: value}}."""
     presets = {"full": full}
-    for name, flags in yaml.safe_load(path.read_text())["presets"].items():
+    for name, flags in yaml.safe_load(path.read_text(encoding="utf-8"))["presets"].items():
         words = {flag: value if isinstance(value, str) else json.dumps(value) for flag, value in flags.items()}
         presets[name] = parse_flags(full, [f"--preset={name}", *(f"--{flag}={word}" for flag, word in words.items())])
     return presets

@@ -25,7 +25,14 @@ Figures = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig:
-    """test_samples: runs of each held-out input; best_of: the N of best-of-n; batch_runs: runs made at once."""
+    """How held-out runs are made.
+
+    Args:
+        evaluate_on: Split of the held-out inputs.
+        test_samples: Runs of each held-out input.
+        best_of: The N of best-of-n.
+        batch_runs: Runs that are sampled together.
+    """
 
     evaluate_on: Literal["validation", "test"] = "test"
     test_samples: int
@@ -35,7 +42,14 @@ class HeldOutConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """preset: the sizes to start from; seeds: of training, one run of everything each."""
+    """An experiment.
+
+    Args:
+        preset: Sizes to start from.
+        seeds: Seeds of training; each makes one run of everything.
+        folder: Folder for all that is kept.
+        run: Settings of one seed's run.
+    """
 
     preset: str
     seeds: tuple[int, ...]
@@ -49,8 +63,8 @@ C = TypeVar("C", bound=ExperimentConfig)
 class SeedRun:
     """One seed in a folder of its own."""
 
-    def __init__(self, config: HeldOutConfig, system: CompoundSystem, seed: int, folder: Path, board: Board):
-        self.config: Any = config
+    def __init__(self, config: "ExperimentConfig", system: CompoundSystem, seed: int, folder: Path, board: Board):
+        self.config: Any = config.run
         self.system, self.seed, self.folder = system, seed, folder
         self.phases = Phases(folder, f"seed {seed}", board)
 

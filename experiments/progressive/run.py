@@ -54,10 +54,10 @@ class SeedRun(runs.SeedRun):
 
     config: RunConfig
 
-    def __init__(self, config: RunConfig, seed: int, folder: Path, board: Board):
-        system = build(config.models, config.align.timesteps, config.align.image_weight)
-        super().__init__(config, system, seed, folder, board)
-        self.requests = config.world.split(seed)
+    def __init__(self, config: runs.ExperimentConfig, seed: int, folder: Path, board: Board):
+        run: Any = config.run
+        super().__init__(config, build(run.models, run.align.timesteps, run.align.image_weight), seed, folder, board)
+        self.requests = self.config.world.split(seed)
 
     def run(self) -> dict[str, dict[str, np.ndarray]]:
         before = self.pretrained()

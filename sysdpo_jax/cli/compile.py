@@ -3,8 +3,9 @@
 example:
   sysdpo compile my_run.yaml --topology v5e:4x4 --mesh.data 4
 
-The account is printed as JSON; the exit code is 1 where the step does not fit. The models and a first batch are loaded
-on this machine's processor, whose memory must hold them. The compiler is libtpu: pip install "sysdpo_jax[tpu-aot]".
+Memory, collectives and FLOPs are printed as JSON; the exit code is 1 if the step does not fit. The models and a first
+batch are loaded into this machine's memory, which must hold them. The compiler is libtpu: pip install
+"sysdpo_jax[tpu-aot]".
 """
 
 import json
@@ -31,8 +32,8 @@ class Config(TrainConfig):
     """What to compile: a run, whose fields are those of `sysdpo train`.
 
     Args:
-        topology: Generation and sides of the slice.
-        level: The compiler's effort: O1 takes a fraction of the time of "default", which a run uses.
+        topology: TPU slice: its generation and sides, such as v5e:4x4.
+        level: Effort of the compiler; a run uses "default", and O1 takes a fraction of its time.
     """
 
     topology: str = "v5e:2x2"

@@ -27,7 +27,7 @@ from sysdpo_jax.report.model_card import model_card
 from sysdpo_jax.report.outcome import best_evaluation
 from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.config import Which
-from sysdpo_jax.runs.run import DATA, assemble, best_of, read_run, restored
+from sysdpo_jax.runs.run import DATA, KEPT, assemble, best_of, read_run, restored
 from sysdpo_jax.training import read_metrics
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
@@ -39,14 +39,14 @@ POSITIONAL = "directory"
 
 @dataclass(frozen=True)
 class Config:
-    """What to write.
+    """What to export.
 
     Args:
-        directory: Of the run.
-        output: A new folder.
-        checkpoint: The newest, or the one that evaluation found best.
-        adapters: Write the LoRA factors of Hugging Face's models alone, for PEFT and diffusers.
-        compilation_cache: Of compiled programs, user, none or a folder.
+        directory: Folder of the run.
+        output: New folder to write the models to.
+        checkpoint: Checkpoint to export: the newest, or the one that evaluation found best.
+        adapters: Write only the LoRA factors of Hugging Face models, for PEFT and diffusers.
+        compilation_cache: Where compiled programs are kept: user, none or a folder.
     """
 
     directory: Path
@@ -59,7 +59,7 @@ class Config:
 def export(config: Config) -> list[Path]:
     """The folders written. Raises `ConfigError` where the directory holds no run, or nothing of it can be exported."""
     keep_compilations(config.compilation_cache)
-    train = read_run(config.directory)
+    train = read_run(config.directory, needed=KEPT)
     trained = [name for name, component in train.system.components.items() if component.mode != "frozen"]
     if not trained:
         raise ConfigError(f"{config.directory}: no component of the run was trained")

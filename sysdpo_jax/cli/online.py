@@ -3,10 +3,10 @@
 example:
   sysdpo online my_run.yaml --online.prompts prompts.txt --rounds 2
 
-The file is that of `sysdpo train` without `data`: the scorer or judge of its `evaluation` scores the runs of every
-round, and its held-out prompts say when to stop and which evaluation is the best. `schedule.steps` are those of a
-round. Given again, the command goes on where it was stopped, within a round too; with more rounds a finished run
-goes on. Several processes find each other as in training.
+The file is that of `sysdpo train` without `data` (--data.source '' leaves out a recipe's). The scorer or judge of its
+`evaluation` scores the runs of every round; its held-out prompts say when to stop and which evaluation is the best.
+`schedule.steps` counts the updates of one round. Given again, the command resumes where it was stopped, within a round
+too, and a finished run continues with more rounds. Several processes find each other as in training.
 """
 
 import time
@@ -41,7 +41,7 @@ class Config(TrainConfig):
     """A run, whose fields are those of `sysdpo train`.
 
     Args:
-        rounds: In short for online.rounds.
+        rounds: Short for --online.rounds.
     """
 
     rounds: Positive | None = None

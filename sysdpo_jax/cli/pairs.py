@@ -19,6 +19,7 @@ from sysdpo_jax.data.rollouts import Pairs, Ties, preferred
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import locked_file, write_json_lines
 from sysdpo_jax.runs.runs_file import Line, moved, read_lines, read_runs
+from sysdpo_jax.typing import NotNegative
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,19 @@ class Config:
     a fair coin: train on them with label smoothing.
 
     Args:
-        runs: Files of `sysdpo rollout`.
-        scores: Files of `sysdpo score`.
-        output: The file of preferences.
-        pairs: Of a prompt's runs, the best and the worst, or all pairs.
-        min_margin: Smallest difference of scores that is kept.
-        ties: Of equal scores: drop or keep.
+        runs: Files that `sysdpo rollout` wrote.
+        scores: Files that `sysdpo score` wrote.
+        output: File to write the preferences to.
+        pairs: Pairs of a prompt's runs: the best against the worst, or all.
+        min_margin: Smallest difference of scores that makes a pair.
+        ties: What to do with pairs of equal scores: drop or keep them.
     """
 
     runs: tuple[Path, ...]
     scores: tuple[Path, ...]
     output: Path
     pairs: Pairs = "best_worst"
-    min_margin: float = 0.0
+    min_margin: NotNegative = 0.0
     ties: Ties = "drop"
 
 

@@ -3,8 +3,8 @@
 example:
   sysdpo prepare my_run.yaml --data.source preferences.jsonl
 
-What is prepared is kept in --prepared-cache, from where `sysdpo train` of the same file takes it.
-The models are loaded, for they encode; nothing is trained.
+The result is kept in --prepared-cache, where `sysdpo train` with the same file finds it. The models are loaded, because
+they encode; nothing is trained.
 """
 
 import jax

@@ -16,10 +16,10 @@ POSITIONAL = "name"
 
 @dataclass(frozen=True)
 class Config:
-    """Which.
+    """Which recipe.
 
     Args:
-        name: Of the recipe to print; without it all are listed.
+        name: Recipe to print; all are listed without it.
     """
 
     name: str = ""

@@ -23,7 +23,7 @@ from sysdpo_jax.report.outcome import compared_steps, run_report, run_results, s
 from sysdpo_jax.report.tables import compare_runs, spread
 from sysdpo_jax.runs.files import CONFIG, write_config
 from sysdpo_jax.runs.held_out import FOLDER, runs_name
-from sysdpo_jax.runs.run import DATA, Run, assemble, best_of, is_online, read_run, refuse_others, round_store
+from sysdpo_jax.runs.run import DATA, KEPT, Run, assemble, best_of, is_online, read_run, refuse_others, round_store
 from sysdpo_jax.runs.runs_file import run_lines, with_images
 from sysdpo_jax.training.metrics import read_metrics
 
@@ -33,10 +33,10 @@ POSITIONAL = "directory"
 
 @dataclass(frozen=True)
 class Config:
-    """Of which run.
+    """What to report.
 
     Args:
-        directory: Of the run.
+        directory: Folder of the run.
     """
 
     directory: Path
@@ -44,7 +44,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the report, and print its path. Raises `ConfigError` where the folder holds no run."""
-    began, results, train = time.monotonic(), config.directory / "results.json", read_run(config.directory)
+    began, results, train = time.monotonic(), config.directory / "results.json", read_run(config.directory, needed=KEPT)
     with locked_folder(config.directory):
         made = assemble(train)
         known = read_json(results) if results.is_file() else {}

@@ -35,15 +35,15 @@ class Config:
     """What to sample.
 
     Args:
-        system: A recipe, the YAML file or the folder of a run, or "module:function" that returns (system, parameters).
-        prompts: JSON Lines of objects with the system's inputs, or a .txt file with a prompt a line.
-        output: The file of runs.
+        system: A recipe, a run's YAML file or folder, or "module:function" that returns (system, parameters).
+        prompts: File of prompts: JSON Lines with the system's inputs, or a .txt file with one prompt a line.
+        output: File to write the runs to.
         samples: Runs of each prompt.
-        chunk: Prompts that are sampled and written together; part of what is drawn.
-        seed: Of what is drawn.
-        checkpoint: Of a run's folder, the newest or the one that evaluation found best.
-        compilation_cache: Of compiled programs, user, none or a folder.
-        ignore: Fields of prompts that are left unread.
+        chunk: Prompts that are sampled and written together; another number gives other samples.
+        seed: Seed of the samples.
+        checkpoint: Checkpoint of a run's folder: the newest, or the one that evaluation found best.
+        compilation_cache: Where compiled programs are kept: user, none or a folder.
+        ignore: Fields of the prompts that may be left unread.
     """
 
     system: str
@@ -70,7 +70,7 @@ def roll_out(config: Config) -> Path:
     system, params, identity = load_system(config.system, config.checkpoint)
     about = {name: str(getattr(config, name)) for name in ("samples", "chunk", "seed")}
     about |= {"system": identity, "prompts": file_digest(config.prompts)}
-    file, images = Outcomes(path, about), ImageFiles(path)
+    file, images = Outcomes(path, about, ids_only=True), ImageFiles(path)
     prompts = read_prompts(config.prompts, system, config.ignore)
     mine = range(0, len(prompts), config.chunk)[index::count]
     total = config.samples * sum(len(prompts[start : start + config.chunk]) for start in mine)

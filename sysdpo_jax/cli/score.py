@@ -33,11 +33,11 @@ class Config:
     """What to score.
 
     Args:
-        runs: Files of `sysdpo rollout`.
-        output: The file of scores.
-        scorer: "module:function", run -> number; or a judge.
-        judge: A model behind HTTP.
-        on_error: Of a run without a score: stop, or skip it with a line {"id", "error"}.
+        runs: Files that `sysdpo rollout` wrote.
+        output: File to write the scores to.
+        scorer: "module:function", called with a run; a higher number is better.
+        judge: Instead of a scorer, a model behind HTTP.
+        on_error: What to do with a run without a score: stop, or skip it with a line {"id", "error"}.
     """
 
     runs: tuple[Path, ...]

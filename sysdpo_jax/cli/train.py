@@ -4,7 +4,7 @@ examples:
   sysdpo train quickstart --dry-run
   sysdpo train my_run.yaml --data.source preferences.jsonl --schedule.steps 200
 
-Flags go before the file's values. Given again, the command goes on from the newest checkpoint of the run's directory.
+Flags override the file's values. Given again, the command resumes from the newest checkpoint in the run's directory.
 SIGTERM saves and ends the process with --preempted-exit-code. One process on one device needs nothing more; several
 find each other by what Slurm, GKE or Cloud TPU put into their environment, and share the directory.
 """

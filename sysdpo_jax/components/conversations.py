@@ -197,9 +197,10 @@ def _from_json(value: Any, what: str, empty: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        made = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{what} is a text that is not JSON ({error}): write it as JSON, or as objects") from None
+    return empty if made is None else made
 
 
 def _json(value: T, where: str) -> T:

@@ -56,8 +56,10 @@ def fit_image(value: Any, height: int, width: int, row: int) -> Fitted:
     right, bottom = min((left + width) * columns, old_width), min((top + height) * rows, old_height)
     box = left * columns, top * rows, right, bottom
     # Channel by channel, for Pillow resizes RGB in 8 bits alone, and rounds between its two passes.
-    channels = [Image.fromarray(_floats(channel)) for channel in np.moveaxis(pixels, 2, 0)]
-    resized = [channel.resize((width, height), Image.Resampling.BICUBIC, box) for channel in channels]
+    resized = [
+        np.asarray(Image.fromarray(_floats(channel)).resize((width, height), Image.Resampling.BICUBIC, box))
+        for channel in np.moveaxis(pixels, 2, 0)
+    ]
     frame = (old_height, old_width, top, left, height, width)
     return Fitted(np.stack(resized, axis=2).clip(0, 1), frame)
 

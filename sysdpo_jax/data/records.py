@@ -111,8 +111,9 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
     for side in SIDES:
         for name, value in getattr(record, side).items():
             plate = None if nodes[name].deterministic else nodes[name].plate
-            has = None if plate is None else instead_of_plate(value, plate)
-            if has is not None:
+            # An array may be one picture.
+            has = instead_of_plate(value, plate or 0) if isinstance(value, list | tuple) else type(value).__name__
+            if plate is not None and has is not None:
                 raise RecordError(f"{side}, field {name!r}: {has} instead of a list of {plate}, one for each copy")
 
 

@@ -11,18 +11,18 @@ class JudgeConfig:
     """A model that scores runs, behind an endpoint that speaks OpenAI's chat completions.
 
     Args:
-        url: As OpenAI's client takes it, https://api.openai.com/v1; /v1 is added to that of a server alone.
-        model: Its name there.
-        template: A file with the question, the run's values in braces.
+        url: Address of the server, such as https://api.openai.com/v1; /v1 is added where there is no path.
+        model: Name of the model on that server.
+        template: File with the question, in which the run's values stand in braces.
         answer: "stated" asks for the score as a JSON object in the last line, and takes no other number; "last_number"
             takes the last number of whatever the template asks for.
         range: The lowest and the highest score.
-        key: The environment variable of the API key.
-        temperature: null for models that take none.
-        max_tokens: Of an answer, null for the server's limit.
-        timeout: Seconds of a whole request.
-        retries: Of a failed request, within two minutes.
-        parallel: Requests at a time, of each process.
+        key: Name of the environment variable that holds the API key.
+        temperature: Sampling temperature; null for models that take none.
+        max_tokens: Largest number of tokens in an answer; null for the server's limit.
+        timeout: Seconds that a whole request may take.
+        retries: Further attempts after a failed request, within two minutes.
+        parallel: Requests at the same time, of each process.
     """
 
     url: str = ""

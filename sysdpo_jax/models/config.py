@@ -40,7 +40,7 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOptions(Precision):
-    """How the blocks of a model are computed, which changes nothing in what they compute.
+    """How the blocks of a model are computed; remat and attention change nothing in what they compute.
 
     remat: what of each block is recomputed in the backward pass, see `recomputed`.
     attention: how attention is computed, see `attention.choose`.

@@ -79,9 +79,11 @@ class T5Attention(nn.Module):
         queries, keys, values = (
             split_heads(Dense(c, c.num_heads * c.d_kv, False, name=name)(x), c.num_heads) for name in "qkv"
         )
-        seen = None if mask is None else mask[:, None, None]
-        # Without a scale; the softmax is float32.
-        mixed = jax.nn.dot_product_attention(queries, keys, values, bias, seen, scale=1.0, implementation="xla")
+        # Without a scale, and jax.nn's attention has no float16 on CPUs.
+        scores = jnp.einsum("bqhk,bshk->bhqs", queries, keys, preferred_element_type=jnp.float32) + bias
+        if mask is not None:
+            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        mixed = jnp.einsum("bhqs,bshk->bqhk", jax.nn.softmax(scores, axis=-1).astype(values.dtype), values)
         return Dense(c, c.d_model, False, name="o")(join_heads(mixed)), bias
 
 

@@ -116,7 +116,8 @@ class SamplingObjective(PreferenceObjective):
                 )
             return node_logps
 
-        features, total_number, size = (batch.intermediates, batch.outputs), batch.valid.shape[1], self.chunk_size
+        features = batch.intermediates, batch.outputs
+        total_number, size = batch.valid.shape[1], self.chunk_size
         if size is None or size >= total_number:
             return evaluated(*features)
         # Without the checkpoint every chunk's activations would wait for the backward pass.

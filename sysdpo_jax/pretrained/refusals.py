@@ -26,7 +26,7 @@ FUSE = (
     "pipe.load_lora_weights(folder_of_the_adapter), pipe.fuse_lora(), pipe.unload_lora_weights(), "
     "pipe.save_pretrained(new_folder) in diffusers"
 )
-# Of the parts of one class the first.
+# Backwards, so that of the parts of one class the first is kept.
 PART_CLASSES = {kind: name for name, part in reversed(PARTS.items()) for kind in part.classes}
 # How the tensors of a whole Stable Diffusion in one file begin, the newest first, and diffusers' class that reads it.
 SINGLE_FILES = tuple((kind.single, kind.name) for kind in reversed(KINDS))

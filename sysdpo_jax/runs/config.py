@@ -17,8 +17,8 @@ class LoraConfig:
     """Low-rank factors, see `sysdpo_jax.LoRA`.
 
     Args:
-        rank: Of the factors.
-        alpha: Their product is scaled by alpha / rank.
+        rank: Rank of the factors.
+        alpha: The factors' product is scaled by alpha / rank.
         targets: Named sets or regular expressions of dense layers.
     """
 
@@ -32,12 +32,12 @@ class ComponentConfig:
     """A model with parameters: a Hugging Face checkpoint, or a component of your own.
 
     Args:
-        checkpoint: A folder, a GGUF file or a name on the hub.
-        factory: Instead, "module:function" of a function or class that returns a component (its parameters are then
-            fresh) or a pair (component, parameters).
-        mode: Train all weights, low-rank factors, or nothing.
-        lora: The factors of mode lora.
-        learning_rate: By default the schedule's.
+        checkpoint: Model to load: a folder, a GGUF file or a name on the hub.
+        factory: Instead of a checkpoint, "module:function": a function or class that returns a component (with fresh
+            parameters) or a pair (component, parameters).
+        mode: What to train: all weights (full), low-rank factors (lora) or nothing (frozen).
+        lora: Low-rank factors of mode lora.
+        learning_rate: Learning rate of this component; the schedule's by default.
         settings: Keyword arguments of `pretrained.load` or of the factory: max_prompt_length, guidance_scale ... A
             mapping {call: "module:name", ...} stands for what that returns for the rest of it.
     """
@@ -57,17 +57,17 @@ class NodeConfig:
     How a tool is called (concurrency, retries, timeout, on_error) may change when a run goes on.
 
     Args:
-        parents: Inputs and nodes, in the order in which prompt and tool take them.
-        component: A name under `components`.
-        tool: Instead, "module:function" of the parents' values.
-        prompt: Of a language model, a text with its parents in braces; by default its only parent.
-        chat: The prompt is a user's message in the chat template.
-        plate: How many values each parent's list holds, see `sysdpo_jax.Node`.
-        weight: Of the node's log-ratio.
-        concurrency: Calls of a tool at a time.
-        retries: Further tries of a call of a tool that failed.
-        timeout: Seconds after which a try of a tool has failed.
-        on_error: Of a tool: stop, or skip the run or record that it fails on.
+        parents: Names of inputs and nodes, in the order in which the prompt or tool takes their values.
+        component: Name of the component, as under `components`.
+        tool: Instead of a component, "module:function", called with the parents' values.
+        prompt: Prompt of a language model, with parents in braces; the only parent by default.
+        chat: Whether the prompt is a user's message in the chat template.
+        plate: Number of values in each parent's list, see `sysdpo_jax.Node`.
+        weight: Weight of the node's log-ratio in the system's.
+        concurrency: Calls of the tool at the same time.
+        retries: Further attempts after a call of the tool failed.
+        timeout: Seconds that one attempt of the tool may take.
+        on_error: What a tool that fails for good does: stop everything, or skip that run or record.
     """
 
     parents: tuple[str, ...] = ()
@@ -92,9 +92,9 @@ class SystemConfig:
     """The graph.
 
     Args:
-        inputs: Names of what a prompt holds.
-        nodes: The values of the system by name.
-        components: The models with parameters by name, which nodes may share.
+        inputs: Names of the values that a prompt holds.
+        nodes: Nodes of the graph, by name.
+        components: Models with parameters, by name; several nodes may share one.
     """
 
     inputs: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class SystemConfig:
 
 
 def as_dict(system: SystemConfig, without: Sequence[str] = CALLS) -> dict[str, Any]:
-    """What a system is: its fields, but for some of its nodes and components, by default how tools are called."""
+    """The fields of a system, but for those of nodes and components in `without`: by default how tools are called."""
     whole = asdict(system)
     for part in (*whole["nodes"].values(), *whole["components"].values()):
         for name in without:
@@ -116,12 +116,12 @@ class DataConfig:
     """Preferences, see `sysdpo_jax.load_preferences`.
 
     Args:
-        source: A JSONL or Parquet file of preferences, a folder, or a data set of the hub.
-        reader: The form of its rows: records, trl, pick_a_pic, ranked or ranked_all, or "module:function" of a row and
+        source: Preferences: a JSONL or Parquet file, a folder, or a dataset on the hub.
+        reader: Format of the rows: records, trl, pick_a_pic, ranked or ranked_all, or "module:function" of a row and
             the system, which returns its records.
-        split: Of a data set of the hub or a folder.
-        on_error: Of a row with an error: stop, or skip and count it.
-        ignore: Fields of rows that are left unread.
+        split: Split to read, of a folder or a dataset on the hub.
+        on_error: What to do with a row that cannot be used: stop, or skip and count it.
+        ignore: Fields of the rows that may be left unread.
     """
 
     source: str = ""
@@ -136,20 +136,20 @@ class ObjectiveConfig:
     """What is minimised, see `DirectObjective` and `SearchedBatches`.
 
     Args:
-        kind: "direct" for records with intermediate values, "sampling" for records without, which it searches for.
-        beta: How closely the system keeps to what it was.
-        loss: A name in sysdpo_jax/objectives/losses.py.
-        label_smoothing: The share of preferences that are taken to be wrong.
+        kind: "direct" for records with intermediate values, "sampling" for records without, which are searched for.
+        beta: How strongly the system is held to its reference.
+        loss: Name of the loss: sigmoid, robust, ipo, hinge, exo_pair, apo_zero or apo_down.
+        label_smoothing: Share of the preferences that is assumed to be wrong.
         sft: Coefficients of -log p of the chosen value, by node.
-        intermediates: Of sampling: how many of a record.
-        every: Of sampling: steps after which they are drawn anew.
-        chunk_size: Of sampling: how many of them go through the models at once, null for all.
+        intermediates: Number of intermediates of a record (sampling).
+        every: Steps after which intermediates are drawn again (sampling).
+        chunk_size: Intermediates that go through the models at once (sampling); null for all.
     """
 
     kind: Literal["direct", "sampling"] = "direct"
-    beta: float = 0.1
+    beta: AboveZero = 0.1
     loss: str = "sigmoid"
-    label_smoothing: float = 0.0
+    label_smoothing: NotNegative = 0.0
     sft: dict[str, float] = field(default_factory=dict)
     intermediates: Positive = 4
     every: Positive = 1
@@ -161,9 +161,9 @@ class MeshConfig:
     """The devices, see `make_mesh`.
 
     Args:
-        data: Copies of the models.
-        fsdp: Parts that they are cut into; null takes the devices that the other two leave.
-        tensor: Parts that each layer is cut into.
+        data: Number of copies of the models.
+        fsdp: Number of parts that each copy is cut into; null takes all devices that the other two leave.
+        tensor: Number of parts that each layer is cut into.
     """
 
     data: Positive = 1
@@ -176,13 +176,13 @@ class ScheduleConfig:
     """How long and how fast.
 
     Args:
-        steps: Updates in all; of online rounds, in each.
-        batch_size: Pairs a step, of all processes together.
-        accumulate: Parts that a batch is cut into.
-        learning_rate: AdamW's after `warmup` steps, from which a cosine falls to 0.
-        warmup: Steps.
-        weight_decay: AdamW's.
-        clip_norm: Of each component's gradient; null for no clipping.
+        steps: Number of updates; in online rounds, of each round.
+        batch_size: Pairs in a step, over all processes.
+        accumulate: Number of parts that a batch is cut into, one after the other.
+        learning_rate: AdamW's learning rate after the warmup; a cosine takes it to 0.
+        warmup: Number of warmup steps.
+        weight_decay: AdamW's weight decay.
+        clip_norm: Largest norm of each component's gradient; null for no clipping.
     """
 
     steps: Positive = 1000
@@ -199,16 +199,16 @@ class EvaluationConfig:
     """Runs of the whole system on held-out prompts, scored beside those of the system before training.
 
     Args:
-        prompts: JSON Lines of objects with the system's inputs, or a text file with a prompt a line.
-        ignore: Fields of them that are left unread.
-        scorer: "module:function", run -> number, higher is better; or judge.
+        prompts: File of held-out prompts: JSON Lines with the system's inputs, or a text file with one prompt a line.
+        ignore: Fields of the prompts that may be left unread.
+        scorer: "module:function", called with a run; a higher number is better.
         judge: Instead of a scorer, a model behind HTTP.
-        on_error: Of a run without a score: stop, or skip it and the run that it is compared with, and count them.
-        every: Steps.
-        samples: Runs a prompt.
-        batch_size: Runs at a time.
-        patience: Evaluations without a better win rate after which training stops; null: never.
-        shown: Prompts in the report.
+        on_error: What to do with a run without a score: stop, or skip and count it, with the run it is compared with.
+        every: Steps between evaluations.
+        samples: Runs of each prompt.
+        batch_size: Runs that are sampled together.
+        patience: Evaluations without a better win rate before training stops; null for never.
+        shown: Number of prompts that the report shows.
     """
 
     prompts: str = ""
@@ -228,19 +228,19 @@ class OnlineConfig:
     """Rounds of `sysdpo online`, which makes its own preferences with the evaluation's scorer or judge.
 
     Args:
-        prompts: That the rounds make runs of, a file as for the evaluation.
-        rounds: How many; it may grow when the run goes on.
+        prompts: File of the prompts that the rounds sample runs of, in the evaluation's formats.
+        rounds: Number of rounds; it may grow when the run is resumed.
         samples: Runs of each prompt in a round.
-        batch_size: Runs at a time.
-        group: Runs of a prompt among which a pair is made; null for all of them.
-        pairs: Of a group, the best and the worst, or all pairs.
+        batch_size: Runs that are sampled together.
+        group: Number of runs of a prompt among which pairs are made; null for all of them.
+        pairs: Pairs of a group: the best against the worst, or all.
         min_margin: Smallest difference of scores that makes a pair.
-        mix: Share of earlier rounds' pairs in a round.
-        reference: The policy at the start of the round (reset), or the first one (keep).
-        epochs: Passes over a round's pairs at most; a round has `schedule.steps` updates at most.
-        stop_on: Held-out figures whose fall ends the rounds; the first says which evaluation is the best.
-        fall: How far they may fall, whatever the noise.
-        figures: Further held-out figures by name, "module:function" of a run.
+        mix: Share of a round's pairs that comes from earlier rounds.
+        reference: Reference of a round: the policy at its start (reset), or at the start of the first (keep).
+        epochs: Largest number of passes over a round's pairs, within `schedule.steps` updates.
+        stop_on: Held-out figures whose fall ends the rounds; the first one says which evaluation is the best.
+        fall: Fall of such a figure that ends the rounds whatever the noise; null for none.
+        figures: Further held-out figures, {name: "module:function"}, called with a run.
     """
 
     prompts: str = ""
@@ -249,12 +249,12 @@ class OnlineConfig:
     batch_size: Positive = 16
     group: Positive | None = None
     pairs: Pairs = "best_worst"
-    min_margin: float = 0.0
-    mix: float = 0.0
+    min_margin: NotNegative = 0.0
+    mix: NotNegative = 0.0
     reference: Literal["reset", "keep"] = "reset"
     epochs: Positive | None = 12
     stop_on: tuple[str, ...] = ("score",)
-    fall: float | None = None
+    fall: AboveZero | None = None
     figures: dict[str, str] = field(default_factory=dict)
 
 
@@ -268,27 +268,27 @@ class TrainConfig:
     """A run. Given again with the same directory it goes on from the newest checkpoint.
 
     Args:
-        directory: Of checkpoints, metrics and report; by default runs/NAME after the file's name.
-        init_from: The folder of another run, from whose parameters this one starts.
-        init_checkpoint: Which of that run's checkpoints.
+        directory: Folder for checkpoints, metrics and report; runs/NAME after the file's name by default.
+        init_from: Folder of another run, from whose parameters this one starts.
+        init_checkpoint: Checkpoint of that run to start from.
         system: The graph and its models.
         data: The preferences.
         objective: What is minimised.
         schedule: How long and how fast.
         mesh: The devices.
-        evaluation: On held-out prompts.
-        online: Rounds of preferences that the run makes itself.
-        dtype: Of the computation; weights that are trained whole are kept in float32.
-        remat: "full" computes again in the backward pass what does not fit, see `pretrained.load`.
-        seed: Of all that is random.
+        evaluation: Evaluation on held-out prompts.
+        online: Rounds, in which the run makes its own preferences.
+        dtype: Precision of the computation; weights that are trained whole are kept in float32.
+        remat: What the backward pass computes again to save memory: "full" or a policy, see `pretrained.load`.
+        seed: Seed of everything random.
         log_every: Steps between rows of metrics.jsonl.
-        checkpoint_every: Steps.
-        profile: Steps, first and last, to trace.
-        wandb: A project of Weights & Biases.
-        resume: false refuses a directory that holds a checkpoint.
-        preempted_exit_code: After SIGTERM.
-        compilation_cache: Of compiled programs: user, none or a folder.
-        prepared_cache: Of prepared preferences: user or a folder.
+        checkpoint_every: Steps between checkpoints.
+        profile: First and last step to trace.
+        wandb: Project of Weights & Biases.
+        resume: Whether to resume from a checkpoint in the directory; false refuses such a directory.
+        preempted_exit_code: Exit code after SIGTERM.
+        compilation_cache: Where compiled programs are kept: user, none or a folder.
+        prepared_cache: Where prepared preferences are kept: user or a folder.
         dry_run: Print what the run would be, and stop before it.
     """
 

@@ -88,7 +88,6 @@ def read_config(path: str | Path) -> TrainConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no mapping of fields: begin with, for example, 'system:'")
     try:
-        _refuse_replaced(values)
         config = from_mapping(TrainConfig, _located(values, path.parent))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -172,17 +171,3 @@ def _is_path(value: Any, base: Path, name: str) -> bool:
         # Other names are those of the hub.
         return value.startswith(MARKS) or Path(value).suffix in (*LINES, *TABLE, ".gguf") or (base / value).exists()
     return fnmatch(name, "system.components.*.settings.*") and value.startswith(MARKS)
-
-
-def _refuse_replaced(values: dict[str, Any]) -> None:
-    """Earlier versions wrote judge.number into every config.yaml: where no judge is given it says nothing."""
-    evaluation = values.get("evaluation")
-    judge = evaluation.get("judge") if isinstance(evaluation, dict) else None
-    if not isinstance(judge, dict) or "number" not in judge:
-        return
-    if any(judge.get(name) for name in ("url", "model", "template")):
-        raise ConfigError(
-            "evaluation.judge.number was replaced by judge.answer and judge.range: leave it out, and give answer: "
-            "last_number where the last number of the judge's answer is the score"
-        )
-    del judge["number"]

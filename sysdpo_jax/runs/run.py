@@ -1,7 +1,7 @@
 """A run put together from its configuration, up to the first step."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from sysdpo_jax.user_code import import_function, shown, user_code
 TRAINING = ("mode", "lora", "learning_rate", "weight")
 # What the folder of a run says of it.
 DATA = "data.json"
+KEPT = (CONFIG, DATA)
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
 TOOL_VALUES = "tool_values.jsonl"
 
@@ -86,12 +87,12 @@ def assemble(config: TrainConfig) -> Run:
     return Run(config, mesh, system, params, optimizer, objective, {} if origin is None else {"init_step": origin.step})
 
 
-def read_run(folder: Path, mesh: MeshConfig | None = None) -> TrainConfig:
+def read_run(folder: Path, mesh: MeshConfig | None = None, needed: Sequence[str] = (CONFIG,)) -> TrainConfig:
     """The configuration of a run's folder, where it lies now. Raises `ConfigError` where it is none.
 
-    mesh: By default that of all devices that are here, whatever it was trained on.
+    mesh: By default that of all devices that are here, whatever it was trained on. needed: files that must be there.
     """
-    for name in (CONFIG, DATA):
+    for name in needed:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is no folder of a run ({name} is missing): give what it trained in")
     return replace(read_config(folder / CONFIG), directory=str(folder.absolute()), mesh=mesh or MeshConfig())
@@ -196,10 +197,6 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
             made["online"].pop(name)
     else:
         made.pop("online")
-    if not config.init_from:
-        # It says nothing then, and folders of earlier versions lack it.
-        made.pop("init_from")
-        made.pop("init_checkpoint")
     return made
 
 

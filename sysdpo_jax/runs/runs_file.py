@@ -20,7 +20,7 @@ from sysdpo_jax.data.files import ImageFiles, as_json, json_lines
 from sysdpo_jax.data.formats import refuse_unread
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.io import append_whole, note_of, read_json, read_text, whole_lines, write_json
+from sysdpo_jax.io import append_whole, note_of, read_json, read_text, whole_lines, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same
 from sysdpo_jax.typing import Record
 from sysdpo_jax.values import SampledText, from_json, to_json
@@ -36,11 +36,12 @@ class Outcomes:
     """A file of what became of runs, {"id", ...} or {"id", "error"}, which the same command goes on with.
 
     What has an error may be tried again, and gets a line for each reason. What a killed process left of a last line is
-    cut off, and so is the end of the file whose images are not there.
+    cut off; runs whose images are not there are taken out, to be made again.
 
     Args:
         path: Of the file.
         about: How its lines are made, which stands in `<path>.json` beside it.
+        ids_only: `made` has the ids alone, for files that are larger than the memory.
 
     Attributes:
         made: By id the lines without an error, those of an id as one.
@@ -50,8 +51,8 @@ class Outcomes:
         ConfigError: The file is there and was made in another way: names what differs.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, str]):
-        self._path, self._about, note = path, about, note_of(path)
+    def __init__(self, path: Path, about: Mapping[str, str], ids_only: bool = False):
+        self._path, self._about, self._ids_only, note = path, about, ids_only, note_of(path)
         self.made: dict[str, Line] = {}
         self.failed: dict[str, Line] = {}
         self._noted = set[tuple[str, str]]()
@@ -60,13 +61,11 @@ class Outcomes:
         if not note.exists():
             raise ConfigError(f"{path} exists, and nothing says how it was made: name another output")
         check_same(str(path), read_json(note), about, f"name another output, or give what {note} says")
-        ends = [0, *(start + len(line) for start, line in whole_lines(path))]
-        os.truncate(path, ends[-1])
-        lines = list(read_lines(path))
-        while lines and lacks_images(lines[-1], path):
-            lines.pop()
-        os.truncate(path, ends[len(lines)])
-        self._take(lines)
+        os.truncate(path, sum(len(line) for _, line in whole_lines(path)))
+        lost = {self._id(line) for line in read_lines(path) if lacks_images(line, path)}
+        if lost:
+            write_json_lines(path, [line for line in read_lines(path) if line["id"] not in lost])
+        self._take(read_lines(path))
 
     def add(self, lines: Sequence[Line]) -> None:
         """Keep lines, on disk when this returns; an error that is noted is not noted again."""
@@ -81,14 +80,19 @@ class Outcomes:
 
     def _take(self, lines: Iterable[Line]) -> None:
         for line in lines:
-            name = line["id"]
-            if "error" not in line:
-                self.made[name] = self.made.get(name, {}) | line
+            name = self._id(line)
+            if line.get("error") is None:
+                self.made[name] = {} if self._ids_only else self.made.get(name, {}) | line
                 self.failed.pop(name, None)
                 continue
             self._noted.add((name, line["error"]))
             if name not in self.made:
                 self.failed[name] = line
+
+    def _id(self, line: Line) -> str:
+        if not isinstance(line.get("id"), str):
+            raise ConfigError(f"{self._path} has a line without the field 'id': add it, or name another output")
+        return str(line["id"])
 
 
 def keep_runs(

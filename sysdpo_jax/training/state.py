@@ -141,9 +141,8 @@ def create_state(
         opt_state=jax.jit(first_slots, out_shardings=slots)(trained),
         ema=None if optimizer.ema_decay is None else jax.tree.map(lambda x: _own(x.astype(jnp.float32)), trained),
         frozen=frozen,
-        # `astype` gives the same array where nothing changes: the caller's parameters take memory once.
         reference={
-            key: None if tree is None else jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), compared[key], tree)
+            key: None if tree is None else jax.tree.map(_in_dtype, compared[key], tree)
             for key, tree in plan.reference.items()
         },
     )
@@ -235,6 +234,11 @@ def ema_params(state: TrainState) -> Params:
         raise ValueError("the state keeps no moving average: give make_optimizer an ema_decay")
     averages = jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), state.ema, state.trained)
     return combine(averages, state.frozen)
+
+
+def _in_dtype(leaf: Array, like: jax.ShapeDtypeStruct) -> Array:
+    # The same array, not an equal one, where nothing changes: the caller's parameters take memory once.
+    return leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype)
 
 
 def _abstract(leaf: Any, sharding: NamedSharding) -> Any:

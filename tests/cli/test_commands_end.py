@@ -9,7 +9,7 @@ from experiments.common.command import experiment_folder
 from experiments.progressive.align import AlignConfig
 from sysdpo_jax.cli.main import dispatch
 from tests.cli.test_runs import failure
-from tests.test_locks import held
+from tests.test_io_locks import held
 
 
 @pytest.mark.parametrize(

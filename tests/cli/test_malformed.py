@@ -153,7 +153,7 @@ CONFIGURATIONS = {
         "'q_porj' finds no dense",
     ),
     "an unknown loss": (set_("objective", {"loss": "hinges"}), "unknown loss 'hinges': did you mean 'hinge'?"),
-    "a beta of nothing": (set_("objective", {"beta": 0}), "beta must be positive"),
+    "a beta of nothing": (set_("objective", {"beta": 0}), "objective.beta is 0"),
     "more in a batch than there is": (set_("schedule", "batch_size", 9), "8 rows do not fill one batch of 9"),
     "no data": (set_("data", "source", ""), "data.source is empty"),
     "data that is not there": (set_("data", "source", "no.jsonl"), "no.jsonl does not exist"),
@@ -174,7 +174,7 @@ CONFIGURATIONS = {
     ),
     "a judge of a field that is gone": (
         set_("evaluation", {"prompts": "prompts.txt", "judge": {"url": "http://localhost:1", "number": "[0-9]+"}}),
-        "evaluation.judge.number was replaced by judge.answer and judge.range: leave it out",
+        "evaluation.judge.number is no field",
     ),
     "parts that the batch does not have": (
         set_("schedule", {"batch_size": 4, "accumulate": 3}),

@@ -7,7 +7,7 @@ import pytest
 
 import sysdpo_jax as sj
 from sysdpo_jax.recipes.routed_retrieval import Routed, kind_of, retrieve
-from sysdpo_jax.runs.files import read_config
+from sysdpo_jax.runs.files import read_config, recipes
 from sysdpo_jax.runs.system import build_system
 from tests.pretrained.checkpoints import write_decoder
 

@@ -179,3 +179,4 @@ def test_what_is_empty_is_left_out():
     read = read_conversation({"messages": [turn], "tools": None, "chat_template_kwargs": " "}, "x")
     assert (read.tools, read.arguments) == ((), ())
     assert (read_tools(None, "x"), read_arguments(None, "x")) == ([], {})
+    assert (read_tools("null", "x"), read_arguments(" null", "x")) == ([], {})

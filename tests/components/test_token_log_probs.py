@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.scaling.shapes import DECODERS
+from experiments.scaling.systems import DECODERS
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components import LanguageModel
 from sysdpo_jax.components.token_log_probs import number_of_chunks, token_log_probs

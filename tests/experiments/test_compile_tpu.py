@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from experiments import compile_tpu
-from experiments.scaling.shapes import DECODERS, UNETS, painter, writer
+from experiments.scaling.systems import DECODERS, UNETS, painter, writer
 from sysdpo_jax import make_mesh
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.parallel import topology as chips

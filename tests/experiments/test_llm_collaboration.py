@@ -19,7 +19,8 @@ from sysdpo_jax.report import markdown_table
 from sysdpo_jax.training.progress import Board
 
 DOCS = Path(__file__).parents[2] / "docs" / "llm_collaboration"
-SMOKE = llm_collaboration.PRESETS["smoke"].run
+PRESET = llm_collaboration.PRESETS["smoke"]
+SMOKE = PRESET.run
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_one_set_of_weights_serves_both_nodes(tmp_path):
         align=replace(SMOKE.task.align, steps=2, batch_size=8),
     )
     with Board() as board:
-        figures = SeedRun(replace(SMOKE, task=task, shared=True), 0, tmp_path, board).run()
+        figures = SeedRun(replace(PRESET, run=replace(SMOKE, task=task, shared=True)), 0, tmp_path, board).run()
     assert tuple(figures) == SHARED_METHODS
     assert list(load_params(tmp_path / "sysdpo_sampling.safetensors")) == ["shared"]
     assert tuple(RESULTS.summarise({0: figures})["differences"]) == (
@@ -125,7 +126,7 @@ def test_too_few_pairs_are_refused_with_the_remedy(tmp_path):
     align = replace(SMOKE.task.align, batch_size=4096)
     task = replace(SMOKE.task, pretraining=FitConfig(60, 5e-3, 64, 512), train_questions=8, align=align)
     with Board() as board, pytest.raises(ValueError, match=r"do not fill a batch of 4096: raise task\.align\.samples"):
-        SeedRun(replace(SMOKE, task=task), 0, tmp_path, board).run()
+        SeedRun(replace(PRESET, run=replace(SMOKE, task=task)), 0, tmp_path, board).run()
 
 
 def test_questions_of_the_splits_are_distinct_and_pretraining_sees_no_held_out_one():

@@ -8,8 +8,7 @@ from functools import partial
 import jax
 
 from experiments import compile_tpu
-from experiments.scaling.shapes import DECODERS, UNETS
-from experiments.scaling.systems import SYSTEMS, drafted_and_answered, written_and_painted
+from experiments.scaling.systems import DECODERS, SYSTEMS, UNETS, drafted_and_answered, written_and_painted
 
 DECODER = dataclasses.replace(
     DECODERS["llama-3-8b"],

@@ -29,7 +29,7 @@ from sysdpo_jax.training import (
 from sysdpo_jax.training.checkpoints import CheckpointWriteError
 from sysdpo_jax.training.metrics import MetricsLog, MetricsWriteError
 from sysdpo_jax.training.preemption import PATIENCE, Preempted
-from tests.test_locks import held
+from tests.test_io_locks import held
 from tests.training.systems import CHAIN, pairs
 
 KEY = jax.random.key(3)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from experiments.scaling.shapes import DECODERS, UNETS
+from experiments.scaling.systems import DECODERS, UNETS
 from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.models.lora import LoRA, add_lora
