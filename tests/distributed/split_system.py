@@ -157,7 +157,7 @@ def run(axes, system, params, batch, gradients_of_one):
     # The program that was read is the one that runs: compiling it again takes as long as all the rest.
     given = (place_batch(mesh, batch), *jax.device_put((KEY, PROCEED), replicated(mesh)))
     arguments = device_bytes((state, given))
-    mutable, metrics = compiled(state.mutable, state.frozen, state.reference, *given)
+    mutable, metrics = compiled(state.mutable, state.fixed, *given)
     state = state.after(mutable)
     last = {key: masked.inner_state[key] for key, masked in state.opt_state.inner_states.items()}
     gradients = {name: np.asarray(leaf) for name, leaf in by_path(last).items()}
