@@ -66,6 +66,17 @@ def test_hidden_states_and_gradients_equal_transformers(masked):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_near_transformers_float32(dtype):
+    """Everywhere that it is asked for, CPUs too: 10 and 7 bits of a product's factors, through three blocks."""
+    model, _, tokens, mask = case()
+    expected = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).last_hidden_state.detach().numpy()
+    module = T5Encoder(T5Config(**SHAPE, dtype=dtype))
+    found = jax.jit(module.apply)({"params": torch_params(model)}, jnp.array(tokens), jnp.array(mask))
+    tolerance = {"float16": 0.01, "bfloat16": 0.08}[dtype] * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
 def test_what_the_mask_hides_changes_nothing_and_no_mask_hides_nothing():
     model, module, tokens, mask = case()
     params = {"params": torch_params(model)}
