@@ -105,9 +105,8 @@ def check_attention(shape: AttentionShape) -> str:
         out, back = jax.vjp(partial(run, implementation=implementation), *args)
         return [out, *back(onto)]
 
-    request = AttentionRequest.of(
-        queries, slots, values, softcap=shape.softcap is not None, causal=shape.causal, window=shape.window
-    )
+    restricted = False, shape.softcap is not None, shape.causal, shape.window
+    request = AttentionRequest.of(queries, slots, values, *restricted)
     kernel = choose("auto", jax.default_backend(), request)
     found = both("auto", onto, queries, slots, values)
     with jax.default_matmul_precision("highest"):

@@ -49,8 +49,8 @@ def attend(
     """
     if window is not None and not causal:
         raise ValueError(f"attend: window {window} needs causal=True")
-    restrictions = {"masked": visible is not None, "softcap": softcap is not None, "causal": causal, "window": window}
-    request = AttentionRequest.of(queries, keys, values, **restrictions)
+    restricted = visible is not None, softcap is not None, causal, window
+    request = AttentionRequest.of(queries, keys, values, *restricted)
     kind = choose(implementation, _BACKEND.get() or jax.default_backend(), request)
     if kind in FUSED.values() and implementation == "auto" and jax.device_count() > 1:
         # The compiler cannot cut a kernel, and without a mesh nobody says how to spread it.

@@ -1,7 +1,6 @@
 """What an attention is asked to do: all that the choice of a kernel depends on."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -31,8 +30,10 @@ class AttentionRequest:
     window: int | None = None
 
     @classmethod
-    def of(cls, queries: Queries, keys: Slots, values: Slots, **restrictions: Any) -> "AttentionRequest":
-        """That of these arguments of `attend` and what restricts it, by the names of the fields."""
+    def of(
+        cls, queries: Queries, keys: Slots, values: Slots, masked: bool, softcap: bool, causal: bool, window: int | None
+    ) -> "AttentionRequest":
+        """That of these arguments of `attend`."""
         (batch, length, heads, width), (_, slots, groups, _) = queries.shape, keys.shape
         dtype = ", ".join(sorted({x.dtype.name for x in (queries, keys, values)}))
-        return cls(batch, length, slots, heads, groups, width, dtype, **restrictions)
+        return cls(batch, length, slots, heads, groups, width, dtype, masked, softcap, causal, window)
