@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, ge
 import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from sysdpo_jax.errors import ConfigError, meant
 
@@ -24,6 +24,7 @@ WORDS: dict[Any, str] = {
     PositiveInt: "a whole number of at least 1",
     NonNegativeInt: "a whole number of at least 0",
     PositiveFloat: "a number above 0",
+    NonNegativeFloat: "a number of at least 0",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -188,7 +189,7 @@ def help_parser(usage: str, description: str, fields: Sequence[Field], epilog: s
         elif field.kind is bool:
             # A flag alone is true.
             named = {"choices": ("true", "false")}
-        flag = f"--{_dashed(field.name)}"
+        flag, named["default"] = f"--{_dashed(field.name)}", argparse.SUPPRESS
         parser.add_argument(flag, help=text.replace("%", "%%"), **named)
     return parser
 

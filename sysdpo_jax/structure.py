@@ -91,6 +91,9 @@ class Graph:
     nodes: tuple[Node, ...]
 
     def __post_init__(self) -> None:
+        for names in (self.inputs, *(node.parents for node in self.nodes)):
+            if isinstance(names, str):
+                raise GraphError(f"the names of inputs or parents are the text {names!r}: write ({names!r},)")
         object.__setattr__(self, "inputs", tuple(self.inputs))
         nodes = tuple(replace(node, parents=tuple(node.parents)) for node in self.nodes)
         _check_names(self.inputs, nodes)

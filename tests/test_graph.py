@@ -40,6 +40,7 @@ PLATES = Node("a", TABLE, ("x",), plate=2), Node("b", TABLE, ("a",), plate=3)
         (("x",), (Node("a", TABLE, ("b",)), Node("b", TABLE, ("a",)), READS), "cycle: (a -> b -> a|b -> a -> b)"),
         (("x",), (Node("a", TABLE, ("a",)), READS), "cycle: a -> a"),
         (("x",), (Node("a", TABLE, ("nowhere",)), READS), "'a' has an unknown parent 'nowhere'"),
+        (("ask",), (Node("a", TABLE, "ask"),), r"are the text 'ask': write \('ask',\)"),
         (("x",), (Node("a", TABLE, ("x",)), Node("a", TABLE, ("x",))), "'a' is used twice"),
         (("x",), (Node("x", TABLE),), "'x' is used twice"),
         (("x", "unread"), (Node("a", TABLE, ("x",)),), "no node reads the input 'unread'"),

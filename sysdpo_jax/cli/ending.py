@@ -1,5 +1,6 @@
 """What people see of an entry point that cannot go on: one line on standard error, exit code 1."""
 
+import os
 import signal
 import sys
 import threading
@@ -44,6 +45,10 @@ def user_errors() -> Iterator[None]:
         with _terminable():
             yield
         return
+    except BrokenPipeError:
+        # Who read the output wants no more of it, and neither does Python's own flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
         said = str(stop) or "interrupted: what was finished is kept"
         code = stop.code if isinstance(stop, Terminated) else 130

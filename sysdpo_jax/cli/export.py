@@ -81,6 +81,8 @@ def export(config: Config) -> list[Path]:
         # Nodes that share the model differ in their prompts only.
         model = next(node.component for node in run.system.nodes if node.params_key == name)
         adapter = config.adapters and train.system.components[name].mode == "lora"
+        if config.adapters and not adapter:
+            print(f"{name} was trained whole: its whole model is written", file=sys.stderr)
         start = train.system.components[name].checkpoint
         named = {"base_model": start, "datasets": data["source"]}
         hub = {field: source for field, source in named.items() if source is not None and _on_hub(source)}

@@ -79,7 +79,7 @@ def make_pairs(config: Config) -> str:
         )
     write_json_lines(config.output, lines)
     ties = f" ({tied} ties)" if config.ties == "keep" else ""
-    said = f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of which have none"
+    said = f"{config.output}: {len(lines)} preferences{ties} of {len(groups)} prompts, {lone} of them without a pair"
     return said + (f"; {len(skipped)} runs have no score" if skipped else "")
 
 
@@ -89,6 +89,8 @@ def _scores(paths: tuple[Path, ...]) -> tuple[dict[str, float], set[str]]:
     failed: set[str] = set()
     for path in paths:
         for row in read_lines(path):
+            if "outputs" in row:
+                raise ConfigError(f"{path} holds runs, no scores: give the files of `sysdpo score`")
             try:
                 refuse_unread(row, ("id", "score", "error"), remedy="leave it out")
             except RecordError as error:

@@ -27,7 +27,7 @@ from sysdpo_jax.runs.config import Which
 from sysdpo_jax.runs.run import load_system
 from sysdpo_jax.runs.runs_file import Outcomes, keep_runs, read_prompts
 from sysdpo_jax.training import Board
-from sysdpo_jax.typing import Positive
+from sysdpo_jax.typing import Natural, Positive
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Config:
     output: Path
     samples: Positive = 4
     chunk: Positive = 16
-    seed: int = 0
+    seed: Natural = 0
     checkpoint: Which = "newest"
     compilation_cache: str = "user"
     ignore: tuple[str, ...] = ()

@@ -41,12 +41,7 @@ class Categorical(Component):
                 f"Categorical has parent_sizes for {len(self.parent_sizes)} parents but the node has {len(parents)} "
                 f"({', '.join(parents) or 'none'}): give one size for each parent"
             )
-        columns = [
-            _indices(parent, size, name)
-            for (name, parent), size in zip(parents.items(), self.parent_sizes, strict=True)
-        ]
-        columns.append(_indices(values, self.num_values, "its own value"))
-        return np.stack(columns, axis=-1)
+        return np.stack([*self._columns(parents), _indices(values, self.num_values, "its own value")], axis=-1)
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         log_probs = jax.nn.log_softmax(params["logits"].astype(jnp.promote_types(params["logits"].dtype, jnp.float32)))
@@ -62,8 +57,13 @@ class Categorical(Component):
         return [[int(v) for v in row if own[v] > -np.inf] for row, own in zip(order, logits, strict=True)]
 
     def _logits(self, params: Params, parents: Parents) -> Float[Array, "batch values"]:
-        rows = np.stack([np.asarray(values, np.int32) for values in parents.values()])
-        return params["logits"][tuple(rows)] if self.parent_sizes else jnp.tile(params["logits"], (rows.shape[1], 1))
+        if not self.parent_sizes:
+            return jnp.tile(params["logits"], (len(next(iter(parents.values()))), 1))
+        return params["logits"][tuple(self._columns(parents))]
+
+    def _columns(self, parents: Parents) -> list[np.ndarray]:
+        sizes = zip(parents.items(), self.parent_sizes, strict=True)
+        return [_indices(values, size, name) for (name, values), size in sizes]
 
 
 def _indices(values: Sequence[Any], size: int, name: str) -> np.ndarray:

@@ -6,11 +6,11 @@ end a call that hangs, but the process can end beside it.
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ T = TypeVar("T")
 FIRST_WAIT, LAST_WAIT = 1.0, 60.0
 REMEDY = "fix it, or give the tool retries or a longer timeout where it may pass"
 OR_SKIP = "; on_error: skip leaves such rows out"
+_NOT_CALLED = object()
 
 
 class ToolError(RecordError):
@@ -135,11 +136,10 @@ class Tool(Component):
         Returns:
             Of each row the value or the `ToolError`.
         """
-        rows = batch_size(parents, "Tool")
-        values = [{name: column[row] for name, column in parents.items()} for row in range(rows)]
+        values = [{name: column[row] for name, column in parents.items()} for row in range(batch_size(parents, "Tool"))]
         made = _side_by_side(self._outcome, values, self.concurrency)
-        why = next((outcome for outcome in made.values() if _stops(outcome)), None)
-        return [made[row] if row in made else NotCalledError(f"not called after {why}") for row in range(rows)]
+        why = next((outcome for outcome in made if _stops(outcome)), None)
+        return [NotCalledError(f"not called after {why}") if one is _NOT_CALLED else one for one in made]
 
     def _outcome(self, values: Mapping[str, Any]) -> Any:
         what, skip = f"the tool {name_of(self.function)} for {shown(values)}", self.on_error == "skip"
@@ -202,31 +202,24 @@ def _within(seconds: float | None, call: Callable[[], T]) -> T:
     return made.result()
 
 
-def _side_by_side(call: Callable[[T], Any], items: Sequence[T], threads: int) -> dict[int, Any]:
-    """`{place: what the call returned}` for the items, so many at a time; one at a time in the caller's own thread.
+def _side_by_side(call: Callable[[T], Any], items: Sequence[T], threads: int) -> list[Any]:
+    """What the call returned for the items, so many at a time; one at a time in the caller's own thread.
 
-    After an outcome that stops no further call begins. Those under way are finished, so that items may be missing.
-    Raises what a call raises, without waiting for the others.
+    After an outcome that stops no further call begins, which leaves `_NOT_CALLED`; those under way are finished.
     """
-    results: dict[int, Any] = {}
+    ended = threading.Event()
+
+    def outcome_of(item: T) -> Any:
+        outcome = _NOT_CALLED if ended.is_set() else call(item)
+        if _stops(outcome):
+            ended.set()
+        return outcome
+
     if threads == 1:
-        for place, item in enumerate(items):
-            results[place] = call(item)
-            if _stops(results[place]):
-                break
-        return results
-    waiting, running = iter(enumerate(items)), dict[Future[Any], int]()
-    pool, ended = DaemonExecutor(min(threads, len(items)), "call"), False
+        return [outcome_of(item) for item in items]
+    pool = DaemonExecutor(min(threads, len(items)), "call")
     try:
-        while True:
-            for place, item in islice(waiting, 0 if ended else threads - len(running)):
-                running[pool.submit(call, item)] = place
-            if not running:
-                return results
-            for made in wait(running, return_when=FIRST_COMPLETED).done:
-                place = running.pop(made)
-                results[place] = made.result()
-                ended |= _stops(results[place])
+        return list(pool.map(outcome_of, items))
     finally:
         # After Ctrl-C too: what is under way ends on its own.
         pool.shutdown(wait=False)

@@ -260,12 +260,12 @@ class MMDiT(nn.Module):
         """
         c = self.config
         height, width = sample.shape[1:3]
-        for side in (height, width):
-            if side % c.patch_size or side > c.patch_size * c.pos_embed_max_size:
-                raise ValueError(
-                    f"MMDiT: latents of {height} x {width}: both must be multiples of patch_size={c.patch_size} and "
-                    f"at most {c.patch_size * c.pos_embed_max_size} (pos_embed_max_size={c.pos_embed_max_size} patches)"
-                )
+        most = c.patch_size * c.pos_embed_max_size
+        if any(side % c.patch_size or side > most for side in (height, width)):
+            raise ValueError(
+                f"MMDiT: latents of {height} x {width}: both must be multiples of patch_size={c.patch_size} and at "
+                f"most {most} (pos_embed_max_size={c.pos_embed_max_size} patches)"
+            )
         block_type = recomputed(JointBlock, c.remat)
         x = PatchEmbed(c, name="pos_embed")(sample)
         condition = TimeAndText(c, name="time_text_embed")(timesteps.astype(jnp.float32), pooled_projections)

@@ -72,7 +72,7 @@ def make_mesh(data: int = 1, fsdp: int | None = 1, tensor: int = 1, devices: Seq
     if fsdp is None:
         fsdp, rest = divmod(len(devices), data * tensor)
         if rest:
-            raise ShardingError(f"data {data} x tensor {tensor} does not divide the {len(devices)} devices")
+            raise ShardingError(f"data {data} x tensor {tensor} does not divide the {len(devices)} devices: change one")
     needed = data * fsdp * tensor
     if needed > len(devices):
         raise ShardingError(f"a mesh of {data} x {fsdp} x {tensor} needs {needed} devices, there are {len(devices)}")

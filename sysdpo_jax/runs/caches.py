@@ -65,8 +65,8 @@ def prepared_folder(where: str, directory: Path) -> Path | None:
         where: "user" for the user's cache, where all runs share them, or a folder.
         directory: Of the run: several processes share it, and it is theirs in the place of the user's cache.
     """
-    if not where:
-        raise ValueError("prepared_cache is empty: give user or a folder")
+    if where in ("", "none"):
+        raise ValueError(f"prepared_cache is {where!r}: give user or a folder")
     if where != "user":
         return Path(where)
     if jax.process_count() > 1:

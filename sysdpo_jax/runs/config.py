@@ -76,7 +76,7 @@ class NodeConfig:
     prompt: str | None = None
     chat: bool = False
     plate: Positive | None = None
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     concurrency: Positive = 1
     retries: Natural = 0
     timeout: AboveZero | None = None
@@ -304,7 +304,7 @@ class TrainConfig:
     online: OnlineConfig = OnlineConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str | None = _free(None)
-    seed: int = 0
+    seed: Natural = 0
     log_every: Positive = _free(10)
     checkpoint_every: Positive = _free(100)
     profile: tuple[int, int] | None = _free(None)

@@ -23,7 +23,7 @@ from sysdpo_jax.runs.config import TrainConfig
 C = TypeVar("C", bound=TrainConfig)
 RECIPES = Path(__file__).parents[1] / "recipes"
 # What a run's folder says of it.
-CONFIG = "config.yaml"
+CONFIG, DATA = "config.yaml", "data.json"
 # Fields that name files and folders, and those that do so or say "user" or "none".
 FILES = ("directory", "init_from", "evaluation.prompts", "evaluation.judge.template", "online.prompts")
 CACHES = ("compilation_cache", "prepared_cache")
@@ -91,6 +91,9 @@ def read_config(path: str | Path) -> TrainConfig:
         config = from_mapping(TrainConfig, _located(values, path.parent))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if path.name == CONFIG and (path.parent / DATA).is_file():
+        # A run's own file: the run may have been moved since.
+        return replace(config, directory=str(path.parent.absolute()))
     return config if config.directory else replace(config, directory=str(Path("runs", path.stem).absolute()))
 
 

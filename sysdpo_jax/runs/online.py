@@ -95,8 +95,9 @@ class OnlineTraining:
         """
         store, leads = self.store, jax.process_index() == 0
         with locked_folder(store.folder) if leads else nullcontext():
-            by_all(self._check_same)
+            # First of all: what refuses a start must leave nothing that refuses the next one.
             self.rounds.check_prompts(len(self.prompts))
+            by_all(self._check_same)
             if leads and accepted is not None:
                 accepted()
             current, first, stopped = params, 0, None

@@ -22,7 +22,7 @@ from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
 from sysdpo_jax.runs.config import CALLS, DataConfig, MeshConfig, TrainConfig, Which, as_dict
-from sysdpo_jax.runs.files import CONFIG, find_config, read_config
+from sysdpo_jax.runs.files import CONFIG, DATA, find_config, read_config
 from sysdpo_jax.runs.rounds import RoundStore
 from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
 from sysdpo_jax.training import SystemOptimizer
@@ -35,7 +35,6 @@ from sysdpo_jax.user_code import import_function, shown, user_code
 # Of components and nodes: what a system that has not trained does not depend on.
 TRAINING = ("mode", "lora", "learning_rate", "weight")
 # What the folder of a run says of it.
-DATA = "data.json"
 KEPT = (CONFIG, DATA)
 # What tools gave for its preferences: there from the first value on, whatever becomes of the run.
 TOOL_VALUES = "tool_values.jsonl"

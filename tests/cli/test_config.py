@@ -225,3 +225,13 @@ def test_flags_keep_to_the_bounds_of_the_file(file):
 def test_captions_are_lines_without_their_marks():
     assert split_captions("1. a ball\n\n2) two balls\n- three\nfour") == ["a ball", "two balls", "three"]
     assert split_captions("a ball") == ["a ball", "", ""]
+
+
+def test_the_file_of_a_run_is_of_the_folder_where_it_lies(file, tmp_path):
+    """Also once the folder was moved: the command must not train anew where it was."""
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "config.yaml").write_text(file("directory: runs/before").read_text())
+    assert read_config(moved / "config.yaml").directory == str(moved / "runs" / "before")
+    (moved / "data.json").write_text("{}")
+    assert read_config(moved / "config.yaml").directory == str(moved)

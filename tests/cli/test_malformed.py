@@ -152,6 +152,13 @@ CONFIGURATIONS = {
         set_("system", "components", "writer", "lora", {"targets": ["q_porj"]}),
         "'q_porj' finds no dense",
     ),
+    "a policy that there is not": (set_("remat", "fulll"), "remat: unknown policy 'fulll': did you mean 'full'?"),
+    "a seed of less than nothing": (set_("seed", -1), "seed is -1: give a whole number of at least 0"),
+    "a weight the wrong way round": (
+        set_("system", "nodes", "caption", "weight", -1),
+        "system.nodes.caption.weight is -1: give a number of at least 0",
+    ),
+    "a cache of none": (set_("prepared_cache", "none"), "prepared_cache is 'none': give user or a folder"),
     "an unknown loss": (set_("objective", {"loss": "hinges"}), "unknown loss 'hinges': did you mean 'hinge'?"),
     "a beta of nothing": (set_("objective", {"beta": 0}), "objective.beta is 0"),
     "more in a batch than there is": (set_("schedule", "batch_size", 9), "8 rows do not fill one batch of 9"),

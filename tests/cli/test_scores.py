@@ -205,7 +205,7 @@ def test_pairs_are_preferences_that_load(files, capsys):
     runs = read_runs(roll_out(files))
     scored(files, "--scorer", f"{__name__}:brightness")
     path = paired(files)
-    assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 5 preferences of 5 prompts, 0 of which have none"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 5 preferences of 5 prompts, 0 of them without a pair"
     records = sj.load_preferences(path, SYSTEM)
     for number, record in enumerate(records):
         group = sorted(runs[3 * number : 3 * number + 3], key=lambda run: brightness(run["outputs"]))
@@ -229,6 +229,8 @@ def test_pairs_need_a_score_for_every_run(files, capsys):
     assert "the score of '4-2' is nan" in failure(capsys, paired, files)
     (files / "scores.jsonl").write_text("\n".join(json.dumps(json.loads(line) | {"score": 1}) for line in lines))
     assert "no two runs of a prompt differ" in failure(capsys, paired, files)
+    (files / "scores.jsonl").write_text((files / "runs.jsonl").read_text())
+    assert "scores.jsonl holds runs, no scores: give the files of `sysdpo score`" in failure(capsys, paired, files)
 
 
 def test_ties_are_pairs_where_they_are_kept(files, capsys):
@@ -238,7 +240,7 @@ def test_ties_are_pairs_where_they_are_kept(files, capsys):
     assert len(sj.load_preferences(paired(files))) == 4
     path = paired(files, "--ties", "keep")
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"{path}: 5 preferences (1 ties) of 5 prompts, 0 of which have none"
+        f"{path}: 5 preferences (1 ties) of 5 prompts, 0 of them without a pair"
     )
     tied = sj.load_preferences(path, SYSTEM)[0]
     assert [Path(side["image"]).name for side in (tied.chosen, tied.rejected)] == ["0-0-image.png", "0-2-image.png"]

@@ -46,6 +46,13 @@ def test_categorical_refuses_other_values(values, parents, message):
         Categorical(4, (3,)).prepare(values, parents)
 
 
+@pytest.mark.parametrize("parent", [9, -1, 1.5])
+def test_categorical_samples_from_no_row_that_is_not_there(parent):
+    node = Categorical(4, (3,))
+    with pytest.raises(RecordError, match=f"y .*{parent}"):
+        node.sample(node.init(KEY), {"y": [parent]}, KEY)
+
+
 def test_gaussian_is_the_normal_density():
     node = Gaussian(size=2, parent_size=1, scale=0.5)
     params = {"kernel": jnp.array([[2.0, -1.0]]), "bias": jnp.array([0.5, 0.0])}
