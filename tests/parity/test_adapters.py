@@ -28,6 +28,7 @@ from sysdpo_jax import (
     PairBatch,
     PixelCodec,
     TextEncoder,
+    encode_batch,
 )
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.models.lora import TRAINABLE, LoRA, add_lora, merge_lora
@@ -98,8 +99,9 @@ def trained(component, params, value):
     optimizer = make_optimizer({"y": ComponentOptimizer(optax.adam(0.05), trainable=TRAINABLE)})
     state = create_state(system, {"y": params}, optimizer)
     step = make_train_step(system, DirectObjective(0.1), optimizer)
+    batch = encode_batch(system, {"y": params}, PairBatch(*sides))
     for _ in range(2):
-        state, metrics = step(state, PairBatch(*sides), KEY)
+        state, metrics = step(state, batch, KEY)
         assert metrics["finite"]
     return state.params["y"]
 
