@@ -57,7 +57,7 @@ def tokenizer_files(folder, kind):
 
 def run(command, path, timeout):
     done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 

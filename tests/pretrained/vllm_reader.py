@@ -21,7 +21,8 @@ def main(file):
     for name, adapter in (("model", None), ("adapter", LoRARequest("adapter", 1, asked["adapter"]))):
         rows = [{"prompt_token_ids": prompt + answer} for prompt, answer in asked["rows"]]
         settings = SamplingParams(max_tokens=1, prompt_logprobs=1)
-        outputs = model.generate(rows, settings, lora_request=adapter)
+        # One by one: with an adapter vLLM 0.32 cannot compute prompts' log-probabilities of rows in one batch.
+        outputs = [model.generate([row], settings, lora_request=adapter)[0] for row in rows]
         made[name] = [
             sum(output.prompt_logprobs[len(prompt) + place][token].logprob for place, token in enumerate(answer))
             for output, (prompt, answer) in zip(outputs, asked["rows"], strict=True)
