@@ -21,15 +21,13 @@ class ScoreError(ConfigError):
         self.reason = reason
 
 
-def meant(
-    name: Any, known: Iterable[str], otherwise: str = "", form: Callable[[str], str] = repr, likeness: float = 0.6
-) -> str:
+def meant(name: Any, known: Iterable[str], other: str = "", form: Callable[..., str] = repr, cut: float = 0.6) -> str:
     """What a name that is not known may stand for, to end a message with: the nearest known one, or else all of them.
 
-    otherwise: what is said where none is near, instead. form: writes the nearest one. likeness: of one that is near.
+    other: what is said where none is near, instead. form: writes the nearest one. cut: likeness of one that is near, of 1.
     """
     every = list(known)
-    near = get_close_matches(str(name), every, 1, likeness)
+    near = get_close_matches(str(name), every, 1, cut)
     if near:
         return f"did you mean {form(near[0])}?"
-    return otherwise or f"there are {', '.join(every) or 'none'}"
+    return other or f"there are {', '.join(every) or 'none'}"

@@ -176,8 +176,13 @@ class LatentCodec:
         return len(self.sizes) > 1
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of what is sampled."""
+        return self.sizes[0]
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (*self.sizes[0], 3)
+        return (*self.image_size, 3)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -320,7 +320,7 @@ def refuse_unread(
         if isinstance(value, str | list) and any(value == row.get(other) for other in read):
             continue
         lacking = [other for other in read if is_empty(row.get(other))]
-        hint = REMEDIES.get(name) or meant(name, lacking, "give it a name that is read", likeness=0.8)
+        hint = REMEDIES.get(name) or meant(name, lacking, "give it a name that is read", cut=0.8)
         raise RecordError(f"the field {name!r} is not read: {hint}; where it does not matter, {remedy}")
 
 

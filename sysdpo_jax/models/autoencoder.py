@@ -13,8 +13,6 @@ from sysdpo_jax.models.autoencoder_config import AutoencoderConfig
 from sysdpo_jax.models.layers import Conv, Dense
 from sysdpo_jax.models.unet import Image, Resampler, ResnetBlock2D, group_norm, nearest
 
-__all__ = ["AutoencoderConfig", "AutoencoderKL", "scale_latents", "unscale_latents"]
-
 # Where diffusers cuts the logarithm of the variance.
 LOGVAR_RANGE = (-30.0, 20.0)
 

@@ -136,7 +136,7 @@ def test_parts_of_a_pipeline_are_settings(file, tmp_path):
     [node] = system.nodes
     assert node.component.codec.autoencoder.config.scaling_factor == 0.5
     assert node.component.text.text.encoder_3 is None
-    assert (node.component.guidance_scale, node.component.codec.image_shape) == (0.0, (16, 32, 3))
+    assert (node.component.guidance_scale, node.component.codec.image_size) == (0.0, (16, 32))
     wrong = file(PAINTER.format(pipeline=tmp_path / "pipeline", vae="null"))
     with pytest.raises(CheckpointError, match="cannot do without vae; only text_encoder_3 with tokenizer_3"):
         build_system(configure(TrainConfig, [str(wrong)]), sj.make_mesh())
