@@ -24,7 +24,7 @@ class ScoreError(ConfigError):
 def meant(name: Any, known: Iterable[str], other: str = "", form: Callable[..., str] = repr, cut: float = 0.6) -> str:
     """What a name that is not known may stand for, to end a message with: the nearest known one, or else all of them.
 
-    other: what is said where none is near, instead. form: writes the nearest one. cut: likeness of one that is near, of 1.
+    other: what is said where none is near, instead. form: writes the nearest one. cut: how alike that must be, of 1.
     """
     every = list(known)
     near = get_close_matches(str(name), every, 1, cut)

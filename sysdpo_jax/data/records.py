@@ -110,10 +110,12 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
             raise RecordError(f"inputs, field {name!r} is empty: write a text, or drop the row")
     for side in SIDES:
         for name, value in getattr(record, side).items():
-            plate = None if nodes[name].deterministic else nodes[name].plate
+            plate = nodes[name].plate
+            if plate is None or nodes[name].deterministic:
+                continue
             # An array may be one picture.
-            has = instead_of_plate(value, plate or 0) if isinstance(value, list | tuple) else type(value).__name__
-            if plate is not None and has is not None:
+            has = instead_of_plate(value, plate) if isinstance(value, list | tuple) else type(value).__name__
+            if has is not None:
                 raise RecordError(f"{side}, field {name!r}: {has} instead of a list of {plate}, one for each copy")
 
 

@@ -33,25 +33,24 @@ def check_first(config: TrainConfig, rounds: bool = False) -> None:
     judge cannot be had. rounds: of a run that makes its preferences itself.
     """
     own, online = config.evaluation, is_online(config)
-    refused = {"directory is empty: name the folder of the run, for example runs/my_run": not config.directory}
+    if not config.directory:
+        raise ConfigError("directory is empty: name the folder of the run, for example runs/my_run")
+    if not rounds and online:
+        raise ConfigError("online.prompts is given, and rounds make their own preferences: use `sysdpo online`")
+    if not rounds and not config.data.source:
+        raise ConfigError("data.source is empty: give a JSONL or Parquet file of preferences, or a dataset on the hub")
     if rounds:
-        rule = "and rounds make their own preferences: leave it out, or give --data.source ''"
-        refused |= {
-            "online.prompts is empty: give the prompts that the rounds make runs of": not online,
-            f"data.source is given, {rule}": bool(config.data.source),
-            "evaluation.prompts is empty: give held-out prompts, which say when the rounds should end": not own.prompts,
-            "dry_run is of `sysdpo train`, which has its preferences: leave it out": config.dry_run,
-        }
-    else:
-        source = "give a JSONL or Parquet file of preferences, or a data set of the hub"
-        refused |= {
-            "online.prompts is given, and rounds make their own preferences: use `sysdpo online`": online,
-            f"data.source is empty: {source}": not config.data.source,
-        }
-    for said, wrong in refused.items():
-        if wrong:
-            raise ConfigError(said)
-    if rounds:
+        if not online:
+            raise ConfigError("online.prompts is empty: give the prompts that the rounds make runs of")
+        if config.data.source:
+            rule = "rounds make their own preferences: leave it out, or give --data.source ''"
+            raise ConfigError(f"data.source is given, and {rule}")
+        if not own.prompts:
+            raise ConfigError(
+                "evaluation.prompts is empty: give held-out prompts, which say when the rounds should end"
+            )
+        if config.dry_run:
+            raise ConfigError("dry_run is of `sysdpo train`, which has its preferences: leave it out")
         check_watched(config.online.stop_on, config.online.figures, "online.")
     if config.remat is not None and config.remat not in POLICIES:
         raise ConfigError(f"remat: unknown policy {config.remat!r}: {meant(config.remat, POLICIES)}")
@@ -64,11 +63,9 @@ def check_first(config: TrainConfig, rounds: bool = False) -> None:
         check_scorer(scorer, (*config.system.inputs, *config.system.nodes), "the system")
         return
     given = {"scorer": own.scorer, "judge": own.judge != JudgeConfig(), "ignore": own.ignore}
-    names = [f"evaluation.{name}" for name, value in given.items() if value]
+    names = " and ".join(f"evaluation.{name}" for name, value in given.items() if value)
     if names:
-        raise ConfigError(
-            f"evaluation.prompts is empty: give the held-out prompts too, or leave {' and '.join(names)} out"
-        )
+        raise ConfigError(f"evaluation.prompts is empty: give the held-out prompts too, or leave {names} out")
 
 
 def make_evaluation(run: Run) -> Evaluation | None:
