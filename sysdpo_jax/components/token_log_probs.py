@@ -5,19 +5,23 @@ Axes: B batch, L length, D width, V vocabulary.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from sysdpo_jax.models.attention import backend
 from sysdpo_jax.models.partitioning import on_own_rows
 
 MAX_CHUNKS = 16
-# Of a chunk's logits in float32: smaller ones save nothing that matters.
-MIN_CHUNK_BYTES = 4 * 2**20
+# Of a chunk's logits in float32, by backend: smaller ones save nothing that matters. Each chunk reads the head and adds
+# to its gradient in memory, which on a GPU takes as long as the products of some 400 rows; 1 GiB has 2,000 of 128,000
+# logits.
+MIN_CHUNK_BYTES = {"cpu": 4 * 2**20, "tpu": 64 * 2**20, "gpu": 2**30}
 
 # (its parameters, hidden states) -> logits in float32, whichever stretch of a sequence they come from.
-Head = Callable[[PyTree, Float[Array, "batch length width"]], Float[Array, "batch length vocab"]]
+Head = Callable[[PyTree, Float[Array, "*leading width"]], Float[Array, "*leading vocab"]]
 
 
 def token_log_probs(
@@ -30,7 +34,8 @@ def token_log_probs(
     """log softmax(head(params, hidden))[target] in float32, over stretches of the length, one by one.
 
     The backward pass computes each stretch's logits again: no array [B, L, V] exists in either pass where
-    `number_of_chunks` is above 1, which is wherever that saves memory.
+    `number_of_chunks` is above 1, which is wherever that saves memory. It reads them once, because the forward pass
+    keeps their normaliser, and adds up the head's gradient over stretches in float32.
     params: the head's alone, which are gathered once for all stretches. vocab: the number of logits.
     """
     return on_own_rows(partial(_in_chunks, head, vocab), params, hidden, targets)
@@ -40,35 +45,97 @@ def _in_chunks(head: Head, vocab: int, params: PyTree, hidden: Array, targets: A
     batch, length, width = hidden.shape
     size = -(-length // number_of_chunks(batch * length, width, vocab))
     if size == length:
-        return _log_probs(head, params, hidden, targets)
-
-    def of_chunk(chunk: tuple[Array, Array]) -> Array:
-        return _log_probs(head, params, *chunk)
-
-    made = jax.lax.map(jax.checkpoint(of_chunk, prevent_cse=False), (_cut(hidden, size), _cut(targets, size)))
-    return jnp.moveaxis(made, 0, 1).reshape(batch, -1)[:, :length]
+        return _log_probs(head(params, hidden), targets)
+    made = _of_chunks(head, params, _cut(hidden, size), _cut(targets, size))
+    return jnp.moveaxis(made.reshape(-1, batch, size), 0, 1).reshape(batch, -1)[:, :length]
 
 
 def number_of_chunks(rows: int, width: int, vocab: int) -> int:
     """Into how many stretches a device's rows (batch times length) are cut; 1 where that would cost memory.
 
-    The compiler's temporary bytes of the gradient in hidden states and kernel [D, V] (float32, CPU) are 3 L unchunked
-    and K + 3 L / n in n chunks, with L the bytes of the rows' logits and K those of the kernel, a product that waits to
-    be added to the sum over chunks. (Measured: K = 32 MiB, L = 32 MiB: 96 and, in 16 chunks, 36 MiB; L = 8 MiB: 24 and
-    33.) Over fsdp the kernel and its gradient are whole while the loop runs; tensor divides logits and kernel alike.
+    The compiler's temporary bytes of the gradient in hidden states and kernel [D, V] (float32, CPU) are 2 L unchunked
+    and K + 2 L / n in n chunks, with L the bytes of the rows' logits and K those of the kernel, a product that waits to
+    be added to the sum over chunks. Over fsdp the kernel and its gradient are whole while the loop runs; tensor divides
+    logits and kernel alike.
     """
-    chunks = min(MAX_CHUNKS, 4 * rows * vocab // MIN_CHUNK_BYTES)
-    return chunks if width * chunks < 3 * rows * (chunks - 1) else 1
+    chunks = min(MAX_CHUNKS, 4 * rows * vocab // MIN_CHUNK_BYTES.get(backend(), MIN_CHUNK_BYTES["gpu"]))
+    return chunks if width * chunks < 2 * rows * (chunks - 1) else 1
 
 
-def _log_probs(head: Head, params: PyTree, hidden: Array, targets: Array) -> Array:
-    logits = head(params, hidden)
+def _normaliser(logits: Array) -> Array:
+    return jax.nn.logsumexp(logits, axis=-1)
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
     # A comparison: a gather's gradient scatters into another array of logits, and a mesh may cut the vocabulary.
-    picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+def _picked(logits: Array, targets: Array) -> Array:
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+
+
+def _gradient(logits: Array, normaliser: Array, targets: Array, cotangent: Array) -> Array:
+    """Of log softmax(logits)[target] in the logits: one pass over them."""
+    own = _is_target(logits, targets).astype(logits.dtype)
+    return cotangent[..., None] * (own - jnp.exp(logits - normaliser[..., None]))
+
+
+@jax.custom_vjp
+def _log_probs(logits: Array, targets: Array) -> Array:
+    return _log_probs_forward(logits, targets)[0]
+
+
+def _log_probs_forward(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    normaliser = _normaliser(logits)
+    return _picked(logits, targets) - normaliser, (logits, normaliser, targets)
+
+
+def _log_probs_backward(kept: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, None]:
+    return _gradient(*kept, cotangent), None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_chunks(head: Head, params: PyTree, hidden: Array, targets: Array) -> Array:
+    """[chunks, B size] of hidden states [chunks, B size, D]."""
+    return _of_chunks_forward(head, params, hidden, targets)[0]
+
+
+def _of_chunks_forward(head: Head, params: PyTree, hidden: Array, targets: Array) -> tuple[Array, Any]:
+    def of_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = head(params, chunk[0])
+        normaliser = _normaliser(logits)
+        return _picked(logits, chunk[1]) - normaliser, normaliser
+
+    made, normalisers = jax.lax.map(of_chunk, (hidden, targets))
+    return made, (params, hidden, targets, normalisers)
+
+
+def _of_chunks_backward(head: Head, kept: Any, cotangents: Array) -> tuple[PyTree, Array, None]:
+    params, *chunks = kept
+
+    def of_chunk(total: PyTree, chunk: tuple[Array, ...]) -> tuple[PyTree, Array]:
+        hidden, targets, normaliser, cotangent = chunk
+        logits, pull = jax.vjp(head, params, hidden)
+        of_params, of_hidden = pull(_gradient(logits, normaliser, targets, cotangent))
+        return jax.tree.map(lambda sums, part: sums + part.astype(sums.dtype), total, of_params), of_hidden
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+    total, of_hidden = jax.lax.scan(of_chunk, zeros, (*chunks, cotangents))
+    return jax.tree.map(lambda sums, x: sums.astype(x.dtype), total, params), of_hidden, None
+
+
+_of_chunks.defvjp(_of_chunks_forward, _of_chunks_backward)
 
 
 def _cut(x: Array, size: int) -> Array:
-    """[B, L, ...] as [chunks, B, size, ...], padded with zeros; the batch stays whole, for a mesh cuts it."""
+    """[B, L, ...] as [chunks, B size, ...], padded with zeros; the batch stays whole, for a mesh cuts it.
+
+    The rows of a chunk are one axis, over which the gradient's products sum without a transposed copy.
+    """
     padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+    chunks = jnp.moveaxis(padded.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+    return chunks.reshape(-1, x.shape[0] * size, *x.shape[2:])

@@ -30,7 +30,7 @@ def attend(
     queries: Queries,
     keys: Slots,
     values: Slots,
-    visible: Bool[Array, "batch length slots"] | None = None,
+    visible: Bool[Array, "#batch length slots"] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     *,
@@ -51,7 +51,7 @@ def attend(
         raise ValueError(f"attend: window {window} needs causal=True")
     restricted = visible is not None, softcap is not None, causal, window
     request = AttentionRequest.of(queries, keys, values, *restricted)
-    kind = choose(implementation, _BACKEND.get() or jax.default_backend(), request)
+    kind = choose(implementation, backend(), request)
     if kind in FUSED.values() and implementation == "auto" and jax.device_count() > 1:
         # The compiler cannot cut a kernel, and without a mesh nobody says how to spread it.
         kind = "xla" if jax.sharding.get_abstract_mesh().empty else kind
@@ -85,6 +85,11 @@ def compiling_for(backend: str) -> Iterator[None]:
         yield
     finally:
         _BACKEND.reset(token)
+
+
+def backend() -> str:
+    """The backend that programs are traced for."""
+    return _BACKEND.get() or jax.default_backend()
 
 
 def choose(implementation: str, backend: str, request: AttentionRequest) -> str:

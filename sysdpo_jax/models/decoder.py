@@ -23,6 +23,7 @@ from sysdpo_jax.models.layers import Dense, RMSNorm, embedding, join_heads, spli
 from sysdpo_jax.models.lora import low_rank
 from sysdpo_jax.models.partitioning import constrain, residual
 from sysdpo_jax.models.rotary import Angles, rotary_angles, rotate
+from sysdpo_jax.models.shared_prefix import SharedPrefix
 from sysdpo_jax.typing import Params
 
 SCALE = 0.02
@@ -30,15 +31,16 @@ INIT = nn.initializers.normal(SCALE)
 Tokens = Int[Array, "batch length"]
 Mask = Bool[Array, "batch length"] | None
 Hidden = Float[Array, "batch length width"]
-Logits = Float[Array, "batch length vocab"]
+States, Logits = Float[Array, "*leading width"], Float[Array, "*leading vocab"]
 Slot = int | Int[Array, ""]
 # Keys and values, of a cache [N, B, S, G, K], in a layer without N, or of new tokens, [B, L, G, K].
 Pair = tuple[Array, Array] | None
-# Which slots a token sees, in the layers of one kind and of all; None where that is every token before it.
-Visible = Bool[Array, "batch length slots"] | None
-VisibleByKind = Bool[Array, "kinds batch length slots"] | None
+# Which slots a token of a row sees, in the layers of one kind and of all; None where that is every token before it. As
+# for angles, one row stands for all where they are alike.
+Visible = Bool[Array, "#batch tokens slots"] | None
+VisibleByKind = Bool[Array, "kinds #batch tokens slots"] | None
 Rotation = tuple[Angles, Angles]
-Rotations = tuple[Float[Array, "kinds batch length half"], Float[Array, "kinds batch length half"]]
+Rotations = tuple[Float[Array, "kinds #batch length half"], Float[Array, "kinds #batch length half"]]
 
 
 class KVCache(NamedTuple):
@@ -71,10 +73,12 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Hidden, past: Pair, rotation: Rotation, visible: Visible, slot: Slot) -> tuple[Hidden, Pair]:
+    def __call__(
+        self, x: Hidden, past: Pair, rotation: Rotation, visible: Visible, slot: Slot, prefix: SharedPrefix | None
+    ) -> tuple[Hidden, Pair]:
         """The layer's output and, if `past` was given, the new keys and values [B, L, G, K].
 
-        visible: as in `Block`, of this layer's kind.
+        visible: as in `Block`, of this layer's kind. prefix: how x, if it is packed, becomes rows.
         """
         c = self.config
 
@@ -87,6 +91,8 @@ class Attention(nn.Module):
             queries, keys = _norm(c, "q_norm")(queries), _norm(c, "k_norm")(keys)
         queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
         fresh = None
+        if prefix is not None:
+            queries, keys, values = (_heads(prefix.spread(y)) for y in (queries, keys, values))
         if past is not None:
             fresh = keys, values
             keys = jax.lax.dynamic_update_slice_in_dim(past[0], keys, slot, axis=1)
@@ -102,7 +108,13 @@ class Attention(nn.Module):
             window=c.window(c.layer_kinds[0]) if visible is None else None,
             implementation=c.attention if past is None else "auto",
         )
+        if prefix is not None:
+            mixed = prefix.collect(mixed)
         return _dense(c, x.shape[-1], "o_proj", c.attention_bias)(join_heads(mixed)), fresh
+
+
+def _heads(x: Array) -> Array:
+    return constrain(x, "batch", "length", "heads", None)
 
 
 class MLP(nn.Module):
@@ -129,12 +141,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Hidden, past: Pair, kind: Int[Array, ""], rotations: Rotations, visible: VisibleByKind, slot: Slot
+        self,
+        x: Hidden,
+        past: Pair,
+        kind: Int[Array, ""],
+        rotations: Rotations,
+        visible: VisibleByKind,
+        slot: Slot,
+        prefix: SharedPrefix | None,
     ) -> tuple[Hidden, Pair]:
         c, (cos, sin) = self.config, (_pick(table, kind) for table in rotations)
         seen = None if visible is None else _pick(visible, kind)
         normed = _norm(c, "input_layernorm")(x)
-        mixed, fresh = Attention(c, name="self_attn")(normed, past, (cos, sin), seen, slot)
+        mixed, fresh = Attention(c, name="self_attn")(normed, past, (cos, sin), seen, slot, prefix)
         if not c.post_norms:
             x = residual(x + mixed)
             return residual(x + MLP(c, name="mlp")(_norm(c, "post_attention_layernorm")(x))), fresh
@@ -153,7 +172,7 @@ class Head(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, hidden: Hidden) -> Logits:
+    def __call__(self, hidden: States) -> Logits:
         c = self.config
         kernel = self.param("kernel", INIT, (c.hidden_size, c.vocab_size), c.param_dtype)
         logits = _logits(hidden, kernel, c.dtype)
@@ -165,8 +184,23 @@ class Head(nn.Module):
 
 def _logits(hidden: Array, kernel: Array, dtype: str) -> Array:
     flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
-    logits = jnp.matmul(flat, kernel.astype(dtype), preferred_element_type=jnp.float32)
-    return constrain(logits.reshape(*hidden.shape[:-1], -1), "batch", "length", "vocab")
+    logits = constrain(_product(flat, kernel.astype(dtype)), "batch", "vocab")
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    """x kernel in float32. The products of its gradient are in the precision of x, as those of all layers are."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _product_transposed(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rounded = cotangent.astype(x.dtype)
+    return rounded @ kernel.T, x.T @ rounded
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_transposed)
 
 
 def head_params(config: DecoderConfig, params: Params) -> Params:
@@ -195,7 +229,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, *(nn.broadcast,) * 4),
             length=c.num_hidden_layers,
         )(c)
         self.norm = _norm(c)
@@ -221,18 +255,29 @@ class Decoder(nn.Module):
         hidden, cache = self.extend(tokens, cache, cache_slot, positions, mask)
         return self.head(hidden), cache
 
-    def hidden_states(self, tokens: Tokens, positions: Tokens | None = None, mask: Mask = None) -> Hidden:
+    def hidden_states(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        mask: Mask = None,
+        prefix: SharedPrefix | None = None,
+    ) -> Hidden:
         """Hidden states after the final norm, in config.dtype.
 
         Leave the mask out where rows are padded on the right alone: a real token sees none of the padding anyway, and
         no mask [B, L, L] is built if the layers are all of one kind.
+        prefix: tokens are `prefix.collect` of such rows, and so are the hidden states; positions and mask are left out.
         """
-        c, valid = self.config, jnp.ones(tokens.shape, bool) if mask is None else mask
+        c = self.config
+        # Without positions or a mask of their own all rows are alike.
+        shape = (1, tokens.shape[1] if prefix is None else prefix.room + prefix.rest)
+        valid = jnp.ones(shape if positions is None else tokens.shape, bool) if mask is None else mask
+        places = _counted(valid, 0, valid.shape[1]) if positions is None else positions
         # A window counts positions; only without given ones are they those of the slots.
         alike = len(set(c.layer_kinds)) == 1 and (positions is None or c.window(c.layer_kinds[0]) is None)
-        if positions is None:
-            positions = _counted(valid, 0, tokens.shape[1])
-        hidden, _ = self._run(tokens, positions, None, None if mask is None and alike else valid, positions, 0)
+        visible = None if mask is None and alike else self._visible(valid, places, places, 0)
+        self._check_room(valid.shape[1])
+        hidden, _ = self._run(tokens, places if prefix is None else prefix.positions, None, visible, 0, prefix)
         return hidden
 
     def extend(
@@ -248,7 +293,9 @@ class Decoder(nn.Module):
         if positions is None:
             positions = _counted(valid, cache_slot, tokens.shape[1])
         placed = write(cache.positions, positions.astype(jnp.int32), axis=1)
-        hidden, fresh = self._run(tokens, positions, (cache.keys, cache.values), valid, placed, cache_slot)
+        self._check_room(placed.shape[1])
+        visible = self._visible(valid, positions, placed, cache_slot)
+        hidden, fresh = self._run(tokens, positions, (cache.keys, cache.values), visible, cache_slot)
         # One write for all layers, which XLA does in place when the cache is a loop's carry.
         keys, values = (
             write(old, new, axis=2) for old, new in zip((cache.keys, cache.values), fresh or (), strict=True)
@@ -260,7 +307,7 @@ class Decoder(nn.Module):
         x = residual(self.embed_tokens(tokens))
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embeddings else x
 
-    def head(self, hidden: Hidden) -> Logits:
+    def head(self, hidden: States) -> Logits:
         """Logits in float32 of hidden states, whichever stretch of the sequence they come from."""
         c = self.config
         tied = c.tie_word_embeddings
@@ -269,26 +316,37 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _run(
-        self, tokens: Array, positions: Array, past: Pair, valid: Array | None, slot_positions: Array, slot: Slot
+        self,
+        tokens: Array,
+        positions: Array,
+        past: Pair,
+        visible: VisibleByKind,
+        slot: Slot,
+        prefix: SharedPrefix | None = None,
     ) -> tuple[Array, Pair]:
-        c, slots = self.config, slot_positions.shape[1]
-        if slots > c.max_position_embeddings:
-            raise ValueError(
-                f"Decoder: {slots} tokens exceed max_position_embeddings {c.max_position_embeddings}; "
-                "shorten the input."
-            )
-        kinds, visible = tuple(dict.fromkeys(c.layer_kinds)), None
-        if valid is not None:
-            own_slot = slot + jnp.arange(tokens.shape[1])
-            seen = valid[:, None, :] & (jnp.arange(slots) <= own_slot[:, None])
-            distance = positions[:, :, None] - slot_positions[:, None, :]
-            windows = [c.window(kind) for kind in kinds]
-            visible = jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
+        c, kinds = self.config, self._kinds
         angles = [rotary_angles(positions, c.head_width, *c.rope(kind)) for kind in kinds]
         rotations = jnp.stack([cos for cos, _ in angles]), jnp.stack([sin for _, sin in angles])
         kind = jnp.array([kinds.index(name) for name in c.layer_kinds])
-        x, fresh = self.layers(self.embed(tokens), past, kind, rotations, visible, slot)
+        x, fresh = self.layers(self.embed(tokens), past, kind, rotations, visible, slot, prefix)
         return self.norm(x), fresh
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.config.layer_kinds))
+
+    def _visible(self, valid: Array, positions: Array, slot_positions: Array, slot: Slot) -> VisibleByKind:
+        """What tokens at these positions, of which the first is at `slot`, see in the layers of each kind."""
+        own_slot = slot + jnp.arange(positions.shape[1])
+        seen = valid[:, None, :] & (jnp.arange(valid.shape[1]) <= own_slot[:, None])
+        distance = positions[:, :, None] - slot_positions[:, None, :]
+        windows = [self.config.window(kind) for kind in self._kinds]
+        return jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
+
+    def _check_room(self, slots: int) -> None:
+        room = self.config.max_position_embeddings
+        if slots > room:
+            raise ValueError(f"Decoder: {slots} tokens exceed max_position_embeddings {room}; shorten the input.")
 
 
 def _counted(valid: Bool[Array, "batch slots"], slot: Slot, length: int) -> Tokens:

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.attention_request import Queries
 
-Angles = Float[Array, "batch length half"]
+# One row where all rows stand at the same positions.
+Angles = Float[Array, "#batch length half"]
 LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
