@@ -1,6 +1,6 @@
 """What a step takes: preferences as features, ready for an objective."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,25 @@ class SampledBatch(NamedTuple):
     outputs: PairBatch
     valid: Array | np.ndarray
     staleness: Array | np.ndarray
+
+
+def share(system: CompoundSystem, runs: Sequence[Mapping[str, Features]]) -> list[dict[str, Features]]:
+    """Mark what the runs of preferences have in common, see `Component.share`.
+
+    Args:
+        system: Whose components look for it.
+        runs: `{node: features}` each, every array with a first axis of preferences.
+
+    Returns:
+        The same, ready for a batch.
+    """
+    made = [dict(run) for run in runs]
+    for node in system.nodes:
+        if node.name in made[0] and not node.deterministic:
+            found = node.component.share([run[node.name] for run in made])
+            for run, features in zip(made, found, strict=True):
+                run[node.name] = features
+    return made
 
 
 def encode_batch(system: CompoundSystem, params: Params, batch: Any) -> Any:

@@ -181,7 +181,7 @@ class CompoundSystem(Graph):
         keys = jax.vmap(named_key, in_axes=(0, None))(keys, node.name)
         if node.plate is not None:
             keys = jax.vmap(row_keys, in_axes=(0, None))(keys, node.plate).reshape(-1)
-            features = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), features)
+            features = node.component.rows(features, 2)
         with users_part(node, "log_prob", GraphError):
             log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
         if node.plate is None:

@@ -6,13 +6,14 @@ log_prob(params, features, key) -> [batch]    the step sees nothing but this
 sample(params, parents, key) -> values
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
@@ -112,6 +113,30 @@ class Component(Protocol):
             What `log_prob` takes: each of these entries is replaced by one of another name.
         """
         return features
+
+    def share(self, runs: Sequence[Features]) -> Sequence[Features]:
+        """Mark what the runs of a preference have in common, where computing it once saves work. Host side.
+
+        Args:
+            runs: Features, each with a first axis of preferences; further axes before a row's own (copies of a plate,
+                intermediates) are of one preference too.
+
+        Returns:
+            The same with what `rows` makes use of; by default as they are.
+        """
+        return runs
+
+    def rows(self, features: Features, axes: int) -> Features:
+        """Fold the leading axes into one of rows, for `log_prob`. Jittable.
+
+        Args:
+            features: Every array has first an axis of preferences, then those of their runs.
+            axes: How many axes become one.
+
+        Returns:
+            The features; rows of a preference follow each other, as many as the axes say.
+        """
+        return as_rows(features, axes)
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         """log p(value | parents) of each row, up to a constant that does not depend on `params`. Jittable.
@@ -213,6 +238,15 @@ class Component(Protocol):
             `{"tokens" or "images" or ...: how many there are}`.
         """
         return {}
+
+
+def as_rows(tree: PyTree, axes: int) -> PyTree:
+    """Every array [batch, ..., *rest] with its first `axes` axes as one of rows, those of a preference together.
+
+    A mesh that cuts the batch cuts the rows in the same way. (The axis that `vmap` adds would be the outer one, and the
+    compiler would gather the whole batch to apply a convolution.)
+    """
+    return jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:]), tree)
 
 
 def row_keys(key: Keys, rows: int) -> Key[Array, "rows"]:

@@ -1,7 +1,9 @@
 """An autoregressive language model: log p(completion | prompt) is the sum over the completion's tokens."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, batch_size
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, as_rows, batch_size
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Asking,
@@ -23,6 +25,7 @@ from sysdpo_jax.components.prompts import (
     tokenized,
 )
 from sysdpo_jax.components.sampled_text import sampled_texts
+from sysdpo_jax.components.shared_prompt import Runs, marked, prefix_of
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
 from sysdpo_jax.decoding.beam_search import BeamSearch
@@ -156,13 +159,11 @@ class LanguageModel(Component):
         """
         features = jax.tree.map(jnp.asarray, features)
         tokens, starts = features["tokens"], features["prompt_lengths"]
-        # Rows are padded on the right, so that causality alone hides the padding.
-        hidden: Any = self.decoder.apply({"params": params}, tokens, method="hidden_states")
         place = starts[:, None] + jnp.arange(features["completion"].shape[-1])
         token_log_prob = token_log_probs(
             lambda head, part: cast(Array, self.decoder.apply({"params": head}, part, method="head")),
             head_params(self.decoder.config, params),
-            jnp.take_along_axis(hidden, place[..., None] - 1, axis=1, mode="clip"),
+            self._hidden(params, features, place - 1),
             jnp.take_along_axis(tokens, place, axis=1, mode="clip"),
             self.decoder.config.vocab_size,
         )
@@ -171,6 +172,17 @@ class LanguageModel(Component):
         counted = {name: features[name] for name in ("truncated", "retokenized")}
         metrics = counted | {"tokens": completion.sum(-1).astype(jnp.float32)}
         return jnp.sum(token_log_prob * completion, axis=-1), metrics
+
+    def _hidden(self, params: Params, features: Features, places: Int[Array, "batch places"]) -> Array:
+        """Hidden states at places of the rows; what the rows of a preference begin with is computed once."""
+        longest = self.max_prompt_length + self.max_new_tokens
+        tokens, prefix = features["tokens"][:, :longest], prefix_of(features, longest)
+        run = partial(self.decoder.apply, {"params": params}, method="hidden_states")
+        # Rows are padded on the right, so that causality alone hides the padding.
+        places = jnp.clip(places, 0, tokens.shape[-1] - 1)
+        if prefix is not None:
+            return prefix.at(cast(Array, run(prefix.collect(tokens), prefix=prefix)), places)
+        return jnp.take_along_axis(cast(Array, run(tokens)), places[..., None], axis=1)
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
         """One `SampledText` for each row, up to an end or max_new_tokens.
@@ -221,29 +233,41 @@ class LanguageModel(Component):
         texts = iter(self._texts(tokens[valid], lengths[valid]))
         return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
 
+    def share(self, runs: Sequence[Features]) -> Sequence[Features]:
+        """With "shared", see `shared_prompt`."""
+        return marked(runs, self.max_prompt_length)
+
+    def rows(self, features: Features, axes: int) -> Features:
+        """Of features with "shared" also "runs", by which `log_prob` knows which rows begin alike."""
+        known, number = features.get("runs", Runs(1)).number, math.prod(features["tokens"].shape[1:axes])
+        made: Features = as_rows(features, axes)
+        return made | {"runs": Runs(known * number)} if "shared" in features else made
+
     def sizes(self, features: Features) -> Mapping[str, Int[np.ndarray, "..."]]:
-        """The numbers of tokens of "prompt" and "completion"."""
-        starts = np.asarray(features["prompt_lengths"])
-        return {"prompt": starts, "completion": np.asarray(features["lengths"]) - starts}
+        """The numbers of tokens of "prompt" and "completion"; what is "shared" is not counted in the prompt again."""
+        starts, lengths = (np.asarray(features[name]) for name in ("prompt_lengths", "lengths"))
+        shared = {"shared": np.sum(features["shared"], axis=-1)} if "shared" in features else {}
+        return shared | {"prompt": starts - sum(shared.values()), "completion": lengths - starts}
 
     def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
-        """The features with room for so many tokens of "prompt" and "completion", but no more than the model has.
+        """The features with room for so many tokens of each of `sizes`, but no more than the model has.
 
         Raises:
             ValueError: For too few.
         """
-        own, most = self.sizes(features), {"prompt": self.max_prompt_length, "completion": self.max_new_tokens}
-        sizes = {name: min(room, most[name]) for name, room in sizes.items()}
+        own, most = self.sizes(features), {"completion": self.max_new_tokens}
+        sizes = {name: min(room, most.get(name, self.max_prompt_length)) for name, room in sizes.items()}
         for name, room in sizes.items():
             longest = int(own[name].max(initial=0))
             if longest > room:
                 raise ValueError(f"LanguageModel: a {name} has {longest} tokens, more than the {room} of its new size")
-        tokens, width = np.asarray(features["tokens"]), sizes["prompt"] + sizes["completion"]
+        tokens, width = np.asarray(features["tokens"]), sum(sizes.values())
         kept = tokens[..., :width]
         if kept.shape[-1] < width:
             spare = [(0, 0)] * (tokens.ndim - 1) + [(0, width - kept.shape[-1])]
             kept = np.pad(kept, spare, constant_values=self._pad)
-        return features | {"tokens": kept, "completion": np.arange(sizes["completion"]) < own["completion"][..., None]}
+        masks = {name: np.arange(sizes[name]) < own[name][..., None] for name in sizes if name != "prompt"}
+        return features | {"tokens": kept} | masks
 
     def padding(self, features: Features) -> float:
         places = np.size(features["tokens"])

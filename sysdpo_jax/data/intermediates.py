@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from sysdpo_jax.batch import PairBatch, SampledBatch
-from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.batch import PairBatch, SampledBatch, share
+from sysdpo_jax.components.base import RecordError, as_rows
 from sysdpo_jax.data.batches import epoch_rows
 from sysdpo_jax.data.records import (
     SIDES,
@@ -80,7 +80,10 @@ def sampled_batch(
         return jax.tree.map(lambda x: np.reshape(x, (len(records), number, *x.shape[1:])), sides)
 
     def both() -> tuple[dict[str, Any], PairBatch]:
-        return prepared(inner)[0], PairBatch(*prepared(outer))
+        # A row has the same prompt with all its sets; each set has the same prompt on both sides.
+        sides = [as_rows(side, 2) for side in prepared(outer)]
+        outputs = [jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]), side) for side in share(system, sides)]
+        return share(system, prepared(inner)[:1])[0], PairBatch(*outputs)
 
     try:
         features, outputs = both()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sysdpo_jax.batch import PairBatch
+from sysdpo_jax.batch import PairBatch, share
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.components.text_to_image import TextToImage
@@ -345,16 +345,15 @@ def _features(
 
 def _at_own_sizes(system: CompoundSystem, pair: Mapping[str, Features]) -> tuple[Sides, tuple[int, ...]]:
     """Both sides of a record, features [2, ...], each at its own sizes; and the larger ones."""
+    both = share(system, [jax.tree.map(lambda x, at=place: x[at : at + 1], pair) for place in range(len(SIDES))])
     sides: dict[str, dict[str, Features]] = {side: {} for side in SIDES}
     sizes: list[int] = []
     for node in system.nodes:
-        features = pair[node.name]
-        rows = {axis: np.reshape(size, (2, -1)).max(1) for axis, size in node.component.sizes(features).items()}
-        for place, side in enumerate(SIDES):
-            one = jax.tree.map(lambda x, at=place: x[at : at + 1], features)
-            fitted = node.component.resize(one, {axis: int(size[place]) for axis, size in rows.items()})
-            sides[side][node.name] = jax.tree.map(lambda x: x[0], fitted)
-        sizes += [int(rows[axis].max()) for axis in sorted(rows)]
+        own = [{axis: int(np.max(x)) for axis, x in node.component.sizes(run[node.name]).items()} for run in both]
+        for name, run, fit in zip(SIDES, both, own, strict=True):
+            fitted = node.component.resize(run[node.name], fit)
+            sides[name][node.name] = jax.tree.map(lambda x: x[0], fitted)
+        sizes += [max(fit[axis] for fit in own) for axis in sorted(own[0])]
     return sides, tuple(sizes)
 
 

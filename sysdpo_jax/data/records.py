@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sysdpo_jax.batch import PairBatch
+from sysdpo_jax.batch import PairBatch, share
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.errors import meant
 from sysdpo_jax.graph import CompoundSystem, Known
@@ -217,7 +217,7 @@ def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord], k
         RecordError: As `prepare` does, and for records without intermediates.
     """
     require_intermediates(system, hold_intermediates(system, records))
-    return PairBatch(*prepare_sides(system, [record.runs() for record in records], known=known))
+    return PairBatch(*share(system, prepare_sides(system, [record.runs() for record in records], known=known)))
 
 
 def prepare_sides(

@@ -270,7 +270,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         # Without positions or a mask of their own all rows are alike.
-        shape = (1, tokens.shape[1] if prefix is None else prefix.room + prefix.rest)
+        shape = (1, tokens.shape[1] if prefix is None else prefix.length)
         valid = jnp.ones(shape if positions is None else tokens.shape, bool) if mask is None else mask
         places = _counted(valid, 0, valid.shape[1]) if positions is None else positions
         # A window counts positions; only without given ones are they those of the slots.

@@ -3,11 +3,12 @@
 Sharing the prompt of both sides of a preference saves their computation (arXiv 2410.20305). Attention still sees whole
 rows, without a mask, so that every kernel serves: queries, keys and values are laid out as rows for it alone.
 
-A packed sequence is the prefix in S places, then the rest of each row in W places: [B, S + R W]. A row is [S + W].
-Axes: B groups of rows, R rows of a group, S places of the prefix, W places of a row's rest, L = S + W, P = S + R W.
+A packed sequence is the prefix in S places, then the rest of each row in W places, so that P = S + R W.
+Axes: B groups of rows, R rows of a group, L length of a row, S places of the prefix, W places of a row's rest.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -18,6 +19,15 @@ Packed = Shaped[Array, "groups packed ..."]
 Rows = Shaped[Array, "rows length ..."]
 
 
+class Sizes(NamedTuple):
+    """Those of a `SharedPrefix`."""
+
+    rows: int
+    room: int
+    rest: int
+    length: int
+
+
 class SharedPrefix(flax.struct.PyTreeNode):
     """How groups of rows are packed. Rows of a group follow each other.
 
@@ -26,12 +36,18 @@ class SharedPrefix(flax.struct.PyTreeNode):
         rows: R.
         room: S.
         rest: W, which the tokens behind the common ones fit in.
+        length: L, which all tokens of a row fit in; at least S.
     """
 
     lengths: Int[Array, "groups"]
     rows: int = flax.struct.field(pytree_node=False)
     room: int = flax.struct.field(pytree_node=False)
     rest: int = flax.struct.field(pytree_node=False)
+    length: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def _sizes(self) -> "Sizes":
+        return Sizes(self.rows, self.room, self.rest, self.length)
 
     @property
     def positions(self) -> Int[Array, "groups packed"]:
@@ -43,11 +59,11 @@ class SharedPrefix(flax.struct.PyTreeNode):
 
     def collect(self, rows: Rows) -> Packed:
         """Of rows [B R, L, ...] the tokens of a packed sequence [B, P, ...]; those of the prefix from the first row."""
-        return _collect(self.rows, self.room, self.rest, self.lengths, rows)
+        return _collect(self._sizes, self.lengths, rows)
 
     def spread(self, packed: Packed) -> Rows:
         """The rows [B R, L, ...] of a packed sequence [B, P, ...]; a row's places behind its last token hold zeros."""
-        return _spread(self.rows, self.room, self.rest, self.lengths, packed)
+        return _spread(self._sizes, self.lengths, packed)
 
     def at(self, packed: Packed, places: Int[Array, "rows places"]) -> Shaped[Array, "rows places ..."]:
         """What stands in the rows [B R, L, ...] at the places [B R, C] that lie within them."""
@@ -90,41 +106,41 @@ def _joined(prefix: Array, own: Array) -> Array:
     return jnp.concatenate([prefix[:, 0], own.reshape(len(own), -1, *own.shape[3:])], axis=1)
 
 
-def _cut(rows: int, room: int, packed: Array) -> tuple[Array, Array]:
+def _cut(sizes: Sizes, packed: Array) -> tuple[Array, Array]:
     """The inverse of `_joined`."""
-    own = packed[:, room:]
-    return packed[:, None, :room], own.reshape(len(own), rows, -1, *own.shape[2:])
+    own = packed[:, sizes.room :]
+    return packed[:, None, : sizes.room], own.reshape(len(own), sizes.rows, -1, *own.shape[2:])
 
 
-def _padded(prefix: Array, rest: int) -> Array:
-    return jnp.pad(prefix, [(0, 0), (0, 0), (0, rest), *((0, 0),) * (prefix.ndim - 3)])
+def _padded(sizes: Sizes, prefix: Array) -> Array:
+    return jnp.pad(prefix, [(0, 0), (0, 0), (0, sizes.length - sizes.room), *((0, 0),) * (prefix.ndim - 3)])
 
 
 # Written out, the gradients of these two linear maps move places as the maps do; those of a gather are scatters.
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _collect(rows: int, room: int, rest: int, lengths: Array, x: Array) -> Array:
-    grouped = _as_groups(rows, x)
-    return _joined(_prefix(lengths, grouped[:, :1, :room]), _moved(grouped, lengths, rest))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(sizes: Sizes, lengths: Array, rows: Array) -> Array:
+    grouped = _as_groups(sizes.rows, rows)
+    return _joined(_prefix(lengths, grouped[:, :1, : sizes.room]), _moved(grouped, lengths, sizes.rest))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _spread(rows: int, room: int, rest: int, lengths: Array, packed: Array) -> Array:
-    prefix, own = _cut(rows, room, packed)
-    return _as_rows(_padded(_prefix(lengths, prefix), rest) + _moved(own, -lengths, room + rest))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(sizes: Sizes, lengths: Array, packed: Array) -> Array:
+    prefix, own = _cut(sizes, packed)
+    return _as_rows(_padded(sizes, _prefix(lengths, prefix)) + _moved(own, -lengths, sizes.length))
 
 
-def _collect_transposed(rows: int, room: int, rest: int, lengths: Array, packed: Array) -> tuple[None, Array]:
-    prefix, own = _cut(rows, room, packed)
-    first = (jnp.arange(rows) == 0).reshape(1, -1, *(1,) * (own.ndim - 2))
-    shared = jnp.where(first, _padded(_prefix(lengths, prefix), rest), 0)
-    return None, _as_rows(shared + _moved(own, -lengths, room + rest))
+def _collect_transposed(sizes: Sizes, lengths: Array, packed: Array) -> tuple[None, Array]:
+    prefix, own = _cut(sizes, packed)
+    first = (jnp.arange(sizes.rows) == 0).reshape(1, -1, *(1,) * (own.ndim - 2))
+    shared = jnp.where(first, _padded(sizes, _prefix(lengths, prefix)), 0)
+    return None, _as_rows(shared + _moved(own, -lengths, sizes.length))
 
 
-def _spread_transposed(rows: int, room: int, rest: int, lengths: Array, x: Array) -> tuple[None, Array]:
-    grouped = _as_groups(rows, x)
-    prefix = _prefix(lengths, grouped[:, :, :room]).sum(1, keepdims=True)
-    return None, _joined(prefix, _moved(grouped, lengths, rest))
+def _spread_transposed(sizes: Sizes, lengths: Array, rows: Array) -> tuple[None, Array]:
+    grouped = _as_groups(sizes.rows, rows)
+    prefix = _prefix(lengths, grouped[:, :, : sizes.room]).sum(1, keepdims=True)
+    return None, _joined(prefix, _moved(grouped, lengths, sizes.rest))
 
 
-_collect.defvjp(lambda rows, room, rest, lengths, x: (_collect(rows, room, rest, lengths, x), lengths), _collect_transposed)
-_spread.defvjp(lambda rows, room, rest, lengths, x: (_spread(rows, room, rest, lengths, x), lengths), _spread_transposed)
+_collect.defvjp(lambda sizes, lengths, rows: (_collect(sizes, lengths, rows), lengths), _collect_transposed)
+_spread.defvjp(lambda sizes, lengths, packed: (_spread(sizes, lengths, packed), lengths), _spread_transposed)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.objectives.log_ratio import as_rows, node_log_probs, repeated
+from sysdpo_jax.objectives.log_ratio import node_log_probs, repeated, trained_nodes
 from sysdpo_jax.objectives.objective import Aux, PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Keys, Params
 
@@ -48,9 +48,11 @@ class DirectObjective(PreferenceObjective):
         """
         require_batch(batch, PairBatch, "prepare_pairs")
         rows, sides = jax.tree.leaves(batch)[0].shape[0], batch.sides()
+        nodes = trained_nodes(system, reference)
+        features = {node.name: node.component.rows(sides[node.name], 2) for node in nodes}
         precomputed = {name: jnp.stack(values, axis=1).reshape(-1) for name, values in (batch.reference or {}).items()}
         keys = repeated(row_keys(key, rows), (2,))
-        node_logps = node_log_probs(system, params, reference, as_rows(sides), keys, precomputed)
+        node_logps = node_log_probs(system, params, reference, features, keys, precomputed)
         node_logps = jax.tree.map(lambda x: x.reshape(rows, 2).T, node_logps)
         require_trained(node_logps)
         log_ratios = total(term.log_ratio for term in node_logps.values())

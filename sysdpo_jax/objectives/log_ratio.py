@@ -1,12 +1,11 @@
 """The log-ratio of a system: a sum over its nodes."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.typing import Features, Keys, Params
@@ -64,17 +63,8 @@ def node_log_probs(
     }
 
 
-def as_rows(tree: PyTree, axes: int = 2) -> PyTree:
-    """Every array [batch, ..., *rest] with its first `axes` axes as one of rows, those of a preference together.
-
-    A mesh that cuts the batch cuts the rows in the same way. (The axis that `vmap` adds would be the outer one, and the
-    compiler would gather the whole batch to apply a convolution.)
-    """
-    return jax.tree.map(lambda x: jnp.reshape(x, (math.prod(x.shape[:axes]), *x.shape[axes:])), tree)
-
-
 def repeated(keys: Keys, counts: tuple[int, ...]) -> Keys:
-    """The key of each preference for all of its rows, as `as_rows` orders them: [batch] -> [batch * prod(counts)]."""
+    """The key of each preference for all of its rows, in the order of `Component.rows`: [batch] -> [batch * counts]."""
     return jnp.broadcast_to(keys.reshape(-1, *(1 for _ in counts)), (len(keys), *counts)).reshape(-1)
 
 

@@ -37,7 +37,7 @@ from sysdpo_jax import (
     prepare_pairs,
 )
 from sysdpo_jax.batch import encode_batch
-from sysdpo_jax.components.base import row_keys
+from sysdpo_jax.components.base import as_rows, row_keys
 from sysdpo_jax.components.sampled_text import facts_of
 from sysdpo_jax.data import files, preferences
 from sysdpo_jax.data import prepared as stored
@@ -48,7 +48,7 @@ from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.errors import DamagedFileError
 from sysdpo_jax.manifest import digest
 from sysdpo_jax.models.decoder import Decoder
-from sysdpo_jax.objectives.log_ratio import as_rows, node_log_probs, repeated
+from sysdpo_jax.objectives.log_ratio import node_log_probs, repeated
 from sysdpo_jax.training import ComponentOptimizer
 from sysdpo_jax.values import SampledText, to_json
 from tests.components.painters import VAE, CountingCodec, encoded_since, painter
@@ -685,7 +685,7 @@ def plated_row(row, folder):
 @partial(jax.jit, static_argnums=0)
 def ratios(system, params, reference, batch, keys):
     """The policy's log-probabilities and its log-ratios, {node: [rows, 2]}, and the losses [rows]."""
-    terms = node_log_probs(system, params, reference, as_rows(batch.sides()), repeated(keys, (2,)), {})
+    terms = node_log_probs(system, params, reference, as_rows(batch.sides(), 2), repeated(keys, (2,)), {})
     policy = {name: term.policy.reshape(-1, 2) for name, term in terms.items()}
     ratio = sum(term.log_ratio.reshape(-1, 2) for term in terms.values())
     return policy, -jax.nn.log_sigmoid(0.1 * (ratio[:, 0] - ratio[:, 1]))
