@@ -246,8 +246,11 @@ class LanguageModel(Component):
     def sizes(self, features: Features) -> Mapping[str, Int[np.ndarray, "..."]]:
         """The numbers of tokens of "prompt" and "completion"; what is "shared" is not counted in the prompt again."""
         starts, lengths = (np.asarray(features[name]) for name in ("prompt_lengths", "lengths"))
-        shared = {"shared": np.sum(features["shared"], axis=-1)} if "shared" in features else {}
-        return shared | {"prompt": starts - sum(shared.values()), "completion": lengths - starts}
+        own = {"prompt": starts, "completion": lengths - starts}
+        if "shared" in features:
+            shared = np.sum(features["shared"], axis=-1)
+            own |= {"shared": shared, "prompt": starts - shared}
+        return {name: np.asarray(size) for name, size in own.items()}
 
     def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
         """The features with room for so many tokens of each of `sizes`, but no more than the model has.

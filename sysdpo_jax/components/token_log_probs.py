@@ -15,10 +15,9 @@ from sysdpo_jax.models.attention import backend
 from sysdpo_jax.models.partitioning import on_own_rows
 
 MAX_CHUNKS = 16
-# Of a chunk's logits in float32, by backend: smaller ones save nothing that matters. Each chunk reads the head and adds
-# to its gradient in memory, which on a GPU takes as long as the products of some 400 rows; 1 GiB has 2,000 of 128,000
-# logits.
-MIN_CHUNK_BYTES = {"cpu": 4 * 2**20, "tpu": 64 * 2**20, "gpu": 2**30}
+# Of a chunk's logits in float32; on a GPU more, because each chunk reads the head and adds to its gradient in memory,
+# which takes as long as the products of some 400 rows: 1 GiB are 2,000 rows of 128,000 logits.
+MIN_CHUNK_BYTES, MIN_CHUNK_BYTES_OF_GPU = 64 * 2**20, 2**30
 
 # (its parameters, hidden states) -> logits in float32, whichever stretch of a sequence they come from.
 Head = Callable[[PyTree, Float[Array, "*leading width"]], Float[Array, "*leading vocab"]]
@@ -58,7 +57,8 @@ def number_of_chunks(rows: int, width: int, vocab: int) -> int:
     be added to the sum over chunks. Over fsdp the kernel and its gradient are whole while the loop runs; tensor divides
     logits and kernel alike.
     """
-    chunks = min(MAX_CHUNKS, 4 * rows * vocab // MIN_CHUNK_BYTES.get(backend(), MIN_CHUNK_BYTES["gpu"]))
+    smallest = MIN_CHUNK_BYTES_OF_GPU if backend() == "gpu" else MIN_CHUNK_BYTES
+    chunks = min(MAX_CHUNKS, 4 * rows * vocab // smallest)
     return chunks if width * chunks < 2 * rows * (chunks - 1) else 1
 
 

@@ -60,7 +60,7 @@ def main() -> None:
     values = {name: value.astype(np.float32) for name, value in values.items()}
     targets = random.integers(0, VOCAB, (ROWS, LENGTH))
     # Chunks of 4 tokens of a device's two rows on 8 x 1 x 1.
-    with mock.patch.dict(chunked.MIN_CHUNK_BYTES, {"cpu": 4 * 2 * 4 * VOCAB}):
+    with mock.patch.object(chunked, "MIN_CHUNK_BYTES", 4 * 2 * 4 * VOCAB):
         json.dump({name: run(shape, values, targets) for name, shape in MESHES.items()}, sys.stdout)
 
 
