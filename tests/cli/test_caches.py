@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 # Trains in a folder and prints how many programs JAX took from the cache, and how many it compiled.
 TRAINING = """
 import json, sys, jax
-from sysdpo_jax.cli.main import main
+from sysdpo_jax.cli.main import dispatch
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
-main(["train", "quickstart", "--directory", sys.argv[1], "--compilation-cache", sys.argv[2], *sys.argv[3:]])
+dispatch(["train", "quickstart", "--directory", sys.argv[1], "--compilation_cache", sys.argv[2], *sys.argv[3:]])
 print(json.dumps([events.count("cache_hits"), events.count("cache_misses")]))
 """
 # Prints where programs are kept and how many of them JAX took from there.

@@ -29,6 +29,8 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embed
 UNET = {"block_out_channels": (8, 16), "norm_num_groups": 2, "attention_head_dim": 2, "cross_attention_dim": 6}
 BLOCKS = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
 BLOCKS |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2)}
+PATCHES = {"in_channels": 4, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2}
+PATCHES |= {"joint_attention_dim": 6, "caption_projection_dim": 8, "pooled_projection_dim": 5}
 SIZED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
 SIZED |= {"projection_class_embeddings_input_dim": 5 + 6 * 4}
 
@@ -45,9 +47,12 @@ MODULES = {
         UNet2DCondition(UNetConfig(**UNET, **BLOCKS, **SIZED, remat="full")),
         float32((1, 8, 8, 4), (1,), (1, 3, 6), (1, 5), (1, 6)),
     ),
-    "mmdit": (MMDiT(MMDiTConfig(num_layers=2)), None),
-    "clip": (CLIPTextEncoder(CLIPTextConfig(num_hidden_layers=2)), TOKENS),
-    "t5": (T5Encoder(T5Config(num_layers=2)), TOKENS),
+    "mmdit": (MMDiT(MMDiTConfig(**PATCHES)), float32((1, 8, 8, 4), (1,), (1, 3, 6), (1, 5))),
+    "clip": (
+        CLIPTextEncoder(CLIPTextConfig(vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2)),
+        TOKENS,
+    ),
+    "t5": (T5Encoder(T5Config(vocab_size=24, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2)), TOKENS),
     "autoencoder": (
         AutoencoderKL(AutoencoderConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=2)),
         float32((1, 16, 16, 3)),
@@ -70,17 +75,9 @@ def same(found, wanted, bits=4.0):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=limit, err_msg=path)
 
 
-def with_inputs(name):
-    module, inputs = MODULES[name]
-    if inputs is None:
-        c = module.config
-        inputs = float32((1, 8, 8, c.in_channels), (1,), (1, 3, c.joint_attention_dim), (1, c.pooled_projection_dim))
-    return module, inputs
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_the_values_are_those_of_flax(name):
-    module, inputs = with_inputs(name)
+    module, inputs = MODULES[name]
     alone = name == "autoencoder"
     # Without stacked layers every draw is a program of its own in Flax's too, unless the whole is one.
     init = module.init if alone else jax.jit(module.init)
@@ -90,7 +87,7 @@ def test_the_values_are_those_of_flax(name):
 
 @pytest.mark.parametrize("name", ["decoder", "unet"])
 def test_nothing_of_the_forward_pass_is_compiled(name):
-    module, inputs = with_inputs(name)
+    module, inputs = MODULES[name]
     text = jax.jit(lambda key: fresh_params(module, key, *inputs)).lower(KEY).as_text()
     assert "stablehlo.dot_general" not in text
     assert "stablehlo.convolution" not in text
@@ -148,7 +145,7 @@ def test_parameters_made_of_what_comes_before_them_are_computed_with_it():
 
 def test_a_kernel_is_drawn_where_it_will_lie():
     """Under jit with placements, as who makes a large model on a mesh asks for it."""
-    module, inputs = with_inputs("decoder")
+    module, inputs = MODULES["decoder"]
     init = lambda key: fresh_params(module, key, *inputs)  # noqa: E731
     mesh = jax.make_mesh((1,), ("fsdp",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
