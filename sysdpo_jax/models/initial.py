@@ -71,6 +71,7 @@ def _evaluate(
 
     for equation in program.eqns:
         name, values = equation.primitive.name, [read(variable) for variable in equation.invars]
+        made: Sequence[Any]
         if name == "random_fold_in":
             made = [jax.random.fold_in(values[0], number(values[1]))]
         elif name == "scan" and not equation.params["num_carry"]:
