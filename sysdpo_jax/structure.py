@@ -181,10 +181,10 @@ class Graph:
             if node.deterministic:
                 continue
             with users_part(node, "init", GraphError):
-                shape = jax.eval_shape(node.component.init, key)
                 if node.params_key not in params:
                     params[node.params_key] = node.component.init(named_key(key, node.params_key))
                     continue
+                shape = jax.eval_shape(node.component.init, key)
             if shape != jax.eval_shape(lambda tree: tree, params[node.params_key]):
                 raise GraphError(
                     f"node {node.name!r} shares the parameters {node.params_key!r} with another node but its component "

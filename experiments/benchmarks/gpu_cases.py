@@ -52,7 +52,7 @@ class Case:
 
     def params(self, key: PRNGKeyArray) -> Params:
         """Random weights, made on the device in their own precision."""
-        params = jax.jit(self.system.init)(key)
+        params = self.system.init(key)
         if not self.lora_rank:
             return params
         return {self.name: sj.add_lora(params[self.name], sj.LoRA(self.lora_rank, 2.0 * self.lora_rank), key)}

@@ -15,6 +15,7 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.encoding import in_slices
 from sysdpo_jax.components.images import fit_image, open_picture, read_image
 from sysdpo_jax.models.autoencoder import AutoencoderKL, scale_latents, unscale_latents
+from sysdpo_jax.models.initial import fresh_params
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Params
 
@@ -200,8 +201,9 @@ class LatentCodec:
         """
         config = self.autoencoder.config
         side = 2 * self._factor
-        params: Params = self.autoencoder.init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]
-        return params
+        return fresh_params(
+            self.autoencoder, key, jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
+        )
 
     def prepare(self, images: Sequence[Any]) -> Prepared:
         """Pixels in 8 bits, at one of the sizes."""

@@ -31,6 +31,7 @@ from sysdpo_jax.components.token_log_probs import token_log_probs
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.decoding.decode import beam_generate, generate
 from sysdpo_jax.models.decoder import Decoder, head_params
+from sysdpo_jax.models.initial import fresh_params
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, user_code
@@ -111,7 +112,7 @@ class LanguageModel(Component):
         return *own, *lengths, self.decoder.config.vocab_size
 
     def init(self, key: PRNGKeyArray) -> Params:
-        return self.decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return fresh_params(self.decoder, key, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
     def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
         """Token ids [batch, length], right padded, the prompt's length and the whole length of each row.

@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.models.clip import CLIPTextEncoder
+from sysdpo_jax.models.initial import fresh_params
 from sysdpo_jax.models.t5 import T5Encoder
 from sysdpo_jax.typing import Features, Params
 
@@ -103,7 +104,8 @@ class TextEncoder(TextConditioner):
         check_truncation(self.truncation)
 
     def init(self, key: PRNGKeyArray) -> Params:
-        return {"text_encoder": self.encoder.init(key, jnp.zeros((1, self.length), jnp.int32))["params"]}
+        tokens = jax.ShapeDtypeStruct((1, self.length), jnp.int32)
+        return {"text_encoder": fresh_params(self.encoder, key, tokens)}
 
     def prepare(self, captions: Sequence[str | None]) -> dict[str, Features]:
         return _tokens({"tokens": self.tokenizer}, captions, self.length, self.truncation)
@@ -252,9 +254,9 @@ def _shapes(text: TextConditioner) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def _init(encoders: Mapping[str, nn.Module], key: PRNGKeyArray) -> Params:
-    keys, tokens = jax.random.split(key, len(encoders)), jnp.zeros((1, 2), jnp.int32)
+    keys, tokens = jax.random.split(key, len(encoders)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     made = zip(encoders.items(), keys, strict=True)
-    return {name: encoder.init(own, tokens)["params"] for (name, encoder), own in made}
+    return {name: fresh_params(encoder, own, tokens) for (name, encoder), own in made}
 
 
 def _clip_states(text: SDXLText | SD3Text, params: Params, features: dict[str, Features]) -> tuple[Array, list[Array]]:

@@ -27,6 +27,7 @@ from sysdpo_jax.components.text import FrozenText, TextConditioner
 from sysdpo_jax.diffusion.samplers import DDIM, Denoiser, FlowEuler, Sampler, guided, guides
 from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, add_noise, expand, target
 from sysdpo_jax.diffusion.weightings import Constant, Weighting
+from sysdpo_jax.models.initial import fresh_params
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
@@ -128,11 +129,12 @@ class TextToImage(Component):
 
     def init(self, key: PRNGKeyArray) -> Params:
         text_key, image_key = jax.random.split(key)
-        latents = jnp.zeros((1, *self.codec.latent_shape))
-        conditioning = [jnp.zeros(shape.shape, shape.dtype) for shape in self.text.shapes()]
-        frames = [jnp.zeros((1, 6))] if self.text.sized else []
+        frames = [(1, 6)] if self.text.sized else []
+        latents, time, *sizes = (
+            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1, *self.codec.latent_shape), (1,), *frames]
+        )
         params = {
-            "denoiser": self.denoiser.init(image_key, latents, jnp.zeros(1), *conditioning, *frames)["params"],
+            "denoiser": fresh_params(self.denoiser, image_key, latents, time, *self.text.shapes(), *sizes),
             "codec": self.codec.init(jax.random.fold_in(key, 2)) if isinstance(self.codec, LatentCodec) else {},
             "text": self.text.init(text_key),
         }

@@ -36,8 +36,8 @@ Settings: TypeAlias = tuple[int, int, tuple[int, int], int]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-# Batches: read in so many threads, and so many ahead of the step.
-THREADS = AHEAD = 4
+# So many batches are read ahead of the step at first, and at most, each in a thread.
+AHEAD, MOST_AHEAD = 4, 16
 # Sizes are multiples of this, which the devices' matrix units and attention kernels like.
 MULTIPLE = 8
 # Rows that sizes are chosen by, of a larger data set; records of a list that are prepared together.
@@ -369,6 +369,9 @@ def preference_dataset(
 def read_ahead(dataset: Indexed[T], step: int) -> Iterator[Iterator[T]]:
     """Read a dataset in threads, ahead of who takes its elements; they end with the context.
 
+    Whenever an element is not there when it is asked for, one more is read at a time from then on, up to `MOST_AHEAD`:
+    a disk that takes nearly that many steps' time for a batch holds up none of them.
+
     Args:
         dataset: Elements by number.
         step: Of the first one.
@@ -376,15 +379,17 @@ def read_ahead(dataset: Indexed[T], step: int) -> Iterator[Iterator[T]]:
     Yields:
         An iterator over the elements. Threads are left alone after a moment where one never comes.
     """
-    with DaemonExecutor(THREADS, "read-ahead") as threads:
+    with DaemonExecutor(MOST_AHEAD, "read-ahead") as threads:
         yield _elements(dataset, step, threads)
 
 
 def _elements(dataset: Indexed[T], step: int, threads: Executor) -> Iterator[T]:
-    ahead: deque[Future[T]] = deque()
+    ahead, most = deque[Future[T]](), AHEAD
     for last in range(step, len(dataset)):
         ahead.append(threads.submit(dataset.__getitem__, last))
-        if len(ahead) > AHEAD:
+        if len(ahead) > most:
+            if not ahead[0].done():
+                most = min(most + 1, MOST_AHEAD)
             yield ahead.popleft().result()
     while ahead:
         yield ahead.popleft().result()

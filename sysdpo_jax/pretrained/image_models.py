@@ -282,8 +282,7 @@ def part_tensors(folder: Path, part: Part, variant: str | None) -> Safetensors:
 @functools.cache
 def abstract_params(part: Part, module: Any) -> Params:
     """Shapes and types of a part's parameters; nothing is computed. Tracing takes a second: equal parts share it."""
-    inputs = part.example(module.config)
-    return jax.eval_shape(lambda key: module.init(key, *inputs), jax.random.key(0))["params"]
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *part.example(module.config)))["params"]
 
 
 def write_part(

@@ -79,7 +79,7 @@ def load_language_model(
     component = LanguageModel(Decoder(config), tokenizer, **defaults | settings, source=source)
     if own_tokenizer:
         check_vocabulary(tokenizer, config.vocab_size, str(path))
-    abstract = jax.eval_shape(component.init, jax.random.key(0))
+    abstract = jax.eval_shape(lambda: component.init(jax.random.key(0)))
     return component, load_params(abstract, tensors, decoder_naming(config), param_dtype, shardings)
 
 

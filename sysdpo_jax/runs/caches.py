@@ -15,12 +15,17 @@ logger = logging.getLogger(__name__)
 
 # Beyond them the programs that were not used for longest are dropped.
 MAX_BYTES = 10 * 2**30
+# JAX's own bound of a second leaves out what draws parameters and most of what runs once, which is much together. What
+# takes less than this is as soon compiled as kept.
+MIN_SECONDS = 0.1
 # Days after which prepared preferences are dropped that no command has used.
 MAX_DAYS = 30
 
 
 def keep_compilations(where: str) -> None:
-    """Keep what takes a second or more to compile, and take what is kept. A cache of JAX's own settings goes before.
+    """Keep what takes `MIN_SECONDS` or more to compile, and take what is kept. JAX's own settings go before.
+
+    Commands call it; a script of one's own may, before it computes anything.
 
     Args:
         where: "user" for the user's cache ($XDG_CACHE_HOME, ~/.cache by default), which all runs share; "none"; or a
@@ -39,6 +44,8 @@ def keep_compilations(where: str) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     # JAX looks at the folder once, at its first compilation.
     compilation_cache.reset_cache()
 

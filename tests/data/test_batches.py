@@ -1,5 +1,6 @@
 """Batches of prepared preferences: their order and shapes, shards, what is read and when, and training from them."""
 
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ import pytest
 
 from sysdpo_jax import DirectObjective, Gaussian, PreferenceRecord, RecordError, epoch_batches, prepare_pairs
 from sysdpo_jax.data import batches, preference_dataset
-from sysdpo_jax.data.batches import AHEAD, MULTIPLE, Plan, best_cut, read_ahead, static_sizes
+from sysdpo_jax.data.batches import AHEAD, MOST_AHEAD, MULTIPLE, Plan, best_cut, read_ahead, static_sizes
 from sysdpo_jax.threads import GRACE
 from sysdpo_jax.training import ComponentOptimizer, Trainer, create_state, make_optimizer
 from tests.training.systems import CHAIN
@@ -157,6 +158,77 @@ def test_making_batches_goes_ahead_in_threads_and_starts_at_any_step():
         assert next(batches) == 4
     assert all(name.startswith("read-ahead") for name in threads)
     assert threads_left() == []
+
+
+class SlowDisk:
+    """Sleeps as long for a batch as the steps that are given take."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, number):
+        time.sleep(self.seconds)
+        return number
+
+
+@pytest.mark.parametrize("steps_a_read", [3, 10])
+def test_a_slow_disk_starves_no_step(steps_a_read):
+    """After the first steps, those that follow wait under 2% of the time for batches.
+
+    Everything sleeps. A busy machine adds to what is measured and takes nothing away: of three times the best counts.
+    """
+    step, warm, measured = 0.02, 60, 60
+    shares = []
+    while not shares or (shares[-1] >= 0.02 and len(shares) < 3):
+        with read_ahead(SlowDisk(steps_a_read * step), 0) as batches:
+            waited = began = 0.0
+            for number in range(warm + measured):
+                asked = time.monotonic()
+                if number == warm:
+                    began, waited = asked, 0.0
+                assert next(batches) == number
+                waited += time.monotonic() - asked
+                time.sleep(step)
+        shares.append(waited / (time.monotonic() - began))
+    assert min(shares) < 0.02, shares
+
+
+def test_no_more_is_read_ahead_than_is_needed():
+    """A reader that keeps up fills no memory, and one that never does has a bound."""
+    asked, there, changed = [], [-1], threading.Condition()
+
+    class Reads:
+        def __len__(self):
+            return sys.maxsize
+
+        def __getitem__(self, number):
+            asked.append(number)
+            with changed:
+                changed.wait_for(lambda: number <= there[0])
+            return number
+
+    def come(last):
+        with changed:
+            there[0] = last
+            changed.notify_all()
+
+    with read_ahead(Reads(), 0) as batches:
+        for number in range(30):
+            threading.Timer(0.05 if number == 0 else 0.0, come, (number + 20,)).start()
+            time.sleep(0.02)
+            assert next(batches) == number
+            # One more than at first for the batch of the first step, which nobody could have read before.
+            assert max(asked) <= number + AHEAD + 1
+        for number in range(50, 90):
+            threading.Timer(0.01, come, (number,)).start()
+            while next(batches) < number:
+                pass
+            assert max(asked) <= number + MOST_AHEAD
+        assert max(asked) > number + AHEAD + 1
+        come(sys.maxsize)
 
 
 @dataclass

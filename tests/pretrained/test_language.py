@@ -21,6 +21,7 @@ from sysdpo_jax import pretrained
 from sysdpo_jax.pretrained import CheckpointError
 from tests.components.painters import arrays_in
 from tests.components.stubs import word_tokenizer
+from tests.models.programs import compiling
 from tests.pretrained.checkpoints import FAMILIES, write_decoder
 
 TEXTS = (["a red", "the small cube on"], ["ball on the left", "a large green ball"])
@@ -44,6 +45,15 @@ def test_log_probabilities_equal_transformers(family, tmp_path):
             logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].double()
         expected = logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None]).sum()
         np.testing.assert_allclose(ours[row], float(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_compiles_nothing(family, tmp_path):
+    """No parameter is drawn to be replaced, and nothing of a model runs."""
+    write_decoder(tmp_path, family)
+    with compiling() as programs:
+        pretrained.load(tmp_path, tokenizer=word_tokenizer())
+    assert not programs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

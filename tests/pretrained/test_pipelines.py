@@ -16,6 +16,7 @@ from sysdpo_jax.components.codec import whole_frames
 from sysdpo_jax.diffusion.samplers import Euler
 from sysdpo_jax.pretrained import CheckpointError
 from tests.components.painters import arrays_in
+from tests.models.programs import compiling
 from tests.pretrained.checkpoints import PIPELINES
 
 # diffusers' Euler scheduler makes an array of a tensor in a way that NumPy 2 deprecates.
@@ -67,6 +68,15 @@ def test_pictures_equal_those_of_diffusers(name, made):
     theirs = pictures(pipe, component, height=16, width=16, **settings)
     assert np.ptp(theirs) > 0.3
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_loading_compiles_nothing(name, made):
+    """No parameter is drawn to be replaced, and nothing of a model runs."""
+    folder = made(name)[1]
+    with compiling() as programs:
+        pretrained.load(folder)
+    assert not programs
 
 
 @pytest.mark.parametrize("name", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd1", "sdxl"))])
