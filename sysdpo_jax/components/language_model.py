@@ -236,7 +236,7 @@ class LanguageModel(Component):
 
     def share(self, runs: Sequence[Features]) -> Sequence[Features]:
         """With "shared", see `shared_prompt`."""
-        return marked(runs, self.max_prompt_length)
+        return marked(runs)
 
     def rows(self, features: Features, axes: int) -> Features:
         """Of features with "shared" also "runs", by which `log_prob` knows which rows begin alike."""

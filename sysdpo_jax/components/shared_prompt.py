@@ -29,10 +29,10 @@ class Runs:
     number: int
 
 
-def marked(runs: Sequence[Features], room: int) -> list[Features]:
-    """The runs with "shared", all of one room; each [preferences, ..., T], of prompts of at most `room` tokens.
+def marked(runs: Sequence[Features]) -> list[Features]:
+    """The runs with "shared", all of one room; each [preferences, ..., T].
 
-    Where all prompts of every preference are equal the room is `room`, so that other preferences get the same. Else the
+    Where all prompts of every preference are equal that is the room for prompts, as of other preferences. Else the
     common tokens of prompts that differ count, where every row's rest fits in what is left of T; of several preferences
     the room is then a power of two, so that there are few.
     """
@@ -41,6 +41,8 @@ def marked(runs: Sequence[Features], room: int) -> list[Features]:
         _together([run[name][..., None] for run in runs])[..., 0] for name in ("prompt_lengths", "lengths")
     )
     common = np.minimum(_common(tokens), starts.min(1))
+    # What completions leave of a row.
+    room = min(run["tokens"].shape[-1] - run["completion"].shape[-1] for run in runs)
     whole = (common == starts.max(1)).all()
     if not whole:
         common = np.where(common >= LEAST, common, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sysdpo_jax.batch import PairBatch, SampledBatch
-from sysdpo_jax.components.base import row_keys
+from sysdpo_jax.components.base import as_rows, row_keys
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.objectives.log_ratio import NodeLogps, log_probs_of_node, repeated, trained_nodes
 from sysdpo_jax.objectives.objective import Aux, PreferenceObjective, require_batch, require_trained, total
@@ -107,8 +107,9 @@ class SamplingObjective(PreferenceObjective):
             for node in _generative(system):
                 inner = node.name in intermediates
                 counts = (number,) if inner else (number, 2)
-                given = intermediates[node.name] if inner else sides[node.name]
-                features = node.component.rows(given, 1 + len(counts))
+                # An intermediate's parents are those of its row; those of a final value hold its intermediates too.
+                given = intermediates[node.name] if inner else as_rows(sides[node.name], 2)
+                features = node.component.rows(given, 2)
                 values = log_probs_of_node(system, node, params, reference, features, repeated(keys, counts))
                 # An intermediate is the same on both sides.
                 by_row = jax.tree.map(lambda x, last=1 if inner else 2: x.reshape(len(keys), number, last), values)

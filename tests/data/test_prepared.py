@@ -783,7 +783,10 @@ def test_shapes_of_texts_are_those_that_are_said(tmp_path):
         for step in range(3 * dataset.plan.per_epoch):
             traced(dataset[step])
         said = int(
-            re.match(r"shapes of batches: (\d+) \(drafts completion, drafts prompt, answer", dataset.describe())[1]
+            re.match(
+                r"shapes of batches: (\d+) \(drafts completion, drafts prompt, drafts shared, answer",
+                dataset.describe(),
+            )[1]
         )
         assert traced._cache_size() <= said <= shapes
         assert dataset.plan.left_out == 0

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from sysdpo_jax import CompoundSystem, DirectObjective, Gaussian, LanguageModel, Node, PairBatch, epoch_batches
+from sysdpo_jax.batch import share
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.training import (
     ComponentOptimizer,
@@ -55,12 +56,14 @@ OPTIMIZER = make_optimizer({name: ComponentOptimizer(optax.adam(3e-4)) for name 
 
 
 def preferences() -> PairBatch:
+    """The sides have their prompts in common, which go through the model once."""
     rng = np.random.default_rng(0)
+    prompts = rng.integers(2, 64, (4 * ROWS, 5)).astype(np.int32)
 
     def side():
         lengths = rng.integers(8, LENGTH + 1, 4 * ROWS).astype(np.int32)
         text = {
-            "tokens": rng.integers(2, 64, (4 * ROWS, LENGTH)).astype(np.int32),
+            "tokens": np.hstack([prompts, rng.integers(2, 64, (4 * ROWS, LENGTH - 5)).astype(np.int32)]),
             "prompt_lengths": np.full(4 * ROWS, 5, np.int32),
             "lengths": lengths,
             "truncated": np.zeros(4 * ROWS, np.float32),
@@ -70,7 +73,9 @@ def preferences() -> PairBatch:
         text = SYSTEM.node("text").component.resize(text, {"prompt": 5, "completion": LENGTH - 5})
         return {"text": text, "value": value}
 
-    return PairBatch(side(), side())
+    batch = PairBatch(*share(SYSTEM, [side(), side()]))
+    assert batch.chosen["text"]["shared"].all()
+    return batch
 
 
 def start(axes, rules, params):

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sysdpo_jax import CompoundSystem, DirectObjective, LanguageModel, Node, PairBatch
+from sysdpo_jax.batch import share
 from sysdpo_jax.models.decoder import Decoder
 from tests.components.stubs import IdTokenizer
 from tests.parity.convert import llama_params, llama_tree, torch_decoder
@@ -17,6 +18,8 @@ from tests.parity.test_decoder_families import VARIANTS
 PROMPTS = np.array([3, 5, 2, 4])
 LENGTHS = {"chosen": np.array([12, 9, 4, 10]), "rejected": np.array([7, 12, 10, 5])}
 TOKENS = {side: random_tokens((4, 12), seed=seed) for seed, side in enumerate(LENGTHS)}
+# A prompt is the same on both sides.
+TOKENS["rejected"] = np.where(np.arange(12) < PROMPTS[:, None], TOKENS["chosen"], TOKENS["rejected"])
 # Small enough that the sigmoid, of margins of tens of nats, stays in its bend.
 BETA = 0.02
 
@@ -30,9 +33,12 @@ def torch_log_prob(model: PreTrainedModel, side: str) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2 window", "qwen3 window", "gemma2", "gemma3"])
-def test_loss_and_gradient(name: str) -> None:
-    """1e-3 of each array's largest entry: float32 sums over rows, tokens and layers, ordered differently."""
+def test_loss_and_gradient(name: str, shared: bool) -> None:
+    """With prompts once for each side, and once for both.
+
+    1e-3 of each array's largest entry: float32 sums over rows, tokens and layers, ordered differently."""
     policy, reference = (torch_decoder(VARIANTS[name], seed=seed) for seed in (6, 7))
     ratios = {}
     for side in LENGTHS:
@@ -51,7 +57,7 @@ def test_loss_and_gradient(name: str) -> None:
     whole = {"prompt_lengths": PROMPTS} | dict.fromkeys(("truncated", "retokenized"), np.zeros(4, np.float32))
     texts = [whole | {"tokens": TOKENS[side], "lengths": LENGTHS[side]} for side in LENGTHS]
     sides = [{"answer": component.resize(text, {"prompt": 5, "completion": 9})} for text in texts]
-    batch = jax.tree.map(jnp.asarray, PairBatch(*sides))
+    batch = jax.tree.map(jnp.asarray, PairBatch(*(share(system, sides) if shared else sides)))
     trees = {"answer": llama_params(policy)}, {"answer": llama_params(reference)}
     value, gradients = jax.jit(
         jax.value_and_grad(lambda p, r: DirectObjective(BETA)(system, p, r, batch, jax.random.key(0))[0]),
