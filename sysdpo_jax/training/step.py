@@ -212,6 +212,8 @@ class TrainStep:
         candidates = self._asked(state, arguments)
         if len(candidates) == 1:
             return candidates[0]
+        # A step that still runs holds memory that this one will have.
+        jax.block_until_ready(arguments)
 
         def compiled_as(setting: str | None) -> jax.stages.Compiled:
             # What a call of the same function takes up: nothing is compiled twice.

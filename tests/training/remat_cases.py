@@ -89,7 +89,7 @@ def _side(component, rows, seed):
     return made
 
 
-def start(component, lora=False):
+def start(component, lora=False, mesh=None):
     """The optimiser and the first state of the component's system, whole or, with lora, its factors trained."""
     made = system(component)
     params = drawn(made.init)
@@ -97,4 +97,4 @@ def start(component, lora=False):
     if lora:
         params = {"value": add_lora(params["value"], LoRA(4, 8.0, "all_linear"), KEY)}
     optimizer = make_optimizer({"value": ComponentOptimizer(optax.sgd(1e-3), **trained)})
-    return optimizer, create_state(made, params, optimizer)
+    return optimizer, create_state(made, params, optimizer, mesh)
