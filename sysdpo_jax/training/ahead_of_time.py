@@ -17,7 +17,7 @@ from sysdpo_jax.models.attention import compiling_for
 from sysdpo_jax.models.remat import choosing
 from sysdpo_jax.parallel.hlo import collectives_by_kind
 from sysdpo_jax.parallel.sharding import BATCH_SPEC, activation_rules, replicated
-from sysdpo_jax.training.compiling import COMPILER_OPTIONS, GIB, candidates_on, fastest_that_fits
+from sysdpo_jax.training.compiling import CANDIDATES, COMPILER_OPTIONS, GIB, fastest_that_fits
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import TrainStep
 from sysdpo_jax.typing import Params
@@ -104,7 +104,7 @@ def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) ->
         out_shardings=placed.trained[key],
         compiler_options=COMPILER_OPTIONS,
     )
-    with choosing(candidates_on(step.mesh)[0]):
+    with choosing(CANDIDATES[0]):
         gradient = function.lower(state.trained[key], state, part, noise)
     memory: Any = gradient.compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
@@ -128,9 +128,9 @@ def compile_step(step: TrainStep, state: TrainState, batch: PyTree, usable_gib: 
         has it, and of one chip the memory in GiB and the collective operations or, where the compiler has no room for
         it, the first lines of what it says; and the seconds that all of it took.
     """
-    seconds, programs, key = Counter[str](), dict[str | None, jax.stages.Compiled](), jax.random.key(0)
+    seconds, programs, key = Counter[str](), dict[str, jax.stages.Compiled](), jax.random.key(0)
 
-    def compiled_as(setting: str | None) -> jax.stages.Compiled:
+    def compiled_as(setting: str) -> jax.stages.Compiled:
         began = time.monotonic()
         with compiling_for("tpu"):
             lowered = step.lower(state, batch, key, setting)

@@ -29,7 +29,7 @@ from sysdpo_jax.parallel.sharding import (
     place_batch,
     replicated,
 )
-from sysdpo_jax.training.compiling import COMPILER_OPTIONS, candidates_on, fastest_that_fits, room
+from sysdpo_jax.training.compiling import CANDIDATES, COMPILER_OPTIONS, fastest_that_fits, room
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import Fixed, Mutable, TrainState
@@ -100,7 +100,7 @@ class TrainStep:
         # Of the structure of a state and what "auto" stands for.
         self._functions: dict[Any, Any] = {}
         # Of shapes of arguments: what "auto" became. Whether a model has it, once the step is traced.
-        self._decided: dict[Any, str | None] = {}
+        self._decided: dict[Any, str] = {}
         self._has_auto = False
 
     def __call__(
@@ -139,7 +139,7 @@ class TrainStep:
         Returns:
             The names of its metrics.
         """
-        arguments, first = self._arguments(state, batch, key, PROCEED), candidates_on(self.mesh)[0]
+        arguments, first = self._arguments(state, batch, key, PROCEED), CANDIDATES[0]
         return tuple(self._traced(state, first, lambda function: function.eval_shape(*arguments))[1])
 
     def check(self, state: TrainState, rows: int) -> None:
@@ -165,7 +165,7 @@ class TrainStep:
                 f": make the batch a multiple of {self.accumulate * shares}, or change accumulate"
             )
 
-    def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray, auto: str | None = AUTO) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray, auto: str = AUTO) -> jax.stages.Lowered:
         """Lower the step; nothing runs.
 
         Args:
@@ -178,11 +178,11 @@ class TrainStep:
             What compiles ahead of time, or has its memory analysed.
         """
         arguments = state.mutable, state.fixed, batch, key, PROCEED
-        auto = candidates_on(self.mesh)[0] if auto == AUTO else auto
+        auto = CANDIDATES[0] if auto == AUTO else auto
         lowered: jax.stages.Lowered = self._traced(state, auto, lambda function: function.lower(*arguments))
         return lowered
 
-    def settings(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str | None, ...]:
+    def settings(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str, ...]:
         """What "auto" may stand for, the fastest first; a single one, of no effect, where no model asks.
 
         Args:
@@ -200,7 +200,7 @@ class TrainStep:
         proceed = jax.device_put(proceed, replicated(self.mesh))
         return state.mutable, state.fixed, place_batch(self.mesh, batch), key, proceed
 
-    def _setting(self, state: TrainState, arguments: Any) -> str | None:
+    def _setting(self, state: TrainState, arguments: Any) -> str:
         """What "auto" stands for with arguments of these shapes; decided once, by all processes together."""
         batch = arguments[2]
         known = jax.tree.structure((state, batch)), tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
@@ -208,14 +208,14 @@ class TrainStep:
             self._decided[known] = self._decide(state, arguments)
         return self._decided[known]
 
-    def _decide(self, state: TrainState, arguments: Any) -> str | None:
+    def _decide(self, state: TrainState, arguments: Any) -> str:
         candidates = self._asked(state, arguments)
         if len(candidates) == 1:
             return candidates[0]
         # A step that still runs holds memory that this one will have.
         jax.block_until_ready(arguments)
 
-        def compiled_as(setting: str | None) -> jax.stages.Compiled:
+        def compiled_as(setting: str) -> jax.stages.Compiled:
             # What a call of the same function takes up: nothing is compiled twice.
             lowered: jax.stages.Lowered = self._traced(state, setting, lambda function: function.lower(*arguments))
             return lowered.compile()
@@ -226,12 +226,11 @@ class TrainStep:
             tell(str(decision))
         return decision.setting
 
-    def _asked(self, state: TrainState, arguments: Any) -> tuple[str | None, ...]:
-        candidates = candidates_on(self.mesh)
-        self._traced(state, candidates[0], lambda function: function.trace(*arguments))
-        return candidates if self._has_auto else candidates[:1]
+    def _asked(self, state: TrainState, arguments: Any) -> tuple[str, ...]:
+        self._traced(state, CANDIDATES[0], lambda function: function.trace(*arguments))
+        return CANDIDATES if self._has_auto else CANDIDATES[:1]
 
-    def _traced(self, state: TrainState, setting: str | None, work: Callable[[Any], Any]) -> Any:
+    def _traced(self, state: TrainState, setting: str, work: Callable[[Any], Any]) -> Any:
         """work(the jitted step), in which "auto" stands for the setting."""
         function = self._function(state, setting)
         with choosing(setting) as choice:
@@ -239,7 +238,7 @@ class TrainStep:
         self._has_auto |= choice.asked
         return made
 
-    def _function(self, state: TrainState, setting: str | None) -> Any:
+    def _function(self, state: TrainState, setting: str) -> Any:
         # States that hold the references of other components are other sets of arguments.
         known = jax.tree.structure(state), setting
         if known not in self._functions:

@@ -22,7 +22,7 @@ def main(process, number):
     share = mesh.size // number
     own = jax.tree.map(lambda x: x[process * share : (process + 1) * share], pairs(component, mesh.size))
     _, metrics = step(state, own, KEY)
-    print(json.dumps([[*map(compiling.name_of, step._decided.values())], float(metrics["loss"])]))
+    print(json.dumps([[*step._decided.values()], float(metrics["loss"])]))
 
 
 if __name__ == "__main__":
