@@ -16,12 +16,12 @@ from sysdpo_jax.parallel.distributed import gathered
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 # What "auto" tries, the fastest first. On an H100 Llama-3.2-1B, 8 pairs of 1024 tokens, takes 44.4 thousand tokens a
-# second with the results of dense layers kept (34 GiB), 41.3 under full (25 GiB) and 40.8 with all kept (66 GiB); on two
+# second with dense layers' results kept (34 GiB), 41.3 under full (25 GiB) and 40.8 with all kept (66 GiB); on two
 # cores a decoder of 8 layers takes 0.38, 0.37 and 0.47 s, a U-Net 0.22, 0.20 and 0.24 s. What is cheap to compute costs
 # more to write, to copy into the stacks of a scan and to read again: None is both slower and larger.
 CANDIDATES: tuple[str, ...] = ("products_saveable", "full")
 
-# Of an accelerator's memory, left for fragments and for programs that run between the steps.
+# Of a device's memory, left for fragments and for programs that run between the steps.
 MARGIN = 0.05
 GIB = 2**30
 
@@ -115,7 +115,7 @@ def _laid_out(memory: Any) -> int:
 
 def _free_bytes(device: Any) -> int:
     if device.platform == "cpu":
-        return _available() // device.client.local_device_count()
+        return int(_available() * (1 - MARGIN)) // device.client.local_device_count()
     # An allocator that counts nothing has nothing to promise: the smallest program is taken.
     stats = device.memory_stats() or {"bytes_limit": 0, "bytes_in_use": 0}
     return int(stats["bytes_limit"] * (1 - MARGIN)) - int(stats["bytes_in_use"])
