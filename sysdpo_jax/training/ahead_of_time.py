@@ -6,7 +6,7 @@ The devices need not be there.
 import math
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +128,7 @@ def compile_step(step: TrainStep, state: TrainState, batch: PyTree, usable_gib: 
         has it, and of one chip the memory in GiB and the collective operations or, where the compiler has no room for
         it, the first lines of what it says; and the seconds that all of it took.
     """
-    seconds, programs, key = Counter[str](), dict[str, jax.stages.Compiled](), jax.random.key(0)
+    seconds, programs, key = defaultdict[str, float](float), dict[str, jax.stages.Compiled](), jax.random.key(0)
 
     def compiled_as(setting: str) -> jax.stages.Compiled:
         began = time.monotonic()
