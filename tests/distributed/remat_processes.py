@@ -10,10 +10,12 @@ import jax
 
 from sysdpo_jax import DirectObjective, initialize, make_mesh, make_train_step
 from sysdpo_jax.training import compiling
-from tests.training.remat_cases import KEY, decoder, pairs, start, system
 
 
 def main(process, number):
+    # It asks for a device, which must wait until the processes have found each other.
+    from tests.training.remat_cases import KEY, decoder, pairs, start, system
+
     component, mesh = decoder(layers=3), make_mesh(data=number, fsdp=jax.device_count() // number)
     optimizer, state = start(component, mesh=mesh)
     # The first has room for everything, the second for nothing.
