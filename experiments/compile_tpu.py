@@ -25,6 +25,7 @@ from experiments.common.command import made_by, parse
 from experiments.scaling.systems import SYSTEMS, Config, Example, fine_tuning
 from sysdpo_jax import CompoundSystem, SampledBatch, make_train_step
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.models import choosing
 from sysdpo_jax.parallel import USABLE_HBM_GIB, batch_parts, topology_mesh
 from sysdpo_jax.training import (
     SystemOptimizer,
@@ -63,15 +64,16 @@ def plain(system: CompoundSystem) -> CompoundSystem:
     )
 
 
-def count(example: Example, state: TrainState, batch: PyTree) -> dict[str, Any]:
-    """FLOPs of one step, see FLOPS_NOTE."""
+def count(example: Example, state: TrainState, batch: PyTree, auto: str | None) -> dict[str, Any]:
+    """FLOPs of one step, see FLOPS_NOTE. auto: what a `remat` of "auto" became."""
     model = step_flops(example.system, state, batch)
 
     def loss(trained: PyTree, state: TrainState, batch: PyTree) -> Any:
         whole = state._replace(trained=trained)
         return example.objective(plain(example.system), whole.params, whole.reference_params, batch, jax.random.key(0))
 
-    again = count_flops(jax.grad(loss, has_aux=True), state.trained, state, batch)
+    with choosing(auto):
+        again = count_flops(jax.grad(loss, has_aux=True), state.trained, state, batch)
     return {"note": FLOPS_NOTE, "model": model, "model_total": sum(model.values()), "with_recomputation": again}
 
 
@@ -95,7 +97,7 @@ def run(config: Config) -> dict[str, Any]:
         "parameters": {key: sum(leaf.size for leaf in jax.tree.leaves(tree)) for key, tree in state.params.items()},
         "level": config.level,
         **result,
-        "flops": count(example, state, batch),
+        "flops": count(example, state, batch, result.get("remat_auto")),
     }
 
 

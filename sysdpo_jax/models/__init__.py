@@ -8,6 +8,7 @@ from sysdpo_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.models.decoder_config import FULL, SLIDING, DecoderConfig
 from sysdpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from sysdpo_jax.models.remat import choosing
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "UNetConfig",
     "attend",
     "choose",
+    "choosing",
 ]

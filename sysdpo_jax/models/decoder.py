@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sysdpo_jax.models.attention import attend
-from sysdpo_jax.models.config import recomputed
 from sysdpo_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
 from sysdpo_jax.models.layers import Dense, RMSNorm, embedding, join_heads, split_heads
 from sysdpo_jax.models.lora import low_rank
 from sysdpo_jax.models.partitioning import constrain, residual
+from sysdpo_jax.models.remat import recomputed
 from sysdpo_jax.models.rotary import Angles, rotary_angles, rotate
 from sysdpo_jax.models.shared_prefix import SharedPrefix
 from sysdpo_jax.typing import Params
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed_tokens = embedding(c, c.vocab_size, c.hidden_size, SCALE)
-        block = recomputed(Block, c.remat, prevent_cse=c.num_hidden_layers == 1)
+        block = recomputed(Block, c.remat, c.dtype, prevent_cse=c.num_hidden_layers == 1)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.attention import attend
-from sysdpo_jax.models.config import BlockOptions, recomputed
+from sysdpo_jax.models.config import BlockOptions
 from sysdpo_jax.models.layers import (
     Conv,
     Dense,
@@ -27,6 +27,7 @@ from sysdpo_jax.models.layers import (
     timestep_embedding,
 )
 from sysdpo_jax.models.partitioning import constrain, residual
+from sysdpo_jax.models.remat import recomputed
 
 Image = Float[Array, "batch height width channels"]
 Patches = Float[Array, "batch length width"]
@@ -266,7 +267,7 @@ class MMDiT(nn.Module):
                 f"MMDiT: latents of {height} x {width}: both must be multiples of patch_size={c.patch_size} and at "
                 f"most {most} (pos_embed_max_size={c.pos_embed_max_size} patches)"
             )
-        block_type = recomputed(JointBlock, c.remat)
+        block_type = recomputed(JointBlock, c.remat, c.dtype)
         x = PatchEmbed(c, name="pos_embed")(sample)
         condition = TimeAndText(c, name="time_text_embed")(timesteps.astype(jnp.float32), pooled_projections)
         text: Array | None = residual(Dense(c, c.width, name="context_embedder")(encoder_hidden_states))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.attention import attend
 from sysdpo_jax.models.autoencoder_config import AutoencoderConfig
-from sysdpo_jax.models.config import BlockOptions, recomputed
+from sysdpo_jax.models.config import BlockOptions
 from sysdpo_jax.models.layers import (
     Conv,
     Dense,
@@ -26,6 +26,7 @@ from sysdpo_jax.models.layers import (
     timestep_embedding,
 )
 from sysdpo_jax.models.partitioning import constrain, residual
+from sysdpo_jax.models.remat import recomputed
 
 Image = Float[Array, "batch height width channels"]
 Tokens = Float[Array, "batch length channels"]
@@ -210,7 +211,7 @@ class Transformer2DModel(nn.Module):
     @nn.compact
     def __call__(self, x: Image, text: Text) -> Image:
         c, channels = self.config, x.shape[-1]
-        block = recomputed(BasicTransformerBlock, c.remat, prevent_cse=self.depth == 1)
+        block = recomputed(BasicTransformerBlock, c.remat, c.dtype, prevent_cse=self.depth == 1)
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth
         )
@@ -250,7 +251,7 @@ class DownBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Image, time: TimeEmbedding, text: Text) -> tuple[Array, tuple[Array, ...]]:
         c, kept = self.config, []
-        resnet = recomputed(ResnetBlock2D, c.remat)
+        resnet = recomputed(ResnetBlock2D, c.remat, c.dtype)
         for i in range(c.layers_per_block):
             x = resnet(c, self.channels, name=f"resnets_{i}")(x, time)
             if self.heads:
@@ -272,7 +273,7 @@ class MidBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Image, time: TimeEmbedding, text: Text) -> Image:
         c, channels = self.config, x.shape[-1]
-        resnet = recomputed(ResnetBlock2D, c.remat)
+        resnet = recomputed(ResnetBlock2D, c.remat, c.dtype)
         x = resnet(c, channels, name="resnets_0")(x, time)
         x = Transformer2DModel(c, self.heads, self.depth, name="attentions_0")(x, text)
         return resnet(c, channels, name="resnets_1")(x, time)
@@ -295,7 +296,7 @@ class UpBlock(nn.Module):
         self, x: Image, kept: tuple[Array, ...], time: TimeEmbedding, text: Text, size: tuple[int, int] | None
     ) -> Float[Array, "batch h w out"]:
         c = self.config
-        resnet = recomputed(ResnetBlock2D, c.remat)
+        resnet = recomputed(ResnetBlock2D, c.remat, c.dtype)
         for i, skip in enumerate(reversed(kept)):
             x = resnet(c, self.channels, name=f"resnets_{i}")(jnp.concatenate([x, skip], axis=-1), time)
             if self.heads:

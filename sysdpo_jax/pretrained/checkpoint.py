@@ -26,7 +26,7 @@ def load(
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: str | None = None,
+    remat: str | None = "auto",
     shardings: Shardings | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -41,7 +41,8 @@ def load(
         path_or_hub_id: Local folder or file, or the name of a repository.
         dtype: Of the computation.
         param_dtype: Of the parameters, by default as they are stored; train whole models in float32.
-        remat: What is recomputed in the backward pass: None, "full" or a policy of `models/config.py`.
+        remat: What the backward pass computes again: None for nothing, "full" for all but the inputs of layers, or a
+            policy of `models/remat.py`; "auto" takes the fastest of them that fits the devices' memory.
         shardings: Function from abstract parameters to their shardings, for example `functools.partial(tree_shardings,
             mesh)`; by default all are on the first device. Each device's block is read by itself: no host holds a whole
             model that it does not keep.

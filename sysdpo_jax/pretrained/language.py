@@ -28,7 +28,7 @@ def load_language_model(
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: str | None = None,
+    remat: str | None = "auto",
     shardings: Shardings | None = None,
     variant: str | None = None,
     **settings: Any,

@@ -36,7 +36,7 @@ def load_pipeline(
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
-    remat: str | None = None,
+    remat: str | None = "auto",
     shardings: Shardings | None = None,
     variant: str | None = None,
     parts: Any = None,

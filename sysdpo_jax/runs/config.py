@@ -279,7 +279,8 @@ class TrainConfig:
         evaluation: Evaluation on held-out prompts.
         online: Rounds, in which the run makes its own preferences.
         dtype: Precision of the computation; weights that are trained whole are kept in float32.
-        remat: What the backward pass computes again to save memory: "full" or a policy, see `pretrained.load`.
+        remat: What the backward pass computes again to save memory: "auto" takes the fastest that fits; or null, "full"
+            or a policy, see `pretrained.load`.
         seed: Seed of everything random.
         log_every: Steps between rows of metrics.jsonl.
         checkpoint_every: Steps between checkpoints.
@@ -303,7 +304,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = _free(EvaluationConfig())
     online: OnlineConfig = OnlineConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: str | None = _free(None)
+    remat: str | None = _free("auto")
     seed: Natural = 0
     log_every: Positive = _free(10)
     checkpoint_every: Positive = _free(100)

@@ -13,7 +13,7 @@ from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import about_scorer, check_scorer, make_scorer
 from sysdpo_jax.io import file_digest
 from sysdpo_jax.manifest import digest
-from sysdpo_jax.models.config import POLICIES
+from sysdpo_jax.models.remat import SETTINGS
 from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
 from sysdpo_jax.runs.config import TrainConfig
@@ -52,8 +52,8 @@ def check_first(config: TrainConfig, rounds: bool = False) -> None:
         if config.dry_run:
             raise ConfigError("dry_run is of `sysdpo train`, which has its preferences: leave it out")
         check_watched(config.online.stop_on, config.online.figures, "online.")
-    if config.remat is not None and config.remat not in POLICIES:
-        raise ConfigError(f"remat: unknown policy {config.remat!r}: {meant(config.remat, POLICIES)}")
+    if config.remat is not None and config.remat not in SETTINGS:
+        raise ConfigError(f"remat: unknown policy {config.remat!r}: {meant(config.remat, SETTINGS)}")
     files = {"data.source": config.data.source, "online.prompts": config.online.prompts}
     for name, path in (files | {"evaluation.prompts": own.prompts}).items():
         if Path(path).suffix in (*LINES, *TABLE, ".txt") and not Path(path).exists():

@@ -6,6 +6,7 @@ The devices need not be there.
 import math
 import re
 import time
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from sysdpo_jax.models.attention import compiling_for
+from sysdpo_jax.models.remat import choosing
 from sysdpo_jax.parallel.hlo import collectives_by_kind
 from sysdpo_jax.parallel.sharding import BATCH_SPEC, activation_rules, replicated
+from sysdpo_jax.training.compiling import CANDIDATES, COMPILER_OPTIONS, GIB, fastest_that_fits
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.training.step import TrainStep
 from sysdpo_jax.typing import Params
-
-GIB = 2**30
 
 
 class ComponentBytes(NamedTuple):
@@ -27,7 +28,7 @@ class ComponentBytes(NamedTuple):
 
     params: its whole tree; reference: what of its reference is no leaf of params (a frozen leaf counts once);
     optimizer: the optimiser's state and the moving average; activations: the compiler's temporaries of the gradient of
-    its own log-ratio, None where it is frozen or no batch was given.
+    its own log-ratio, None where it is frozen or no batch was given; a `remat` of "auto" counts as what it tries first.
     """
 
     name: str
@@ -97,11 +98,14 @@ def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) ->
     placed, whole = jax.tree.map(lambda x: x.sharding, state), replicated(step.mesh)
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // step.accumulate, *x.shape[1:]), x.dtype), batch)
     noise = jax.eval_shape(lambda: jax.random.key(0))
-    gradient = jax.jit(
+    function = jax.jit(
         jax.grad(loss_of),
         in_shardings=(placed.trained[key], placed, NamedSharding(step.mesh, BATCH_SPEC), whole),
         out_shardings=placed.trained[key],
-    ).lower(state.trained[key], state, part, noise)
+        compiler_options=COMPILER_OPTIONS,
+    )
+    with choosing(CANDIDATES[0]):
+        gradient = function.lower(state.trained[key], state, part, noise)
     memory: Any = gradient.compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
 
@@ -120,32 +124,42 @@ def compile_step(step: TrainStep, state: TrainState, batch: PyTree, usable_gib: 
         usable_gib: Of a chip's memory.
 
     Returns:
-        Whether it "fits", and of one chip the memory in GiB and the collective operations or, where it does not, the
-        first lines of what the compiler says; and the seconds that it took.
+        Whether it "fits", what a `remat` of "auto" became ("remat_auto", with the reason as "remat_why") where a model
+        has it, and of one chip the memory in GiB and the collective operations or, where the compiler has no room for
+        it, the first lines of what it says; and the seconds that all of it took.
     """
-    began = time.monotonic()
+    seconds, programs, key = defaultdict[str, float](float), dict[str, jax.stages.Compiled](), jax.random.key(0)
+
+    def compiled_as(setting: str) -> jax.stages.Compiled:
+        began = time.monotonic()
+        with compiling_for("tpu"):
+            lowered = step.lower(state, batch, key, setting)
+        traced, cpu = time.monotonic(), time.process_time()
+        seconds["trace_and_lower"] += traced - began
+        try:
+            programs[setting] = lowered.compile()
+        finally:
+            seconds["compile"] += time.monotonic() - traced
+            seconds["compile_of_all_cores"] += time.process_time() - cpu
+        return programs[setting]
+
     with compiling_for("tpu"):
-        lowered = step.lower(state, batch, jax.random.key(0))
-    traced, cpu = time.monotonic(), time.process_time()
+        settings = step.settings(state, batch, key)
+    result: dict[str, Any] = {"usable_hbm_gib": usable_gib}
     try:
-        compiled, refusal = lowered.compile(), ""
+        decision = fastest_that_fits(settings, compiled_as, lambda program: int(usable_gib * GIB), "tpu")
     except jax.errors.JaxRuntimeError as error:
         # The compiler finds no room for the program in a chip's memory.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        compiled, refusal = None, str(error)
-    seconds = {
-        "trace_and_lower": round(traced - began, 1),
-        "compile": round(time.monotonic() - traced, 1),
-        "compile_of_all_cores": round(time.process_time() - cpu, 1),
-    }
-    if compiled is None:
         # How much is used of how much, without the list of buffers.
-        said = re.split(r"\n\s*\n|Largest program allocations", refusal, maxsplit=1)[0][:2000]
-        result: dict[str, Any] = {"fits": False, "compiler": said}
+        said = re.split(r"\n\s*\n|Largest program allocations", str(error), maxsplit=1)[0][:2000]
+        result |= {"fits": False, "compiler": said}
     else:
-        result = _account(compiled, usable_gib)
-    return {"usable_hbm_gib": usable_gib, **result, "seconds": seconds}
+        if len(settings) > 1:
+            result |= {"remat_auto": decision.setting, "remat_why": str(decision)}
+        result |= _account(programs[decision.setting], usable_gib)
+    return result | {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
 
 
 def _account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.manifest import describe, digest, fingerprints
 from sysdpo_jax.parallel.sharding import activation_rules, batch_parts, make_mesh, place_batch
+from sysdpo_jax.training.compiling import COMPILER_OPTIONS
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Features, Params
 
@@ -110,7 +111,7 @@ def _refuse_noise(log_prob: LogProb, node: Node, features: Features, mesh: Mesh)
         )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=COMPILER_OPTIONS)
 def _log_prob(
     system: CompoundSystem, node: Node, mesh: Mesh, params: Params, features: Any, key: PRNGKeyArray
 ) -> Float[Array, "rows"]:

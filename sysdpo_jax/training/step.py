@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.models.remat import AUTO, choosing
 from sysdpo_jax.objectives.log_ratio import trained_nodes
 from sysdpo_jax.objectives.objective import Aux, Objective, PreferenceObjective, margin_shares
 from sysdpo_jax.parallel.sharding import (
@@ -28,7 +29,9 @@ from sysdpo_jax.parallel.sharding import (
     place_batch,
     replicated,
 )
+from sysdpo_jax.training.compiling import CANDIDATES, COMPILER_OPTIONS, fastest_that_fits, room
 from sysdpo_jax.training.optimizer import SystemOptimizer
+from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import Fixed, Mutable, TrainState
 from sysdpo_jax.typing import Keys, Params
 
@@ -73,6 +76,9 @@ def make_train_step(
 class TrainStep:
     """One update of every trained component; its placement is that of the first state it sees.
 
+    Models whose `remat` is "auto" recompute what the first call with batches of a shape decides: the programs are
+    compiled, the fastest first, until one fits the devices' memory, and that one runs.
+
     The old state is consumed. The objective's key is `fold_in(key, state.step)`: pass the same key every time.
     Metrics, all scalars: loss; the objective's own; margin_share/<node>; grad_norm/<params_key> before clipping;
     clipped/<params_key>, 1 where it was clipped; finite (True when the state advanced); finite/<node> (False for a node
@@ -91,7 +97,11 @@ class TrainStep:
     ):
         self.system, self.objective, self.optimizer, self.mesh = system, objective, optimizer, mesh
         self.accumulate = accumulate
-        self._compiled: dict[Any, Any] = {}
+        # Of the structure of a state and what "auto" stands for.
+        self._functions: dict[Any, Any] = {}
+        # Of shapes of arguments: what "auto" became. Whether a model has it, once the step is traced.
+        self._decided: dict[Any, str] = {}
+        self._has_auto = False
 
     def __call__(
         self, state: TrainState, batch: PyTree, key: PRNGKeyArray, proceed: Array | np.bool_ = PROCEED
@@ -111,10 +121,9 @@ class TrainStep:
             ShardingError: For a batch that the mesh cannot cut.
             ValueError: For a state on another mesh.
         """
-        batch = place_batch(self.mesh, batch)
-        # Arrays on and off the mesh have different types to the tracer: place it, or the second step traces again.
-        proceed = jax.device_put(proceed, replicated(self.mesh))
-        mutable, metrics = self._jitted(state)(state.mutable, state.fixed, batch, key, proceed)
+        arguments = self._arguments(state, batch, key, proceed)
+        setting = self._setting(state, arguments)
+        mutable, metrics = self._traced(state, setting, lambda function: function(*arguments))
         return state.after(mutable), metrics
 
     def metric_names(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str, ...]:
@@ -130,8 +139,8 @@ class TrainStep:
         Returns:
             The names of its metrics.
         """
-        batch, proceed = place_batch(self.mesh, batch), jax.device_put(PROCEED, replicated(self.mesh))
-        return tuple(self._jitted(state).eval_shape(state.mutable, state.fixed, batch, key, proceed)[1])
+        arguments, first = self._arguments(state, batch, key, PROCEED), CANDIDATES[0]
+        return tuple(self._traced(state, first, lambda function: function.eval_shape(*arguments))[1])
 
     def check(self, state: TrainState, rows: int) -> None:
         """What can be said against batches before there is one.
@@ -156,8 +165,25 @@ class TrainStep:
                 f": make the batch a multiple of {self.accumulate * shares}, or change accumulate"
             )
 
-    def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray, auto: str = AUTO) -> jax.stages.Lowered:
         """Lower the step; nothing runs.
+
+        Args:
+            state: As for a call.
+            batch: As for a call.
+            key: As for a call.
+            auto: What a `remat` of "auto" stands for: a setting, or "auto" for the first of `settings`.
+
+        Returns:
+            What compiles ahead of time, or has its memory analysed.
+        """
+        arguments = state.mutable, state.fixed, batch, key, PROCEED
+        auto = CANDIDATES[0] if auto == AUTO else auto
+        lowered: jax.stages.Lowered = self._traced(state, auto, lambda function: function.lower(*arguments))
+        return lowered
+
+    def settings(self, state: TrainState, batch: PyTree, key: PRNGKeyArray) -> tuple[str, ...]:
+        """What "auto" may stand for, the fastest first; a single one, of no effect, where no model asks.
 
         Args:
             state: As for a call.
@@ -165,23 +191,67 @@ class TrainStep:
             key: As for a call.
 
         Returns:
-            What compiles ahead of time, or has its memory analysed.
+            Settings of `remat`.
         """
-        return self._jitted(state).lower(state.mutable, state.fixed, batch, key, PROCEED)
+        return self._asked(state, (state.mutable, state.fixed, batch, key, PROCEED))
 
-    def _jitted(self, state: TrainState) -> Any:
+    def _arguments(self, state: TrainState, batch: PyTree, key: PRNGKeyArray, proceed: Array | np.bool_) -> Any:
+        # Arrays on and off the mesh have different types to the tracer: place it, or the second step traces again.
+        proceed = jax.device_put(proceed, replicated(self.mesh))
+        return state.mutable, state.fixed, place_batch(self.mesh, batch), key, proceed
+
+    def _setting(self, state: TrainState, arguments: Any) -> str:
+        """What "auto" stands for with arguments of these shapes; decided once, by all processes together."""
+        batch = arguments[2]
+        known = jax.tree.structure((state, batch)), tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+        if known not in self._decided:
+            self._decided[known] = self._decide(state, arguments)
+        return self._decided[known]
+
+    def _decide(self, state: TrainState, arguments: Any) -> str:
+        candidates = self._asked(state, arguments)
+        if len(candidates) == 1:
+            return candidates[0]
+        # A step that still runs holds memory that this one will have.
+        jax.block_until_ready(arguments)
+
+        def compiled_as(setting: str) -> jax.stages.Compiled:
+            # What a call of the same function takes up: nothing is compiled twice.
+            lowered: jax.stages.Lowered = self._traced(state, setting, lambda function: function.lower(*arguments))
+            return lowered.compile()
+
+        platform = self.mesh.devices.flat[0].platform
+        decision = fastest_that_fits(candidates, compiled_as, lambda program: room(program, self.mesh), platform)
+        if jax.process_index() == 0:
+            tell(str(decision))
+        return decision.setting
+
+    def _asked(self, state: TrainState, arguments: Any) -> tuple[str, ...]:
+        self._traced(state, CANDIDATES[0], lambda function: function.trace(*arguments))
+        return CANDIDATES if self._has_auto else CANDIDATES[:1]
+
+    def _traced(self, state: TrainState, setting: str, work: Callable[[Any], Any]) -> Any:
+        """work(the jitted step), in which "auto" stands for the setting."""
+        function = self._function(state, setting)
+        with choosing(setting) as choice:
+            made = work(function)
+        self._has_auto |= choice.asked
+        return made
+
+    def _function(self, state: TrainState, setting: str) -> Any:
         # States that hold the references of other components are other sets of arguments.
-        structure = jax.tree.structure(state)
-        if structure not in self._compiled:
+        known = jax.tree.structure(state), setting
+        if known not in self._functions:
             placed, whole = jax.tree.map(self._sharding, state), replicated(self.mesh)
             batch = NamedSharding(self.mesh, BATCH_SPEC)
-            self._compiled[structure] = jax.jit(
+            self._functions[known] = jax.jit(
                 partial(self._update, placed.trained),
                 donate_argnums=0,
                 in_shardings=(placed.mutable, placed.fixed, batch, whole, whole),
                 out_shardings=(placed.mutable, whole),
+                compiler_options=COMPILER_OPTIONS,
             )
-        return self._compiled[structure]
+        return self._functions[known]
 
     def _sharding(self, leaf: Any) -> NamedSharding:
         sharding = leaf.sharding

@@ -319,7 +319,8 @@ class Trainer:
         # Of a function or a dataset nothing is known.
         batches = batch_at.fingerprint() if isinstance(batch_at, PreferenceBatches | SearchedBatches) else {}
         return {
-            **{path: text for texts in described for path, text in texts.items()},
+            # What is recomputed changes no result, and may change when a run goes on.
+            **{path: text for texts in described for path, text in texts.items() if not path.endswith(".config.remat")},
             "key": str(jax.device_get(jax.random.key_data(key)).tolist()),
             **batches,
             **{f"config {name}": text for name, text in as_text(self.config).items()},

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import PyTree
 from transformers import PreTrainedModel
 
-from sysdpo_jax.models.config import POLICIES
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig, init_cache
+from sysdpo_jax.models.remat import POLICIES
 from tests.parity.convert import llama_params, llama_tree, torch_decoder
 
 BASE = DecoderConfig(
