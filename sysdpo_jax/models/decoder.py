@@ -31,7 +31,8 @@ INIT = nn.initializers.normal(SCALE)
 Tokens = Int[Array, "batch length"]
 Mask = Bool[Array, "batch length"] | None
 Hidden = Float[Array, "batch length width"]
-States, Logits = Float[Array, "*leading width"], Float[Array, "*leading vocab"]
+States = Float[Array, "*leading width"]
+Logits = Float[Array, "*leading vocab"]
 Slot = int | Int[Array, ""]
 # Keys and values, of a cache [N, B, S, G, K], in a layer without N, or of new tokens, [B, L, G, K].
 Pair = tuple[Array, Array] | None
