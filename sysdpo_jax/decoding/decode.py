@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch, Penalties, beam_search
-from sysdpo_jax.models.decoder import Decoder, KVCache, init_cache
+from sysdpo_jax.models.cached_attention import laid_out
+from sysdpo_jax.models.decoder import KEPT, Decoder, KVCache, init_cache, unstacked
 
 Prompts = Int[Array | np.ndarray, "batch prompt"]
 Lengths = Int[Array | np.ndarray, " batch"]
@@ -57,16 +58,34 @@ class _Decoding:
             )
 
     def prefill(self, params: PyTree, prompts: Prompts, lengths: Lengths, spare: int) -> tuple[Array, KVCache]:
-        """Logits [B, V] of the first new token, and the cache of the prompts with so many spare slots behind."""
+        """Logits [B, V] of the first new token, and the cache of the prompts with so many spare slots behind.
+
+        The prompts run as in training: padding on the right is behind what any real token sees, and hidden later.
+        """
         batch, prompt = prompts.shape
-        mask, empty = jnp.arange(prompt) < lengths[:, None], init_cache(self.decoder.config, batch, prompt + spare)
-        hidden, cache = self._run(params, "extend", prompts, empty, 0, None, mask)
+        hidden, kept = self.decoder.apply({"params": params}, prompts, method="hidden_states", mutable=[KEPT])
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+        stacks = kept[KEPT]["layers"]["self_attn"]
+
+        def layers(stack: Array) -> tuple[Array, ...]:
+            room = ((0, 0), (0, 0), (0, spare), (0, 0))
+            return tuple(jnp.pad(laid_out(stack[number]), room) for number in range(len(stack)))
+
+        slots = jnp.broadcast_to(jnp.arange(prompt + spare), (batch, prompt + spare))
+        cache = KVCache(layers(stacks["keys"]), layers(stacks["values"]), slots < lengths[:, None], slots)
         return self._run(params, "head", last)[:, 0], cache
 
-    def extend(self, params: PyTree, tokens: Array, cache: KVCache, slot: Array, at: Lengths) -> tuple[Array, KVCache]:
+    def extend(
+        self,
+        params: PyTree,
+        tokens: Array,
+        cache: KVCache,
+        slot: Array,
+        at: Lengths,
+        shared: KVCache | None = None,
+    ) -> tuple[Array, KVCache]:
         """Logits [rows, V] after one more token [rows] of each row, put at a slot of the cache and a position `at`."""
-        hidden, cache = self._run(params, "extend", tokens[:, None], cache, slot, at[:, None])
+        hidden, cache = self._run(params, "extend", tokens[:, None], cache, slot, at[:, None], None, shared)
         return self._run(params, "head", hidden)[:, 0], cache
 
     def _run(self, params: PyTree, method: str, *inputs: Any) -> Any:
@@ -216,6 +235,7 @@ def _generate(
 
     # The last token made is never fed back, so it needs no slot.
     logits, cache = decoding.prefill(params, prompts, lengths, room - 1)
+    params = unstacked(params)
     start = _State(
         made=jnp.int32(0),
         token=jnp.zeros(batch, jnp.int32),
@@ -238,23 +258,24 @@ def _beam_generate(
     prompts: Prompts,
     lengths: Lengths,
 ) -> Beams:
-    (batch, prompt), (num_beams, num_groups) = prompts.shape, beams
+    batch, (num_beams, num_groups) = len(prompts), beams
 
     def step(
         tokens: Array, parents: Array | None, cache: KVCache, made: Array
     ) -> tuple[Float[Array, "batch beams vocab"], KVCache]:
         if parents is not None:
-            cache = _reorder(cache, parents, prompt)
+            cache = _reorder(cache, parents)
         positions = jnp.repeat(lengths + made - 1, num_beams)
-        logits, cache = decoding.extend(params, tokens.ravel(), cache, prompt + made - 1, positions)
+        logits, cache = decoding.extend(layers_apart, tokens.ravel(), cache, made - 1, positions, shared)
         return logits.reshape(batch, num_beams, -1), cache
 
-    logits, cache = decoding.prefill(params, prompts, lengths, 0)
+    logits, shared = decoding.prefill(params, prompts, lengths, 0)
+    layers_apart = unstacked(params)
     return beam_search(
         step,
         logits,
-        # The last token made is never fed back, so it needs no slot.
-        _spread(cache, num_beams, decoding.max_new_tokens - 1),
+        # The prompts' part is the same for all beams of a row. The last token made is never fed back, so it needs no slot.
+        init_cache(decoding.decoder.config, batch * num_beams, decoding.max_new_tokens - 1),
         num_beams=num_beams,
         num_groups=num_groups,
         penalties=penalties,
@@ -264,26 +285,12 @@ def _beam_generate(
     )
 
 
-def _spread(cache: KVCache, beams: int, slots: int) -> KVCache:
-    """The cache with each row repeated for its beams and so many empty slots behind."""
-
-    def spread(x: Array, rows: int) -> Array:
-        pads = [(0, slots if axis == rows + 1 else 0) for axis in range(x.ndim)]
-        return jnp.pad(jnp.repeat(x, beams, axis=rows), pads)
-
-    keys, values = spread(cache.keys, 1), spread(cache.values, 1)
-    return KVCache(keys, values, spread(cache.valid, 0), spread(cache.positions, 0))
-
-
-def _reorder(cache: KVCache, parents: Int[Array, "batch beams"], prompt: int) -> KVCache:
+def _reorder(cache: KVCache, parents: Int[Array, "batch beams"]) -> KVCache:
     """The cache of the beams that `parents` [B, R] name, counted within their row.
 
-    The slots of the prompt, and which slots hold a token at which position, are the same for all beams of a row.
+    Which slots hold a token at which position is the same for all beams of a row.
     """
     batch, beams = parents.shape
     rows = (jnp.arange(batch)[:, None] * beams + parents).ravel()
-
-    def made(x: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, x[:, rows, prompt:], prompt, axis=2)
-
-    return cache._replace(keys=made(cache.keys), values=made(cache.values))
+    keys, values = jax.tree.map(lambda x: x[rows], (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values)
