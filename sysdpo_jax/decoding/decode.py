@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch, Penalties, beam_search
+from sysdpo_jax.decoding.draws import sample_token
 from sysdpo_jax.models.cached_attention import laid_out
 from sysdpo_jax.models.decoder import KEPT, Decoder, KVCache, init_cache, unstacked
 
@@ -82,10 +83,11 @@ class _Decoding:
         cache: KVCache,
         slot: Array,
         at: Lengths,
+        mask: Array | None = None,
         shared: KVCache | None = None,
     ) -> tuple[Array, KVCache]:
         """Logits [rows, V] after one more token [rows] of each row, put at a slot of the cache and a position `at`."""
-        hidden, cache = self._run(params, "extend", tokens[:, None], cache, slot, at[:, None], None, shared)
+        hidden, cache = self._run(params, "extend", tokens[:, None], cache, slot, at[:, None], mask, shared)
         return self._run(params, "head", hidden)[:, 0], cache
 
     def _run(self, params: PyTree, method: str, *inputs: Any) -> Any:
@@ -93,11 +95,15 @@ class _Decoding:
 
 
 class _State(NamedTuple):
-    made: Array  # tokens made so far, the same for all rows
+    """B places, each of which continues one of the n prompts, or none."""
+
+    at: Array  # how many slots have been filled since the start; the cache is a ring of them
+    begun: Array  # how many of the prompts are being continued or have been
+    prompt: Array  # [B] which prompt, n at an idle place
+    made: Array  # [B] tokens of it so far
     token: Array  # [B] the newest token
-    tokens: Array  # [B, N]
-    lengths: Array  # [B]
-    stopped: Array  # bool [B]
+    tokens: Array  # [n, N]
+    lengths: Array  # [n]
     cache: KVCache
 
 
@@ -106,17 +112,19 @@ def generate(
     params: PyTree,
     prompts: Prompts,
     prompt_lengths: Lengths,
-    key: PRNGKeyArray,
+    key: Key[Array, "*batch"],
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     pad_token: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    places: int | None = None,
 ) -> Generated:
     """Continue right-padded prompts until each row has produced one of stop_tokens or max_new_tokens tokens.
 
-    Other values of temperature, top_p, the key or the parameters do not compile anew; the loop ends when all rows have
+    What a row draws depends on its own key, or on the key and the row's number, and not on the rows beside it. Other
+    values of temperature, top_p, the key or the parameters do not compile anew; the loop ends when all rows have
     stopped.
 
     Args:
@@ -124,13 +132,16 @@ def generate(
         params: Its parameters.
         prompts: Token ids.
         prompt_lengths: In tokens.
-        key: Of the draws.
+        key: Of the draws, one for all rows or one a row.
         max_new_tokens: At most so many a row.
         stop_tokens: Ids that end a row.
         pad_token: What fills a row after its end.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_p: Sample among the smallest set of likeliest tokens whose probability, after the temperature, reaches top_p
             (nucleus sampling, arXiv 1904.09751, section 3.1).
+        places: How many rows are continued at a time, by default all. The rows that wait take, in their order, the
+            places of rows that have ended, a quarter of the places at a time. This pays where many rows end long before
+            max_new_tokens, and bounds the memory of the cache.
 
     Returns:
         The new tokens and their numbers.
@@ -143,8 +154,12 @@ def generate(
     decoding.check("generate", prompts, prompt_lengths)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1].")
+    if places is not None and places < 1:
+        raise ValueError(f"generate: places {places} must be at least 1, or None.")
+    places = len(prompts) if places is None else min(places, len(prompts))
     settings = jnp.float32(temperature), jnp.float32(top_p)
-    return _generate(decoding, params, jnp.asarray(prompts), jnp.asarray(prompt_lengths), key, settings)
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
+    return _generate(decoding, places, params, jnp.asarray(prompts), jnp.asarray(prompt_lengths), keys, settings)
 
 
 def beam_generate(
@@ -186,66 +201,92 @@ def beam_generate(
     return _beam_generate(decoding, beams, search.penalties(), params, *inputs)
 
 
-def sample_token(
-    logits: Float[Array, "batch vocab"], key: PRNGKeyArray, temperature: Float[Array, ""], top_p: Float[Array, ""]
-) -> Int[Array, " batch"]:
-    """One token per row by the rules of `generate`; only the branch taken runs: top_p 1 pays for no sort."""
-
-    def greedy() -> Array:
-        return jnp.argmax(logits, axis=-1)
-
-    def full() -> Array:
-        return jax.random.categorical(key, logits / temperature)
-
-    def nucleus() -> Array:
-        order = jnp.argsort(-logits, axis=-1)
-        ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
-        probabilities = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        rank = jax.random.categorical(key, jnp.where(before < top_p, ranked, -jnp.inf))
-        return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
-
-    # Not top_p alone: at top_p 1 the rounded cumulative sum would cut the tail.
-    branch = jnp.where(temperature == 0, 0, jnp.where(top_p >= 1, 1, 2))
-    return jax.lax.switch(branch, (greedy, full, nucleus))
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    decoding: _Decoding, params: PyTree, prompts: Prompts, lengths: Lengths, key: PRNGKeyArray, settings: Settings
+    decoding: _Decoding,
+    places: int,
+    params: PyTree,
+    prompts: Prompts,
+    lengths: Lengths,
+    keys: Key[Array, " batch"],
+    settings: Settings,
 ) -> Generated:
-    (batch, prompt), room = prompts.shape, decoding.max_new_tokens
+    (number, width), room = prompts.shape, decoding.max_new_tokens
+    # So many places must be idle before prompts that wait are put there, as many at a time as make a good product.
+    together = places if places == number else max(1, places // 4)
+    # The last token made is never fed back, so it needs no slot.
+    slots = width + room - 1
     stops = jnp.array(decoding.stop_tokens, jnp.int32)
+    apart = unstacked(params)
 
-    def record(state: _State, logits: Array, cache: KVCache) -> _State:
-        token = sample_token(logits, jax.random.fold_in(key, state.made), *settings).astype(jnp.int32)
-        token = jnp.where(state.stopped, decoding.pad_token, token)
-        return _State(
-            made=state.made + 1,
-            token=token,
-            tokens=state.tokens.at[:, state.made].set(token),
-            lengths=state.lengths + ~state.stopped,
-            stopped=state.stopped | jnp.isin(token, stops),
-            cache=cache,
+    def drawn(logits: Array, prompt: Array, made: Array) -> Array:
+        own = jax.vmap(jax.random.fold_in)(keys[jnp.minimum(prompt, number - 1)], made)
+        return sample_token(logits, own, *settings)
+
+    def record(state: _State, going: Array, token: Array) -> _State:
+        """The state after the next token of the places that are `going`."""
+        prompt, made = jnp.where(going, state.prompt, number), state.made + going
+        ends = going & (jnp.isin(token, stops) | (made == room))
+        return state._replace(
+            prompt=jnp.where(ends, number, state.prompt),
+            made=made,
+            token=jnp.where(going, token, state.token),
+            tokens=state.tokens.at[prompt, state.made].set(token, mode="drop"),
+            lengths=state.lengths.at[prompt].set(made, mode="drop"),
         )
 
     def step(state: _State) -> _State:
-        slot, positions = prompt + state.made - 1, lengths + state.made - 1
-        return record(state, *decoding.extend(params, state.token, state.cache, slot, positions))
+        going, made = state.prompt < number, state.made
+        positions = lengths[jnp.minimum(state.prompt, number - 1)] + made - 1
+        slot = state.at % slots
+        logits, cache = decoding.extend(apart, state.token, state.cache, slot, positions, going[:, None])
+        token = drawn(logits, state.prompt, made)
+        return record(state._replace(at=state.at + 1, cache=cache), going, token)
 
-    # The last token made is never fed back, so it needs no slot.
-    logits, cache = decoding.prefill(params, prompts, lengths, room - 1)
-    params = unstacked(params)
-    start = _State(
-        made=jnp.int32(0),
-        token=jnp.zeros(batch, jnp.int32),
-        tokens=jnp.full((batch, room), decoding.pad_token, jnp.int32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        stopped=jnp.zeros(batch, bool),
-        cache=cache,
+    def fill(state: _State) -> _State:
+        """Prompts that wait at idle places, with their first tokens. Their slots end where the next token is put."""
+        [idle] = jnp.nonzero(state.prompt == number, size=together, fill_value=places)
+        waiting = jnp.minimum(state.begun + jnp.arange(together), number)
+        picked = jnp.minimum(waiting, number - 1)
+        logits, own = decoding.prefill(params, prompts[picked], lengths[picked], room - 1)
+
+        def put(old: Array, new: Array) -> Array:
+            if together == number:
+                return new
+            turned = jnp.roll(new, state.at - width, axis=2 if new.ndim == 4 else 1)
+            return old.at[idle].set(turned, mode="drop")
+
+        fresh = jnp.full(places, number, jnp.int32).at[idle].set(waiting, mode="drop")
+        begun = state._replace(
+            begun=state.begun + together,
+            prompt=jnp.minimum(state.prompt, fresh),
+            made=jnp.where(fresh < number, 0, state.made),
+            cache=jax.tree.map(put, state.cache, own),
+        )
+        first = drawn(logits, picked, jnp.zeros(together, jnp.int32))
+        return record(begun, fresh < number, jnp.zeros(places, jnp.int32).at[idle].set(first, mode="drop"))
+
+    def may_go_on(state: _State) -> Array:
+        idle = state.prompt == number
+        return ~jnp.all(idle) & ~((state.begun < number) & (jnp.sum(idle) >= together))
+
+    def round_of_prompts(state: _State) -> _State:
+        return jax.lax.while_loop(may_go_on, step, fill(state))
+
+    state = _State(
+        at=jnp.int32(width),
+        begun=jnp.int32(0),
+        prompt=jnp.full(places, number, jnp.int32),
+        made=jnp.zeros(places, jnp.int32),
+        token=jnp.zeros(places, jnp.int32),
+        tokens=jnp.full((number, room), decoding.pad_token, jnp.int32),
+        lengths=jnp.zeros(number, jnp.int32),
+        cache=init_cache(decoding.decoder.config, places, slots),
     )
-    first = record(start, logits, cache)
-    end = jax.lax.while_loop(lambda s: (s.made < room) & ~jnp.all(s.stopped), step, first)
+    if together == number:
+        end = round_of_prompts(state)
+    else:
+        end = jax.lax.while_loop(lambda s: (s.begun < number) | jnp.any(s.prompt < number), round_of_prompts, state)
     return Generated(end.tokens, end.lengths)
 
 
@@ -266,7 +307,7 @@ def _beam_generate(
         if parents is not None:
             cache = _reorder(cache, parents)
         positions = jnp.repeat(lengths + made - 1, num_beams)
-        logits, cache = decoding.extend(layers_apart, tokens.ravel(), cache, made - 1, positions, shared)
+        logits, cache = decoding.extend(layers_apart, tokens.ravel(), cache, made - 1, positions, None, shared)
         return logits.reshape(batch, num_beams, -1), cache
 
     logits, shared = decoding.prefill(params, prompts, lengths, 0)
@@ -274,8 +315,8 @@ def _beam_generate(
     return beam_search(
         step,
         logits,
-        # The prompts' part is the same for all beams of a row. The last token made is never fed back, so it needs no slot.
-        init_cache(decoding.decoder.config, batch * num_beams, decoding.max_new_tokens - 1),
+        # The last token made is never fed back, so it needs no slot; but the loop that would not run needs one.
+        init_cache(decoding.decoder.config, batch * num_beams, max(1, decoding.max_new_tokens - 1)),
         num_beams=num_beams,
         num_groups=num_groups,
         penalties=penalties,

@@ -77,7 +77,7 @@ def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
 class Attention(nn.Module):
     """Grouped-query attention; given one layer's cached keys and values, the new ones join them at `slot`.
 
-    Without a cache the keys, rotated, and values [B, L, G, K] are the variables of the collection KEPT, if that is asked
+    Without a cache the keys, rotated, and values [B, L, G, K] are variables of the collection KEPT, if that is asked
     for.
     """
 
@@ -280,8 +280,9 @@ class Decoder(nn.Module):
     ) -> tuple[Hidden, KVCache]:
         """Hidden states of tokens put at slots cache_slot, cache_slot + 1, ..., and the cache with them.
 
-        A token sees the real tokens at its own and earlier slots, in sliding layers those whose position is less than
-        the window behind its own. cache_slot + L must not exceed the slots. `shared` is an earlier cache that is read
+        A token sees itself, the real tokens that the cache holds and those before it among the new ones, in sliding
+        layers those whose position is less than the window behind its own. What the slots held before is overwritten.
+        cache_slot + L must not exceed the slots. `shared` is an earlier cache that is read
         only, of which each row is that of B / rows rows of tokens that follow each other; with it give the positions.
         The layers run one after the other, each with its own part of the parameters: stacked ones are cut here, in a
         loop at every round, unless `unstacked` has done it before.
@@ -293,9 +294,9 @@ class Decoder(nn.Module):
         if positions is None:
             positions = _counted(valid, cache_slot, length)
         placed = write(cache.positions, positions.astype(jnp.int32))
-        own_slot = cache_slot + jnp.arange(length)
-        seen = valid[:, None] & (jnp.arange(slots) <= own_slot[:, None])
-        visible = [self._in_windows(seen, positions, placed)]
+        behind = jnp.arange(slots) - (cache_slot + jnp.arange(length))[:, None]
+        later = (behind > 0) & (jnp.arange(slots) < cache_slot + length)
+        visible = [self._in_windows(valid[:, None] & ~later, positions, placed)]
         if shared is not None:
             spread = (jnp.repeat(x, len(tokens) // len(x), axis=0) for x in (shared.valid, shared.positions))
             earlier, their_positions = spread
