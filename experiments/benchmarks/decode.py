@@ -30,7 +30,7 @@ MODULE = "experiments.benchmarks.decode"
 
 @dataclass(frozen=True)
 class Config:
-    """model: of experiments/scaling/shapes.yaml; prompt, new: tokens a row; copy_bytes: of the copy that is measured."""
+    """model: of experiments/scaling/shapes.yaml; prompt, new: tokens a row; copy_bytes: of the measured copy."""
 
     preset: str = "gpu"
     model: str = "llama-3.2-1b"

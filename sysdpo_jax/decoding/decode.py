@@ -21,6 +21,9 @@ Prompts = Int[Array | np.ndarray, "batch prompt"]
 Lengths = Int[Array | np.ndarray, " batch"]
 Settings = tuple[Float[Array, ""], Float[Array, ""]]
 
+# A loop of token steps makes at least so many tokens before the next, with more slots, takes over; of so many at most.
+STAGE, MAX_STAGES = 256, 4
+
 
 class Generated(NamedTuple):
     """What `generate` returns.
@@ -216,6 +219,8 @@ def _generate(
     together = places if places == number else max(1, places // 4)
     # The last token made is never fed back, so it needs no slot.
     slots = width + room - 1
+    # Attention reads every slot that there is. While no slot is used twice, they can be few at first.
+    stages = _stages(width, slots) if together == number else (slots,)
     stops = jnp.array(decoding.stop_tokens, jnp.int32)
     apart = unstacked(params)
 
@@ -238,7 +243,7 @@ def _generate(
     def step(state: _State) -> _State:
         going, made = state.prompt < number, state.made
         positions = lengths[jnp.minimum(state.prompt, number - 1)] + made - 1
-        slot = state.at % slots
+        slot = state.at % state.cache.valid.shape[1]
         logits, cache = decoding.extend(apart, state.token, state.cache, slot, positions, going[:, None])
         token = drawn(logits, state.prompt, made)
         return record(state._replace(at=state.at + 1, cache=cache), going, token)
@@ -248,7 +253,7 @@ def _generate(
         [idle] = jnp.nonzero(state.prompt == number, size=together, fill_value=places)
         waiting = jnp.minimum(state.begun + jnp.arange(together), number)
         picked = jnp.minimum(waiting, number - 1)
-        logits, own = decoding.prefill(params, prompts[picked], lengths[picked], room - 1)
+        logits, own = decoding.prefill(params, prompts[picked], lengths[picked], stages[0] - width)
 
         def put(old: Array, new: Array) -> Array:
             if together == number:
@@ -270,6 +275,10 @@ def _generate(
         idle = state.prompt == number
         return ~jnp.all(idle) & ~((state.begun < number) & (jnp.sum(idle) >= together))
 
+    def until_filled(state: _State, slots: int) -> _State:
+        grown = state._replace(cache=_grown(state.cache, slots))
+        return jax.lax.while_loop(lambda s: may_go_on(s) & (s.at < slots), step, grown)
+
     def round_of_prompts(state: _State) -> _State:
         return jax.lax.while_loop(may_go_on, step, fill(state))
 
@@ -281,13 +290,27 @@ def _generate(
         token=jnp.zeros(places, jnp.int32),
         tokens=jnp.full((number, room), decoding.pad_token, jnp.int32),
         lengths=jnp.zeros(number, jnp.int32),
-        cache=init_cache(decoding.decoder.config, places, slots),
+        cache=init_cache(decoding.decoder.config, places, stages[0]),
     )
     if together == number:
-        end = round_of_prompts(state)
+        end = functools.reduce(until_filled, stages, fill(state))
     else:
         end = jax.lax.while_loop(lambda s: (s.begun < number) | jnp.any(s.prompt < number), round_of_prompts, state)
     return Generated(end.tokens, end.lengths)
+
+
+def _stages(width: int, slots: int) -> tuple[int, ...]:
+    """How many slots there are in each of the loops that follow each other: each of them is compiled."""
+    number = min(MAX_STAGES, max(1, (slots - width + 1) // STAGE))
+    return tuple(width + (slots - width) * (stage + 1) // number for stage in range(number))
+
+
+def _grown(cache: KVCache, slots: int) -> KVCache:
+    def grown(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, slots - x.shape[axis] if here == axis else 0) for here in range(x.ndim)])
+
+    keys, values = jax.tree.map(lambda x: grown(x, 2), (cache.keys, cache.values))
+    return KVCache(keys, values, grown(cache.valid, 1), grown(cache.positions, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-# As many probabilities are summed at first. The sum of two float32 uniforms then reaches every token of a vocabulary.
+# So many probabilities are summed at first. A token's share of its block is more than what float32 uniforms leave out.
 BLOCK = 128
 
 
@@ -50,10 +50,10 @@ def categorical(logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"])
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     spare = -weights.shape[1] % BLOCK
     blocks = jnp.pad(weights, ((0, 0), (0, spare))).reshape(len(weights), -1, BLOCK)
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _inverted(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    within, among = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
+    block = _inverted(jnp.sum(blocks, axis=-1), among)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + _inverted(inside, uniforms[:, 1])
+    return block * BLOCK + _inverted(inside, within)
 
 
 def _inverted(weights: Float[Array, "batch choices"], uniforms: Float[Array, " batch"]) -> Int[Array, " batch"]:

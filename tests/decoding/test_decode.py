@@ -11,6 +11,7 @@ import pytest
 import torch
 from jaxtyping import PyTree
 
+from sysdpo_jax.decoding import decode
 from sysdpo_jax.decoding.decode import Generated, generate
 from sysdpo_jax.decoding.draws import categorical, sample_token
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -200,6 +201,19 @@ def test_rows_that_take_the_places_of_others_get_what_all_at_once_get(places: in
     np.testing.assert_array_equal(one_by_one.lengths, at_once.lengths)
     assert len(np.unique(at_once.lengths)) > 3
     assert at_once.lengths.max() == NEW
+
+
+def test_slots_that_come_in_stages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four loops of 2, 2, 2 and 3 more slots."""
+    whole = waiting(None)
+    monkeypatch.setattr(decode, "STAGE", 2)
+    assert decode._stages(7, 7 + NEW - 1) == (9, 11, 13, 16)
+    jax.clear_caches()
+    staged = waiting(None)
+    np.testing.assert_array_equal(staged.tokens, whole.tokens)
+    np.testing.assert_array_equal(staged.lengths, whole.lengths)
+    np.testing.assert_array_equal(greedy(stop_tokens=()).tokens, transformers_greedy(()))
+    jax.clear_caches()
 
 
 def test_a_row_draws_the_same_whatever_is_beside_it() -> None:
