@@ -11,7 +11,7 @@ import pytest
 import torch
 from jaxtyping import PyTree
 
-from sysdpo_jax.decoding import decode
+from sysdpo_jax.decoding import sampling
 from sysdpo_jax.decoding.decode import Generated, generate
 from sysdpo_jax.decoding.draws import categorical, sample_token
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -206,8 +206,8 @@ def test_rows_that_take_the_places_of_others_get_what_all_at_once_get(places: in
 def test_slots_that_come_in_stages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four loops of 2, 2, 2 and 3 more slots."""
     whole = waiting(None)
-    monkeypatch.setattr(decode, "STAGE", 2)
-    assert decode._stages(7, 7 + NEW - 1) == (9, 11, 13, 16)
+    monkeypatch.setattr(sampling, "STAGE", 2)
+    assert sampling._stages(7, 7 + NEW - 1) == (9, 11, 13, 16)
     jax.clear_caches()
     staged = waiting(None)
     np.testing.assert_array_equal(staged.tokens, whole.tokens)

@@ -11,6 +11,8 @@ from jaxtyping import PyTree
 
 from sysdpo_jax.decoding import decode
 from sysdpo_jax.decoding.beam_search import BeamSearch
+from sysdpo_jax.decoding.cached_model import CachedModel
+from sysdpo_jax.decoding.sampling import sampled
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig, KVCache, init_cache, unstacked
 
 ROWS, PROMPT, NEW, BEAMS = 8, 192, 65, 3
@@ -103,9 +105,9 @@ def shape(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
 def sampling(places: int) -> list[Instruction]:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS))
     settings = (shape(dtype=jnp.float32),) * 2
-    decoding = decode._Decoding(Decoder(CONFIG), NEW, (2,), 0)
+    model = CachedModel(Decoder(CONFIG), NEW, (2,), 0)
     inputs = weights(), shape(ROWS, PROMPT), shape(ROWS), keys, settings
-    return loop_of_steps(decode._generate.lower(decoding, places, *inputs).compile())
+    return loop_of_steps(sampled.lower(model, places, *inputs).compile())
 
 
 def test_a_step_of_sampling_moves_the_weights_and_the_cache_once() -> None:
@@ -125,9 +127,9 @@ def test_a_step_of_a_beam_search_copies_the_made_part_alone() -> None:
     """Groups of one beam stay where they are; others are put in order, but never with the prompts' part."""
     for groups, reordered in ((BEAMS, 0), (1, 2 * CONFIG.num_hidden_layers)):
         search = BeamSearch(groups)
-        decoding = decode._Decoding(Decoder(CONFIG), NEW, (2,), 0)
+        model = CachedModel(Decoder(CONFIG), NEW, (2,), 0)
         inputs = search.penalties(), weights(), shape(ROWS, PROMPT), shape(ROWS)
-        steps = loop_of_steps(decode._beam_generate.lower(decoding, (BEAMS, groups), *inputs).compile())
+        steps = loop_of_steps(decode._beam_generate.lower(model, (BEAMS, groups), *inputs).compile())
         assert copies(steps, ROWS, PROMPT) == []
         assert (len(copies(steps, ROWS * BEAMS, NEW - 1)) > 0) == (reordered > 0)
 
