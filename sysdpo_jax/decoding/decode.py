@@ -133,7 +133,7 @@ def _beam_generate(
         return logits.reshape(batch, num_beams, -1), cache
 
     logits, shared = model.prefill(params, prompts, lengths, 0)
-    layers_apart = unstacked(params)
+    layers_apart = unstacked(model.decoder.config, params)
     return beam_search(
         step,
         logits,

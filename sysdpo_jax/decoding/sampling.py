@@ -62,7 +62,7 @@ def sampled(
     # Attention reads every slot that there is. While no slot is used twice, they can be few at first.
     stages = _stages(width, slots) if together == number else (slots,)
     stops = jnp.array(model.stop_tokens, jnp.int32)
-    apart = unstacked(params)
+    apart = unstacked(model.decoder.config, params)
 
     def drawn(logits: Array, prompt: Array, made: Array) -> Array:
         own = jax.vmap(jax.random.fold_in)(keys[jnp.minimum(prompt, number - 1)], made)

@@ -9,7 +9,7 @@ Axes: B batch, L length, S cache slots, N layers, T kinds of layers, H heads, G 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,8 @@ from sysdpo_jax.typing import Params
 SCALE = 0.02
 # The collection of what `hidden_states` makes beside its result: a layer's keys and values, if they are asked for.
 KEPT = "intermediates"
+# Names of parameters that are rounded to the precision of the products wherever they are read.
+READ_BY_PRODUCTS = frozenset({"kernel", "bias", "embedding", "lora_a", "lora_b"})
 INIT = nn.initializers.normal(SCALE)
 Tokens = Int[Array, "batch length"]
 Mask = Bool[Array, "batch length"] | None
@@ -348,11 +350,18 @@ class Decoder(nn.Module):
         return jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
 
 
-def unstacked(params: Params) -> Params:
-    """A Decoder's parameters for `extend` in a loop: each layer apart, so that no round cuts it out of the stack."""
-    layers = params["layers"]
-    number = jax.tree.leaves(layers)[0].shape[0]
-    return params | {"layers": {str(i): _of_layer(layers, i) for i in range(number)}}
+def unstacked(config: DecoderConfig, params: Params) -> Params:
+    """A Decoder's parameters for `extend` in a loop, a second copy of them: what no round of it should do again.
+
+    Each layer is apart, and what products read is in their precision; all else stays in its own.
+    """
+
+    def as_read(path: Any, x: Array) -> Array:
+        return x.astype(config.dtype) if path[-1].key in READ_BY_PRODUCTS else x
+
+    cast: Params = jax.tree.map_with_path(as_read, params)
+    layers = {str(number): _of_layer(cast["layers"], number) for number in range(config.num_hidden_layers)}
+    return cast | {"layers": layers}
 
 
 def _of_layer(layers: Params, number: int) -> Params:

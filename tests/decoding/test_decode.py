@@ -195,12 +195,12 @@ def waiting(places: int | None, rows: slice = slice(None), temperature: float = 
 @pytest.mark.parametrize("window", [{}, {"sliding_window": 3}])
 @pytest.mark.parametrize("places", [1, 2, 4, 8])
 def test_rows_that_take_the_places_of_others_get_what_all_at_once_get(places: int, window: dict[str, int]) -> None:
-    """The slots are a ring then, which comes round several times with few places."""
+    """The slots are a ring then, which has come round where the tokens of one place are more than its slots."""
     at_once, one_by_one = waiting(None, **window), waiting(places, **window)
     np.testing.assert_array_equal(one_by_one.tokens, at_once.tokens)
     np.testing.assert_array_equal(one_by_one.lengths, at_once.lengths)
     assert len(np.unique(at_once.lengths)) > 3
-    assert at_once.lengths.max() == NEW
+    assert at_once.lengths.sum() > 7 + NEW
 
 
 def test_slots_that_come_in_stages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

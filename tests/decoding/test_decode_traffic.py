@@ -1,5 +1,6 @@
 """What a token step of the compiled loops reads and writes: each weight once, the cache once, copies of neither."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from sysdpo_jax.decoding import decode
@@ -14,6 +16,7 @@ from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.decoding.cached_model import CachedModel
 from sysdpo_jax.decoding.sampling import sampled
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig, KVCache, init_cache, unstacked
+from sysdpo_jax.models.lora import LoRA, add_lora
 
 ROWS, PROMPT, NEW, BEAMS = 8, 192, 65, 3
 SLOTS = PROMPT + NEW - 1
@@ -147,7 +150,22 @@ def test_stacked_weights_would_be_copied_in_every_round() -> None:
 
     stacked, apart = (
         loop_of_steps(jax.jit(loop).lower(params, shape(ROWS, 1), cache).compile())
-        for params in (weights(), jax.eval_shape(unstacked, weights()))
+        for params in (weights(), jax.eval_shape(functools.partial(unstacked, CONFIG), weights()))
     )
     assert copies(apart, ROWS, SLOTS) == []
     assert len(copies(stacked, ROWS, SLOTS)) >= CONFIG.num_hidden_layers
+
+
+def test_parameters_of_the_loop_are_rounded_once_and_exactly_as_in_every_step() -> None:
+    """float32 parameters with LoRA under bfloat16 products: kernels are halved, norms stay, no result moves."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", qk_norm=True, qkv_bias=True)
+    tokens = jnp.arange(6).reshape(2, 3)
+    params = Decoder(config).init(jax.random.key(0), tokens)["params"]
+    params = add_lora(params, LoRA(2, 4.0, "all_linear"), jax.random.key(1))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    apart = unstacked(config, params)
+    kinds = {path[-1].key: x.dtype for path, x in jax.tree.leaves_with_path(apart)}
+    assert {name for name, dtype in kinds.items() if dtype == jnp.float32} == {"weight", "lora_scale"}
+    extend = jax.jit(functools.partial(Decoder(config).apply, method="extend"))
+    found = [extend({"params": tree}, tokens, init_cache(config, 2, 4), 0) for tree in (params, apart)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
