@@ -16,6 +16,9 @@ from sysdpo_jax.models.decoder import KEPT, Decoder, KVCache
 Prompts = Int[Array | np.ndarray, "batch prompt"]
 Lengths = Int[Array | np.ndarray, " batch"]
 
+# With other numbers of slots the fastest products would first copy the cache, to pad it.
+MULTIPLE = 8
+
 
 @dataclass(frozen=True)
 class CachedModel:
@@ -40,6 +43,11 @@ class CachedModel:
                 f"{caller}: prompt_lengths must lie in [1, {longest}], got {prompt_lengths.tolist()}; "
                 "an empty prompt needs at least a start token."
             )
+
+    def slots(self, needed: int, beside: int = 0) -> int:
+        """So many that matrix products read whole vectors of them, where the model has the positions, some used."""
+        left = self.decoder.config.max_position_embeddings - beside
+        return max(needed, min(-(-needed // MULTIPLE) * MULTIPLE, left))
 
     def prefill(self, params: PyTree, prompts: Prompts, lengths: Lengths, spare: int) -> tuple[Array, KVCache]:
         """Logits [B, V] of the first new token, and the cache of the prompts with so many spare slots behind.

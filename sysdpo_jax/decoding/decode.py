@@ -121,7 +121,9 @@ def _beam_generate(
     prompts: Prompts,
     lengths: Lengths,
 ) -> Beams:
-    batch, (num_beams, num_groups) = len(prompts), beams
+    (batch, width), (num_beams, num_groups) = prompts.shape, beams
+    # The last token made is never fed back, so it needs no slot; but the loop that would not run needs one.
+    slots = model.slots(max(1, model.max_new_tokens - 1), beside=width)
 
     def step(
         tokens: Array, parents: Array | None, cache: KVCache, made: Array
@@ -137,8 +139,7 @@ def _beam_generate(
     return beam_search(
         step,
         logits,
-        # The last token made is never fed back, so it needs no slot; but the loop that would not run needs one.
-        init_cache(model.decoder.config, batch * num_beams, max(1, model.max_new_tokens - 1)),
+        init_cache(model.decoder.config, batch * num_beams, slots),
         num_beams=num_beams,
         num_groups=num_groups,
         penalties=penalties,

@@ -58,9 +58,9 @@ def sampled(
     # So many places must be idle before prompts that wait are put there, as many at a time as make a good product.
     together = places if places == number else max(1, places // 4)
     # The last token made is never fed back, so it needs no slot.
-    slots = width + room - 1
+    slots = model.slots(width + room - 1)
     # Attention reads every slot that there is. While no slot is used twice, they can be few at first.
-    stages = _stages(width, slots) if together == number else (slots,)
+    stages = [model.slots(stage) for stage in _stages(width, slots)] if together == number else [slots]
     stops = jnp.array(model.stop_tokens, jnp.int32)
     apart = unstacked(model.decoder.config, params)
 

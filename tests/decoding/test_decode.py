@@ -11,7 +11,7 @@ import pytest
 import torch
 from jaxtyping import PyTree
 
-from sysdpo_jax.decoding import sampling
+from sysdpo_jax.decoding import cached_model, sampling
 from sysdpo_jax.decoding.decode import Generated, generate
 from sysdpo_jax.decoding.draws import categorical, sample_token
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -207,6 +207,7 @@ def test_slots_that_come_in_stages_change_nothing(monkeypatch: pytest.MonkeyPatc
     """Four loops of 2, 2, 2 and 3 more slots."""
     whole = waiting(None)
     monkeypatch.setattr(sampling, "STAGE", 2)
+    monkeypatch.setattr(cached_model, "MULTIPLE", 1)
     assert sampling._stages(7, 7 + NEW - 1) == (9, 11, 13, 16)
     jax.clear_caches()
     staged = waiting(None)
