@@ -54,7 +54,7 @@ def test_samples_of_parts_are_those_of_all_rows_together(
     together = NODE.sample(params, {"x": prompts()}, KEY)
     assert shapes[2:] == [(40, 128)]
     assert [value.tokens for value in apart] == [value.tokens for value in together]
-    assert len({value.tokens for value in apart}) > 20
+    assert len({value.tokens for value in apart}) > 10
 
 
 def test_candidates_come_in_the_order_of_the_list(params: Any, shapes: list[tuple[int, ...]]) -> None:
