@@ -66,10 +66,10 @@ def attend_cached(
             found = softcap * jnp.tanh(found / softcap)
         scores.append(jnp.where(visible[:, None, None], found, jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
-    mixed, start = 0.0, 0
+    mixed, start = jnp.zeros_like(split), 0
     for keys, values, _ in parts:
         rows, slots = keys.shape[0], keys.shape[2]
         part = gather(weights[..., start : start + slots], rows)
-        mixed += apart(jnp.einsum("rgqs,rgsk->rgqk", part, values), rows)
+        mixed = mixed + apart(jnp.einsum("rgqs,rgsk->rgqk", part, values), rows)
         start += slots
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

@@ -9,7 +9,7 @@ Axes: B batch, L length, S cache slots, N layers, T kinds of layers, H heads, G 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -106,8 +106,9 @@ class Attention(nn.Module):
         output = _dense(c, x.shape[-1], "o_proj", c.attention_bias)
         if past is not None:
             *shared, own = past
+            masks = cast(tuple[Array, ...], visible)
             written = put(own[0], keys, slot), put(own[1], values, slot)
-            parts = [(*part, seen) for part, seen in zip((*shared, written), visible, strict=True)]
+            parts = [(*part, seen) for part, seen in zip((*shared, written), masks, strict=True)]
             mixed = attend_cached(queries, parts, c.score_scale, c.attn_logit_softcapping)
             return output(join_heads(mixed)), written
         for name, made in (("keys", keys), ("values", values)):
@@ -116,7 +117,7 @@ class Attention(nn.Module):
             queries,
             keys,
             values,
-            visible,
+            cast(Visible, visible),
             c.score_scale,
             c.attn_logit_softcapping,
             causal=visible is None,
@@ -359,9 +360,9 @@ def unstacked(config: DecoderConfig, params: Params) -> Params:
     def as_read(path: Any, x: Array) -> Array:
         return x.astype(config.dtype) if path[-1].key in READ_BY_PRODUCTS else x
 
-    cast: Params = jax.tree.map_with_path(as_read, params)
-    layers = {str(number): _of_layer(cast["layers"], number) for number in range(config.num_hidden_layers)}
-    return cast | {"layers": layers}
+    rounded: Params = jax.tree.map_with_path(as_read, params)
+    layers = {str(number): _of_layer(rounded["layers"], number) for number in range(config.num_hidden_layers)}
+    return rounded | {"layers": layers}
 
 
 def _of_layer(layers: Params, number: int) -> Params:
