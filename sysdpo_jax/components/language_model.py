@@ -1,7 +1,7 @@
 """An autoregressive language model: log p(completion | prompt) is the sum over the completion's tokens."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, as_rows, batch_size
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, as_rows, batch_size, row_keys
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Asking,
@@ -28,6 +28,7 @@ from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.components.shared_prompt import Runs, marked, prefix_of
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
+from sysdpo_jax.decoding.batches import parts, places, width
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.decoding.decode import beam_generate, generate
 from sysdpo_jax.models.decoder import Decoder, head_params
@@ -186,23 +187,30 @@ class LanguageModel(Component):
         return jnp.take_along_axis(cast(Array, run(tokens)), places[..., None], axis=1)
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        """One `SampledText` for each row, up to an end or max_new_tokens.
+        """One `SampledText` for each row, up to an end or max_new_tokens. Its draws depend on the key and its number.
 
         It remembers its tokens for `prepare`. As text it has all special tokens but ends, padding and starts of
         sequence. Prompts are cut or refused as in `prepare`, with `RecordError`.
         """
-        made = generate(
-            self.decoder,
-            params,
-            *self._prompt_tokens(parents),
-            key,
-            max_new_tokens=self.max_new_tokens,
-            stop_tokens=self._ends,
-            pad_token=self._pad,
-            temperature=self.temperature,
-            top_p=self.top_p,
-        )
-        return self._texts(np.asarray(made.tokens), np.asarray(made.lengths))
+        prompts, lengths = self._prompt_tokens(parents)
+        keys, tokens = row_keys(key, len(prompts)), np.zeros((len(prompts), self.max_new_tokens), np.int32)
+        ends = np.zeros_like(lengths)
+        for rows, start in self._parts(prompts, lengths):
+            made = generate(
+                self.decoder,
+                params,
+                start,
+                lengths[rows],
+                keys[rows],
+                max_new_tokens=self.max_new_tokens,
+                stop_tokens=self._ends,
+                pad_token=self._pad,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                places=places(len(rows)),
+            )
+            tokens[rows], ends[rows] = made.tokens, made.lengths
+        return self._texts(tokens, ends)
 
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
         """The distinct texts that `search` finds with `number` beams for each row, the best first; no key is used.
@@ -215,17 +223,23 @@ class LanguageModel(Component):
             ValueError: Where the model gives no number.
         """
         groups = self.search.num_beam_groups or number
-        made = beam_generate(
-            self.decoder,
-            params,
-            *self._prompt_tokens(parents),
-            num_beams=-(-number // groups) * groups,
-            search=self.search,
-            max_new_tokens=self.max_new_tokens,
-            stop_tokens=self._ends,
-            pad_token=self._pad,
-        )
-        tokens, lengths, valid = np.asarray(made.tokens), np.asarray(made.lengths), np.asarray(made.valid)
+        prompts, starts = self._prompt_tokens(parents)
+        beams = len(prompts), -(-number // groups) * groups
+        tokens, lengths = np.zeros((*beams, self.max_new_tokens), np.int32), np.zeros(beams, np.int32)
+        valid = np.zeros(beams, bool)
+        for rows, start in self._parts(prompts, starts):
+            made = beam_generate(
+                self.decoder,
+                params,
+                start,
+                starts[rows],
+                num_beams=beams[1],
+                search=self.search,
+                max_new_tokens=self.max_new_tokens,
+                stop_tokens=self._ends,
+                pad_token=self._pad,
+            )
+            tokens[rows], lengths[rows], valid[rows] = made.tokens, made.lengths, made.valid
         if not valid.any(axis=1).all():
             raise ValueError(
                 f"LanguageModel: the search found nothing for row {int(np.argmin(valid.any(axis=1)))}: the logits are "
@@ -289,6 +303,13 @@ class LanguageModel(Component):
         for row, (_, ids, _) in enumerate(made):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         return tokens, lengths
+
+    def _parts(
+        self, prompts: Int[np.ndarray, "rows prompt"], lengths: Int[np.ndarray, "rows"]
+    ) -> Iterator[tuple[Int[np.ndarray, "part"], Int[np.ndarray, "part width"]]]:
+        """The rows that are decoded together, and their prompts, no wider than these need."""
+        for rows in parts(lengths, self.max_prompt_length):
+            yield rows, prompts[rows, : width(int(lengths[rows].max()), self.max_prompt_length)]
 
     def _texts(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, "rows"]) -> list[SampledText]:
         kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]

@@ -9,7 +9,7 @@ Axes: B batch, L length, S cache slots, N layers, T kinds of layers, H heads, G 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -17,25 +17,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sysdpo_jax.models.attention import attend
+from sysdpo_jax.models.cached_attention import attend_cached, put
 from sysdpo_jax.models.decoder_config import ACTIVATIONS, DecoderConfig
+from sysdpo_jax.models.head import INIT, SCALE, Head, Logits, States, logits_of
 from sysdpo_jax.models.layers import Dense, RMSNorm, embedding, join_heads, split_heads
-from sysdpo_jax.models.lora import low_rank
 from sysdpo_jax.models.partitioning import constrain, residual
 from sysdpo_jax.models.remat import recomputed
 from sysdpo_jax.models.rotary import Angles, rotary_angles, rotate
 from sysdpo_jax.models.shared_prefix import SharedPrefix
 from sysdpo_jax.typing import Params
 
-SCALE = 0.02
-INIT = nn.initializers.normal(SCALE)
+# The collection of what `hidden_states` makes beside its result: a layer's keys and values, if they are asked for.
+KEPT = "intermediates"
+# Names of parameters that are rounded to the precision of the products wherever they are read.
+READ_BY_PRODUCTS = frozenset({"kernel", "bias", "embedding", "lora_a", "lora_b"})
 Tokens = Int[Array, "batch length"]
 Mask = Bool[Array, "batch length"] | None
 Hidden = Float[Array, "batch length width"]
-States = Float[Array, "*leading width"]
-Logits = Float[Array, "*leading vocab"]
 Slot = int | Int[Array, ""]
-# Keys and values, of a cache [N, B, S, G, K], in a layer without N, or of new tokens, [B, L, G, K].
-Pair = tuple[Array, Array] | None
+# Keys and values [B, G, S, K] of one layer's cache.
+Pair = tuple[Array, Array]
+# What a layer's tokens can see of earlier ones: caches that several rows share, and last the rows' own. Without a cache
+# None, as there is nothing earlier.
+Past = tuple[Pair, ...] | None
 # Which slots a token of a row sees, in the layers of one kind and of all; None where that is every token before it. As
 # for angles, one row stands for all where they are alike.
 Visible = Bool[Array, "#batch tokens slots"] | None
@@ -45,18 +49,21 @@ Rotations = tuple[Float[Array, "kinds #batch length half"], Float[Array, "kinds 
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of the tokens seen so far, which slots hold a real token, and its position."""
+    """Keys (already rotated) and values of the tokens seen so far, which slots hold a real token, and its position.
 
-    keys: Array  # [N, B, S, G, K]
-    values: Array  # [N, B, S, G, K]
+    Every layer has arrays of its own: a loop that carries them writes and reads them in place.
+    """
+
+    keys: tuple[Array, ...]  # N of [B, G, S, K]
+    values: tuple[Array, ...]  # N of [B, G, S, K]
     valid: Array  # bool [B, S]
     positions: Array  # int32 [B, S]
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_width)
-    keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    shape = (batch, config.num_key_value_heads, slots, config.head_width)
+    keys, values = (tuple(jnp.zeros(shape, config.dtype) for _ in config.layer_kinds) for _ in range(2))
     return KVCache(keys, values, jnp.zeros((batch, slots), bool), jnp.zeros((batch, slots), jnp.int32))
 
 
@@ -69,15 +76,25 @@ def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; given one layer's cached keys and values, the new ones join them at `slot`."""
+    """Grouped-query attention; given one layer's cached keys and values, the new ones join them at `slot`.
+
+    Without a cache the keys, rotated, and values [B, L, G, K] are variables of the collection KEPT, if that is asked
+    for.
+    """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self, x: Hidden, past: Pair, rotation: Rotation, visible: Visible, slot: Slot, prefix: SharedPrefix | None
-    ) -> tuple[Hidden, Pair]:
-        """The layer's output and, if `past` was given, the new keys and values [B, L, G, K].
+        self,
+        x: Hidden,
+        past: Past,
+        rotation: Rotation,
+        visible: Visible | tuple[Array, ...],
+        slot: Slot,
+        prefix: SharedPrefix | None,
+    ) -> tuple[Hidden, Pair | None]:
+        """The layer's output and, if `past` was given, the rows' own part of it with the new keys and values.
 
         visible: as in `Block`, of this layer's kind. prefix: how x, if it is packed, becomes rows.
         """
@@ -91,27 +108,32 @@ class Attention(nn.Module):
         if c.qk_norm:
             queries, keys = _norm(c, "q_norm")(queries), _norm(c, "k_norm")(keys)
         queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
-        fresh = None
+        output = _dense(c, x.shape[-1], "o_proj", c.attention_bias)
+        if past is not None:
+            *shared, own = past
+            masks = cast(tuple[Array, ...], visible)
+            written = put(own[0], keys, slot), put(own[1], values, slot)
+            parts = [(*part, seen) for part, seen in zip((*shared, written), masks, strict=True)]
+            mixed = attend_cached(queries, parts, c.score_scale, c.attn_logit_softcapping)
+            return output(join_heads(mixed)), written
         if prefix is not None:
             queries, keys, values = (_heads(prefix.spread(y)) for y in (queries, keys, values))
-        if past is not None:
-            fresh = keys, values
-            keys = jax.lax.dynamic_update_slice_in_dim(past[0], keys, slot, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(past[1], values, slot, axis=1)
+        for name, made in (("keys", keys), ("values", values)):
+            self.sow(KEPT, name, made, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         mixed = attend(
             queries,
             keys,
             values,
-            visible,
+            cast(Visible, visible),
             c.score_scale,
             c.attn_logit_softcapping,
             causal=visible is None,
             window=c.window(c.layer_kinds[0]) if visible is None else None,
-            implementation=c.attention if past is None else "auto",
+            implementation=c.attention,
         )
         if prefix is not None:
             mixed = prefix.collect(mixed)
-        return _dense(c, x.shape[-1], "o_proj", c.attention_bias)(join_heads(mixed)), fresh
+        return output(join_heads(mixed)), None
 
 
 def _heads(x: Array) -> Array:
@@ -132,10 +154,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, the body of the scan over layers: attention, then MLP, each on the normed residual.
+    """One layer: attention, then MLP, each on the normed residual. Without a cache it is the body of a scan.
 
     All layers have this one body; `kind` picks what differs between them from the rotations and masks of all kinds.
-    visible: None where layers are all of one kind and a token sees every token before it, within the layers' window.
+    visible: with a cache a mask for each part of `past`, without one a mask, or None where layers are all of one kind
+    and a token sees every token before it, within the layers' window.
     """
 
     config: DecoderConfig
@@ -144,64 +167,29 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Hidden,
-        past: Pair,
-        kind: Int[Array, ""],
+        kind: int | Int[Array, ""],
         rotations: Rotations,
-        visible: VisibleByKind,
-        slot: Slot,
-        prefix: SharedPrefix | None,
-    ) -> tuple[Hidden, Pair]:
-        c, (cos, sin) = self.config, (_pick(table, kind) for table in rotations)
-        seen = None if visible is None else _pick(visible, kind)
+        visible: VisibleByKind | tuple[Array, ...],
+        prefix: SharedPrefix | None = None,
+        past: Past = None,
+        slot: Slot = 0,
+    ) -> tuple[Hidden, Pair | None]:
+        c = self.config
+        rotation, seen = jax.tree.map(lambda table: _pick(table, kind), (rotations, visible))
         normed = _norm(c, "input_layernorm")(x)
-        mixed, fresh = Attention(c, name="self_attn")(normed, past, (cos, sin), seen, slot, prefix)
+        mixed, own = Attention(c, name="self_attn")(normed, past, rotation, seen, slot, prefix)
         if not c.post_norms:
             x = residual(x + mixed)
-            return residual(x + MLP(c, name="mlp")(_norm(c, "post_attention_layernorm")(x))), fresh
+            return residual(x + MLP(c, name="mlp")(_norm(c, "post_attention_layernorm")(x))), own
         x = residual(x + _norm(c, "post_attention_layernorm")(mixed))
         inner = MLP(c, name="mlp")(_norm(c, "pre_feedforward_layernorm")(x))
-        return residual(x + _norm(c, "post_feedforward_layernorm")(inner)), fresh
+        return residual(x + _norm(c, "post_feedforward_layernorm")(inner)), own
 
 
-def _pick(table: Array, kind: Array) -> Array:
-    return table[0] if table.shape[0] == 1 else jax.lax.dynamic_index_in_dim(table, kind, keepdims=False)
-
-
-class Head(nn.Module):
-    """Logits from hidden states, accumulated and returned in float32. Parameter: kernel [D, V]."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, hidden: States) -> Logits:
-        c = self.config
-        kernel = self.param("kernel", INIT, (c.hidden_size, c.vocab_size), c.param_dtype)
-        logits = _logits(hidden, kernel, c.dtype)
-        if self.has_variable("params", "lora_a"):
-            flat = hidden.reshape(-1, c.hidden_size).astype(c.dtype)
-            logits = logits + low_rank(self, flat, "float32").reshape(logits.shape)
-        return logits
-
-
-def _logits(hidden: Array, kernel: Array, dtype: str) -> Array:
-    flat = hidden.reshape(-1, hidden.shape[-1]).astype(dtype)
-    logits = constrain(_product(flat, kernel.astype(dtype)), "batch", "vocab")
-    return logits.reshape(*hidden.shape[:-1], -1)
-
-
-@jax.custom_vjp
-def _product(x: Array, kernel: Array) -> Array:
-    """x kernel in float32. The products of its gradient are in the precision of x, as those of all layers are."""
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-
-
-def _product_transposed(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    rounded = cotangent.astype(x.dtype)
-    return rounded @ kernel.T, x.T @ rounded
-
-
-_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_transposed)
+def _pick(table: Array, kind: int | Array) -> Array:
+    if table.shape[0] == 1 or isinstance(kind, int):
+        return table[0 if table.shape[0] == 1 else kind]
+    return jax.lax.dynamic_index_in_dim(table, kind, keepdims=False)
 
 
 def head_params(config: DecoderConfig, params: Params) -> Params:
@@ -228,9 +216,9 @@ class Decoder(nn.Module):
         block = recomputed(Block, c.remat, c.dtype, prevent_cse=c.num_hidden_layers == 1)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, KEPT: 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, *(nn.broadcast,) * 4),
+            in_axes=(0, *(nn.broadcast,) * 3),
             length=c.num_hidden_layers,
         )(c)
         self.norm = _norm(c)
@@ -276,32 +264,60 @@ class Decoder(nn.Module):
         places = _counted(valid, 0, valid.shape[1]) if positions is None else positions
         # A window counts positions; only without given ones are they those of the slots.
         alike = len(set(c.layer_kinds)) == 1 and (positions is None or c.window(c.layer_kinds[0]) is None)
-        visible = None if mask is None and alike else self._visible(valid, places, places, 0)
-        self._check_room(valid.shape[1])
-        hidden, _ = self._run(tokens, places if prefix is None else prefix.positions, None, visible, 0, prefix)
-        return hidden
+        self._check(valid.shape[1])
+        visible = None
+        if mask is not None or not alike:
+            before = jnp.arange(valid.shape[1])
+            visible = self._in_windows(valid[:, None] & (before <= before[:, None]), places, places)
+        kind = jnp.array([self._kinds.index(name) for name in c.layer_kinds])
+        rotations = self._rotations(places if prefix is None else prefix.positions)
+        x, _ = self.layers(self.embed(tokens), kind, rotations, visible, prefix)
+        return self.norm(x)
 
     def extend(
-        self, tokens: Tokens, cache: KVCache, cache_slot: Slot, positions: Tokens | None = None, mask: Mask = None
+        self,
+        tokens: Tokens,
+        cache: KVCache,
+        cache_slot: Slot,
+        positions: Tokens | None = None,
+        mask: Mask = None,
+        shared: KVCache | None = None,
     ) -> tuple[Hidden, KVCache]:
         """Hidden states of tokens put at slots cache_slot, cache_slot + 1, ..., and the cache with them.
 
-        A token sees the real tokens at its own and earlier slots, in sliding layers those whose position is less than
-        the window behind its own. cache_slot + L must not exceed the slots.
+        A token sees itself, the real tokens that the cache holds and those before it among the new ones, in sliding
+        layers those whose position is less than the window behind its own. What the slots held before is overwritten.
+        cache_slot + L must not exceed the slots. `shared` is an earlier cache that is read
+        only, of which each row is that of B / rows rows of tokens that follow each other; with it give the positions.
+        The layers run one after the other, each with its own part of the parameters: stacked ones are cut here, in a
+        loop at every round, unless `unstacked` has done it before.
         """
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_slot)
-        valid = write(cache.valid, jnp.ones(tokens.shape, bool) if mask is None else mask, axis=1)
+        c, (length, slots) = self.config, (tokens.shape[1], cache.valid.shape[1])
+        self._check(slots + (0 if shared is None else shared.valid.shape[1]))
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_slot, axis=1)
+        valid = write(cache.valid, jnp.ones(tokens.shape, bool) if mask is None else mask)
         if positions is None:
-            positions = _counted(valid, cache_slot, tokens.shape[1])
-        placed = write(cache.positions, positions.astype(jnp.int32), axis=1)
-        self._check_room(placed.shape[1])
-        visible = self._visible(valid, positions, placed, cache_slot)
-        hidden, fresh = self._run(tokens, positions, (cache.keys, cache.values), visible, cache_slot)
-        # One write for all layers, which XLA does in place when the cache is a loop's carry.
-        keys, values = (
-            write(old, new, axis=2) for old, new in zip((cache.keys, cache.values), fresh or (), strict=True)
-        )
-        return hidden, KVCache(keys, values, valid, placed)
+            positions = _counted(valid, cache_slot, length)
+        placed = write(cache.positions, positions.astype(jnp.int32))
+        behind = jnp.arange(slots) - (cache_slot + jnp.arange(length))[:, None]
+        later = (behind > 0) & (jnp.arange(slots) < cache_slot + length)
+        visible = [self._in_windows(valid[:, None] & ~later, positions, placed)]
+        if shared is not None:
+            spread = (jnp.repeat(x, len(tokens) // len(x), axis=0) for x in (shared.valid, shared.positions))
+            earlier, their_positions = spread
+            earlier = jnp.broadcast_to(earlier[:, None], (len(tokens), length, earlier.shape[1]))
+            visible.insert(0, self._in_windows(earlier, positions, their_positions))
+        x, rotations, written = self.embed(tokens), self._rotations(positions), []
+        caches = [cache] if shared is None else [shared, cache]
+        for number, name in enumerate(c.layer_kinds):
+            past = tuple((part.keys[number], part.values[number]) for part in caches)
+            params = _of_layer(self.variables["params"]["layers"], number)
+            x, own = Block(c, parent=None).apply(
+                {"params": params}, x, self._kinds.index(name), rotations, tuple(visible), None, past, cache_slot
+            )
+            written.append(own)
+        keys, values = zip(*written, strict=True)
+        return self.norm(x), KVCache(keys, values, valid, placed)
 
     def embed(self, tokens: Tokens) -> Hidden:
         """What enters the first layer."""
@@ -312,42 +328,47 @@ class Decoder(nn.Module):
         """Logits in float32 of hidden states, whichever stretch of the sequence they come from."""
         c = self.config
         tied = c.tie_word_embeddings
-        logits = _logits(hidden, self.embed_tokens.embedding.T, c.dtype) if tied else self.lm_head(hidden)
+        logits = logits_of(hidden, self.embed_tokens.embedding.T, c.dtype) if tied else self.lm_head(hidden)
         cap = c.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-    def _run(
-        self,
-        tokens: Array,
-        positions: Array,
-        past: Pair,
-        visible: VisibleByKind,
-        slot: Slot,
-        prefix: SharedPrefix | None = None,
-    ) -> tuple[Array, Pair]:
-        c, kinds = self.config, self._kinds
-        angles = [rotary_angles(positions, c.head_width, *c.rope(kind)) for kind in kinds]
-        rotations = jnp.stack([cos for cos, _ in angles]), jnp.stack([sin for _, sin in angles])
-        kind = jnp.array([kinds.index(name) for name in c.layer_kinds])
-        x, fresh = self.layers(self.embed(tokens), past, kind, rotations, visible, slot, prefix)
-        return self.norm(x), fresh
 
     @property
     def _kinds(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.config.layer_kinds))
 
-    def _visible(self, valid: Array, positions: Array, slot_positions: Array, slot: Slot) -> VisibleByKind:
-        """What tokens at these positions, of which the first is at `slot`, see in the layers of each kind."""
-        own_slot = slot + jnp.arange(positions.shape[1])
-        seen = valid[:, None, :] & (jnp.arange(valid.shape[1]) <= own_slot[:, None])
+    def _check(self, slots: int) -> None:
+        room = self.config.max_position_embeddings
+        if slots > room:
+            raise ValueError(f"Decoder: {slots} tokens exceed max_position_embeddings {room}; shorten the input.")
+
+    def _rotations(self, positions: Tokens) -> Rotations:
+        c = self.config
+        angles = [rotary_angles(positions, c.head_width, *c.rope(kind)) for kind in self._kinds]
+        return jnp.stack([cos for cos, _ in angles]), jnp.stack([sin for _, sin in angles])
+
+    def _in_windows(self, seen: Array, positions: Tokens, slot_positions: Array) -> Array:
+        """What tokens at `positions` see in the layers of each kind [T, B, L, S], of what they see without windows."""
         distance = positions[:, :, None] - slot_positions[:, None, :]
         windows = [self.config.window(kind) for kind in self._kinds]
         return jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
 
-    def _check_room(self, slots: int) -> None:
-        room = self.config.max_position_embeddings
-        if slots > room:
-            raise ValueError(f"Decoder: {slots} tokens exceed max_position_embeddings {room}; shorten the input.")
+
+def unstacked(config: DecoderConfig, params: Params) -> Params:
+    """A Decoder's parameters for `extend` in a loop, a second copy of them: what no round of it should do again.
+
+    Each layer is apart, and what products read is in their precision; all else stays in its own.
+    """
+
+    def as_read(path: Any, x: Array) -> Array:
+        return x.astype(config.dtype) if path[-1].key in READ_BY_PRODUCTS else x
+
+    rounded: Params = jax.tree.map_with_path(as_read, params)
+    layers = {str(number): _of_layer(rounded["layers"], number) for number in range(config.num_hidden_layers)}
+    return rounded | {"layers": layers}
+
+
+def _of_layer(layers: Params, number: int) -> Params:
+    return layers[str(number)] if str(number) in layers else jax.tree.map(lambda x: x[number], layers)
 
 
 def _counted(valid: Bool[Array, "batch slots"], slot: Slot, length: int) -> Tokens:

@@ -21,7 +21,7 @@ class DecoderConfig(BlockOptions):
     """Shape of a decoder: with the defaults a Llama, with other values a Mistral, Qwen or Gemma.
 
     head_dim: width of a head, by default hidden_size / num_attention_heads.
-    attention: how attention without a cache is computed, see `attention.choose`; with a cache it is "auto".
+    attention: how attention without a cache is computed, see `attention.choose`; with one see `attend_cached`.
     hidden_act: of the feed-forward's gate, one of ACTIVATIONS.
     rope_scaling: how the rotary frequencies are lowered; None leaves them.
     rope_local_base_freq: theta of the sliding layers, unscaled; by default they rotate as the others do.

@@ -196,6 +196,23 @@ def test_one_new_token() -> None:
         assert [(token,) for token in made.tokens[row, :, 0].tolist()] == [s for s, _ in expected]
 
 
+def test_prompts_and_new_tokens_may_fill_all_positions() -> None:
+    """64 positions of the model, which leave no room to round the number of slots up."""
+    prompts = np.random.default_rng(0).integers(0, PAD, (2, 51))
+    made = beam_generate(
+        Decoder(SMALL),
+        model_and_params("llama")[1],
+        prompts,
+        np.array([51, 40]),
+        num_beams=2,
+        search=PLAIN,
+        max_new_tokens=13,
+        stop_tokens=(),
+        pad_token=PAD,
+    )
+    np.testing.assert_array_equal(made.lengths, 13)
+
+
 def test_one_compilation_per_shape() -> None:
     """New values of anything but shapes, groups and an equal decoder do not trace anew; other groups do."""
     traces, config = [], dataclasses.replace(SMALL, num_hidden_layers=1)

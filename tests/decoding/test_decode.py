@@ -11,7 +11,9 @@ import pytest
 import torch
 from jaxtyping import PyTree
 
-from sysdpo_jax.decoding.decode import Generated, generate, sample_token
+from sysdpo_jax.decoding import cached_model, sampling
+from sysdpo_jax.decoding.decode import Generated, generate
+from sysdpo_jax.decoding.draws import categorical, sample_token
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from tests.parity.convert import llama_params
 from tests.parity.test_decoder import BASE, llama
@@ -169,6 +171,93 @@ def test_same_key_same_tokens() -> None:
     assert (first != other).any()
 
 
+def waiting(places: int | None, rows: slice = slice(None), temperature: float = 0.9, **layers: Any) -> Generated:
+    """Nine prompts, of which `rows`, each with its own key; rows end at different times."""
+    rng = np.random.default_rng(4)
+    lengths = np.array([7, 1, 4, 6, 2, 3, 5, 7, 1])
+    prompts = np.where(np.arange(7) < lengths[:, None], rng.integers(1, BASE.vocab_size, (9, 7)), PAD)
+    return jax.device_get(
+        generate(
+            Decoder(dataclasses.replace(BASE, **layers)),
+            model_and_params(BASE)[1],
+            prompts[rows],
+            lengths[rows],
+            jax.random.split(jax.random.key(7), 9)[rows],
+            max_new_tokens=NEW,
+            stop_tokens=tuple(range(1, 20)),
+            pad_token=PAD,
+            temperature=temperature,
+            places=places,
+        )
+    )
+
+
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 3}])
+@pytest.mark.parametrize("places", [1, 2, 4, 8])
+def test_rows_that_take_the_places_of_others_get_what_all_at_once_get(places: int, window: dict[str, int]) -> None:
+    """The slots are a ring then, which has come round where the tokens of one place are more than its slots."""
+    at_once, one_by_one = waiting(None, **window), waiting(places, **window)
+    np.testing.assert_array_equal(one_by_one.tokens, at_once.tokens)
+    np.testing.assert_array_equal(one_by_one.lengths, at_once.lengths)
+    assert len(np.unique(at_once.lengths)) > 3
+    assert at_once.lengths.sum() > 7 + NEW
+
+
+def test_slots_that_come_in_stages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four loops of 2, 2, 2 and 3 more slots."""
+    whole = waiting(None)
+    monkeypatch.setattr(sampling, "STAGE", 2)
+    monkeypatch.setattr(cached_model, "MULTIPLE", 1)
+    assert sampling._stages(7, 7 + NEW - 1) == (9, 11, 13, 16)
+    jax.clear_caches()
+    staged = waiting(None)
+    np.testing.assert_array_equal(staged.tokens, whole.tokens)
+    np.testing.assert_array_equal(staged.lengths, whole.lengths)
+    np.testing.assert_array_equal(greedy(stop_tokens=()).tokens, transformers_greedy(()))
+    jax.clear_caches()
+
+
+def test_a_row_draws_the_same_whatever_is_beside_it() -> None:
+    together = waiting(None)
+    for rows in (slice(0, 1), slice(3, 5), slice(8, None)):
+        apart = waiting(None, rows)
+        np.testing.assert_array_equal(apart.tokens, together.tokens[rows])
+        np.testing.assert_array_equal(apart.lengths, together.lengths[rows])
+
+
+def test_greedy_rows_that_wait_equal_transformers() -> None:
+    """Also where a prompt takes the place of one that has filled it to the last slot."""
+    prompts, lengths = ragged_prompts()
+    made = generate(
+        Decoder(BASE),
+        model_and_params(BASE)[1],
+        prompts,
+        lengths,
+        jax.random.key(0),
+        max_new_tokens=NEW,
+        stop_tokens=(),
+        pad_token=PAD,
+        temperature=0.0,
+        places=1,
+    )
+    np.testing.assert_array_equal(made.tokens, transformers_greedy(()))
+
+
+def test_draws_are_of_the_softmax_over_more_than_one_block() -> None:
+    """300 tokens, of which 40 have weight: within 5 standard errors of 40,000 draws, and nothing else is drawn."""
+    rng = np.random.default_rng(0)
+    logits = np.full(300, -np.inf, np.float32)
+    some = rng.choice(300, 40, replace=False)
+    logits[some] = 2 * rng.normal(size=40)
+    keys = jax.random.split(jax.random.key(1), 40_000)
+    drawn = np.asarray(jax.jit(categorical)(jnp.broadcast_to(logits, (len(keys), 300)), keys))
+    expected = np.exp(logits.astype(np.float64))
+    expected /= expected.sum()
+    found = np.bincount(drawn, minlength=300) / len(keys)
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / len(keys)))
+    assert found[expected == 0].sum() == 0
+
+
 def test_one_compilation_per_shape() -> None:
     """New values of anything but the shapes and an equal decoder do not trace anew; a new shape does."""
     traces = []
@@ -211,6 +300,7 @@ def test_one_compilation_per_shape() -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"places": 0}, "places 0 must be at least 1"),
         ({"prompt_lengths": np.array([7, 0, 4, 6])}, "start token"),
         ({"prompt_lengths": np.array([8, 1, 4, 6])}, r"\[1, 7\]"),
     ],
