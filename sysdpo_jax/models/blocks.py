@@ -26,7 +26,7 @@ def blockwise(
     queries: Queries,
     keys: Slots,
     values: Slots,
-    visible: Bool[Array, "#batch length slots"] | None = None,
+    visible: Bool[Array, "batch length slots"] | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -50,9 +50,8 @@ def blockwise(
     stacked = split.reshape(*blocks, rows, groups, -1, width)
     masks = None
     if visible is not None:
-        masks = _padded(visible, blocks[0] * rows if visible.shape[0] > 1 else 1, blocks[1] * chunk)
-        masks = masks.reshape(-1, rows if visible.shape[0] > 1 else 1, blocks[1], chunk, slots).swapaxes(1, 2)
-        masks = jnp.broadcast_to(masks, (blocks[0], *masks.shape[1:]))
+        masks = _padded(visible, blocks[0] * rows, blocks[1] * chunk)
+        masks = masks.reshape(blocks[0], rows, blocks[1], chunk, slots).swapaxes(1, 2)
 
     def of_rows(row: tuple[Array, Array, Array, Array | None]) -> Array:
         own_queries, own_keys, own_values, own_masks = row
