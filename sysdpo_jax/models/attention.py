@@ -15,11 +15,14 @@ from jaxtyping import Array, Bool
 
 from sysdpo_jax.models import cudnn
 from sysdpo_jax.models.attention_request import AttentionRequest, Queries, Slots
+from sysdpo_jax.models.blocks import BLOCK, blockwise
 from sysdpo_jax.models.partitioning import on_own_heads
 
 # What a configuration's `attention` may name.
-IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "flash")
+IMPLEMENTATIONS = ("auto", "plain", "blocks", "xla", "cudnn", "flash")
 FUSED = {"tpu": "flash", "gpu": "cudnn"}
+# What takes the place of an implementation that only a mesh can spread over devices.
+INSTEAD = {"flash": "xla", "cudnn": "xla", "blocks": "plain"}
 # Shorter than the kernel's smallest block, the matrix of scores is small and plain products are as good.
 MIN_FLASH_LENGTH = 128
 # Where programs that are traced will run, if not here.
@@ -52,9 +55,9 @@ def attend(
     restricted = visible is not None, softcap is not None, causal, window
     request = AttentionRequest.of(queries, keys, values, *restricted)
     kind = choose(implementation, backend(), request)
-    if kind in FUSED.values() and implementation == "auto" and jax.device_count() > 1:
-        # The compiler cannot cut a kernel, and without a mesh nobody says how to spread it.
-        kind = "xla" if jax.sharding.get_abstract_mesh().empty else kind
+    if kind in INSTEAD and implementation == "auto" and jax.device_count() > 1:
+        # The compiler cannot cut a kernel or a loop over rows, and without a mesh nobody says how to spread it.
+        kind = INSTEAD[kind] if jax.sharding.get_abstract_mesh().empty else kind
     if kind == "plain":
         return _plain(queries, keys, values, _both(visible, queries, keys, causal, window), scale, softcap)
     scale = 1 / math.sqrt(queries.shape[-1]) if scale is None else scale
@@ -69,6 +72,10 @@ def attend(
             local_window_size=None if window is None else (window - 1, 0),
             implementation="xla",
         )
+    if kind == "blocks":
+        block_by_block = partial(blockwise, scale=scale, softcap=softcap, causal=causal, window=window)
+        masks = [] if visible is None else [jnp.broadcast_to(visible, (queries.shape[0], *visible.shape[1:]))]
+        return on_own_heads(block_by_block, queries, keys, values, *masks)
     if kind == "flash":
         # Importing Pallas takes half a second, which only TPUs get something for.
         from sysdpo_jax.models.flash import flash as kernel
@@ -95,13 +102,14 @@ def backend() -> str:
 def choose(implementation: str, backend: str, request: AttentionRequest) -> str:
     """The implementation for a request on one of jax's backends.
 
-    "plain": matrix products and a softmax written here, the fastest on CPUs and the only one with a soft cap.
+    "plain": matrix products and a softmax written here.
+    "blocks": the same on CPUs block by block, so that scores stay in the cache, see `blocks`.
     "xla": `jax.nn.dot_product_attention`, the same with fewer passes over the scores on accelerators.
     "cudnn": cuDNN's fused attention, for NVIDIA GPUs since Ampere, see `cudnn`.
     "flash": jax's splash kernel for TPUs, see `flash`.
     "auto": on a TPU flash from MIN_FLASH_LENGTH queries on, on such a GPU cudnn, where these can run (with several
-    devices only under a mesh); else xla, and on CPUs and with a soft cap plain. Only cudnn and flash never hold scores
-    [B, H, L, S].
+    devices only under a mesh); else xla, and with a soft cap plain; on a CPU plain where one block holds all scores,
+    else blocks (with several devices only under a mesh). Only blocks, cudnn and flash never hold scores [B, H, L, S].
 
     Raises ValueError for an unknown name and for a named implementation that cannot run, with the reason.
     """
@@ -111,7 +119,9 @@ def choose(implementation: str, backend: str, request: AttentionRequest) -> str:
         if reason is not None:
             raise ValueError(f"attend: attention {implementation!r} {reason} ({request}); choose another or 'auto'")
         return implementation
-    if request.softcap or backend == "cpu":
+    if backend == "cpu":
+        return "blocks" if request.batch * request.heads * request.length * request.slots > BLOCK else "plain"
+    if request.softcap:
         return "plain"
     fused = FUSED.get(backend, "xla")
     short = fused == "flash" and request.length < MIN_FLASH_LENGTH
@@ -128,7 +138,7 @@ def _refusal(implementation: str, request: AttentionRequest) -> str | None:
     """Why an implementation cannot run, None if it can."""
     if implementation == "cudnn":
         return cudnn.refusal(request)
-    if implementation == "plain":
+    if implementation in ("plain", "blocks"):
         return None
     if request.softcap:
         return "has no soft cap on scores"

@@ -122,15 +122,17 @@ def on_own_rows(function: Callable[..., Array], shared: PyTree, *rows: Shaped[Ar
     )
 
 
-def on_own_heads(kernel: Callable[..., Queries], queries: Queries, keys: Slots, values: Slots) -> Queries:
-    """kernel(queries, keys, values), each device with its own rows and heads: the compiler cannot cut a kernel.
+def on_own_heads(
+    kernel: Callable[..., Queries], queries: Queries, keys: Slots, values: Slots, *of_rows: Shaped[Array, "batch ..."]
+) -> Queries:
+    """kernel(queries, keys, values, *of_rows), each device with its own rows and heads: the compiler cannot cut it.
 
     They lie as the rules in force lay out the axes "batch" and "heads"; one that does not divide is whole on every
     device. A plain call without a mesh or on a mesh of one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel(queries, keys, values)
+        return kernel(queries, keys, values, *of_rows)
     rows, _, heads, _ = nn.logical_to_mesh_axes(("batch", None, "heads", None)) or (None,) * 4
     if queries.shape[0] % num_parts(mesh.shape, rows):
         rows = None
@@ -138,7 +140,8 @@ def on_own_heads(kernel: Callable[..., Queries], queries: Queries, keys: Slots, 
     if keys.shape[2] % num_parts(mesh.shape, heads):
         heads = None
     spec = PartitionSpec(rows, None, heads, None)
-    return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(queries, keys, values)
+    places = (spec, spec, spec, *(PartitionSpec(rows),) * len(of_rows))
+    return jax.shard_map(kernel, in_specs=places, out_specs=spec, check_vma=False)(queries, keys, values, *of_rows)
 
 
 def num_parts(sizes: Mapping[str, int], mesh_axes: str | tuple[str, ...] | None) -> int:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sysdpo_jax import CompoundSystem, Diffusion, GraphError, LatentCodec, Node, Tool, bucket_sizes
+from sysdpo_jax import CompoundSystem, Diffusion, GraphError, LatentCodec, Node, Tool, bucket_sizes, rollout
 from sysdpo_jax.components.base import Component, Raw
 from sysdpo_jax.graph import encode_sides
 from sysdpo_jax.models.lora import LoRA, add_lora
@@ -118,6 +118,19 @@ def test_systems_with_other_weights_share_what_is_compiled():
         pictures.append(run["image"])
     assert sampler._cache_size() == before + 1
     assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
+
+
+def test_a_rollout_compiles_its_sampler_once_and_encodes_a_caption_once_a_batch():
+    """Three batches of four pictures, the last one not full: guided, so that there is a null condition too."""
+    node = painter(num_steps=4, guidance_scale=2.0)
+    system = CompoundSystem(("caption",), (Node("image", node, ("caption",)),))
+    params, asked = {"image": drawn(node.init)}, [{"caption": text} for text in ("a ball", "cube", "a red ball")]
+    before = Diffusion._sample._cache_size()
+    encoded_since()
+    rollout(system, params, asked, KEY, samples=3, batch_size=4)
+    assert Diffusion._sample._cache_size() == before + 1
+    # Captions of the batch, then its null condition: two captions in the first and second, one in the last.
+    assert encoded_since()[0] == [2, 1, 2, 1, 1, 1]
 
 
 def test_sampling_decodes_with_the_parameters_codec_and_reads_the_frozen_states():

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
+from sysdpo_jax.models import attention, blocks
 from sysdpo_jax.models.attention import attend, choose
 from sysdpo_jax.models.attention_request import AttentionRequest
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
@@ -101,6 +102,85 @@ def test_products(case: Case, implementation: str) -> None:
 
 
 @pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 2,000 scores: parts of one row's queries in most cases, the last of them padded."""
+    monkeypatch.setattr(blocks, "BLOCK", 2000)
+    monkeypatch.setattr(attention, "BLOCK", 2000)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_blocks(case: Case) -> None:
+    check(case, "blocks", 2e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("batch", "length"), [(2, 61), (23, 8)])
+def test_blocks_take_masks_and_soft_caps(batch: int, length: int, softcap: float | None) -> None:
+    """Parts of rows, parts of the batch with padded rows, a query that sees nothing; and gradients."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(batch, length, 4, 4), *[(batch, length, 2, 4)] * 2, (batch, length, 4, 4)]
+    *args, onto = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False))
+    visible = jax.random.bernoulli(keys[4], 0.6, (batch, length, length)).at[0, 3].set(False)
+
+    def run(implementation: str) -> tuple[jax.Array, ...]:
+        def function(*args: jax.Array) -> jax.Array:
+            return attend(*args, visible, softcap=softcap, causal=True, implementation=implementation)
+
+        out, back = jax.vjp(function, *args)
+        return out, *back(onto)
+
+    for got, wanted in zip(jax.jit(run, static_argnums=0)("blocks"), run("plain"), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_under_vmap_and_remat() -> None:
+    """Ten rows in blocks and mapped over pairs of them, recomputed or not."""
+    shape = (10, 16, 2, 4)
+    args = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(1), 3)]
+
+    def loss(queries: jax.Array, keys: jax.Array, values: jax.Array, implementation: str) -> jax.Array:
+        return jnp.sin(attend(queries, keys, values, implementation=implementation)).sum()
+
+    def mapped(*args: jax.Array) -> jax.Array:
+        apart = [x.reshape(2, 5, *shape[1:]) for x in args]
+        return jax.vmap(jax.checkpoint(functools.partial(loss, implementation="blocks")))(*apart).sum()
+
+    wanted = jax.grad(functools.partial(loss, implementation="plain"), (0, 1, 2))(*args)
+    for got, expected in zip(jax.jit(jax.grad(mapped, (0, 1, 2)))(*args), wanted, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_blocks_on_a_mesh() -> None:
+    """Each device loops over its own rows and heads; without a mesh there is no loop."""
+    command = [sys.executable, "-m", "tests.models.blocks_on_mesh"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["error"] < 2e-6
+    assert found["loops"]["mesh"] > 0
+    assert found["loops"]["no mesh"] == 0
+    # Two of the eight rows lie on a device.
+    assert all(rows == 2 for rows in found["rows"])
+
+
+def test_blocks_hold_no_scores() -> None:
+    """Forward and backward of 16 million scores, 64 MiB in float32, in a quarter of it; plain needs all of it."""
+    shape = jax.ShapeDtypeStruct((32, 256, 8, 4), jnp.float32)
+
+    def temporary(implementation: str) -> int:
+        def run(queries, keys, values, onto):
+            return jax.vjp(functools.partial(attend, implementation=implementation), queries, keys, values)[1](onto)
+
+        return jax.jit(run).lower(*(shape,) * 4).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary("auto") < 2**24 + 8 * 2**21
+    assert temporary("plain") > 2**26
+
+
+@pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs in Pallas's interpreter."""
     made = functools.partial(kernels.make_splash_mha, interpret=True)
@@ -130,7 +210,8 @@ def test_what_auto_chooses() -> None:
 
     assert auto("tpu") == auto("tpu", "float32") == "flash"
     assert auto("tpu", length=77) == auto("tpu", masked=True) == auto("tpu", "float16") == "xla"
-    assert auto("cpu") == auto("tpu", softcap=True) == auto("gpu", softcap=True) == "plain"
+    assert auto("tpu", softcap=True) == auto("gpu", softcap=True) == auto("cpu", length=128) == "plain"
+    assert auto("cpu") == auto("cpu", softcap=True) == auto("cpu", "float32", masked=True) == "blocks"
 
 
 def test_a_named_implementation_runs_or_says_why_not() -> None:
