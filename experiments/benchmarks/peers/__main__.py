@@ -13,15 +13,16 @@ the table with its reason and has no ratio.
 
 Figures: seconds of a step, the median, or the mean of an epoch of unequal lengths; tokens of both sides, images or new
 tokens a second; the peer's time over ours; MFU, the plain model's FLOPs (each row by itself: nothing shared, padded or
-recomputed) over the peak of the data sheet; the same over the matrix product that is measured in the run, or for
-decoding the bytes that must be read over the measured copy; peak memory of the GPU or, on a CPU, of the process; and
-seconds to the end of the first step, with compilation.
+recomputed) over the peak of the data sheet; the same over the matrix product that is measured in the run, or, for
+decoding on a GPU, the bytes that must be read over the measured copy; peak memory of the GPU or, on a CPU, of the
+process; and seconds to the end of the first step, with compilation.
 
 Prints the table and writes <folder>/results.json, in which a run replaces the cases that it measured; ends with 1 where
 our side failed or a side did other work.
 """
 
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import gpu
+from experiments.benchmarks.peers import ours
 from experiments.benchmarks.peers.cases import CASES, OURS, SIDES, Case
 from experiments.benchmarks.peers.processes import Outcome, ask
 from experiments.benchmarks.peers.summary import failures, summarise, table
-from experiments.benchmarks.peers.work import as_json
+from experiments.benchmarks.peers.work import Device, as_json
 from experiments.common.command import made_by, parse_preset
 from sysdpo_jax.io import read_json, write_json
 from sysdpo_jax.training import peak_flops
@@ -96,7 +98,7 @@ def measure(name: str, case: Case, config: Config) -> dict[str, list[Outcome]]:
                 if side != OURS and (given := outcomes[OURS][0].answer) is None:
                     made.append(Outcome("failed", "not asked: our side gave nothing to compare with"))
                     continue
-                about = told | SIDES[side].told | ({} if side == OURS else {"ours": given})
+                about = {**told, **SIDES[side].told, **({} if side == OURS else {"ours": given})}
                 log = logs / f"{name}.{side.replace(' ', '_')}.{number}.txt"
                 made.append(ask(python_of(side, config), f"{MODULE}.{SIDES[side].module}", about, config.limit, log))
                 said = f"{made[-1].status} {made[-1].reason}".strip()
@@ -114,11 +116,12 @@ def python_of(side: str, config: Config) -> Path:
 def main(arguments: list[str]) -> None:
     """Measure case by case, write results.json after each and print the table."""
     config = parse_preset(PRESETS, arguments, __doc__)
-    os.environ.update(ENVIRONMENT["gpu" if config.preset == "gpu" else "cpu"])
+    device: Device = "gpu" if config.preset == "gpu" else "cpu"
+    os.environ.update(ENVIRONMENT[device])
     path = config.folder / "results.json"
     results: dict[str, Any] = read_json(path) if path.exists() else {"cases": {}}
     before, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    roofline = gpu.apart(gpu.roofline, ROOFLINES[config.preset])
+    roofline = gpu.apart(ours.roofline, device, ROOFLINES[config.preset])
     for name in config.cases:
         case = CASES[config.preset][name]
         found = summarise(case.work, measure(name, case, config), roofline, peak_flops(roofline["device"]))
@@ -134,5 +137,11 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("\n".join(wrong))
 
 
+def _end(*_: object) -> None:
+    raise SystemExit("ended by SIGTERM")
+
+
 if __name__ == "__main__":
+    # A side is in a session of its own: it must not go on when this process is told to end.
+    signal.signal(signal.SIGTERM, _end)
     main(sys.argv[1:])

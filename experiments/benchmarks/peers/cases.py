@@ -90,7 +90,7 @@ CASES: dict[str, dict[str, Case]] = {
     "cpu": {
         "dpo-equal": Case(SMALL_DPO, TRL),
         "dpo-lognormal": Case(
-            replace(SMALL_DPO, prompt=40, completion=30, sigma=0.8, shortest=4, longest=128, steps=24), TRL
+            replace(SMALL_DPO, prompt=40, completion=30, sigma=0.8, shortest=4, longest=128, steps=16), TRL
         ),
         "dpo-long-prompts": Case(replace(SMALL_DPO, prompt=192, completion=32, steps=7), TRL),
         "dpo-long-answers": Case(replace(SMALL_DPO, prompt=32, completion=192, steps=7), TRL),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ from sysdpo_jax.decoding import generate
 from sysdpo_jax.flags import from_mapping
 from sysdpo_jax.models import Decoder, DecoderConfig, UNet2DCondition, UNetConfig
 from sysdpo_jax.runs import keep_compilations
-from sysdpo_jax.training import memory
+from sysdpo_jax.training import SystemOptimizer, TrainState, count_units, memory
+from sysdpo_jax.typing import Params
 
 
 def measure(work: Work, folder: Path, told: Mapping[str, Any]) -> Measured:
     """Do it. told: nothing of it is read. Raises SystemExit where there is no such device."""
-    if jax.default_backend() != work.device:
-        raise SystemExit(f"JAX has no {work.device}, but {jax.devices()[0].device_kind}")
+    _require(work.device)
     keep_compilations(str(folder / "compiled"))
     match work:
         case TextDPO():
@@ -50,6 +51,17 @@ def measure(work: Work, folder: Path, told: Mapping[str, Any]) -> Measured:
             return decode(work, folder)
 
 
+def roofline(device: Device, config: gpu.Config) -> dict[str, Any]:
+    """`gpu.roofline` of the device. Raises SystemExit where there is none such."""
+    _require(device)
+    return gpu.roofline(config)
+
+
+def _require(device: Device) -> None:
+    if jax.default_backend() != device:
+        raise SystemExit(f"JAX has no {device}, but {jax.devices()[0].device_kind}: choose another --preset")
+
+
 def language_model(work: TextDPO | Decode, room: tuple[int, int], remat: str | None) -> sj.LanguageModel:
     """The decoder with a tokenizer of its words."""
     computing = {"dtype": work.precision, "param_dtype": work.precision, "remat": remat}
@@ -57,12 +69,19 @@ def language_model(work: TextDPO | Decode, room: tuple[int, int], remat: str | N
     return sj.LanguageModel(Decoder(config), word_tokenizer(vocabulary(work.decoder)), *room)
 
 
-def text_dpo(work: TextDPO, folder: Path) -> Measured:
-    """An epoch of `preference_dataset`. A step is timed from the end of the one before to its own, data included.
+@dataclass(frozen=True)
+class Training:
+    """A decoder as a system with its batches and its optimiser. parameters: how many; LoRA's scales are none."""
 
-    Every shape of a batch has run once before.
-    """
-    began = time.perf_counter()
+    system: sj.CompoundSystem
+    batches: PreferenceBatches
+    optimizer: SystemOptimizer
+    state: TrainState
+    parameters: int
+
+
+def training(work: TextDPO, folder: Path) -> Training:
+    """With random weights, which are kept for the peers."""
     model = language_model(work, work.room, work.remat)
     system = sj.CompoundSystem(("prompt",), (sj.Node("answer", model, ("prompt",)),))
     records = [
@@ -70,51 +89,62 @@ def text_dpo(work: TextDPO, folder: Path) -> Measured:
         for row in work.rows()
     ]
     batches = sj.preference_dataset(system, records, work.pairs, seed=0, shapes=work.shapes)
-    trained: dict[str, Any] = {"master_weights": work.precision != "float32"}
     params = jax.jit(system.init)(jax.random.key(0))
-    if work.same_weights:
-        sj.pretrained.save(folder / "weights", model, params["answer"])
-    base = _count(params)
+    _hand_on(work, folder, model, params["answer"])
+    parameters = _count(params)
+    trained: dict[str, Any] = {"master_weights": work.precision != "float32"}
     if work.lora_rank:
         trained = {"trainable": sj.LORA_PARAMS}
         lora = sj.LoRA(work.lora_rank, 2.0 * work.lora_rank, targets="attention")
         params = {"answer": sj.add_lora(params["answer"], lora, jax.random.key(2))}
     adamw = sj.ComponentOptimizer(optax.adamw(LEARNING_RATE, weight_decay=0.0), clip_norm=CLIP, **trained)
-    optimizer, key = sj.make_optimizer({"answer": adamw}), jax.random.key(1)
-    step, state = (
-        sj.make_train_step(system, sj.DirectObjective(), optimizer),
-        sj.create_state(system, params, optimizer),
-    )
-    # Of LoRA's own, the numbers that are trained: each layer's scale is none.
-    parameters = base + (_count(state.trained) if work.lora_rank else 0)
-    del params
-    # The first step of each shape compiles it, the one of step 0 first of all: it is what the peers are compared with.
+    optimizer = sj.make_optimizer({"answer": adamw})
+    state = sj.create_state(system, params, optimizer)
+    return Training(system, batches, optimizer, state, parameters + (_count(state.trained) if work.lora_rank else 0))
+
+
+def text_dpo(work: TextDPO, folder: Path) -> Measured:
+    """An epoch of `preference_dataset`. A step is timed from the end of the one before to its own, data included.
+
+    Every shape of a batch has run once before, that of the first step first: it is what the peers are compared with.
+    """
+    began = time.perf_counter()
+    made = training(work, folder)
+    batches, state, key = made.batches, made.state, jax.random.key(1)
+    step = sj.make_train_step(made.system, sj.DirectObjective(), made.optimizer)
     firsts = {batches.plan.at(number)[1]: number for number in reversed(range(work.steps))}
-    checks: dict[str, Any] = {}
+    metrics, first_seconds = [], 0.0
     for number in sorted(firsts.values()):
-        state, metrics = step(state, batches[number], key)
-        if not checks:
-            rows = batches.plan.at(number)[0].tolist()
-            checks = {"loss": float(metrics["loss"]), "gradient": float(metrics["grad_norm/answer"])}
-            first_seconds = time.perf_counter() - began
-    tokens, places = _tokens(batches, model, work.steps)
+        state, found = step(state, batches[number], key)
+        metrics.append(jax.block_until_ready(found))
+        first_seconds = first_seconds or time.perf_counter() - began
     ends = [time.perf_counter()]
     with read_ahead(batches, 0) as elements:
         for _, batch in zip(range(work.steps), elements, strict=False):
-            state, metrics = step(state, batch, key)
-            jax.block_until_ready(metrics)
+            state, found = step(state, batch, key)
+            metrics.append(jax.block_until_ready(found))
             ends.append(time.perf_counter())
-    if not bool(jnp.isfinite(metrics["loss"])):
-        raise SystemExit("the loss of the last step is not finite")
-    about = {"rows": rows, "padding": 1 - tokens / places, "shapes": [list(sizes) for sizes in sorted(firsts)]}
-    checks |= {"tokens": tokens}
-    return _measured(work.device, np.diff(ends).tolist(), first_seconds, parameters, checks, about)
+    if not all(bool(each["finite"]) for each in metrics):
+        raise SystemExit("a step was not finite")
+    tokens, places = _tokens(made, work.steps)
+    checks = {
+        "loss": float(metrics[0]["loss"]),
+        "gradient": float(metrics[0]["grad_norm/answer"]),
+        "tokens": tokens,
+    }
+    about = {
+        "rows": batches.plan.at(0)[0].tolist(),
+        "padding": 1 - tokens / places,
+        "shapes": [list(sizes) for sizes in sorted(firsts)],
+    }
+    return _measured(work.device, np.diff(ends).tolist(), first_seconds, made.parameters, checks, about)
 
 
-def _tokens(batches: PreferenceBatches, model: sj.LanguageModel, steps: int) -> tuple[int, int]:
+def _tokens(made: Training, steps: int) -> tuple[int, int]:
     """The tokens of an epoch, each prompt counted with both of its answers, and the places that they have."""
-    sides = [side["answer"] for number in range(steps) for side in batches[number][:2]]
-    return sum(model.units(side)["tokens"] for side in sides), sum(np.size(side["tokens"]) for side in sides)
+    batches = [made.batches[number] for number in range(steps)]
+    places = sum(np.size(side["answer"]["tokens"]) for batch in batches for side in (batch.chosen, batch.rejected))
+    return sum(count_units(made.system, batch)["tokens_per_second/answer"] for batch in batches), places
 
 
 def image_dpo(work: ImageDPO, folder: Path) -> Measured:
@@ -157,8 +187,7 @@ def decode(work: Decode, folder: Path) -> Measured:
     began = time.perf_counter()
     model = language_model(work, (work.prompt, work.new), None)
     params = jax.jit(model.init)(jax.random.key(0))
-    if work.same_weights:
-        sj.pretrained.save(folder / "weights", model, params)
+    _hand_on(work, folder, model, params)
     prompts, lengths = jnp.asarray(work.prompts()), jnp.full(work.rows, work.prompt)
     made: Any = None
 
@@ -187,6 +216,12 @@ def decode(work: Decode, folder: Path) -> Measured:
     if work.same_weights:
         checks["tokens"] = tokens[:, :COMPARED_TOKENS].tolist()
     return _measured(work.device, seconds, first_seconds, _count(params), checks, {})
+
+
+def _hand_on(work: TextDPO | Decode, folder: Path, model: sj.LanguageModel, params: Params) -> None:
+    """The weights for the peers, which are the same in every round."""
+    if work.same_weights and not (folder / "weights").exists():
+        sj.pretrained.save(folder / "weights", model, params)
 
 
 def _count(params: PyTree) -> int:

@@ -33,12 +33,14 @@ def ask(python: Path, module: str, told: Mapping[str, Any], limit: float, log: P
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
         )
-        try:
-            said, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            return Outcome("cut off", f"not done after {limit:.0f} s")
-        finally:
-            _end(process)
+        with process:
+            try:
+                said, _ = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                return Outcome("cut off", f"not done after {limit:.0f} s")
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
     answers = [line.removeprefix(ANSWER) for line in said.splitlines() if line.startswith(ANSWER)]
     if process.returncode == 0 and answers:
         return Outcome("measured", answer=json.loads(answers[-1]))
@@ -52,10 +54,3 @@ def reason_of(log: str, code: int) -> str:
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
     last = (named or lines or ["it said nothing"])[-1]
     return last[:300] if code == 1 else f"exit code {code}: {last[:300]}"
-
-
-def _end(process: "subprocess.Popen[str]") -> None:
-    """End what is left of the process and of those that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -72,7 +72,9 @@ def summarise(
         said = other_work(work, ours, outcome.answer) if ours is not None and outcome.answer is not None else ""
         if said:
             found[name] = replace(outcome, status="other work", reason=said)
-    sides = {name: {"status": each.status, "reason": each.reason} for name, each in found.items()}
+    sides: dict[str, dict[str, Any]] = {
+        name: {"status": each.status, "reason": each.reason} for name, each in found.items()
+    }
     for name, outcome in found.items():
         if outcome.answer is not None:
             sides[name] |= {**outcome.answer, **_figures(work, outcome.answer, ours or {}, roofline, peak)}
@@ -90,7 +92,9 @@ def _figures(
     figures = {"seconds_per_step": step, "per_second": work.units_per_step / step, "unit": work.unit, "mfu": None}
     match work:
         case Decode():
-            return figures | {"of_limit": work.bytes_read / step / roofline["copy_bytes_per_second"]}
+            # On a CPU a large copy takes as long as the operating system needs to find its pages: it is no limit.
+            read = work.bytes_read / step / roofline["copy_bytes_per_second"]
+            return figures | {"of_limit": read if work.device == "gpu" else None}
         case TextDPO():
             flops = work.flops_per_step
         case ImageDPO():
@@ -121,7 +125,7 @@ def _cells(side: str, figures: Mapping[str, Any]) -> list[str]:
         f"{rate:.3g} {figures['unit']}" if rate < 1000 else f"{rate:,.0f} {figures['unit']}",
         "" if side == OURS else f"{figures['ratio']:.2f}" if figures["ratio"] else ABSENT,
         ABSENT if figures["mfu"] is None else f"{figures['mfu']:.1%}",
-        f"{figures['of_limit']:.1%}",
+        ABSENT if figures["of_limit"] is None else f"{figures['of_limit']:.1%}",
         ABSENT if peak is None else f"{peak / 2**30:.2f}",
         f"{figures['first_seconds']:.1f}",
     ]
