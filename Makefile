@@ -12,6 +12,8 @@ DOCS := $(VENV)/docs
 NEWEST := $(VENV)-newest
 OLDEST := $(VENV)-oldest
 READERS := $(VENV)/readers
+PEERS := $(VENV)-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # One process a core; the tests of a file stay together, because they share what they build.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --dist loadfile
@@ -26,7 +28,7 @@ COMPILE := echo torch | $(UV)/bin/uv pip compile setup.py --quiet --universal --
 	--custom-compile-command "make lock" --excludes /dev/stdin
 
 .PHONY: demo demo-llm test test-docs parity test-slow test-oldest benchmark \
-	benchmark-lengths gpu-check gpu-check-newest docs lint lock clean
+	benchmark-peers gpu-check gpu-check-newest docs lint lock clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -111,15 +113,27 @@ test-oldest: $(UV)/bin/uv
 benchmark: $(SLOW)
 	$(BIN)/python -m experiments.benchmarks.diverse_beam_search
 
-# Speed beside TRL on rows of unequal lengths; TRL comes without what it asks for, which is there.
-benchmark-lengths: $(DEV)
-	$(PIP) --no-deps trl==1.16.0
-	$(BIN)/python -m experiments.benchmarks.lengths
-
 # JAX for CUDA in the version that everything else is tested with.
 $(GPU): $(BASE)
 	$(PIP) "jax[cuda12]==$$(sed -n 's/^jax==//p' requirements.txt)"
 	touch $@
+
+# TRL, transformers and diffusers in an environment of their own, which is needed for nothing else; Liger's kernels want
+# the Triton that torch for CUDA brings.
+$(PEERS)/.installed: experiments/benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS_PIP) torch==2.13.0
+	$(PEERS_PIP) -r experiments/benchmarks/peers/requirements.txt
+	$(PEERS_PIP) --no-deps liger-kernel==0.8.5
+	touch $@
+
+# Speed beside them; on an idle machine. PRESET=gpu on one with a GPU; CASES="1b sdxl" for some. vLLM takes part where
+# `make test-slow` has installed it, or in the environment that VLLM_PYTHON names.
+PRESET ?= cpu
+VLLM_PYTHON ?= $(wildcard $(READERS)/vllm/bin/python)
+benchmark-peers: $(if $(filter gpu,$(PRESET)),$(GPU),$(BASE)) $(PEERS)/.installed
+	$(BIN)/python -m experiments.benchmarks.peers --preset $(PRESET) $(if $(CASES),--cases $(CASES)) \
+		--peer-python $(PEERS)/bin/python $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 
 # Is the library right on this machine's GPU? A table, runs/gpu_check/results.json, and exit code 1 where a row failed.
 gpu-check: $(GPU)
@@ -147,4 +161,4 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

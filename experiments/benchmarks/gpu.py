@@ -24,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ WARM_UP = 2
 class Config:
     """preset: "large" or "tiny" models; cases: by name; steps: in one timed repetition, of which there are `repeats`.
 
-    matrix: rows of the square matrices of the roofline's product; copy_bytes: of its copy.
+    matrix: rows of the square matrices of the roofline's product; precision: of both; copy_bytes: of its copy.
     """
 
     preset: str = "large"
@@ -51,6 +51,7 @@ class Config:
     repeats: int = 5
     steps: int = 4
     matrix: int = 8192
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
     copy_bytes: int = 2**30
     folder: Path = Path("runs/gpu_benchmark")
 
@@ -88,10 +89,10 @@ def spread(times: list[float]) -> dict[str, Any]:
 
 def roofline(config: Config) -> dict[str, Any]:
     """What the device reaches: "matmul_flops_per_second" and "copy_bytes_per_second", from the medians."""
-    left, right = jax.random.normal(jax.random.key(0), (2, config.matrix, config.matrix), jnp.bfloat16)
+    left, right = jax.random.normal(jax.random.key(0), (2, config.matrix, config.matrix), config.precision)
     product = jax.jit(jnp.matmul)
     matmul = spread(seconds_each(lambda: product(left, right), config.repeats, config.steps))
-    source = jnp.zeros(config.copy_bytes // 2, jnp.bfloat16)
+    source = jnp.zeros(config.copy_bytes // jnp.dtype(config.precision).itemsize, config.precision)
     copied = jax.jit(jnp.copy)
     copy = spread(seconds_each(lambda: copied(source), config.repeats, config.steps))
     return {
@@ -121,6 +122,9 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         losses.append(metrics["loss"])
         return metrics["loss"]
 
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    first_step = time.perf_counter() - began
     times = spread(seconds_each(run, config.repeats, config.steps))
     if not all(bool(jnp.isfinite(loss)) for loss in losses):
         raise SystemExit(f"{case.name}: the loss is not finite; nothing was timed")
@@ -132,6 +136,7 @@ def measure(case: Case, config: Config) -> dict[str, Any]:
         "size": case.size,
         "parameters": sizes,
         "first_loss": float(losses[0]),
+        "first_step_seconds": first_step,
         "seconds_per_step": times,
         **{name: number / times["median"] for name, number in units.items()},
         "model_flops_per_step": flops,

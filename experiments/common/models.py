@@ -10,24 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from experiments.common.words import word_tokenizer
 from sysdpo_jax import Component, ComponentOptimizer, LanguageModel, Trainer, create_state
 from sysdpo_jax.models import Decoder, DecoderConfig
 from sysdpo_jax.typing import Features, Params
 
 # Steps between two movements of the progress bar.
 REPORT_EVERY = 25
-
-
-def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token a word of the vocabulary, and "<pad>", "<eos>" and "<unk>" in front of them."""
-    special = ("<pad>", "<eos>", "<unk>")
-    words = {word: number for number, word in enumerate((*special, *vocabulary))}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def small_writer(

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from experiments.common.models import small_writer, word_tokenizer
+from experiments.common.models import small_writer
+from experiments.common.words import word_tokenizer
 from experiments.progressive.world import CAPTION_WORDS, CAPTIONS, SIZE, VOCABULARY, split_captions
 from sysdpo_jax import CompoundSystem, Diffusion, LanguageModel, Node, PixelCodec, TextEncoder, Tool
 from sysdpo_jax.diffusion import DDIM, Constant, NoiseSchedule
