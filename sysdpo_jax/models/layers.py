@@ -96,8 +96,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
-        x32 = x.astype(jnp.float32)
-        return _affine(self, standardise(x32, (-1,), self.eps)).astype(self.config.dtype)
+        weight, bias = _weight_and_bias(self, x.shape[-1])
+        return (standardise(x.astype(jnp.float32), (-1,), self.eps) * weight + bias).astype(self.config.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -114,8 +114,17 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         if x.shape[-1] % self.groups:
             raise ValueError(f"GroupNorm: {self.groups} groups do not divide {x.shape[-1]} channels")
-        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
-        return _affine(self, standardise(grouped, (1, 2, 4), self.eps).reshape(x.shape)).astype(self.config.dtype)
+        centred = x.astype(jnp.float32)
+        centred = centred - self._of_groups(centred)
+        deviation = jax.lax.rsqrt(self._of_groups(jnp.square(centred)) + self.eps)
+        weight, bias = _weight_and_bias(self, x.shape[-1])
+        return (centred * (deviation * weight) + bias).astype(self.config.dtype)
+
+    def _of_groups(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch 1 1 channels"]:
+        """The mean of each channel's group: over the image first, so that no pass over it goes group by group."""
+        channels = x.mean((1, 2)).reshape(len(x), self.groups, -1)
+        means = jnp.broadcast_to(channels.mean(-1, keepdims=True), channels.shape)
+        return means.reshape(len(x), 1, 1, -1)
 
 
 class Conv(nn.Module):
@@ -179,7 +188,8 @@ def standardise(x: Float[Array, "*shape"], axes: tuple[int, ...], eps: float) ->
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + eps)
 
 
-def _affine(norm: LayerNorm | GroupNorm, x: Array) -> Array:
-    weight = norm.param("weight", nn.initializers.ones, (x.shape[-1],), norm.config.param_dtype)
-    bias = norm.param("bias", nn.initializers.zeros, (x.shape[-1],), norm.config.param_dtype)
-    return x * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+def _weight_and_bias(norm: LayerNorm | GroupNorm, width: int) -> tuple[Array, Array]:
+    """In float32."""
+    weight = norm.param("weight", nn.initializers.ones, (width,), norm.config.param_dtype)
+    bias = norm.param("bias", nn.initializers.zeros, (width,), norm.config.param_dtype)
+    return weight.astype(jnp.float32), bias.astype(jnp.float32)
