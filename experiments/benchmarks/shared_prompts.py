@@ -25,7 +25,7 @@ MODULE = "experiments.benchmarks.shared_prompts"
 
 @dataclass(frozen=True)
 class Config:
-    """decoders: names in experiments/scaling/shapes.yaml; lengths: tokens of prompts and completions; pairs: of a step."""
+    """decoders: names in shapes.yaml; lengths: tokens of prompt and completion; pairs: in a step."""
 
     decoders: tuple[str, ...] = ("llama-3.2-1b", "llama-3-8b")
     lengths: tuple[tuple[int, int], ...] = ((256, 768), (512, 512), (1024, 256), (2048, 128))
