@@ -183,7 +183,7 @@ class LanguageModel(Component):
         # Rows are padded on the right, so that causality alone hides the padding.
         places = jnp.clip(places, 0, tokens.shape[-1] - 1)
         if prefix is not None:
-            return prefix.at(cast(Array, run(prefix.collect(tokens), prefix=prefix)), places)
+            return prefix.at(cast(Array, run(prefix.pack(tokens), prefix=prefix)), places)
         return jnp.take_along_axis(cast(Array, run(tokens)), places[..., None], axis=1)
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:

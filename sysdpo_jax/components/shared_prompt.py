@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from sysdpo_jax.models.shared_prefix import SharedPrefix
+from sysdpo_jax.models.shared_prefix import SharedPrefix, Sizes
 from sysdpo_jax.typing import Features
 
 # Fewer common tokens of prompts that differ are not worth a place of their own.
@@ -65,7 +65,8 @@ def prefix_of(features: Features, longest: int) -> SharedPrefix | None:
     number, (room, length) = runs.number, (shared.shape[-1], features["tokens"].shape[-1])
     if room * (number - 1) < SAVING * number * length or room == length:
         return None
-    return SharedPrefix(jnp.sum(shared[::number], axis=-1), number, room, length - room, min(length, longest))
+    sizes = Sizes(number, room, length - room, min(length, longest))
+    return SharedPrefix(jnp.sum(shared[::number], axis=-1), sizes)
 
 
 def _together(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -117,7 +117,7 @@ class Attention(nn.Module):
             mixed = attend_cached(queries, parts, c.score_scale, c.attn_logit_softcapping)
             return output(join_heads(mixed)), written
         if prefix is not None:
-            queries, keys, values = (_heads(prefix.spread(y)) for y in (queries, keys, values))
+            queries, keys, values = (_heads(prefix.unpack(y)) for y in (queries, keys, values))
         for name, made in (("keys", keys), ("values", values)):
             self.sow(KEPT, name, made, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         mixed = attend(
@@ -132,7 +132,7 @@ class Attention(nn.Module):
             implementation=c.attention,
         )
         if prefix is not None:
-            mixed = prefix.collect(mixed)
+            mixed = prefix.pack(mixed)
         return output(join_heads(mixed)), None
 
 
@@ -255,11 +255,11 @@ class Decoder(nn.Module):
 
         Leave the mask out where rows are padded on the right alone: a real token sees none of the padding anyway, and
         no mask [B, L, L] is built if the layers are all of one kind.
-        prefix: tokens are `prefix.collect` of such rows, and so are the hidden states; positions and mask are left out.
+        prefix: tokens are `prefix.pack` of such rows, and so are the hidden states; positions and mask are left out.
         """
         c = self.config
         # Without positions or a mask of their own all rows are alike.
-        shape = (1, tokens.shape[1] if prefix is None else prefix.length)
+        shape = (1, tokens.shape[1] if prefix is None else prefix.sizes.length)
         valid = jnp.ones(shape if positions is None else tokens.shape, bool) if mask is None else mask
         places = _counted(valid, 0, valid.shape[1]) if positions is None else positions
         # A window counts positions; only without given ones are they those of the slots.

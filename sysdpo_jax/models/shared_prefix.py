@@ -3,8 +3,8 @@
 Sharing the prompt of both sides of a preference saves their computation (arXiv 2410.20305). Attention still sees whole
 rows, without a mask, so that every kernel serves: queries, keys and values are laid out as rows for it alone.
 
-A packed sequence is the prefix in S places, then the rest of each row in W places, so that P = S + R W.
-Axes: B groups of rows, R rows of a group, L length of a row, S places of the prefix, W places of a row's rest.
+A packed sequence is the prefix in S places, then what is a row's own in W places each, so that P = S + R W.
+Axes: B groups of rows, R rows of a group, L length of a row, S places of the prefix, W of a row's own.
 """
 
 from functools import partial
@@ -20,56 +20,53 @@ Rows = Shaped[Array, "rows length ..."]
 
 
 class Sizes(NamedTuple):
-    """Those of a `SharedPrefix`."""
+    """Of packed sequences and their rows.
+
+    Attributes:
+        rows: R, of a group; they follow each other.
+        prefix: S, the room for what the rows of a group have in common; at most L.
+        suffix: W, which what stands behind it in a row fits in.
+        length: L, which all of a row fits in.
+    """
 
     rows: int
-    room: int
-    rest: int
+    prefix: int
+    suffix: int
     length: int
 
 
 class SharedPrefix(flax.struct.PyTreeNode):
-    """How groups of rows are packed. Rows of a group follow each other.
+    """How groups of rows are packed.
 
     Attributes:
-        lengths: int [B], how many tokens the rows of each group have in common, at most S.
-        rows: R.
-        room: S.
-        rest: W, which the tokens behind the common ones fit in.
-        length: L, which all tokens of a row fit in; at least S.
+        lengths: int [B], how many tokens the rows of each group have in common.
+        sizes: Static.
     """
 
     lengths: Int[Array, "groups"]
-    rows: int = flax.struct.field(pytree_node=False)
-    room: int = flax.struct.field(pytree_node=False)
-    rest: int = flax.struct.field(pytree_node=False)
-    length: int = flax.struct.field(pytree_node=False)
-
-    @property
-    def _sizes(self) -> "Sizes":
-        return Sizes(self.rows, self.room, self.rest, self.length)
+    sizes: Sizes = flax.struct.field(pytree_node=False)
 
     @property
     def positions(self) -> Int[Array, "groups packed"]:
         """Where in its row each packed token stands."""
-        groups = len(self.lengths)
-        prefix = jnp.broadcast_to(jnp.arange(self.room), (groups, self.room))
-        own = self.lengths[:, None] + jnp.tile(jnp.arange(self.rest), self.rows)
+        groups, sizes = len(self.lengths), self.sizes
+        prefix = jnp.broadcast_to(jnp.arange(sizes.prefix), (groups, sizes.prefix))
+        own = self.lengths[:, None] + jnp.tile(jnp.arange(sizes.suffix), sizes.rows)
         return jnp.concatenate([prefix, own], axis=1)
 
-    def collect(self, rows: Rows) -> Packed:
+    def pack(self, rows: Rows) -> Packed:
         """Of rows [B R, L, ...] the tokens of a packed sequence [B, P, ...]; those of the prefix from the first row."""
-        return _collect(self._sizes, self.lengths, rows)
+        return _pack(self.sizes, self.lengths, rows)
 
-    def spread(self, packed: Packed) -> Rows:
+    def unpack(self, packed: Packed) -> Rows:
         """The rows [B R, L, ...] of a packed sequence [B, P, ...]; a row's places behind its last token hold zeros."""
-        return _spread(self._sizes, self.lengths, packed)
+        return _unpack(self.sizes, self.lengths, packed)
 
     def at(self, packed: Packed, places: Int[Array, "rows places"]) -> Shaped[Array, "rows places ..."]:
         """What stands in the rows [B R, L, ...] at the places [B R, C] that lie within them."""
-        own = places.reshape(-1, self.rows, places.shape[-1])
+        own = places.reshape(-1, self.sizes.rows, places.shape[-1])
         start = self.lengths[:, None, None]
-        begin = self.room + self.rest * jnp.arange(self.rows)[:, None]
+        begin = self.sizes.prefix + self.sizes.suffix * jnp.arange(self.sizes.rows)[:, None]
         slots = jnp.where(own < start, own, begin + own - start).reshape(len(self.lengths), -1)
         picked = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(packed, slots)
         return picked.reshape(*places.shape, *packed.shape[2:])
@@ -108,39 +105,39 @@ def _joined(prefix: Array, own: Array) -> Array:
 
 def _cut(sizes: Sizes, packed: Array) -> tuple[Array, Array]:
     """The inverse of `_joined`."""
-    own = packed[:, sizes.room :]
-    return packed[:, None, : sizes.room], own.reshape(len(own), sizes.rows, -1, *own.shape[2:])
+    own = packed[:, sizes.prefix :]
+    return packed[:, None, : sizes.prefix], own.reshape(len(own), sizes.rows, -1, *own.shape[2:])
 
 
 def _padded(sizes: Sizes, prefix: Array) -> Array:
-    return jnp.pad(prefix, [(0, 0), (0, 0), (0, sizes.length - sizes.room), *((0, 0),) * (prefix.ndim - 3)])
+    return jnp.pad(prefix, [(0, 0), (0, 0), (0, sizes.length - sizes.prefix), *((0, 0),) * (prefix.ndim - 3)])
 
 
 # Written out, the gradients of these two linear maps move places as the maps do; those of a gather are scatters.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(sizes: Sizes, lengths: Array, rows: Array) -> Array:
+def _pack(sizes: Sizes, lengths: Array, rows: Array) -> Array:
     grouped = _as_groups(sizes.rows, rows)
-    return _joined(_prefix(lengths, grouped[:, :1, : sizes.room]), _moved(grouped, lengths, sizes.rest))
+    return _joined(_prefix(lengths, grouped[:, :1, : sizes.prefix]), _moved(grouped, lengths, sizes.suffix))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(sizes: Sizes, lengths: Array, packed: Array) -> Array:
+def _unpack(sizes: Sizes, lengths: Array, packed: Array) -> Array:
     prefix, own = _cut(sizes, packed)
     return _as_rows(_padded(sizes, _prefix(lengths, prefix)) + _moved(own, -lengths, sizes.length))
 
 
-def _collect_transposed(sizes: Sizes, lengths: Array, packed: Array) -> tuple[None, Array]:
+def _pack_transposed(sizes: Sizes, lengths: Array, packed: Array) -> tuple[None, Array]:
     prefix, own = _cut(sizes, packed)
     first = (jnp.arange(sizes.rows) == 0).reshape(1, -1, *(1,) * (own.ndim - 2))
     shared = jnp.where(first, _padded(sizes, _prefix(lengths, prefix)), 0)
     return None, _as_rows(shared + _moved(own, -lengths, sizes.length))
 
 
-def _spread_transposed(sizes: Sizes, lengths: Array, rows: Array) -> tuple[None, Array]:
+def _unpack_transposed(sizes: Sizes, lengths: Array, rows: Array) -> tuple[None, Array]:
     grouped = _as_groups(sizes.rows, rows)
-    prefix = _prefix(lengths, grouped[:, :, : sizes.room]).sum(1, keepdims=True)
-    return None, _joined(prefix, _moved(grouped, lengths, sizes.rest))
+    prefix = _prefix(lengths, grouped[:, :, : sizes.prefix]).sum(1, keepdims=True)
+    return None, _joined(prefix, _moved(grouped, lengths, sizes.suffix))
 
 
-_collect.defvjp(lambda sizes, lengths, rows: (_collect(sizes, lengths, rows), lengths), _collect_transposed)
-_spread.defvjp(lambda sizes, lengths, packed: (_spread(sizes, lengths, packed), lengths), _spread_transposed)
+_pack.defvjp(lambda sizes, lengths, rows: (_pack(sizes, lengths, rows), lengths), _pack_transposed)
+_unpack.defvjp(lambda sizes, lengths, packed: (_unpack(sizes, lengths, packed), lengths), _unpack_transposed)

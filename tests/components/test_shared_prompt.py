@@ -201,7 +201,7 @@ def test_prompts_that_begin_alike(plate: int | None) -> None:
     assert len({*common}) > 2
     packed = prefix_of(graph.node("answer").component.fold_runs(batch.sides()["answer"], 2 if plate is None else 3), 46)
     assert packed is not None
-    assert packed.rows == (2 if plate is None else 4)
+    assert packed.sizes.rows == (2 if plate is None else 4)
     assert_equal(*(evaluated(graph, sj.DirectObjective(), each) for each in (batch, plain(batch))))
 
 
