@@ -19,6 +19,7 @@ from sysdpo_jax import (
     create_state,
     make_optimizer,
 )
+from sysdpo_jax.batch import share
 from sysdpo_jax.models import DecoderConfig, MMDiT, MMDiTConfig, UNet2DCondition, UNetConfig
 from tests.components.drawn import drawn
 
@@ -68,8 +69,10 @@ def system(component):
     return CompoundSystem(("x",), (Node("value", component, ("x",)),))
 
 
-def pairs(component, rows=1):
-    return PairBatch(*({"value": _side(component, rows, seed)} for seed in (0, 1)))
+def pairs(component, rows=1, shared=True):
+    """shared: whether prompts, which are equal on both sides, go through the model once."""
+    sides = [{"value": _side(component, rows, seed)} for seed in (0, 1)]
+    return PairBatch(*(share(system(component), sides) if shared else sides))
 
 
 def _side(component, rows, seed):
@@ -77,8 +80,11 @@ def _side(component, rows, seed):
     if hasattr(component, "decoder"):
         like = text_features(component, rows)
         room = like["tokens"].shape[-1]
+        tokens = rng.integers(2, VOCAB, (rows, room), np.int32)
+        prompt = component.max_prompt_length
+        tokens[:, :prompt] = np.random.default_rng(2).integers(2, VOCAB, (rows, prompt))
         known = {
-            "tokens": rng.integers(2, VOCAB, (rows, room), np.int32),
+            "tokens": tokens,
             "prompt_lengths": np.full(rows, component.max_prompt_length, np.int32),
             "lengths": np.full(rows, room, np.int32),
             "completion": np.ones((rows, component.max_new_tokens), bool),
