@@ -51,20 +51,23 @@ class SampledBatch(NamedTuple):
     staleness: Array | np.ndarray
 
 
-def share(system: CompoundSystem, runs: Sequence[Mapping[str, Features]]) -> list[dict[str, Features]]:
-    """Mark what the runs of preferences have in common, see `Component.share`.
+def share(
+    system: CompoundSystem, runs: Sequence[Mapping[str, Features]], names: Sequence[str] | None = None
+) -> list[dict[str, Features]]:
+    """Mark what the runs of preferences have in common, see `Component.mark_shared`.
 
     Args:
         system: Whose components look for it.
         runs: `{node: features}` each, every array with a first axis of preferences.
+        names: Of the nodes to look at, by default all.
 
     Returns:
         The same, ready for a batch.
     """
     made = [dict(run) for run in runs]
     for node in system.nodes:
-        if node.name in made[0] and not node.deterministic:
-            found = node.component.share([run[node.name] for run in made])
+        if node.name in made[0] and not node.deterministic and (names is None or node.name in names):
+            found = node.component.mark_shared([run[node.name] for run in made])
             for run, features in zip(made, found, strict=True):
                 run[node.name] = features
     return made

@@ -181,7 +181,7 @@ class CompoundSystem(Graph):
         keys = jax.vmap(named_key, in_axes=(0, None))(keys, node.name)
         if node.plate is not None:
             keys = jax.vmap(row_keys, in_axes=(0, None))(keys, node.plate).reshape(-1)
-            features = node.component.rows(features, 2)
+            features = node.component.fold_runs(features, 2)
         with users_part(node, "log_prob", GraphError):
             log_prob, metrics = node.component.log_prob_with_metrics(params, features, keys)
         if node.plate is None:

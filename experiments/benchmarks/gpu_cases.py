@@ -69,11 +69,15 @@ def language(name: str, config: DecoderConfig, pairs: int, length: int, rate: fl
 
     def side(rng: np.random.Generator) -> Features:
         like: Mapping[str, Any] = systems.text_features(model, pairs)
+        tokens = rng.integers(0, config.vocab_size, like["tokens"].shape, np.int32)
+        # Both sides have the same prompts.
+        tokens[:, : length // 2] = np.random.default_rng(2).integers(0, config.vocab_size, (pairs, length // 2))
         return {
-            "tokens": rng.integers(0, config.vocab_size, like["tokens"].shape, np.int32),
+            "tokens": tokens,
             "prompt_lengths": np.full(pairs, length // 2, np.int32),
             "lengths": np.full(pairs, length, np.int32),
             "completion": np.ones(like["completion"].shape, bool),
+            "shared": np.ones(like["shared"].shape, bool),
             "truncated": np.zeros(pairs, np.float32),
             "retokenized": np.zeros(pairs, np.float32),
         }

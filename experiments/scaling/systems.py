@@ -84,6 +84,8 @@ def text_features(component: sj.LanguageModel, *leading: int) -> dict[str, Any]:
         "prompt_lengths": count,
         "lengths": count,
         "completion": jax.ShapeDtypeStruct((*leading, component.max_new_tokens), jnp.bool_),
+        # A prompt is the same for all runs of a preference.
+        "shared": jax.ShapeDtypeStruct((*leading, component.max_prompt_length), jnp.bool_),
         "truncated": jax.ShapeDtypeStruct(leading, jnp.float32),
         "retokenized": jax.ShapeDtypeStruct(leading, jnp.float32),
     }

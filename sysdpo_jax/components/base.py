@@ -69,7 +69,7 @@ class Component(Protocol):
 
     @property
     def prepared_by(self) -> Any:
-        """All of the component that `prepare`, `encode`, `sizes` and `resize` read, beside the frozen parameters.
+        """All that `prepare`, `mark_shared`, `encode`, `sizes` and `resize` read, beside the frozen parameters.
 
         Features that are kept on disk are made anew where it changes. By default the component as a whole; leave out
         what only `log_prob` and `sample` read.
@@ -114,7 +114,7 @@ class Component(Protocol):
         """
         return features
 
-    def share(self, runs: Sequence[Features]) -> Sequence[Features]:
+    def mark_shared(self, runs: Sequence[Features]) -> Sequence[Features]:
         """Mark what the runs of a preference have in common, where computing it once saves work. Host side.
 
         Args:
@@ -122,11 +122,11 @@ class Component(Protocol):
                 intermediates) are of one preference too.
 
         Returns:
-            The same with what `rows` makes use of; by default as they are.
+            The same with what `fold_runs` makes use of; by default as they are.
         """
         return runs
 
-    def rows(self, features: Features, axes: int) -> Features:
+    def fold_runs(self, features: Features, axes: int) -> Features:
         """Fold the leading axes into one of rows, for `log_prob`. Jittable.
 
         Args:

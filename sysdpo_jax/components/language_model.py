@@ -183,7 +183,7 @@ class LanguageModel(Component):
         # Rows are padded on the right, so that causality alone hides the padding.
         places = jnp.clip(places, 0, tokens.shape[-1] - 1)
         if prefix is not None:
-            return prefix.at(cast(Array, run(prefix.collect(tokens), prefix=prefix)), places)
+            return prefix.at(cast(Array, run(prefix.pack(tokens), prefix=prefix)), places)
         return jnp.take_along_axis(cast(Array, run(tokens)), places[..., None], axis=1)
 
     def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
@@ -248,11 +248,11 @@ class LanguageModel(Component):
         texts = iter(self._texts(tokens[valid], lengths[valid]))
         return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
 
-    def share(self, runs: Sequence[Features]) -> Sequence[Features]:
+    def mark_shared(self, runs: Sequence[Features]) -> Sequence[Features]:
         """With "shared", see `shared_prompt`."""
         return marked(runs)
 
-    def rows(self, features: Features, axes: int) -> Features:
+    def fold_runs(self, features: Features, axes: int) -> Features:
         """Of features with "shared" also "runs", by which `log_prob` knows which rows begin alike."""
         known, number = features.get("runs", Runs(1)).number, math.prod(features["tokens"].shape[1:axes])
         made: Features = as_rows(features, axes)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from sysdpo_jax.models.shared_prefix import SharedPrefix
+from sysdpo_jax.models.shared_prefix import SharedPrefix, Sizes
 from sysdpo_jax.typing import Features
 
 # Fewer common tokens of prompts that differ are not worth a place of their own.
@@ -32,24 +32,17 @@ class Runs:
 def marked(runs: Sequence[Features]) -> list[Features]:
     """The runs with "shared", all of one room; each [preferences, ..., T].
 
-    Where all prompts of every preference are equal that is the room for prompts, as of other preferences. Else the
-    common tokens of prompts that differ count, where every row's rest fits in what is left of T; of several preferences
-    the room is then a power of two, so that there are few.
+    Of several preferences all or none share all of their prompts, and the room is that for prompts or 0: other batches
+    get the same. Of a single one, whose size its caller chooses, what prompts that differ begin with counts too.
     """
     tokens = _together([run["tokens"] for run in runs])
-    starts, lengths = (
-        _together([run[name][..., None] for run in runs])[..., 0] for name in ("prompt_lengths", "lengths")
-    )
+    starts = _together([run["prompt_lengths"][..., None] for run in runs])[..., 0]
     common = np.minimum(_common(tokens), starts.min(1))
     # What completions leave of a row.
     room = min(run["tokens"].shape[-1] - run["completion"].shape[-1] for run in runs)
     whole = (common == starts.max(1)).all()
     if not whole:
-        common = np.where(common >= LEAST, common, 0)
-        feasible = int((tokens.shape[2] - lengths + common[:, None]).min(initial=room))
-        room = min(feasible, int(common.max(initial=0)))
-        if len(common) > 1 and room:
-            room = 1 << (room.bit_length() - 1)
+        room = int(common[0]) if len(common) == 1 and common[0] >= LEAST else 0
         common = np.minimum(common, room)
     shared = np.arange(room) < common[:, None]
 
@@ -62,7 +55,7 @@ def marked(runs: Sequence[Features]) -> list[Features]:
 
 
 def prefix_of(features: Features, longest: int) -> SharedPrefix | None:
-    """How rows [rows, T] that `marked` and `Component.rows` have seen are packed; None where that would not pay.
+    """How rows [rows, T] that `marked` and `Component.fold_runs` have seen are packed; None where that would not pay.
 
     longest: more tokens has no row, though T may have places for more.
     """
@@ -70,9 +63,10 @@ def prefix_of(features: Features, longest: int) -> SharedPrefix | None:
     if runs is None or shared is None:
         return None
     number, (room, length) = runs.number, (shared.shape[-1], features["tokens"].shape[-1])
-    if room * (number - 1) < SAVING * number * length:
+    if room * (number - 1) < SAVING * number * length or room == length:
         return None
-    return SharedPrefix(jnp.sum(shared[::number], axis=-1), number, room, length - room, min(length, longest))
+    sizes = Sizes(number, room, length - room, min(length, longest))
+    return SharedPrefix(jnp.sum(shared[::number], axis=-1), sizes)
 
 
 def _together(arrays: Sequence[np.ndarray]) -> np.ndarray:

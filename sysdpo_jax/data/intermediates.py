@@ -80,10 +80,10 @@ def sampled_batch(
         return jax.tree.map(lambda x: np.reshape(x, (len(records), number, *x.shape[1:])), sides)
 
     def both() -> tuple[dict[str, Any], PairBatch]:
-        # A row has the same prompt with all its sets; each set has the same prompt on both sides.
-        sides = [as_rows(side, 2) for side in prepared(outer)]
-        outputs = [jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]), side) for side in share(system, sides)]
-        return share(system, prepared(inner)[:1])[0], PairBatch(*outputs)
+        # Intermediates of a row that read its inputs alone read the same; so do both sides' final values of one set.
+        sides = share(system, [as_rows(side, 2) for side in prepared(outer)], _alike(system, outer))
+        outputs = [jax.tree.map(lambda x: x.reshape(-1, number, *x.shape[1:]), side) for side in sides]
+        return share(system, prepared(inner)[:1], _alike(system, inner))[0], PairBatch(*outputs)
 
     try:
         features, outputs = both()
@@ -96,6 +96,22 @@ def sampled_batch(
         valid=np.arange(number) < np.array([[len(own)] for own in pairs]),
         staleness=np.full(len(records), staleness, np.int32),
     )
+
+
+def _alike(system: CompoundSystem, names: Sequence[str]) -> list[str]:
+    """Those of these nodes that read none of the others' values: by the graph, so that all processes mark the same."""
+    others = {name for name in names if not system.node(name).deterministic}
+    plates = {node.name for node in system.nodes if node.plate is not None}
+
+    def reads(name: str) -> set[str]:
+        return {node.name for node in system.with_ancestors([name])} - {name}
+
+    # Copies of a plate have prompts of their own where a parent is one too.
+    return [
+        name
+        for name in names
+        if not reads(name) & others and not (name in plates and plates & set(system.node(name).parents))
+    ]
 
 
 def _completed(

@@ -31,6 +31,8 @@ def places(rows: int) -> int:
 def parts(lengths: Lengths, most: int) -> list[Int[np.ndarray, " part"]]:
     """The rows in parts that are decoded together: all in their order or, where that saves much, by length."""
     rows, order = len(lengths), np.argsort(lengths, kind="stable")
+    if not rows:
+        return []
     best, tokens = [np.arange(rows)], rows * width(int(lengths.max(initial=1)), most)
     for count in CUTS:
         cut = np.array_split(order, count)

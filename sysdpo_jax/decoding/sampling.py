@@ -16,7 +16,7 @@ from sysdpo_jax.models.decoder import KVCache, init_cache, unstacked
 
 Settings = tuple[Float[Array, ""], Float[Array, ""]]
 # A loop of token steps makes at least so many tokens before the next, with more slots, takes over; of so many at most.
-STAGE, MAX_STAGES = 256, 4
+STAGE, MAX_STAGES = 256, 2
 
 
 class Generated(NamedTuple):

@@ -109,7 +109,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             queries, keys = _norm(c, "q_norm")(queries), _norm(c, "k_norm")(keys)
         if prefix is not None:
-            queries, keys, values = (_heads(prefix.spread(y)) for y in (queries, keys, values))
+            queries, keys, values = (_heads(prefix.unpack(y)) for y in (queries, keys, values))
         queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
         output = _dense(c, x.shape[-1], "o_proj", c.attention_bias)
         if past is not None:
@@ -133,7 +133,7 @@ class Attention(nn.Module):
             implementation=c.attention,
         )
         if prefix is not None:
-            mixed = prefix.collect(mixed)
+            mixed = prefix.pack(mixed)
         return output(join_heads(mixed)), None
 
 
@@ -256,11 +256,11 @@ class Decoder(nn.Module):
 
         Leave the mask out where rows are padded on the right alone: a real token sees none of the padding anyway, and
         no mask [B, L, L] is built if the layers are all of one kind.
-        prefix: tokens are `prefix.collect` of such rows, and so are the hidden states; positions and mask are left out.
+        prefix: tokens are `prefix.pack` of such rows, and so are the hidden states; positions and mask are left out.
         """
         c = self.config
         # Without positions or a mask of their own all rows are alike.
-        shape = (1, tokens.shape[1] if prefix is None else prefix.length)
+        shape = (1, tokens.shape[1] if prefix is None else prefix.sizes.length)
         valid = jnp.ones(shape if positions is None else tokens.shape, bool) if mask is None else mask
         places = _counted(valid, 0, valid.shape[1]) if positions is None else positions
         # A window counts positions; only without given ones are they those of the slots.

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PRNGKeyArray
@@ -126,9 +127,16 @@ def _layers(equation: JaxprEqn, values: Sequence[Any], number: Callable[[Any], A
     given = [number(value) for value in written[:GIVEN]]
     given += [jnp.uint32(0)] * (GIVEN - len(given))
     program: ClosedJaxpr = traced.jaxpr
-    if program.consts:
+    if program.consts or _holds_arrays(program.jaxpr):
         # Their values are not in the text.
         return jax.jit(layers)(values, given)
     run = _PROGRAMS.setdefault(str(program), jax.jit(jaxpr_as_fun(program)))
     made: Sequence[Any] = run(*values, *given)
     return made
+
+
+def _holds_arrays(jaxpr: Jaxpr) -> bool:
+    values = [value for equation in jaxpr.eqns for value in equation.invars]
+    if any(isinstance(value, Literal) and np.ndim(value.val) for value in values):
+        return True
+    return any(_holds_arrays(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params))

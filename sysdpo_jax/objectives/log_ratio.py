@@ -64,7 +64,7 @@ def node_log_probs(
 
 
 def repeated(keys: Keys, counts: tuple[int, ...]) -> Keys:
-    """The key of each preference for all of its rows, in the order of `Component.rows`: [batch] -> [batch * counts]."""
+    """Each preference's key for all of its rows, in the order of `Component.fold_runs`: [batch] -> [batch * counts]."""
     return jnp.broadcast_to(keys.reshape(-1, *(1 for _ in counts)), (len(keys), *counts)).reshape(-1)
 
 

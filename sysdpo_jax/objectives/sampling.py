@@ -109,7 +109,7 @@ class SamplingObjective(PreferenceObjective):
                 counts = (number,) if inner else (number, 2)
                 # An intermediate's parents are those of its row; those of a final value hold its intermediates too.
                 given = intermediates[node.name] if inner else as_rows(sides[node.name], 2)
-                features = node.component.rows(given, 2)
+                features = node.component.fold_runs(given, 2)
                 values = log_probs_of_node(system, node, params, reference, features, repeated(keys, counts))
                 # An intermediate is the same on both sides.
                 by_row = jax.tree.map(lambda x, last=1 if inner else 2: x.reshape(len(keys), number, last), values)

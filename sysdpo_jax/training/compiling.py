@@ -24,6 +24,8 @@ CANDIDATES: tuple[str, ...] = ("products_saveable", "full")
 # Of a device's memory, left for fragments and for programs that run between the steps.
 MARGIN = 0.05
 GIB = 2**30
+# Where Linux says what a container may take (cgroup version 2).
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 class Attempt(NamedTuple):
@@ -122,13 +124,20 @@ def _free_bytes(device: Any) -> int:
 
 
 def _available() -> int:
-    """Bytes of this machine that programs may take, without its swap; where it does not say, all it has."""
+    """Bytes of this machine that programs may take, without its swap; where it does not say, all it has.
+
+    In a container at most what is left of its own limit.
+    """
     path = Path("/proc/meminfo")
     lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
     known = {name: size.split() for name, _, size in (line.partition(":") for line in lines)}
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if "MemAvailable" in known:
-        return int(known["MemAvailable"][0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = int(known["MemAvailable"][0]) * 1024
+    limit, used = (CONTAINER / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 def _bytes(size: int | None) -> str:

@@ -204,11 +204,11 @@ def test_rows_that_take_the_places_of_others_get_what_all_at_once_get(places: in
 
 
 def test_slots_that_come_in_stages_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four loops of 2, 2, 2 and 3 more slots."""
+    """Two loops of 4 and 5 more slots."""
     whole = waiting(None)
     monkeypatch.setattr(sampling, "STAGE", 2)
     monkeypatch.setattr(cached_model, "MULTIPLE", 1)
-    assert sampling._stages(7, 7 + NEW - 1) == (9, 11, 13, 16)
+    assert sampling._stages(7, 7 + NEW - 1) == (11, 16)
     jax.clear_caches()
     staged = waiting(None)
     np.testing.assert_array_equal(staged.tokens, whole.tokens)

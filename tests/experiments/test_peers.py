@@ -39,7 +39,7 @@ EQUAL, UNEQUAL, DECODE = TINY["dpo"].work, TINY["dpo-lognormal"].work, TINY["dec
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_flops_of_a_step_are_those_that_the_library_counts(rank):
     work = replace(EQUAL, lora_rank=rank)
-    model = ours.language_model(work, work.room, None)
+    model = ours.language_model(work, work.room)
     system = sj.CompoundSystem(("prompt",), (sj.Node("answer", model, ("prompt",)),))
     params = system.init(jax.random.key(0))
     if rank:
@@ -117,7 +117,9 @@ def test_an_epoch_of_our_steps(tmp_path):
     rows = UNEQUAL.rows()
     words = sum(2 * len(row["prompt"].split()) + len((row["chosen"] + " " + row["rejected"]).split()) for row in rows)
     assert made.checks["tokens"] == words + 2 * len(rows)
-    places = [2 * len(rows) * (min(prompt, 16) + min(completion, 17)) for completion, prompt in made.about["shapes"]]
+    # All of a prompt is shared by both sides.
+    assert {own for _, own, _ in made.about["shapes"]} == {0}
+    places = [2 * len(rows) * (min(shared, 16) + min(new, 17)) for new, _, shared in made.about["shapes"]]
     assert 1 - made.checks["tokens"] / min(places) <= made.about["padding"] + 1e-9
     assert made.about["padding"] <= 1 - made.checks["tokens"] / max(places) + 1e-9
     assert len(made.about["rows"]) == UNEQUAL.pairs

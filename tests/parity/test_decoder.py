@@ -172,7 +172,7 @@ def test_rows_padded_on_the_right_need_no_mask(kind: str) -> None:
     program = jax.make_jaxpr(lambda p, t: Decoder(config).apply({"params": p}, t, method="hidden_states"))(
         params, tokens
     )
-    assert ("bool[1,12,12]" in str(program)) == (kind == "mixed")
+    assert ("bool[2,1,12,12]" in str(program)) == (kind == "mixed")
 
 
 @pytest.mark.parametrize("chunks", [(12,), (5, 7), (8, 1, 1, 1, 1)])

@@ -80,7 +80,6 @@ DPO_1B = TextDPO(
     prompt=512,
     completion=512,
     steps=14,
-    remat="dots_with_no_batch_dims_saveable",
 )
 TINY = stated(DECODERS["tiny"])
 TINY_DPO = TextDPO("cpu", TINY, "float32", pairs=2, prompt=8, completion=8, steps=3, same_weights=True)
@@ -122,7 +121,6 @@ CASES: dict[str, dict[str, Case]] = {
                 optimizer="adafactor",
                 repeats=5,
                 steps=4,
-                remat="full",
             ),
             DIFFUSERS,
         ),

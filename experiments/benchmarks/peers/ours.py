@@ -62,9 +62,9 @@ def _require(device: Device) -> None:
         raise SystemExit(f"JAX has no {device}, but {jax.devices()[0].device_kind}: choose another --preset")
 
 
-def language_model(work: TextDPO | Decode, room: tuple[int, int], remat: str | None) -> sj.LanguageModel:
+def language_model(work: TextDPO | Decode, room: tuple[int, int]) -> sj.LanguageModel:
     """The decoder with a tokenizer of its words."""
-    computing = {"dtype": work.precision, "param_dtype": work.precision, "remat": remat}
+    computing = {"dtype": work.precision, "param_dtype": work.precision}
     config = from_mapping(DecoderConfig, {**work.decoder, **computing})
     return sj.LanguageModel(Decoder(config), word_tokenizer(vocabulary(work.decoder)), *room)
 
@@ -82,7 +82,7 @@ class Training:
 
 def training(work: TextDPO, folder: Path) -> Training:
     """With random weights, which are kept for the peers."""
-    model = language_model(work, work.room, work.remat)
+    model = language_model(work, work.room)
     system = sj.CompoundSystem(("prompt",), (sj.Node("answer", model, ("prompt",)),))
     records = [
         sj.PreferenceRecord({"prompt": row["prompt"]}, {"answer": row["chosen"]}, {"answer": row["rejected"]})
@@ -150,7 +150,7 @@ def _tokens(made: Training, steps: int) -> tuple[int, int]:
 def image_dpo(work: ImageDPO, folder: Path) -> Measured:
     """`gpu.measure` of the U-Net."""
     began = time.perf_counter()
-    computing = {"dtype": work.precision, "param_dtype": work.precision, "remat": work.remat}
+    computing = {"dtype": work.precision, "param_dtype": work.precision}
     config = from_mapping(UNetConfig, {**work.unet, **computing})
     sized = config.addition_embed_type is not None
     text = encoded_text(config) if sized else EncodedText(((work.text, config.cross_attention_dim),))
@@ -185,7 +185,7 @@ def probe(work: ImageDPO, config: UNetConfig) -> float:
 def decode(work: Decode, folder: Path) -> Measured:
     """`generate` on the whole batch."""
     began = time.perf_counter()
-    model = language_model(work, (work.prompt, work.new), None)
+    model = language_model(work, (work.prompt, work.new))
     params = jax.jit(model.init)(jax.random.key(0))
     _hand_on(work, folder, model, params)
     prompts, lengths = jnp.asarray(work.prompts()), jnp.full(work.rows, work.prompt)

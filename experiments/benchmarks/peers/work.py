@@ -44,8 +44,7 @@ class TextDPO:
 
     prompt, completion: tokens, the end of a completion included. Where sigma is above 0 lengths are lognormal between
     `shortest` and `longest`, as those of real conversations are skewed, and these are medians, of a completion without
-    its end. lora_rank: 0 trains all
-    weights. remat: of our side, see DecoderConfig; no peer recomputes anything. shapes: that our batches have at most.
+    its end. lora_rank: 0 trains all weights. shapes: that our batches have at most.
     same_weights: whether the peers load ours, and gradients are compared.
     """
 
@@ -60,7 +59,6 @@ class TextDPO:
     shortest: int = 4
     longest: int = 0
     lora_rank: int = 0
-    remat: str | None = None
     shapes: int = 8
     same_weights: bool = False
     kind: str = "text_dpo"
@@ -134,7 +132,6 @@ class ImageDPO:
     optimizer: Literal["adamw", "adafactor"]
     repeats: int
     steps: int
-    remat: str | None = None
     kind: str = "image_dpo"
     unit: str = "images"
 
