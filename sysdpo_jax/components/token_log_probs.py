@@ -62,17 +62,23 @@ def number_of_chunks(rows: int, width: int, vocab: int) -> int:
     return chunks if width * chunks < 2 * rows * (chunks - 1) else 1
 
 
-def _normaliser(logits: Array) -> Array:
-    return jax.nn.logsumexp(logits, axis=-1)
-
-
 def _is_target(logits: Array, targets: Array) -> Array:
-    # A comparison: a gather's gradient scatters into another array of logits, and a mesh may cut the vocabulary.
+    # A comparison and no gather: a mesh may cut the vocabulary.
     return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 
-def _picked(logits: Array, targets: Array) -> Array:
-    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+def _picked(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """log softmax(logits)[target] and the normaliser log sum exp(logits).
+
+    Both sums are over the distances from the largest logit, by which the compiler joins them: logits are read twice.
+    """
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # As in logsumexp: where the largest is infinite a distance from it would be no number.
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    below = logits - largest
+    normaliser = jnp.log(jnp.sum(jnp.exp(below), axis=-1))
+    target = jnp.sum(jnp.where(_is_target(logits, targets), below, 0), axis=-1)
+    return target - normaliser, normaliser + largest[..., 0]
 
 
 def _gradient(logits: Array, normaliser: Array, targets: Array, cotangent: Array) -> Array:
@@ -87,8 +93,8 @@ def _log_probs(logits: Array, targets: Array) -> Array:
 
 
 def _log_probs_forward(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    normaliser = _normaliser(logits)
-    return _picked(logits, targets) - normaliser, (logits, normaliser, targets)
+    picked, normaliser = _picked(logits, targets)
+    return picked, (logits, normaliser, targets)
 
 
 def _log_probs_backward(kept: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, None]:
@@ -106,9 +112,7 @@ def _of_chunks(head: Head, params: PyTree, hidden: Array, targets: Array) -> Arr
 
 def _of_chunks_forward(head: Head, params: PyTree, hidden: Array, targets: Array) -> tuple[Array, Any]:
     def of_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = head(params, chunk[0])
-        normaliser = _normaliser(logits)
-        return _picked(logits, chunk[1]) - normaliser, normaliser
+        return _picked(head(params, chunk[0]), chunk[1])
 
     made, normalisers = jax.lax.map(of_chunk, (hidden, targets))
     return made, (params, hidden, targets, normalisers)

@@ -23,7 +23,7 @@ from sysdpo_jax.models.head import INIT, SCALE, Head, Logits, States, logits_of
 from sysdpo_jax.models.layers import Dense, RMSNorm, embedding, join_heads, split_heads
 from sysdpo_jax.models.partitioning import constrain, residual
 from sysdpo_jax.models.remat import recomputed
-from sysdpo_jax.models.rotary import Angles, rotary_angles, rotate
+from sysdpo_jax.models.rotary import rotary_angles, rotate
 from sysdpo_jax.models.shared_prefix import SharedPrefix
 from sysdpo_jax.typing import Params
 
@@ -44,8 +44,9 @@ Past = tuple[Pair, ...] | None
 # for angles, one row stands for all where they are alike.
 Visible = Bool[Array, "#batch tokens slots"] | None
 VisibleByKind = Bool[Array, "kinds #batch tokens slots"] | None
-Rotation = tuple[Angles, Angles]
-Rotations = tuple[Float[Array, "kinds #batch length half"], Float[Array, "kinds #batch length half"]]
+# Cosines and sines of the places in rows, also where the tokens are packed.
+Rotation = tuple[Float[Array, "#rows places half"], Float[Array, "#rows places half"]]
+Rotations = tuple[Float[Array, "kinds #rows places half"], Float[Array, "kinds #rows places half"]]
 
 
 class KVCache(NamedTuple):
@@ -107,6 +108,8 @@ class Attention(nn.Module):
         values = heads("v_proj", c.num_key_value_heads)
         if c.qk_norm:
             queries, keys = _norm(c, "q_norm")(queries), _norm(c, "k_norm")(keys)
+        if prefix is not None:
+            queries, keys, values = (_heads(prefix.unpack(y)) for y in (queries, keys, values))
         queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
         output = _dense(c, x.shape[-1], "o_proj", c.attention_bias)
         if past is not None:
@@ -116,8 +119,6 @@ class Attention(nn.Module):
             parts = [(*part, seen) for part, seen in zip((*shared, written), masks, strict=True)]
             mixed = attend_cached(queries, parts, c.score_scale, c.attn_logit_softcapping)
             return output(join_heads(mixed)), written
-        if prefix is not None:
-            queries, keys, values = (_heads(prefix.unpack(y)) for y in (queries, keys, values))
         for name, made in (("keys", keys), ("values", values)):
             self.sow(KEPT, name, made, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         mixed = attend(
@@ -270,8 +271,7 @@ class Decoder(nn.Module):
             before = jnp.arange(valid.shape[1])
             visible = self._in_windows(valid[:, None] & (before <= before[:, None]), places, places)
         kind = jnp.array([self._kinds.index(name) for name in c.layer_kinds])
-        rotations = self._rotations(places if prefix is None else prefix.positions)
-        x, _ = self.layers(self.embed(tokens), kind, rotations, visible, prefix)
+        x, _ = self.layers(self.embed(tokens), kind, self._rotations(places), visible, prefix)
         return self.norm(x)
 
     def extend(

@@ -17,10 +17,11 @@ from jaxtyping import Array, Int, Shaped
 
 Packed = Shaped[Array, "groups packed ..."]
 Rows = Shaped[Array, "rows length ..."]
+Lengths = Int[Array, "groups"]
 
 
 class Sizes(NamedTuple):
-    """Of packed sequences and their rows.
+    """Of packed sequences and their rows, and where in these things stand.
 
     Attributes:
         rows: R, of a group; they follow each other.
@@ -34,6 +35,29 @@ class Sizes(NamedTuple):
     suffix: int
     length: int
 
+    def slots(self, lengths: Lengths, places: Int[Array, "#groups rows places"]) -> Int[Array, "groups rows places"]:
+        """Where in a packed sequence stands what is at places of the group's rows; P for those behind a row's end."""
+        own = places - lengths[:, None, None]
+        first = self.prefix + self.suffix * jnp.arange(self.rows)[:, None]
+        end = self.prefix + self.suffix * self.rows
+        return jnp.where(own < 0, places, jnp.where(own < self.suffix, first + own, end))
+
+    def all_slots(self, lengths: Lengths) -> Int[Array, "groups rows length"]:
+        """`slots` of all places."""
+        return self.slots(lengths, jnp.broadcast_to(jnp.arange(self.length), (1, self.rows, self.length)))
+
+    def prefixes(self, lengths: Lengths) -> Int[Array, "groups rows prefix"]:
+        """Where in a group's rows, one after the other, stands each one's prefix; R L behind that."""
+        return self._in_rows(jnp.arange(self.prefix), jnp.arange(self.prefix) < lengths[:, None, None])
+
+    def suffixes(self, lengths: Lengths) -> Int[Array, "groups own"]:
+        """Where in a group's rows, one after the other, stands what is each one's own; R L behind the rows' ends."""
+        places = lengths[:, None, None] + jnp.arange(self.suffix)
+        return self._in_rows(places, places < self.length).reshape(len(lengths), -1)
+
+    def _in_rows(self, places: Array, inside: Array) -> Array:
+        return jnp.where(inside, places + self.length * jnp.arange(self.rows)[:, None], self.rows * self.length)
+
 
 class SharedPrefix(flax.struct.PyTreeNode):
     """How groups of rows are packed.
@@ -43,16 +67,8 @@ class SharedPrefix(flax.struct.PyTreeNode):
         sizes: Static.
     """
 
-    lengths: Int[Array, "groups"]
+    lengths: Lengths
     sizes: Sizes = flax.struct.field(pytree_node=False)
-
-    @property
-    def positions(self) -> Int[Array, "groups packed"]:
-        """Where in its row each packed token stands."""
-        groups, sizes = len(self.lengths), self.sizes
-        prefix = jnp.broadcast_to(jnp.arange(sizes.prefix), (groups, sizes.prefix))
-        own = self.lengths[:, None] + jnp.tile(jnp.arange(sizes.suffix), sizes.rows)
-        return jnp.concatenate([prefix, own], axis=1)
 
     def pack(self, rows: Rows) -> Packed:
         """Of rows [B R, L, ...] the tokens of a packed sequence [B, P, ...]; those of the prefix from the first row."""
@@ -64,79 +80,54 @@ class SharedPrefix(flax.struct.PyTreeNode):
 
     def at(self, packed: Packed, places: Int[Array, "rows places"]) -> Shaped[Array, "rows places ..."]:
         """What stands in the rows [B R, L, ...] at the places [B R, C] that lie within them."""
-        own = places.reshape(-1, self.sizes.rows, places.shape[-1])
-        start = self.lengths[:, None, None]
-        begin = self.sizes.prefix + self.sizes.suffix * jnp.arange(self.sizes.rows)[:, None]
-        slots = jnp.where(own < start, own, begin + own - start).reshape(len(self.lengths), -1)
+        grouped = places.reshape(-1, self.sizes.rows, places.shape[-1])
+        slots = self.sizes.slots(self.lengths, grouped).reshape(len(self.lengths), -1)
         picked = jax.vmap(partial(jnp.take, axis=0, mode="clip"))(packed, slots)
         return picked.reshape(*places.shape, *packed.shape[2:])
 
 
-def _moved(x: Array, start: Array, length: int) -> Array:
-    """[B, R, N, ...] -> [B, R, length, ...]: place j holds what was at j + start [B], zeros outside."""
-    places = start[:, None] + jnp.arange(length)
-    found = jax.vmap(partial(jnp.take, axis=1, mode="clip"))(x, places)
-    inside = (places >= 0) & (places < x.shape[2])
-    return jnp.where(_beside(inside, found), found, 0)
+def _taken(x: Shaped[Array, "groups slots ..."], places: Int[Array, "groups ..."]) -> Shaped[Array, "groups ..."]:
+    """What stands at the places; zeros for those behind the end.
+
+    It is a gather that fills, not one under a mask: JAX would take the mask's zeros, alike in all layers, out of the
+    loop over layers, and each layer would read them like any array.
+    """
+    return jax.vmap(partial(jnp.take, axis=0, mode="fill", fill_value=0))(x, places)
 
 
-def _beside(mask: Array, x: Array) -> Array:
-    """A mask [B, L] beside x [B, R, L, ...]."""
-    return mask.reshape(len(mask), 1, -1, *(1,) * (x.ndim - 3))
-
-
-def _prefix(lengths: Array, x: Array) -> Array:
-    """x [B, R, N, ...] without what lies behind the prefix."""
-    return jnp.where(_beside(jnp.arange(x.shape[2]) < lengths[:, None], x), x, 0)
-
-
-def _as_groups(rows: int, x: Array) -> Array:
-    return x.reshape(-1, rows, *x.shape[1:])
+def _grouped(sizes: Sizes, rows: Array) -> Array:
+    """[B R, L, ...] as [B, R L, ...]."""
+    return rows.reshape(-1, sizes.rows * sizes.length, *rows.shape[2:])
 
 
 def _as_rows(x: Array) -> Array:
+    """[B, R, L, ...] as [B R, L, ...]."""
     return x.reshape(-1, *x.shape[2:])
 
 
-def _joined(prefix: Array, own: Array) -> Array:
-    """[B, 1, S, ...] and [B, R, W, ...] as [B, P, ...]."""
-    return jnp.concatenate([prefix[:, 0], own.reshape(len(own), -1, *own.shape[3:])], axis=1)
-
-
-def _cut(sizes: Sizes, packed: Array) -> tuple[Array, Array]:
-    """The inverse of `_joined`."""
-    own = packed[:, sizes.prefix :]
-    return packed[:, None, : sizes.prefix], own.reshape(len(own), sizes.rows, -1, *own.shape[2:])
-
-
-def _padded(sizes: Sizes, prefix: Array) -> Array:
-    return jnp.pad(prefix, [(0, 0), (0, 0), (0, sizes.length - sizes.prefix), *((0, 0),) * (prefix.ndim - 3)])
-
-
-# Written out, the gradients of these two linear maps move places as the maps do; those of a gather are scatters.
+# Written out, the gradients of these two linear maps are gathers as the maps are; those of a gather are scatters.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pack(sizes: Sizes, lengths: Array, rows: Array) -> Array:
-    grouped = _as_groups(sizes.rows, rows)
-    return _joined(_prefix(lengths, grouped[:, :1, : sizes.prefix]), _moved(grouped, lengths, sizes.suffix))
+    places = jnp.concatenate([sizes.prefixes(lengths)[:, 0], sizes.suffixes(lengths)], axis=1)
+    return _taken(_grouped(sizes, rows), places)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _unpack(sizes: Sizes, lengths: Array, packed: Array) -> Array:
-    prefix, own = _cut(sizes, packed)
-    return _as_rows(_padded(sizes, _prefix(lengths, prefix)) + _moved(own, -lengths, sizes.length))
+    return _as_rows(_taken(packed, sizes.all_slots(lengths)))
 
 
 def _pack_transposed(sizes: Sizes, lengths: Array, packed: Array) -> tuple[None, Array]:
-    prefix, own = _cut(sizes, packed)
-    first = (jnp.arange(sizes.rows) == 0).reshape(1, -1, *(1,) * (own.ndim - 2))
-    shared = jnp.where(first, _padded(sizes, _prefix(lengths, prefix)), 0)
-    return None, _as_rows(shared + _moved(own, -lengths, sizes.length))
+    slots = sizes.all_slots(lengths)
+    # The prefix comes from the first row alone.
+    unread = (jnp.arange(sizes.rows)[:, None] > 0) & (slots < sizes.prefix)
+    return None, _as_rows(_taken(packed, jnp.where(unread, packed.shape[1], slots)))
 
 
 def _unpack_transposed(sizes: Sizes, lengths: Array, rows: Array) -> tuple[None, Array]:
-    grouped = _as_groups(sizes.rows, rows)
-    prefix = _prefix(lengths, grouped[:, :, : sizes.prefix]).sum(1, keepdims=True)
-    return None, _joined(prefix, _moved(grouped, lengths, sizes.suffix))
+    grouped = _grouped(sizes, rows)
+    prefix = _taken(grouped, sizes.prefixes(lengths)).sum(1)
+    return None, jnp.concatenate([prefix, _taken(grouped, sizes.suffixes(lengths))], axis=1)
 
 
 _pack.defvjp(lambda sizes, lengths, rows: (_pack(sizes, lengths, rows), lengths), _pack_transposed)

@@ -6,12 +6,14 @@ of the largest entry, for float32 sums in another order.
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 import sysdpo_jax as sj
 from sysdpo_jax.batch import share
@@ -120,6 +122,28 @@ def test_the_work_that_is_saved() -> None:
 
     # Half of the feed-forward layers' products, whose number is exactly that of the tokens.
     assert dense(batch) / dense(plain(batch)) == 80 / 128
+
+
+def scans(program: Jaxpr) -> Iterator[JaxprEqn]:
+    """Every loop in it."""
+    for equation in program.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from scans(inner)
+
+
+def test_layers_read_no_zeros() -> None:
+    """JAX takes what is alike in all layers out of their loop: zeros under a mask would be arrays that each reads."""
+    graph = system(dataclasses.replace(CONFIG, remat="products_saveable"))
+    batch = sj.prepare_pairs(graph, RECORDS)
+    policy, reference = trees(graph)
+    gradient = jax.grad(lambda p: sj.DirectObjective()(graph, p, reference, batch, KEY)[0])
+    loops = list(scans(jax.make_jaxpr(gradient)(policy).jaxpr))
+    # Of policy and reference forwards, and the policy's backwards.
+    assert len(loops) == 3
+    shared = [value.aval for loop in loops for value in loop.invars[: loop.params["num_consts"]]]
+    assert not {x.shape for x in shared if x.ndim > 2 and x.shape[-1] == CONFIG.head_width}
 
 
 def test_flops_of_the_compiled_step() -> None:

@@ -87,6 +87,23 @@ def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_large_logits(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are all larger by 2^17, where float32 has steps of 1/64, give the same numbers to the last bit."""
+    monkeypatch.setattr("sysdpo_jax.components.token_log_probs.number_of_chunks", lambda *sizes: chunks)
+    random = np.random.default_rng(0)
+    # Whole numbers, which float32 adds and multiplies without rounding.
+    hidden, kernel = (jnp.asarray(random.integers(-3, 4, shape), jnp.float32) for shape in ((2, 4, 5), (5, 97)))
+    targets = jnp.asarray(random.integers(0, 97, (2, 4)))
+
+    def run(larger: float) -> jax.Array:
+        return token_log_probs(lambda weights, part: part @ weights + larger, kernel, hidden, targets, 97)
+
+    np.testing.assert_array_equal(jax.jit(run)(2.0**17), jax.jit(run)(0.0))
+    wanted = jnp.take_along_axis(jax.nn.log_softmax(hidden @ kernel), targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(jax.jit(run)(2.0**17), wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_gradient_in_bfloat16(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 1 per cent, in norm, of the closed form in float64, (onehot - softmax) W^T, on the same weights.
