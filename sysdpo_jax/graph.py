@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sysdpo_jax.components.base import RecordError, row_keys
+from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.encoding import encode_together
 from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
-from sysdpo_jax.keys import named_key
+from sysdpo_jax.keys import named_key, row_keys
 from sysdpo_jax.structure import Graph, as_plate, by_rank, grouped, instead_of_plate, naming, users_part
 from sysdpo_jax.structure import GraphError as GraphError
 from sysdpo_jax.structure import Node as Node

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
@@ -247,14 +246,6 @@ def as_rows(tree: PyTree, axes: int) -> PyTree:
     compiler would gather the whole batch to apply a convolution.)
     """
     return jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:]), tree)
-
-
-def row_keys(key: Keys, rows: int) -> Key[Array, "rows"]:
-    """One key a row, made from a single key by the row's number; keys that are one a row already stay as they are.
-
-    What a row draws from its own key does not depend on the rows beside it: cutting a batch changes no noise.
-    """
-    return key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
 
 
 def batch_size(parents: Parents, component: str) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, as_rows, batch_size, row_keys
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, as_rows, batch_size
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Asking,
@@ -28,9 +28,10 @@ from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.components.shared_prompt import Runs, marked, prefix_of
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
-from sysdpo_jax.decoding.batches import parts, places, width
+from sysdpo_jax.decoding import batches
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.decoding.decode import beam_generate, generate
+from sysdpo_jax.keys import row_keys
 from sysdpo_jax.models.decoder import Decoder, head_params
 from sysdpo_jax.models.initial import fresh_params
 from sysdpo_jax.static import hold_tuples
@@ -207,7 +208,7 @@ class LanguageModel(Component):
                 pad_token=self._pad,
                 temperature=self.temperature,
                 top_p=self.top_p,
-                places=places(len(rows)),
+                places=batches.places(len(rows)),
             )
             tokens[rows], ends[rows] = made.tokens, made.lengths
         return self._texts(tokens, ends)
@@ -308,8 +309,8 @@ class LanguageModel(Component):
         self, prompts: Int[np.ndarray, "rows prompt"], lengths: Int[np.ndarray, "rows"]
     ) -> Iterator[tuple[Int[np.ndarray, "part"], Int[np.ndarray, "part width"]]]:
         """The rows that are decoded together, and their prompts, no wider than these need."""
-        for rows in parts(lengths, self.max_prompt_length):
-            yield rows, prompts[rows, : width(int(lengths[rows].max()), self.max_prompt_length)]
+        for rows in batches.parts(lengths, self.max_prompt_length):
+            yield rows, prompts[rows, : batches.width(int(lengths[rows].max()), self.max_prompt_length)]
 
     def _texts(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, "rows"]) -> list[SampledText]:
         kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]

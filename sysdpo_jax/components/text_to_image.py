@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, LogProbs, Metrics, Raw, RecordError, row_keys
+from sysdpo_jax.components.base import Component, LogProbs, Metrics, Raw, RecordError
 from sysdpo_jax.components.codec import Codec, LatentCodec, Latents, whole_frames
 from sysdpo_jax.components.conversations import kind
 from sysdpo_jax.components.encoding import encode_together
@@ -27,6 +27,7 @@ from sysdpo_jax.components.text import FrozenText, TextConditioner
 from sysdpo_jax.diffusion.samplers import DDIM, Denoiser, FlowEuler, Sampler, guided, guides
 from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, add_noise, expand, target
 from sysdpo_jax.diffusion.weightings import Constant, Weighting
+from sysdpo_jax.keys import row_keys
 from sysdpo_jax.models.initial import fresh_params
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from sysdpo_jax.decoding.beam_search import Beams, BeamSearch, Penalties, beam_search
 from sysdpo_jax.decoding.cached_model import CachedModel, Lengths, Prompts
-from sysdpo_jax.decoding.draws import sample_token
 from sysdpo_jax.decoding.sampling import Generated, sampled
+from sysdpo_jax.keys import row_keys
 from sysdpo_jax.models.decoder import Decoder, KVCache, init_cache, unstacked
 
-__all__ = ["Generated", "beam_generate", "generate", "sample_token"]
+__all__ = ["Generated", "beam_generate", "generate"]
 
 
 def generate(
@@ -69,7 +69,7 @@ def generate(
         raise ValueError(f"generate: places {places} must be at least 1, or None.")
     places = len(prompts) if places is None else min(places, len(prompts))
     settings = jnp.float32(temperature), jnp.float32(top_p)
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(prompts)))
+    keys = row_keys(key, len(prompts))
     return sampled(model, places, params, jnp.asarray(prompts), jnp.asarray(prompt_lengths), keys, settings)
 
 

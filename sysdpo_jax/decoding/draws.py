@@ -13,15 +13,11 @@ BLOCK = 128
 
 def sample_token(
     logits: Float[Array, "batch vocab"],
-    key: Key[Array, "*batch"],
+    keys: Key[Array, " batch"],
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, " batch"]:
-    """One token per row by the rules of `generate`; only the branch taken runs: top_p 1 pays for no sort.
-
-    key: One a row, or one from which each row's is made by its number.
-    """
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(logits)))
+    """One token per row by the rules of `generate`; only the branch taken runs: top_p 1 pays for no sort."""
 
     def greedy() -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sysdpo_jax.batch import PairBatch
-from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
+from sysdpo_jax.keys import row_keys
 from sysdpo_jax.objectives.log_ratio import node_log_probs, repeated, trained_nodes
 from sysdpo_jax.objectives.objective import Aux, PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Keys, Params

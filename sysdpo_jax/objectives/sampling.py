@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sysdpo_jax.batch import PairBatch, SampledBatch
-from sysdpo_jax.components.base import as_rows, row_keys
+from sysdpo_jax.components.base import as_rows
 from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.keys import row_keys
 from sysdpo_jax.objectives.log_ratio import NodeLogps, log_probs_of_node, repeated, trained_nodes
 from sysdpo_jax.objectives.objective import Aux, PreferenceObjective, require_batch, require_trained, total
 from sysdpo_jax.typing import Features, Keys, Params

@@ -15,9 +15,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.models.remat import AUTO, choosing
+from sysdpo_jax.keys import row_keys
+from sysdpo_jax.models.remat import choosing
 from sysdpo_jax.objectives.log_ratio import trained_nodes
 from sysdpo_jax.objectives.objective import Aux, Objective, PreferenceObjective, margin_shares
 from sysdpo_jax.parallel.sharding import (
@@ -165,20 +165,21 @@ class TrainStep:
                 f": make the batch a multiple of {self.accumulate * shares}, or change accumulate"
             )
 
-    def lower(self, state: TrainState, batch: PyTree, key: PRNGKeyArray, auto: str = AUTO) -> jax.stages.Lowered:
+    def lower(
+        self, state: TrainState, batch: PyTree, key: PRNGKeyArray, auto: str = CANDIDATES[0]
+    ) -> jax.stages.Lowered:
         """Lower the step; nothing runs.
 
         Args:
             state: As for a call.
             batch: As for a call.
             key: As for a call.
-            auto: What a `remat` of "auto" stands for: a setting, or "auto" for the first of `settings`.
+            auto: What a `remat` of "auto" stands for, the first of `settings` by default.
 
         Returns:
             What compiles ahead of time, or has its memory analysed.
         """
         arguments = state.mutable, state.fixed, batch, key, PROCEED
-        auto = CANDIDATES[0] if auto == AUTO else auto
         lowered: jax.stages.Lowered = self._traced(state, auto, lambda function: function.lower(*arguments))
         return lowered
 

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.models.lora import is_lora, strip_lora
+from sysdpo_jax.models.remat import KERNELS
 from sysdpo_jax.parallel.sharding import batch_shard
 from sysdpo_jax.training.state import TrainState
 from sysdpo_jax.trees import by_path
@@ -44,8 +45,7 @@ PEAK_FLOPS = {
 }
 
 # They contain products that a jaxpr does not show.
-CUDNN = ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper")
-OPAQUE = frozenset({"pallas_call", "ragged_dot_general", *CUDNN})
+OPAQUE = frozenset({*KERNELS, "dot_product_attention_bwd_wrapper", "ragged_dot_general"})
 
 
 class Counted(NamedTuple):

@@ -10,12 +10,12 @@ import torch
 from diffusers import DDPMScheduler
 
 from sysdpo_jax import Diffusion, PixelCodec, RecordError, TextEncoder
-from sysdpo_jax.components.base import row_keys
 from sysdpo_jax.components.text import check_truncation
 from sysdpo_jax.components.text_to_image import _stratified
 from sysdpo_jax.diffusion.samplers import DDIM
 from sysdpo_jax.diffusion.schedules import NoiseSchedule
 from sysdpo_jax.diffusion.weightings import ELBO, Constant, MinSNR
+from sysdpo_jax.keys import row_keys
 from tests.components.stubs import Affine, Embedding, affine_by_hand, word_tokenizer
 
 KEY = jax.random.key(0)

@@ -50,7 +50,7 @@ def test_samples_of_parts_are_those_of_all_rows_together(
     """With the draws of each row's number in the list, whatever part it was in."""
     apart = NODE.sample(params, {"x": prompts()}, KEY)
     assert shapes == [(20, 32), (20, 128)]
-    monkeypatch.setattr(language_model, "parts", lambda lengths, most: [np.arange(len(lengths))])
+    monkeypatch.setattr(language_model.batches, "parts", lambda lengths, most: [np.arange(len(lengths))])
     together = NODE.sample(params, {"x": prompts()}, KEY)
     assert shapes[2:] == [(40, 128)]
     assert [value.tokens for value in apart] == [value.tokens for value in together]

@@ -37,7 +37,7 @@ from sysdpo_jax import (
     prepare_pairs,
 )
 from sysdpo_jax.batch import encode_batch
-from sysdpo_jax.components.base import as_rows, row_keys
+from sysdpo_jax.components.base import as_rows
 from sysdpo_jax.components.sampled_text import facts_of
 from sysdpo_jax.data import files, preferences
 from sysdpo_jax.data import prepared as stored
@@ -46,6 +46,7 @@ from sysdpo_jax.data.preferences import WHOLE, _Pass
 from sysdpo_jax.data.prepared import about_system
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.errors import DamagedFileError
+from sysdpo_jax.keys import row_keys
 from sysdpo_jax.manifest import digest
 from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.objectives.log_ratio import node_log_probs, repeated

@@ -161,7 +161,7 @@ def test_nucleus_edges(top_p: float, kept: set[int]) -> None:
     """Probabilities 1/2, 1/4, 1/8, 1/8: a set that reaches top_p exactly is not enlarged."""
     logits = jnp.broadcast_to(jnp.log2(jnp.array([0.5, 0.25, 0.125, 0.125])), (400, 4))
     unit = jnp.float32(1 / np.log(2))
-    tokens = sample_token(logits, jax.random.key(0), unit, jnp.float32(top_p))
+    tokens = sample_token(logits, jax.random.split(jax.random.key(0), len(logits)), unit, jnp.float32(top_p))
     assert set(np.asarray(tokens).tolist()) == kept
 
 
