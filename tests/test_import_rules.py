@@ -39,11 +39,12 @@ ALLOWED = {
     "data": {"components", "batch", "graph", "structure"},
     "training": {"models", "components", "parallel", "batch", "graph", "objectives", "data"},
     "pretrained": {"models", "decoding", "diffusion", "components"},
+    "serving": {"models", "decoding", "components", "graph", "pretrained"},
     "evaluation": {"components", "graph", "data"},
     "report": {"components", "graph", "evaluation"},
     "runs": {
         *("models", "components", "parallel", "graph", "objectives", "data", "training", "pretrained"),
-        *("evaluation", "report"),
+        *("serving", "evaluation", "report"),
     },
     "recipes": {"models", "components", "runs"},
     "cli": {"*"},

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, as_rows, batch_size
 from sysdpo_jax.components.prompts import (
@@ -99,7 +99,7 @@ class LanguageModel(Component):
             )
         if not isinstance(self.search, BeamSearch):
             raise TypeError(f"LanguageModel: search must be a BeamSearch, not {type(self.search).__name__}")
-        beyond = [end for end in self._ends if not 0 <= end < config.vocab_size]
+        beyond = [end for end in self.ends if not 0 <= end < config.vocab_size]
         if beyond:
             raise ValueError(
                 f"LanguageModel: the ends {beyond} of tokenizer.eos_token_id, stop_tokens and the chat template are "
@@ -160,10 +160,27 @@ class LanguageModel(Component):
         token, which may equal the end of sequence. Only the positions before a completion's tokens get logits, see
         `token_log_probs`.
         """
+        token_log_prob, completion = self.token_log_probs(params, features)
+        counted = {name: jnp.asarray(features[name]) for name in ("truncated", "retokenized")}
+        metrics = counted | {"tokens": completion.sum(-1).astype(jnp.float32)}
+        return jnp.sum(token_log_prob * completion, axis=-1), metrics
+
+    def token_log_probs(
+        self, params: Params, features: Features
+    ) -> tuple[Float[Array, "batch completion"], Bool[Array, "batch completion"]]:
+        """The log-probability of each token of the completions. Jittable.
+
+        Args:
+            params: The component's tree.
+            features: As `prepare` makes them.
+
+        Returns:
+            log softmax(logits)[token] in nats, float32, and which of them are a completion's; others have no meaning.
+        """
         features = jax.tree.map(jnp.asarray, features)
         tokens, starts = features["tokens"], features["prompt_lengths"]
         place = starts[:, None] + jnp.arange(features["completion"].shape[-1])
-        token_log_prob = token_log_probs(
+        made = token_log_probs(
             lambda head, part: cast(Array, self.decoder.apply({"params": head}, part, method="head")),
             head_params(self.decoder.config, params),
             self._hidden(params, features, place - 1),
@@ -171,10 +188,7 @@ class LanguageModel(Component):
             self.decoder.config.vocab_size,
         )
         # The first token of all has nothing before it that could predict it.
-        completion = features["completion"] & (place >= 1)
-        counted = {name: features[name] for name in ("truncated", "retokenized")}
-        metrics = counted | {"tokens": completion.sum(-1).astype(jnp.float32)}
-        return jnp.sum(token_log_prob * completion, axis=-1), metrics
+        return made, features["completion"] & (place >= 1)
 
     def _hidden(self, params: Params, features: Features, places: Int[Array, "batch places"]) -> Array:
         """Hidden states at places of the rows; what the rows of a preference begin with is computed once."""
@@ -193,7 +207,7 @@ class LanguageModel(Component):
         It remembers its tokens for `prepare`. As text it has all special tokens but ends, padding and starts of
         sequence. Prompts are cut or refused as in `prepare`, with `RecordError`.
         """
-        prompts, lengths = self._prompt_tokens(parents)
+        prompts, lengths = self.prompt_tokens(parents)
         keys, tokens = row_keys(key, len(prompts)), np.zeros((len(prompts), self.max_new_tokens), np.int32)
         ends = np.zeros_like(lengths)
         for rows, start in self._parts(prompts, lengths):
@@ -204,14 +218,14 @@ class LanguageModel(Component):
                 lengths[rows],
                 keys[rows],
                 max_new_tokens=self.max_new_tokens,
-                stop_tokens=self._ends,
+                stop_tokens=self.ends,
                 pad_token=self._pad,
                 temperature=self.temperature,
                 top_p=self.top_p,
                 places=batches.places(len(rows)),
             )
             tokens[rows], ends[rows] = made.tokens, made.lengths
-        return self._texts(tokens, ends)
+        return self.texts([row[:end].tolist() for row, end in zip(tokens, ends, strict=True)])
 
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
         """The distinct texts that `search` finds with `number` beams for each row, the best first; no key is used.
@@ -224,7 +238,7 @@ class LanguageModel(Component):
             ValueError: Where the model gives no number.
         """
         groups = self.search.num_beam_groups or number
-        prompts, starts = self._prompt_tokens(parents)
+        prompts, starts = self.prompt_tokens(parents)
         beams = len(prompts), -(-number // groups) * groups
         tokens, lengths = np.zeros((*beams, self.max_new_tokens), np.int32), np.zeros(beams, np.int32)
         valid = np.zeros(beams, bool)
@@ -237,7 +251,7 @@ class LanguageModel(Component):
                 num_beams=beams[1],
                 search=self.search,
                 max_new_tokens=self.max_new_tokens,
-                stop_tokens=self._ends,
+                stop_tokens=self.ends,
                 pad_token=self._pad,
             )
             tokens[rows], lengths[rows], valid[rows] = made.tokens, made.lengths, made.valid
@@ -246,7 +260,8 @@ class LanguageModel(Component):
                 f"LanguageModel: the search found nothing for row {int(np.argmin(valid.any(axis=1)))}: the logits are "
                 "not finite"
             )
-        texts = iter(self._texts(tokens[valid], lengths[valid]))
+        found = zip(tokens[valid], lengths[valid], strict=True)
+        texts = iter(self.texts([row[:length].tolist() for row, length in found]))
         return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
 
     def mark_shared(self, runs: Sequence[Features]) -> Sequence[Features]:
@@ -296,8 +311,18 @@ class LanguageModel(Component):
         """The tokens of prompts and completions; padding is none."""
         return {"tokens": int(np.sum(features["lengths"]))}
 
-    def _prompt_tokens(self, parents: Parents) -> tuple[Int[np.ndarray, "batch prompt"], Int[np.ndarray, "batch"]]:
-        """Right-padded token ids of the prompts and their lengths."""
+    def prompt_tokens(self, parents: Parents) -> tuple[Int[np.ndarray, "batch prompt"], Int[np.ndarray, "batch"]]:
+        """What `sample` gives the model.
+
+        Args:
+            parents: `{parent: values}`.
+
+        Returns:
+            Right-padded token ids of the prompts, and their lengths.
+
+        Raises:
+            RecordError: As `prepare` does of a prompt.
+        """
         rows = batch_size(parents, "LanguageModel")
         tokens, lengths = np.full((rows, self.max_prompt_length), self._pad, np.int32), np.zeros(rows, np.int32)
         made = tokenized(self.tokenizer, map(self._prompt_row, self._prompts(parents, rows), range(rows)))
@@ -312,9 +337,16 @@ class LanguageModel(Component):
         for rows in batches.parts(lengths, self.max_prompt_length):
             yield rows, prompts[rows, : batches.width(int(lengths[rows].max()), self.max_prompt_length)]
 
-    def _texts(self, tokens: Int[np.ndarray, "rows new"], lengths: Int[np.ndarray, "rows"]) -> list[SampledText]:
-        kept = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        return sampled_texts(self.tokenizer, kept, self._ends)
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[SampledText]:
+        """What `sample` makes of tokens.
+
+        Args:
+            rows: The ids of each text, with the one that ended it.
+
+        Returns:
+            The texts, which remember them.
+        """
+        return sampled_texts(self.tokenizer, rows, self.ends)
 
     @property
     def _pad(self) -> int:
@@ -323,8 +355,8 @@ class LanguageModel(Component):
         return int(self.tokenizer.eos_token_id if pad is None or pad >= self.decoder.config.vocab_size else pad)
 
     @property
-    def _ends(self) -> tuple[int, ...]:
-        """The tokens at which a completion ends, each once."""
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the tokens at which a completion ends, each once."""
         turn = closing(self.tokenizer)
         ends = (int(self.tokenizer.eos_token_id), *self.stop_tokens, *(() if turn is None else turn.ends))
         return tuple(dict.fromkeys(ends))
@@ -351,7 +383,7 @@ class LanguageModel(Component):
     def _row(self, prompt: Any, value: Any, row: int) -> Asking[tuple[list[int], list[int], bool, bool]]:
         """Ids of the prompt and of the completion as they fit, whether any were cut, and whether they are others."""
         whole, start, start_cut = yield from self._prompt_row(prompt, row)
-        answer = yield from completion_ids(self.tokenizer, whole, value, self._ends, self.max_new_tokens, row)
+        answer = yield from completion_ids(self.tokenizer, whole, value, self.ends, self.max_new_tokens, row)
         # The first tokens whatever becomes of prompts: a completion is judged from where it begins.
         keep: Truncation = "error" if self.truncation == "error" else "keep_start"
         kept, cut = fitted(answer.ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)

@@ -1,7 +1,7 @@
 """The configuration of a run: a YAML file, of which every field is also a flag."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any, Literal
 
 from sysdpo_jax.data.rollouts import Pairs
@@ -258,9 +258,36 @@ class OnlineConfig:
     figures: dict[str, str] = field(default_factory=dict)
 
 
-def _free(default: Any) -> Any:
+@dataclass(frozen=True)
+class ServeConfig:
+    """A server that samples for a language model, see `sysdpo_jax.serving`.
+
+    Args:
+        url: Address of the server, such as http://127.0.0.1:8000.
+        model: Name of the model that it began with.
+        engine: Kind of the server: vllm or sglang.
+        folder: Folder for adapters and weights, which the server reads too; the run's by default.
+        max_gap: Largest mean difference of log-probabilities from the model's own, in nats a token.
+        key: Name of the environment variable that holds the server's key, if it wants one.
+        parallel: Requests at the same time.
+        timeout: Seconds that a request may take.
+        retries: Further attempts after a failed request.
+    """
+
+    url: str = ""
+    model: str = ""
+    engine: Literal["vllm", "sglang"] = "vllm"
+    folder: str = ""
+    max_gap: AboveZero = 0.05
+    key: str = "SERVER_API_KEY"
+    parallel: Positive = 64
+    timeout: AboveZero = 600.0
+    retries: Natural = 5
+
+
+def _free(default: Any = MISSING, factory: Any = MISSING) -> Any:
     """A field that may change when a run goes on: where it lies, how it is watched, the machine, what is looked at."""
-    return field(default=default, metadata={"free": True})
+    return field(default=default, default_factory=factory, metadata={"free": True})
 
 
 @dataclass(frozen=True)
@@ -278,6 +305,7 @@ class TrainConfig:
         mesh: The devices.
         evaluation: Evaluation on held-out prompts.
         online: Rounds, in which the run makes its own preferences.
+        serve: Servers that sample for language models in evaluations, rounds and rollouts, by component.
         dtype: Precision of the computation; weights that are trained whole are kept in float32.
         remat: What the backward pass computes again to save memory: "auto" takes the fastest that fits; or null, "full"
             or a policy, see `pretrained.load`.
@@ -303,6 +331,7 @@ class TrainConfig:
     mesh: MeshConfig = _free(MeshConfig())
     evaluation: EvaluationConfig = _free(EvaluationConfig())
     online: OnlineConfig = OnlineConfig()
+    serve: dict[str, ServeConfig] = _free(factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str | None = _free("auto")
     seed: Natural = 0

@@ -22,6 +22,7 @@ from sysdpo_jax.runs.online import OnlineTraining
 from sysdpo_jax.runs.rounds import check_watched
 from sysdpo_jax.runs.run import Run, is_online, make_batches, round_store
 from sysdpo_jax.runs.runs_file import read_prompts
+from sysdpo_jax.runs.serving import sampling_system
 from sysdpo_jax.training import Evaluation
 from sysdpo_jax.user_code import import_function
 
@@ -117,4 +118,5 @@ def _run_scorer(run: Run, batch_size: int, about: Mapping[str, str], figures: Ma
     scorer = make_scorer(own.scorer, own.judge, "evaluation.")
     made = {name: import_function(function, f"online.figures.{name}") for name, function in figures.items()}
     asked = {**about_scorer(own.scorer, own.judge), **about}
-    return RunScorer(run.system, scorer, own.judge.parallel, own.on_error == "skip", batch_size, asked, made)
+    system = sampling_system(run.config, run.system)
+    return RunScorer(system, scorer, own.judge.parallel, own.on_error == "skip", batch_size, asked, made)

@@ -24,6 +24,7 @@ from sysdpo_jax.runs.caches import prepared_folder
 from sysdpo_jax.runs.config import CALLS, DataConfig, MeshConfig, TrainConfig, Which, as_dict
 from sysdpo_jax.runs.files import CONFIG, DATA, find_config, read_config
 from sysdpo_jax.runs.rounds import RoundStore
+from sysdpo_jax.runs.serving import sampling_system
 from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
 from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.training.metrics import EVALUATED
@@ -319,7 +320,8 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     if path.is_dir():
         run = assemble(read_run(path))
         params, step = restored(run, checkpoint)
-        return Loaded(run.system, sj.replicate_per_process(params), f"{digest(identity_of(run.config))} step {step}")
+        system = sampling_system(run.config, run.system)
+        return Loaded(system, sj.replicate_per_process(params), f"{digest(identity_of(run.config))} step {step}")
     if not path.exists() and ":" in spec:
         return Loaded(*_made_by(spec), spec)
     config = read_config(find_config(spec))
@@ -332,8 +334,8 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
         origin = read_origin(config)
         origin = replace(origin, params=sj.replicate_per_process(origin.params))
         identity |= {"init_from": config.init_from, "init_step": origin.step}
-    made = build_system(replace(config, system=replace(config.system, components=components)), mesh, origin)
-    return Loaded(*made, digest(identity))
+    made, params = build_system(replace(config, system=replace(config.system, components=components)), mesh, origin)
+    return Loaded(sampling_system(config, made), params, digest(identity))
 
 
 def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:

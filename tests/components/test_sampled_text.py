@@ -181,7 +181,7 @@ def test_a_string_and_a_message_are_what_the_template_writes_in_one_text(name, t
         assert start + made == wanted
         assert features["retokenized"] == 0
     # The end is a token of sampling too, without anybody's saying so.
-    assert node._ends == tuple(dict.fromkeys((EOS, end)))
+    assert node.ends == tuple(dict.fromkeys((EOS, end)))
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "words"])
@@ -260,7 +260,7 @@ def test_thoughts_that_the_prompt_leaves_open_are_for_a_string_to_go_on_from():
     }.values(),
 )
 def test_the_end_of_a_turn_is_read_off_the_template(template, ends):
-    assert with_template(template)._ends == tuple(dict.fromkeys([EOS, *ends]))
+    assert with_template(template).ends == tuple(dict.fromkeys([EOS, *ends]))
 
 
 def test_special_tokens_that_end_nothing_stay_in_the_text():
