@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sysdpo_jax"
 # Small modules that import nothing of the library, and that every part may import.
 BOTTOM = {
+    "endpoint",
     "io",
     "manifest",
     "processes",

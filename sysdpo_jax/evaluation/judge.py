@@ -13,9 +13,9 @@ import httpx
 import numpy as np
 
 from sysdpo_jax.data.files import ImageFiles
+from sysdpo_jax.endpoint import Again, Endpoint, RefusedError
 from sysdpo_jax.errors import ConfigError, ScoreError, meant
 from sysdpo_jax.evaluation.judge_answer import Form, text_of
-from sysdpo_jax.evaluation.judge_client import Again, ChatClient
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.io import read_text
 from sysdpo_jax.user_code import user_code
@@ -108,7 +108,7 @@ def make_judge(config: JudgeConfig, field: str) -> "Judge":
     if not config.url or not config.model or not config.template:
         raise ConfigError(f"{field}: a judge needs url, model and template")
     key = os.environ.get(config.key, "").strip()
-    client = ChatClient(config.url, key, config.key, config.timeout, config.retries)
+    client = Endpoint("the judge", "judge.", config.url, key, config.key, config.timeout, config.retries)
     template = read_template(config.template, f"{field}.template")
     return Judge(config, template, Form(config.answer, *config.range), client)
 
@@ -124,7 +124,7 @@ class Judge:
     config: JudgeConfig
     template: Template
     form: Form
-    client: ChatClient
+    client: Endpoint
 
     async def score(self, connections: httpx.AsyncClient, run: Mapping[str, Any]) -> float:
         """The score of a run. connections: of the client.
@@ -132,7 +132,11 @@ class Judge:
         Raises `ScoreError` for an answer without a score, and `ConfigError` for a server that fails. Where the model
         samples its answers, a score that is not in the first one is looked for in another one.
         """
-        return await self.client.ask(connections, self._question(run), self._read)
+        url = self.client.below("/chat/completions")
+        try:
+            return await self.client.ask(connections, url, self._question(run), self._read)
+        except RefusedError as error:
+            raise ScoreError(str(error), error.reason) from None
 
     def _question(self, run: Mapping[str, Any]) -> dict[str, Any]:
         images = [image for name in self.template.names for image in _images(run[name])]

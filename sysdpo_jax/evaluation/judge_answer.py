@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sysdpo_jax.endpoint import Again, NoCompletionError
 from sysdpo_jax.errors import ConfigError, ScoreError
-from sysdpo_jax.evaluation.judge_client import Again, NoCompletionError
 
 # What servers say of an answer that has not come to its end.
 CUT = ("length", "max_tokens", "model_length")

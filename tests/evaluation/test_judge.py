@@ -15,7 +15,7 @@ import pytest
 
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError, ScoreError
-from sysdpo_jax.evaluation import judge_client
+from sysdpo_jax import endpoint
 from sysdpo_jax.evaluation.judge import Template, make_judge, read_template
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import as_completed, check_scorer, score_runs
@@ -56,7 +56,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with runs and a question, and the flags that ask a server on this machine."""
-    monkeypatch.setattr(judge_client, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.0)
     rows = [{"id": f"{n}-0", "inputs": {"q": f"question {n}"}, "outputs": {"answer": n}} for n in range(RUNS)]
     (tmp_path / "runs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (tmp_path / "question.txt").write_text("{q} is answered by {answer}.")
@@ -198,7 +198,7 @@ def test_a_judge_that_cannot_be_asked(place, capsys, flags, message):
 
 def test_ctrl_c_ends_what_waits_and_keeps_what_is_there(place, capsys, monkeypatch):
     """In the middle of requests that hang, and of waits before the next try."""
-    monkeypatch.setattr(judge_client, "FIRST_WAIT", 30.0)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 30.0)
     hung = threading.Event()
 
     def answer(number, text):

@@ -6,7 +6,7 @@ import pytest
 
 from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge_answer import Form, text_of
-from sysdpo_jax.evaluation.judge_client import Again, NoCompletionError
+from sysdpo_jax.endpoint import Again, NoCompletionError
 
 STATED = Form("stated", 0.0, 10.0)
 

@@ -13,19 +13,19 @@ import httpx
 import pytest
 
 from sysdpo_jax.errors import ConfigError, ScoreError
-from sysdpo_jax.evaluation import judge_client
-from sysdpo_jax.evaluation.judge_client import Again, ChatClient, NoCompletionError, _retry_after
+from sysdpo_jax import endpoint
+from sysdpo_jax.endpoint import Again, Endpoint, NoCompletionError, _retry_after
 
 GOOD = {"choices": [{"message": {"content": "7"}}]}
 
 
 def client(url="http://judge/v1", key="sk-key", timeout=5.0, retries=2):
-    return ChatClient(url, key, "JUDGE_KEY", timeout, retries)
+    return Endpoint("the judge", "judge.", url, key, "JUDGE_KEY", timeout, retries)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(judge_client, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.0)
 
 
 def content(completion):
@@ -45,7 +45,7 @@ def asked(answers, read=content, **settings):
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as connections:
-            return await client(**settings).ask(connections, {"model": "m"}, read)
+            return await client(**settings).ask(connections, httpx.URL("http://judge/v1/chat/completions"), {"model": "m"}, read)
 
     try:
         return asyncio.run(ask()), requests
@@ -71,7 +71,7 @@ def response(status=200, body=GOOD, **headers):
     ],
 )
 def test_where_questions_go(url, endpoint):
-    assert str(client(url).endpoint) == endpoint
+    assert str(client(url).below("/chat/completions")) == endpoint
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "/v1", "http://host:port", "http://h\n"])
@@ -263,14 +263,14 @@ def test_waits_grow_to_a_limit(monkeypatch):
         slept.append(seconds)
 
     monkeypatch.setattr("asyncio.sleep", sleep)
-    monkeypatch.setattr(judge_client, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 1.0)
     asked([response(500)], retries=7)
     for seconds, least in zip(slept, (1, 2, 4, 8, 16, 30, 30), strict=True):
         assert least <= seconds <= least + 1
 
 
 def test_tries_end_in_time(monkeypatch):
-    monkeypatch.setattr(judge_client, "PATIENCE", 0.0)
+    monkeypatch.setattr(endpoint, "PATIENCE", 0.0)
     found, requests = asked([response(500)], retries=1000)
     assert ("fails after 1 try" in str(found), len(requests)) == (True, 1)
 
@@ -287,11 +287,11 @@ def test_what_a_reader_asks_for_again():
 
 def test_answers_that_are_too_long():
     """Decompressed: a megabyte of noughts is a kilobyte on its way."""
-    long = b" " * (judge_client.LONGEST_ANSWER + 1)
+    long = b" " * (endpoint.LONGEST_ANSWER + 1)
     for found in (response(200, long), response(200, gzip.compress(long), Content_Encoding="gzip")):
         error, requests = asked([found])
         assert (type(error), error.reason, len(requests)) == (ScoreError, "the answer was too long", 1)
-    fits = json.dumps(GOOD).encode().ljust(judge_client.LONGEST_ANSWER)
+    fits = json.dumps(GOOD).encode().ljust(endpoint.LONGEST_ANSWER)
     assert asked([response(200, gzip.compress(fits), Content_Encoding="gzip")])[0] == "7"
     assert "DecodingError" in str(asked([response(200, b"no gzip", Content_Encoding="gzip")])[0])
     twice = gzip.compress(gzip.compress(long))

@@ -1,4 +1,4 @@
-"""Requests to an endpoint that speaks OpenAI's chat completions: their limits, and which are made again."""
+"""Requests to servers that speak JSON, as OpenAI's does: their limits, and which are made again."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import httpx
 import tenacity
 
-from sysdpo_jax.errors import ConfigError, ScoreError
+from sysdpo_jax.errors import ConfigError
 
 # Worth another try, as all faults of the server (5xx) are: timeout, conflict, too early, too many requests.
 TRANSIENT = (408, 409, 425, 429)
@@ -23,8 +23,8 @@ REMEDIES = {
     401: "give a valid key in the environment variable {key}",
     402: "pay the provider's account",
     403: "give a key that may do this in the environment variable {key}",
-    404: "check judge.url and judge.model",
-    405: "check judge.url",
+    404: "check {field}url and {field}model",
+    405: "check {field}url",
 }
 # What servers write in the place of a status, in `code` or `type` of an error: small letters, without "_" and "error".
 WORDS = {
@@ -62,41 +62,53 @@ class Again(Exception):
 
 
 class NoCompletionError(Exception):
-    """What came is no chat completion."""
+    """What came is no answer of the kind that was asked for."""
+
+
+class RefusedError(ConfigError):
+    """A server refuses one request, which says nothing of the others. reason: the kind of refusal, for counts."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
-class ChatClient:
+class Endpoint:
     """Asks the server at `url`.
 
+    name: of the server, for messages. field: stands before url, model and the like where a user gives them.
     key: sent as it is, "" for none; it is replaced in all errors. key_name: the environment variable that it is from.
-    timeout: seconds in which a request must be answered whole. retries: of a question, which end after `PATIENCE`.
+    timeout: seconds in which a request must be answered whole. retries: of a request, which end after `patience`
+    seconds. wanted: what its answers are, for messages. longest: bytes that one may have.
     """
 
+    name: str
+    field: str
     url: str
     key: str = field(repr=False)
     key_name: str
     timeout: float
     retries: int
+    wanted: str = "chat completion"
+    patience: float = PATIENCE
+    longest: int = LONGEST_ANSWER
 
     def __post_init__(self) -> None:
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"judge.url {self.url!r} is no address ({error}): fix it") from None
+            raise ConfigError(f"{self.field}url {self.url!r} is no address ({error}): fix it") from None
         if url.scheme not in ("http", "https") or not url.host:
-            raise ConfigError(f"judge.url is {self.url!r}: begin it with http:// or https:// and a host")
+            raise ConfigError(f"{self.field}url is {self.url!r}: begin it with http:// or https:// and a host")
         if not self.key.isascii() or not self.key.isprintable():
             raise ConfigError(f"the environment variable {self.key_name} holds characters that no API key has")
 
-    @property
-    def endpoint(self) -> httpx.URL:
-        """Where questions go: below the address that OpenAI's client would be given."""
+    def below(self, path: str) -> httpx.URL:
+        """Where requests of a kind go, "/chat/completions": below the address that OpenAI's client would be given."""
         url = httpx.URL(self.url)
-        path = url.path.rstrip("/")
-        return url.copy_with(
-            path=path if path.endswith("/chat/completions") else f"{path or '/v1'}/chat/completions", fragment=None
-        )
+        given = url.path.rstrip("/")
+        return url.copy_with(path=given if given.endswith(path) else f"{given or '/v1'}{path}", fragment=None)
 
     def connections(self, parallel: int) -> httpx.AsyncClient:
         """The connections that `ask` takes, to be closed. parallel: questions at a time."""
@@ -110,23 +122,25 @@ class ChatClient:
                 limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
             )
         except (ValueError, ImportError) as error:
-            raise ConfigError(f"the judge cannot be asked ({error}): check the variables of the proxy") from None
+            raise ConfigError(f"{self.name} cannot be asked ({error}): check the variables of the proxy") from None
 
-    async def ask(self, connections: httpx.AsyncClient, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+    async def ask(
+        self, connections: httpx.AsyncClient, url: httpx.URL, body: Mapping[str, Any], read: Callable[[Any], T]
+    ) -> T:
         """What `read` makes of the answer, a JSON object. Where `read` raises `Again` the question is asked again.
 
-        Raises `ScoreError` for a question that the server refuses, and `ConfigError` for a server that fails.
+        Raises `RefusedError` for a request that the server refuses, and `ConfigError` for a server that fails.
         """
         data = json.dumps(body).encode()
         backoff = tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT)
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Again),
             wait=lambda state: max(backoff(state), cast(Any, state.outcome).exception().wait),
-            stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_before_delay(PATIENCE),
+            stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_before_delay(self.patience),
             before_sleep=self._announce,
         )
         try:
-            return await tries(self._once, connections, data, read)
+            return await tries(self._once, connections, url, data, read)
         except tenacity.RetryError as error:
             failed = self._failed(error.last_attempt)
         except ConfigError as error:
@@ -136,19 +150,22 @@ class ChatClient:
 
     def _announce(self, state: tenacity.RetryCallState) -> None:
         """Say once of a client that it waits; what its tries come to in the end says an error."""
-        if self._shown not in _ANNOUNCED:
-            _ANNOUNCED.add(self._shown)
+        if self.shown not in _ANNOUNCED:
+            _ANNOUNCED.add(self.shown)
             said = self._without_key(str(cast(Any, state.outcome).exception()))
-            logger.warning("the judge at %s does not answer (%s): asked again for up to two minutes", self._shown, said)
+            limit = f"{self.patience / 60:g} minutes"
+            logger.warning("%s does not answer (%s): asked again for up to %s", self.shown, said, limit)
 
-    async def _once(self, connections: httpx.AsyncClient, data: bytes, read: Callable[[Any], T]) -> T:
+    async def _once(
+        self, connections: httpx.AsyncClient, url: httpx.URL, data: bytes, read: Callable[[Any], T]
+    ) -> T:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
-        request = connections.stream("POST", self.endpoint, content=data, headers=headers)
+        request = connections.stream("POST", url, content=data, headers=headers)
         try:
             async with asyncio.timeout(self.timeout), request as response:
-                answer = await _whole(response)
+                answer = await self._whole(response)
         except TimeoutError:
-            raise Again(f"no whole answer within {self.timeout:g} seconds, judge.timeout") from None
+            raise Again(f"no whole answer within {self.timeout:g} seconds, {self.field}timeout") from None
         except httpx.RequestError as error:
             raise Again(f"{type(error).__name__}: {error}".rstrip(": ")) from None
         if not response.is_success:
@@ -160,7 +177,22 @@ class ChatClient:
             return read(completion)
         except NoCompletionError:
             kind = response.headers.get("Content-Type", "of no type")
-            raise Again(f"what answers is no chat completion, but {kind}: {_said(answer)}; check judge.url") from None
+            raise Again(f"what answers is no {self.wanted}, but {kind}: {_said(answer)}; check {self.field}url") from None
+
+    async def _whole(self, response: httpx.Response) -> bytes:
+        encoding = response.headers.get("Content-Encoding", "").lower()
+        if encoding not in ENCODINGS:
+            raise Again(f"the answer is encoded as {encoding!r}, which was not asked for")
+        answer = bytearray()
+        async for part in response.aiter_bytes():
+            answer += part
+            if len(answer) > self.longest:
+                raise RefusedError(
+                    f"the answer of {self.shown} has more than {self.longest} bytes and begins with "
+                    f"{_said(bytes(answer))}: limit it by {self.field}max_tokens, or check {self.field}url",
+                    "the answer was too long",
+                )
+        return bytes(answer)
 
     def _fault(self, status: int, said: str, headers: Mapping[str, str]) -> Exception:
         """What to raise for a status that is no success."""
@@ -170,50 +202,36 @@ class ChatClient:
         if status < 400:
             target = headers.get("Location", "nowhere")
             return ConfigError(
-                f"the judge at {self._shown} redirects to {target!r}, where the key is not sent: give that address "
-                "as judge.url, if it is the judge's"
+                f"{self.shown} redirects to {target!r}, where the key is not sent: give that address "
+                f"as {self.field}url, if it is the server's"
             )
         if status in OF_THE_QUESTION:
-            return ScoreError(
-                f"the judge at {self._shown} refuses the question: {said}; shorten or change what the template shows, "
-                "or check judge.model",
-                "the judge refused the question",
+            return RefusedError(
+                f"{self.shown} refuses the question: {said}; shorten or change what it is asked, or check "
+                f"{self.field}model",
+                "the question was refused",
             )
-        remedy = REMEDIES.get(status, "check judge.url, judge.model and the key").format(key=self.key_name)
-        return ConfigError(f"the judge at {self._shown} refuses: {said}; {remedy}")
+        remedy = REMEDIES.get(status, "check {field}url, {field}model and the key")
+        remedy = remedy.format(key=self.key_name, field=self.field)
+        return ConfigError(f"{self.shown} refuses: {said}; {remedy}")
 
     def _failed(self, attempt: Any) -> ConfigError:
         again, tries = attempt.exception(), attempt.attempt_number
         if again.final is not None:
             return again.final
         return ConfigError(
-            f"the judge at {self._shown} fails after {tries} {'try' if tries == 1 else 'tries'} ({again}): try later, "
-            "scores are kept"
+            f"{self.shown} fails after {tries} {'try' if tries == 1 else 'tries'} ({again}): try later, what is there "
+            "is kept"
         )
 
     @property
-    def _shown(self) -> str:
-        """The address without what may be secret."""
-        return str(httpx.URL(self.url).copy_with(username=None, password=None, query=None, fragment=None))
+    def shown(self) -> str:
+        """Its name, and its address without what may be secret."""
+        url = httpx.URL(self.url).copy_with(username=None, password=None, query=None, fragment=None)
+        return f"{self.name} at {url}"
 
     def _without_key(self, text: str) -> str:
         return text.replace(self.key, "...") if self.key else text
-
-
-async def _whole(response: httpx.Response) -> bytes:
-    encoding = response.headers.get("Content-Encoding", "").lower()
-    if encoding not in ENCODINGS:
-        raise Again(f"the answer is encoded as {encoding!r}, which was not asked for")
-    answer = bytearray()
-    async for part in response.aiter_bytes():
-        answer += part
-        if len(answer) > LONGEST_ANSWER:
-            raise ScoreError(
-                f"the judge's answer has more than {LONGEST_ANSWER} bytes and begins with {_said(bytes(answer))}: "
-                "limit it by judge.max_tokens, or check judge.url",
-                "the answer was too long",
-            )
-    return bytes(answer)
 
 
 def _as_object(answer: bytes) -> dict[str, Any]:
@@ -224,7 +242,7 @@ def _as_object(answer: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise NoCompletionError
     # As some servers write errors: without an object of their own.
-    return {"error": found} if "choices" not in found and "message" in found else found
+    return {"error": found} if not {"choices", "data"} & found.keys() and "message" in found else found
 
 
 def _code(error: Any) -> int:
