@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -14,6 +14,7 @@ import httpx
 import tenacity
 
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.threads import DaemonExecutor
 
 # Worth another try, as all faults of the server (5xx) are: timeout, conflict, too early, too many requests.
 TRANSIENT = (408, 409, 425, 429)
@@ -48,7 +49,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 # Seconds after the first try of a question at which no other one begins.
 PATIENCE = 120.0
 
-T = TypeVar("T")
+T, R = TypeVar("T"), TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,15 @@ class Endpoint:
 
         Raises `RefusedError` for a request that the server refuses, and `ConfigError` for a server that fails.
         """
+        return await self._sent(connections, url, body, lambda answer, about: self._read(answer, about, read))
+
+    async def tell(self, connections: httpx.AsyncClient, url: httpx.URL, body: Mapping[str, Any]) -> None:
+        """`ask` for no answer but that it was done."""
+        await self._sent(connections, url, body, lambda answer, about: None)
+
+    async def _sent(
+        self, connections: httpx.AsyncClient, url: httpx.URL, body: Mapping[str, Any], read: Callable[[bytes, Any], T]
+    ) -> T:
         data = json.dumps(body).encode()
         backoff = tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT)
         tries = tenacity.AsyncRetrying(
@@ -157,7 +167,7 @@ class Endpoint:
             logger.warning("%s does not answer (%s): asked again for up to %s", self.shown, said, limit)
 
     async def _once(
-        self, connections: httpx.AsyncClient, url: httpx.URL, data: bytes, read: Callable[[Any], T]
+        self, connections: httpx.AsyncClient, url: httpx.URL, data: bytes, read: Callable[[bytes, Any], T]
     ) -> T:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
         request = connections.stream("POST", url, content=data, headers=headers)
@@ -170,14 +180,20 @@ class Endpoint:
             raise Again(f"{type(error).__name__}: {error}".rstrip(": ")) from None
         if not response.is_success:
             raise self._fault(response.status_code, f"{response.status_code} {_said(answer)}", response.headers)
+        return read(answer, response.headers)
+
+    def _read(self, answer: bytes, about: Mapping[str, str], read: Callable[[Any], T]) -> T:
+        """about: the headers of the answer."""
         try:
             completion = _as_object(answer)
             if fault := completion.get("error"):
-                raise self._fault(_code(fault), f"an error as its answer, {_said(answer)}", response.headers)
+                raise self._fault(_code(fault), f"an error as its answer, {_said(answer)}", about)
             return read(completion)
         except NoCompletionError:
-            kind = response.headers.get("Content-Type", "of no type")
-            raise Again(f"what answers is no {self.wanted}, but {kind}: {_said(answer)}; check {self.field}url") from None
+            kind = about.get("Content-Type", "of no type")
+            raise Again(
+                f"what answers is no {self.wanted}, but {kind}: {_said(answer)}; check {self.field}url"
+            ) from None
 
     async def _whole(self, response: httpx.Response) -> bytes:
         encoding = response.headers.get("Content-Encoding", "").lower()
@@ -280,3 +296,43 @@ def _retry_after(value: str) -> float:
         return 0.0
     zoned = date if date.tzinfo else date.replace(tzinfo=UTC)
     return max(0.0, (zoned - datetime.now(UTC)).total_seconds())
+
+
+def gathered(
+    call: Callable[[T], Coroutine[Any, Any, R]],
+    items: Sequence[T],
+    parallel: int,
+    close: Callable[[], Coroutine[Any, Any, None]],
+) -> list[R]:
+    """What `call` returns for each of the items, `parallel` of them at a time; then `close` is awaited.
+
+    In a thread with an event loop of its own, for a notebook has one in the caller's. What a call raises ends the
+    others and is raised; so does whatever interrupts the caller.
+    """
+
+    async def one(item: T, limit: asyncio.Semaphore) -> R:
+        async with limit:
+            return await call(item)
+
+    async def every() -> list[R]:
+        limit, tasks = asyncio.Semaphore(parallel), list[asyncio.Task[R]]()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks += [group.create_task(one(item, limit)) for item in items]
+        except* Exception as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            await close()
+        return [task.result() for task in tasks]
+
+    with DaemonExecutor(1, "requests") as thread:
+        runner = asyncio.Runner()
+        loop, started = thread.submit(runner.get_loop).result(), every()
+        work = thread.submit(runner.run, started)
+        try:
+            return work.result()
+        except BaseException:
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+            raise
+        finally:
+            thread.submit(runner.close)

@@ -246,3 +246,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be made again, $XDG_CACHE_HOME/sysdpo_jax, ~/.cache/sysdpo_jax by default.
+
+    Raises `RuntimeError` for a user without a home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sysdpo_jax"

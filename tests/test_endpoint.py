@@ -12,15 +12,15 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax import endpoint
-from sysdpo_jax.endpoint import Again, Endpoint, NoCompletionError, _retry_after
+from sysdpo_jax.endpoint import Again, Endpoint, NoCompletionError, RefusedError, _retry_after
+from sysdpo_jax.errors import ConfigError
 
 GOOD = {"choices": [{"message": {"content": "7"}}]}
 
 
-def client(url="http://judge/v1", key="sk-key", timeout=5.0, retries=2):
-    return Endpoint("the judge", "judge.", url, key, "JUDGE_KEY", timeout, retries)
+def client(url="http://judge/v1", key="sk-key", timeout=5.0, retries=2, **more):
+    return Endpoint("the judge", "judge.", url, key, "JUDGE_KEY", timeout, retries, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,8 @@ def asked(answers, read=content, **settings):
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as connections:
-            return await client(**settings).ask(connections, httpx.URL("http://judge/v1/chat/completions"), {"model": "m"}, read)
+            own = client(**settings)
+            return await own.ask(connections, own.below("/chat/completions"), {"model": "m"}, read)
 
     try:
         return asyncio.run(ask()), requests
@@ -119,15 +120,15 @@ def test_faults_of_the_server_are_asked_again(fault, said):
     assert (type(found), len(requests)) == (ConfigError, 3)
     assert "the judge at http://judge/v1 fails after 3 tries (" in str(found)
     assert said in str(found)
-    assert str(found).endswith("): try later, scores are kept")
+    assert str(found).endswith("): try later, what is there is kept")
 
 
 @pytest.mark.parametrize(
     ("status", "kind", "remedy"),
     [
-        (400, ScoreError, "shorten or change what the template shows"),
-        (413, ScoreError, "shorten or change what the template shows"),
-        (422, ScoreError, "shorten or change what the template shows"),
+        (400, RefusedError, "shorten or change what it is asked"),
+        (413, RefusedError, "shorten or change what it is asked"),
+        (422, RefusedError, "shorten or change what it is asked"),
         (401, ConfigError, "give a valid key in the environment variable JUDGE_KEY"),
         (403, ConfigError, "give a key that may do this in the environment variable JUDGE_KEY"),
         (404, ConfigError, "check judge.url and judge.model"),
@@ -146,11 +147,11 @@ def test_what_the_server_refuses_is_asked_once(status, kind, remedy):
 @pytest.mark.parametrize(
     ("error", "kind", "said"),
     [
-        ({"type": "invalid_request_error", "code": None}, ScoreError, "shorten or change"),
-        ({"type": "invalid_request_error", "code": "context_length_exceeded"}, ScoreError, "shorten or change"),
-        ({"code": "content_filter"}, ScoreError, "shorten or change"),
-        ({"type": "BadRequestError", "code": 40303}, ScoreError, "shorten or change"),
-        ({"type": "request_too_large"}, ScoreError, "shorten or change"),
+        ({"type": "invalid_request_error", "code": None}, RefusedError, "shorten or change"),
+        ({"type": "invalid_request_error", "code": "context_length_exceeded"}, RefusedError, "shorten or change"),
+        ({"code": "content_filter"}, RefusedError, "shorten or change"),
+        ({"type": "BadRequestError", "code": 40303}, RefusedError, "shorten or change"),
+        ({"type": "request_too_large"}, RefusedError, "shorten or change"),
         ({"type": "authentication_error"}, ConfigError, "give a valid key in the environment variable JUDGE_KEY"),
         ({"type": "invalid_request_error", "code": "invalid_api_key"}, ConfigError, "give a valid key"),
         ({"type": "insufficient_quota", "code": "insufficient_quota"}, ConfigError, "pay the provider's account"),
@@ -184,7 +185,7 @@ def test_faults_inside_a_200_are_asked_again(error):
 
 def test_a_word_alone_may_be_the_error():
     assert type(asked([response(200, {"error": "model_not_found"})])[0]) is ConfigError
-    assert type(asked([response(200, {"error": "context_length_exceeded"})])[0]) is ScoreError
+    assert type(asked([response(200, {"error": "context_length_exceeded"})])[0]) is RefusedError
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -269,9 +270,8 @@ def test_waits_grow_to_a_limit(monkeypatch):
         assert least <= seconds <= least + 1
 
 
-def test_tries_end_in_time(monkeypatch):
-    monkeypatch.setattr(endpoint, "PATIENCE", 0.0)
-    found, requests = asked([response(500)], retries=1000)
+def test_tries_end_in_time():
+    found, requests = asked([response(500)], retries=1000, patience=0.0)
     assert ("fails after 1 try" in str(found), len(requests)) == (True, 1)
 
 
@@ -279,7 +279,7 @@ def test_what_a_reader_asks_for_again():
     """Its own error is what is raised in the end."""
 
     def read(completion):
-        raise Again("no", final=ScoreError("no number", "kind"))
+        raise Again("no", final=RefusedError("no number", "kind"))
 
     found, requests = asked([response()], read)
     assert (str(found), found.reason, len(requests)) == ("no number", "kind", 3)
@@ -290,7 +290,7 @@ def test_answers_that_are_too_long():
     long = b" " * (endpoint.LONGEST_ANSWER + 1)
     for found in (response(200, long), response(200, gzip.compress(long), Content_Encoding="gzip")):
         error, requests = asked([found])
-        assert (type(error), error.reason, len(requests)) == (ScoreError, "the answer was too long", 1)
+        assert (type(error), error.reason, len(requests)) == (RefusedError, "the answer was too long", 1)
     fits = json.dumps(GOOD).encode().ljust(endpoint.LONGEST_ANSWER)
     assert asked([response(200, gzip.compress(fits), Content_Encoding="gzip")])[0] == "7"
     assert "DecodingError" in str(asked([response(200, b"no gzip", Content_Encoding="gzip")])[0])
@@ -328,7 +328,7 @@ def test_the_whole_request_has_a_deadline(start, drip):
     async def ask():
         own = client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.3, retries=0)
         async with own.connections(1) as connections:
-            await own.ask(connections, {}, content)
+            await own.ask(connections, own.below("/chat/completions"), {}, content)
 
     began = time.monotonic()
     try:

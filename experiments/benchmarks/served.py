@@ -131,7 +131,10 @@ def main() -> None:
             row[f"{kind}_mean_gap"], row[f"{kind}_worst_gap"], row[f"{kind}_tokens"] = handover.gap
     row["server_over_ours"] = row["weights_tokens_per_second"] / row["ours_tokens_per_second"]
     row["vllm"] = subprocess.run(versions, capture_output=True, text=True, check=False).stdout.strip()
-    write_json(config.folder / "results.json", {**made_by("experiments.benchmarks.served", [], ("jax", "python")), "results": row})
+    write_json(
+        config.folder / "results.json",
+        {**made_by("experiments.benchmarks.served", [], ("jax", "python")), "results": row},
+    )
     for name, value in row.items():
         print(f"{name:30} {value if isinstance(value, str) else f'{value:.4g}'}")
     raise SystemExit(max(row["adapter_mean_gap"], row["weights_mean_gap"]) >= LARGEST_GAP)

@@ -132,3 +132,16 @@ def _checked(pixels: np.ndarray, where: str) -> np.ndarray:
 
 def _floats(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels
+
+
+def as_png(image: Any, name: str) -> bytes:
+    """The bytes of an image as PNG, or those that it is. name: for errors."""
+    if isinstance(image, bytes):
+        return image
+    pixels = open_picture(image, name)
+    # Whatever its mode was, Pillow writes red, green and blue.
+    whole = pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
+    picture = Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

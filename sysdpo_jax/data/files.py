@@ -1,7 +1,6 @@
 """Files of rows: JSON Lines, Parquet, or whatever `datasets` finds in a folder or on the hub; writing preferences."""
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import MESSAGES
-from sysdpo_jax.components.images import open_picture
+from sysdpo_jax.components.images import as_png
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.io import file_digest, locked_file, read_json, replacing, write_json, write_whole
 from sysdpo_jax.values import SampledText, from_json, to_json
@@ -201,7 +200,7 @@ def save_preferences(path: str | Path, records: Sequence[PreferenceRecord]) -> N
         raise ValueError(f"{path}: name a file that ends in {', '.join((*LINES, *TABLE))}")
     with replacing(path) as partial:
         if path.suffix in TABLE:
-            rows = [_row(_tabular(record), number, ImageFiles.inside) for number, record in enumerate(records)]
+            rows = [_row(_tabular(record), number, _inside) for number, record in enumerate(records)]
             _write_table(partial, _of_one_kind(rows))
             return
         images = ImageFiles(path)
@@ -219,21 +218,12 @@ class ImageFiles:
     def beside(self, name: str, image: Any) -> str:
         """Write the image into the folder; its path, relative to the file of records."""
         file = self._folder / f"{name}.png"
-        write_whole(file, self.inside(name, image))
+        write_whole(file, as_png(image, name))
         return f"{self._folder.name}/{file.name}"
 
-    @staticmethod
-    def inside(name: str, image: Any) -> bytes:
-        """The bytes of the image as PNG, or those that it is."""
-        if isinstance(image, bytes):
-            return image
-        pixels = open_picture(image, name)
-        # Whatever its mode was, Pillow writes red, green and blue.
-        whole = pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8)
-        picture = Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        return buffer.getvalue()
+
+def _inside(name: str, image: Any) -> bytes:
+    return as_png(image, name)
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:

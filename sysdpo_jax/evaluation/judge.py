@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from sysdpo_jax.data.files import ImageFiles
+from sysdpo_jax.components.images import as_png
 from sysdpo_jax.endpoint import Again, Endpoint, RefusedError
 from sysdpo_jax.errors import ConfigError, ScoreError, meant
 from sysdpo_jax.evaluation.judge_answer import Form, text_of
@@ -166,5 +166,5 @@ def _images(value: Any) -> list[np.ndarray]:
 
 
 def _as_part(image: np.ndarray) -> dict[str, Any]:
-    data = base64.b64encode(ImageFiles.inside("", image)).decode()
+    data = base64.b64encode(as_png(image, "")).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from sysdpo_jax.io import user_cache
+
 logger = logging.getLogger(__name__)
 
 # Beyond them the programs that were not used for longest are dropped.
@@ -58,11 +60,7 @@ def _user_folder() -> Path:
         lines = []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     kind = hashlib.sha256(features.encode()).hexdigest()[:8]
-    return _user_cache() / "compiled" / f"{platform.machine()}-{kind}"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sysdpo_jax"
+    return user_cache() / "compiled" / f"{platform.machine()}-{kind}"
 
 
 def prepared_folder(where: str, directory: Path) -> Path | None:
@@ -79,7 +77,7 @@ def prepared_folder(where: str, directory: Path) -> Path | None:
     if jax.process_count() > 1:
         return directory / "prepared"
     try:
-        folder = _user_cache() / "prepared"
+        folder = user_cache() / "prepared"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         logger.warning("prepared preferences are not kept: the user's cache cannot be made (%s)", error)

@@ -4,4 +4,4 @@ from sysdpo_jax.serving.handover import Gap, Handover
 from sysdpo_jax.serving.served import MismatchError, ServedModel, served
 from sysdpo_jax.serving.server import Server, ServingError
 
-__all__ = ["Gap", "Handover", "MismatchError", "Server", "ServedModel", "ServingError", "served"]
+__all__ = ["Gap", "Handover", "MismatchError", "ServedModel", "Server", "ServingError", "served"]

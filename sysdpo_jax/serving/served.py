@@ -25,7 +25,6 @@ from sysdpo_jax.serving.server import Completion, Question, ServingError
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import SampledText
 
-
 # Nats a token: bfloat16 on both sides is a fifth of it apart, another model at least some tenths.
 MAX_GAP = 0.05
 
@@ -86,10 +85,10 @@ class ServedModel(Component):
         prompts, lengths = self.model.prompt_tokens(parents)
         rows = [row[:length].tolist() for row, length in zip(prompts, lengths, strict=True)]
         seeds = np.asarray(jax.vmap(partial(jax.random.bits, dtype="uint32"))(row_keys(key, len(rows)))) >> 1
-        settings = Question(
-            self.model.max_new_tokens, self.model.temperature, self.model.top_p, tuple(self.model.ends)
+        settings = Question(self.model.max_new_tokens, self.model.temperature, self.model.top_p, tuple(self.model.ends))
+        made = self.handover.ask(
+            self.model, params, [(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)], settings
         )
-        made = self.handover.ask(self.model, params, [(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)], settings)
         self._check_ends(made)
         texts = self.model.texts([one.tokens for one in made])
         self._check_gap(params, parents, texts, made)

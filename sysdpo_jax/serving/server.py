@@ -1,91 +1,137 @@
 """A server of language models: many questions at a time, and the few requests by which it gets parameters."""
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
-import tenacity
 
-from sysdpo_jax.errors import meant
+from sysdpo_jax.endpoint import Endpoint, gathered
+from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.serving.engines import ENGINES, AnswerError, Completion, Engine, Question, Request
-from sysdpo_jax.threads import DaemonExecutor
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
-TRANSIENT = (408, 409, 425, 429)
+# Seconds after the first try of a request at which no other one begins: a server that loads weights is busy.
+PATIENCE = 600.0
 
 
-class ServingError(ValueError):
+class ServingError(ConfigError):
     """A server cannot be used: the message names it, the reason and the remedy."""
-
-
-class _Again(Exception):
-    pass
 
 
 @dataclass(frozen=True)
 class Server:
+    """A server on this machine or another that reads the same folders.
+
+    Args:
+        url: Its address, such as http://127.0.0.1:8000.
+        model: Name of the model that it began with: the one that the run starts from.
+        engine: "vllm" or "sglang".
+        key: Name of the environment variable that holds the server's key, if it wants one.
+        parallel: Requests at the same time.
+        timeout: Seconds that a request may take.
+        retries: Further attempts after a failed request, within ten minutes.
+
+    Raises:
+        ConfigError: For an address that is none.
+        ServingError: For an engine that is not known.
+    """
+
     url: str
     model: str
-    engine: str = "vllm"
+    engine: Literal["vllm", "sglang"] = "vllm"
     key: str = "SERVER_API_KEY"
     parallel: int = 64
     timeout: float = 600.0
-    retries: int = 5
+    retries: int = 8
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ServingError(f"the engine {self.engine!r} is not known: {meant(self.engine, ENGINES)}")
+        self._endpoint()
 
     @property
     def shown(self) -> str:
-        return f"the server at {self.url}"
+        """Its name in messages."""
+        return self._endpoint().shown
 
     def ask(self, model: str, prompts: Sequence[tuple[list[int], int]], question: Question) -> list[Completion]:
-        pool = DaemonExecutor(min(self.parallel, len(prompts)), "serving")
-        try:
-            asked = [pool.submit(self._post, self._own.completion(model, p, s, question)) for p, s in prompts]
-            return [self._own.read(each.result()) for each in asked]
-        except AnswerError as error:
-            raise ServingError(f"{self.shown}: {error}") from None
-        finally:
-            pool.shutdown(wait=False)
+        """A text for each prompt and seed.
+
+        Args:
+            model: Name of an adapter that was loaded, or of the server's model.
+            prompts: Token ids and a seed each.
+            question: How texts are sampled.
+
+        Returns:
+            The texts.
+
+        Raises:
+            ServingError: The server fails, or refuses a request.
+        """
+        engine = self._engine
+        requests = [engine.completion(model, prompt, seed, question) for prompt, seed in prompts]
+
+        def read(answer: Any) -> Completion:
+            try:
+                return engine.read(answer)
+            except AnswerError as error:
+                raise ServingError(f"{self.shown} answers otherwise than {self.engine} does: {error}") from None
+
+        endpoint = self._endpoint()
+        connections = endpoint.connections(self.parallel)
+
+        async def one(request: Request) -> Completion:
+            path, body = request
+            return await endpoint.ask(connections, self._at(path), body, read)
+
+        with _as_serving_errors():
+            return gathered(one, requests, self.parallel, connections.aclose)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        self._post(self._own.load_adapter(name, str(folder)))
+        """Load LoRA factors in PEFT's layout. Raises `ServingError`."""
+        self._tell(self._engine.load_adapter(name, str(folder)))
 
     def unload_adapter(self, name: str) -> None:
-        self._post(self._own.unload_adapter(name))
+        """Forget them. Raises `ServingError`."""
+        self._tell(self._engine.unload_adapter(name))
 
     def load_weights(self, name: str, folder: Path) -> None:
-        for request in self._own.load_weights(name, str(folder)):
-            self._post(request)
+        """Load a model that transformers can read in the place of the server's own. Raises `ServingError`."""
+        for request in self._engine.load_weights(name, str(folder)):
+            self._tell(request)
+
+    def _tell(self, request: Request) -> None:
+        endpoint = self._endpoint()
+        connections = endpoint.connections(1)
+
+        async def tell(request: Request) -> None:
+            path, body = request
+            await endpoint.tell(connections, self._at(path), body)
+
+        with _as_serving_errors():
+            gathered(tell, [request], 1, connections.aclose)
 
     @property
-    def _own(self) -> Engine:
+    def _engine(self) -> Engine:
         return ENGINES[self.engine]
 
-    def _post(self, request: Request) -> Any:
-        path, body = request
-        key = os.environ.get(self.key, "")
+    def _at(self, path: str) -> httpx.URL:
+        url = httpx.URL(self.url)
+        return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1") + path)
 
-        def once() -> Any:
-            try:
-                answer = httpx.post(self.url + path, json=body, timeout=self.timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
-            except httpx.RequestError as error:
-                raise _Again(str(error)) from None
-            if answer.status_code in TRANSIENT or answer.status_code >= 500:
-                raise _Again(answer.text)
-            if not answer.is_success:
-                raise ServingError(f"{self.shown} refuses: {answer.text}")
-            return answer.json() if answer.headers.get("content-type", "").startswith("application/json") else None
+    def _endpoint(self) -> Endpoint:
+        key = os.environ.get(self.key, "").strip()
+        return Endpoint(
+            "the server", "serve: ", self.url, key, self.key, self.timeout, self.retries, "sampled text", PATIENCE
+        )
 
-        try:
-            return tenacity.Retrying(
-                retry=tenacity.retry_if_exception_type(_Again), stop=tenacity.stop_after_attempt(self.retries + 1),
-                wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT), reraise=True)(once)
-        except _Again as error:
-            raise ServingError(f"{self.shown} fails: {error}") from None
+
+@contextmanager
+def _as_serving_errors() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise error if isinstance(error, ServingError) else ServingError(str(error)) from None

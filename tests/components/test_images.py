@@ -12,7 +12,6 @@ from PIL import Image
 
 from sysdpo_jax import RecordError
 from sysdpo_jax.components.images import fit_image, read_image
-from sysdpo_jax.data.files import ImageFiles
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 
@@ -159,7 +158,7 @@ def test_every_way_in_is_turned_once(tmp_path, orientation):
         pixels = read_image(form, 0)
         assert pixels.shape == (24, 16, 3)
         assert pixels[:10].min() > 0.9 > 0.1 > pixels[14:].max()
-    again = ImageFiles.inside("", Image.open(io.BytesIO(data)))
+    again = as_png(Image.open(io.BytesIO(data)), "")
     np.testing.assert_allclose(read_image(again, 0), read_image(data, 0))
 
 

@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from sysdpo_jax import endpoint
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError, ScoreError
-from sysdpo_jax import endpoint
 from sysdpo_jax.evaluation.judge import Template, make_judge, read_template
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.evaluation.scoring import as_completed, check_scorer, score_runs

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from sysdpo_jax.endpoint import Again, NoCompletionError
 from sysdpo_jax.errors import ConfigError, ScoreError
 from sysdpo_jax.evaluation.judge_answer import Form, text_of
-from sysdpo_jax.endpoint import Again, NoCompletionError
 
 STATED = Form("stated", 0.0, 10.0)
 

@@ -38,9 +38,7 @@ def system_of(component):
 def with_factors(params, size, seed=0):
     """LoRA as after training: both factors are drawn."""
     fresh = sj.add_lora(params, sj.LoRA(4, 8.0, ("attention", "mlp")), jax.random.key(seed))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf + size if path[-1].key == "lora_b" else leaf, fresh
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + size if path[-1].key == "lora_b" else leaf, fresh)
 
 
 def handover(url, tmp_path, **settings):
@@ -115,7 +113,9 @@ def test_weights_of_another_model_stop_the_run(loaded, folder, tmp_path):
     """A server that took the adapter's name but not its factors: the gap is seen on the first texts."""
     component, params = loaded
     server = TorchServer(folder)
-    server.load_lora_adapter = lambda body: server.models.update({body["lora_name"]: server.models["base"]}) or (200, {})
+    server.load_lora_adapter = lambda body: (
+        server.models.update({body["lora_name"]: server.models["base"]}) or (200, {})
+    )
     with serving(server) as url:
         given = served(system_of(component), {"y": handover(url, tmp_path)})
         with pytest.raises(MismatchError, match=r"differ by .* nats a token on \d+ tokens .* above max_gap 0.05"):
@@ -145,7 +145,7 @@ def test_an_end_that_the_model_does_not_have_is_named(loaded, folder, tmp_path):
 
 
 def test_faults_that_pass_are_asked_again(loaded, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sysdpo_jax.serving.server.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("sysdpo_jax.endpoint.FIRST_WAIT", 0.01)
     component, params = loaded
     server = TorchServer(folder)
     with serving(server) as url:
@@ -184,7 +184,9 @@ def test_training_is_the_models_own(loaded, tmp_path):
     records = [{"x": "a red", "y": "ball"}]
     for system in (system_of(component), given):
         found = system.log_prob({"y": params}, system.prepare(records), KEY)["y"]
-        np.testing.assert_allclose(found, component.log_prob(params, component.prepare(["ball"], {"x": ["a red"]}), KEY))
+        np.testing.assert_allclose(
+            found, component.log_prob(params, component.prepare(["ball"], {"x": ["a red"]}), KEY)
+        )
     node = given.node("y")
     assert given.node_candidates(node, {"y": params}, {"x": ["a red"]}, 2, KEY)
 
@@ -217,5 +219,3 @@ def test_sglang_is_asked_by_its_own_words():
     assert engine.read(json.loads(json.dumps(answer))) == ([8, 2], [-0.5, -1.5], True)
     with pytest.raises(AnswerError, match="2 tokens need as many"):
         engine.read({"output_ids": [8, 2], "meta_info": answer["meta_info"] | {"output_token_logprobs": [[-0.5, 8]]}})
-
-
