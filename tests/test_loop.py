@@ -241,13 +241,12 @@ BODY = (Node("a", Categorical(2, (2,)), ("x",)),)
     ("make", "message"),
     [
         (lambda: (Loop("l", BODY, 0),), "turns 0 must be at least 1"),
-        (lambda: (Loop("l", (), 2),), "the loop 'l' has no node"),
+        (lambda: (Loop("l", (), 2), *BODY), "the loop 'l' has no node"),
         (lambda: (Loop("l", (Loop("m", BODY, 2),), 2),), "loop 'l': its node 'm' is a loop"),
         (lambda: (Loop("l", BODY, 2), Node("b", Categorical(2, (2,)), ("a",))), "'b' reads 'a', .* read 'l'"),
         (lambda: (Loop("l", BODY, 2), Node("a", Categorical(2, (2,)), ("x",))), "'a' is used twice"),
         (lambda: (Loop("l", (Node("a", Tool(repr), ("b",)), Node("b", Tool(repr), ("a",))), 2), Node("c", Tool(repr), ("x",))), "cycle"),  # noqa: E501
         (lambda: (Loop("l", (Node("a", Tool(repr), ("nope",)),), 2),), "unknown parent 'nope'"),
-        (lambda: (Loop("l", BODY, 2, until=3),), "until is 3, which cannot be called"),
     ],
 )  # fmt: skip
 def test_a_bad_loop_is_refused(make, message):
@@ -275,7 +274,8 @@ def preferences(rows, seed=0):
     made = []
     for _ in range(rows):
         x = int(rng.integers(2))
-        own = [run for run in RUNS if run["x"] == x]
+        length = int(rng.integers(1, TURNS + 1))
+        own = [run for run in RUNS if run["x"] == x and len(run["turns"]) in (length, 1)]
         sides = ({k: v for k, v in own[rng.integers(len(own))].items() if k != "x"} for _ in range(2))
         made.append(PreferenceRecord({"x": x}, *sides))
     return made
@@ -354,7 +354,7 @@ def test_references_are_computed_before():
 def test_a_switch_in_a_loop_and_a_loop_behind_a_switch():
     """Each turn uses one of two tools; and a run has turns only where the route says so."""
     body = (
-        Node("choice", Categorical(2), ("x",)),
+        Node("choice", Categorical(2, (2,)), ("x",)),
         Node("left", Tool(observe), ("x",)),
         Node("right", Categorical(2, (2,)), ("x",)),
         Node("seen", Switch((0, 1)), ("choice", "left", "right")),

@@ -20,9 +20,11 @@ from sysdpo_jax import (
     Node,
     PreferenceRecord,
     RecordError,
+    SearchedBatches,
     Switch,
     Tool,
     create_state,
+    draw_intermediates,
     epoch_batches,
     load_preferences,
     log_ratio,
@@ -381,7 +383,7 @@ def test_a_batch_in_which_a_branch_never_runs_has_the_shapes_of_the_others():
     counts = [int(batch.chosen["long"].ran.sum()) for batch in batches]
     assert sorted(counts) == [0, 0, 0, 1]
     assert {batch.chosen["long"].room for batch in batches} == {1, 2}
-    shapes = {str(jax.tree.map(np.shape, batch)) for batch in batches}
+    shapes = {tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}
     assert len(shapes) == 1
 
 
@@ -450,6 +452,13 @@ def test_references_are_computed_before_of_what_ran():
     expected = ROUTER.log_prob(params, pairs.chosen, KEY)
     for name in ("long", "short"):
         np.testing.assert_allclose(known.reference[name][0], expected[name], atol=1e-6)
+
+
+def test_what_a_switch_chooses_is_not_searched_for():
+    with pytest.raises(GraphError, match="'answer' is a switch, whose values are not searched for"):
+        SearchedBatches(ROUTER, RECORDS, 4, seed=0)
+    with pytest.raises(GraphError, match="train with DirectObjective"):
+        draw_intermediates(ROUTER, ROUTER.init(KEY), [{"x": 0}], 2, KEY)
 
 
 def test_the_diagram_says_which_branch_is_whose():

@@ -130,7 +130,9 @@ def _local(exact: ExactSystem, axis: int, rewards: np.ndarray, probability: np.n
     prefers = _sigmoid(rewards[:, :, None] - rewards[:, None, :])
     records: list[dict[str, Any]] = []
     pairs: list[tuple[int, int, float]] = []
-    for parents, reached in _contexts(exact, node):
+    for parents, seen in _contexts(exact, node):
+        # Where the node ran.
+        reached = seen & (values >= 0)
         weight = (probability * reached).sum(1)  # p(x | Pa), up to its sum
         drawn = np.stack([probability * reached * (values == v) for v in range(values.max() + 1)])
         drawn /= np.maximum(drawn.sum(-1, keepdims=True), np.finfo(float).tiny)  # p(s | x, Pa, v)

@@ -19,6 +19,7 @@ from sysdpo_jax.data.records import (
     hold_intermediates,
     prepare_sides,
     require_inputs,
+    require_searchable,
     without_intermediates,
 )
 from sysdpo_jax.data.rollouts import draw_intermediates, failed, stop_on_failure
@@ -64,6 +65,7 @@ def sampled_batch(
         RecordError: As `prepare` does where a row keeps no set, for a tool that fails, and for a row with no set or
             more than `number`.
     """
+    require_searchable(system)
     inner, outer = ([node.name for node in nodes] for nodes in (system.intermediates, system.outputs))
     kept = [distinct({name: y[name] for name in inner} for y in sets) for sets in intermediates]
     for row, sets in enumerate(kept):
@@ -186,7 +188,7 @@ class SearchedBatches:
 
     Raises:
         RecordError: Naming the row, for records that hold intermediates or lack an input or a final value.
-        GraphError: For a system without intermediates.
+        GraphError: For a system without intermediates, or with a switch or a loop.
         ValueError: For a number below 1, fewer rows than a batch, or processes that do not have a shard each.
     """
 
@@ -208,6 +210,7 @@ class SearchedBatches:
                 f"SearchedBatches: shard {self.shard} is none of {jax.process_count()}, one for each process: give "
                 "batch_shard(mesh), of a mesh whose data x fsdp is a multiple of the processes"
             )
+        require_searchable(self.system)
         if not self.system.intermediates:
             raise GraphError("the system has no intermediate values to search for: train it with DirectObjective")
         if self.records and hold_intermediates(self.system, self.records):

@@ -11,8 +11,9 @@ import numpy as np
 
 from sysdpo_jax.batch import PairBatch, share
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.control import Switch, Turns
 from sysdpo_jax.errors import meant
-from sysdpo_jax.graph import CompoundSystem, Known
+from sysdpo_jax.graph import CompoundSystem, GraphError, Known
 from sysdpo_jax.structure import instead_of_plate
 from sysdpo_jax.typing import Features, Record
 
@@ -164,6 +165,17 @@ def require_intermediates(system: CompoundSystem, held: bool) -> None:
             f"the records hold no intermediate values ({missing}): record them, or train with SamplingObjective on "
             "SearchedBatches, which searches for them"
         )
+
+
+def require_searchable(system: CompoundSystem) -> None:
+    """Raise `GraphError` for a system whose runs do not all have the same values."""
+    for node in system.nodes:
+        if isinstance(node.component, Switch | Turns):
+            kind = "switch" if isinstance(node.component, Switch) else "loop"
+            raise GraphError(
+                f"node {node.name!r} is a {kind}, whose values are not searched for: record whole runs, with their "
+                "intermediate values, and train with DirectObjective"
+            )
 
 
 def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from sysdpo_jax.components.tool import NotCalledError, ToolError
-from sysdpo_jax.data.records import PreferenceRecord, require_inputs
+from sysdpo_jax.data.records import PreferenceRecord, require_inputs, require_searchable
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
 from sysdpo_jax.typing import Params, Record
 from sysdpo_jax.values import content
@@ -211,11 +211,12 @@ def draw_intermediates(
         From 1 to `number` distinct sets `{intermediate node: value}` for every row.
 
     Raises:
-        GraphError: For a system without intermediates.
+        GraphError: For a system without intermediates, or with a switch or a loop.
         RecordError: For a row that lacks an input, a tool that fails or leaves a row without a set.
         ValueError: For parameters that do not belong to the system or a number below 1.
     """
     system.check_params(params)
+    require_searchable(system)
     wanted = [node.name for node in system.intermediates]
     if not wanted:
         raise GraphError("the system has no intermediate values to draw: its preferences are for DirectObjective")
