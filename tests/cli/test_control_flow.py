@@ -115,7 +115,7 @@ def with_node(path, name, **changes):
         ("answer", {"branches": ["short"]}, "system.nodes.answer.branches is .*give a mapping"),
         ("answer", {"tool": "m:f"}, "system.nodes.answer: give one of component, tool, switch or body"),
         ("answer", {"branches": {0: "short", 1: "summ"}}, "unknown parent 'summ': did you mean 'sum'"),
-        ("short", {"branches": {0: "x"}}, "system.nodes.short.branches is of switches or loops alone"),
+        ("short", {"branches": {0: "x"}}, "system.nodes.short.branches is of a switch or a loop alone"),
         ("turns", {"turns": None}, "system.nodes.turns.turns must be given"),
         ("turns", {"plate": 2}, "system.nodes.turns is a loop, which has no plate"),
         ("turns", {"until": f"{HERE}:finish"}, "system.nodes.turns.until: .* has no 'finish'"),
