@@ -174,7 +174,7 @@ class Running(Graph):
         """Complete `made` with the values of these nodes of a scope. where: behind a record's number in errors."""
         for node in nodes:
             _end_without_case(flow, node, made)
-            for row, run in _alive(made).items():
+            for row, run in _alive(made).items() if node.name in flow.conditional else ():
                 if not flow.runs(node.name, run) and run.pop(node.name, None) is not None:
                     raise RecordError(
                         f"record {row}{where}: node {node.name!r} has a value, but what chooses among the branches "
@@ -306,6 +306,8 @@ class Running(Graph):
 
 def _end_without_case(flow: Flow, node: Node, runs: list[Run]) -> None:
     """Put the `ToolError` in the place of rows in which nobody can tell whether a node runs, or which branch it is."""
+    if not (node.name in flow.conditional or isinstance(node.component, Switch)):
+        return
     for row, run in _alive(runs).items():
         try:
             if flow.runs(node.name, run) and isinstance(node.component, Switch):
