@@ -23,8 +23,7 @@ and a gap is a property of the method. Expected, in three minutes on two cores:
                   same. sampling_z_judge_gap: the same judge under SysDPO-Sampling, which asks for p(z|x) alone, so
                   that more graphs can follow.
 
-A switch and a loop are held to the figures of SysDPO-Direct alone (nan: not asked), a loop's components, which share
-their table, are not trained apart.
+A loop's turns are not searched for, and its components are not trained apart (nan: not asked).
 
 Beside it a figure of what Sampling loses with fewer intermediates, by how they are found: `experiments.exact.study`.
 """
@@ -98,8 +97,8 @@ def verify(exact: ExactSystem, config: Config) -> dict[str, float]:
     if not exact.system.bodies:
         separate = align_separately(exact, judge, reference, config)
         found["separate_gap"] = gap(judge, exact.log_prob(separate) - base, config.beta)
-    if exact.every:
-        # The search for intermediates takes neither switches nor loops.
+    if exact.system.bodies:
+        # Turns are not searched for.
         return found
     (one_start, sampling), (_, sampling_on_z) = align_on_outcomes(exact, (outcome_judge, z_judge), reference, config)
     z_loss = independent_outcome_loss(exact, z_judge, config.beta, reference)

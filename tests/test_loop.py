@@ -20,6 +20,7 @@ from sysdpo_jax import (
     Node,
     PreferenceRecord,
     RecordError,
+    SearchedBatches,
     Switch,
     Tool,
     create_state,
@@ -349,6 +350,11 @@ def test_references_are_computed_before():
     known = precompute_reference(AGENT, params, pairs, ["agent"])
     expected = AGENT.log_prob(params, pairs.rejected, KEY)
     np.testing.assert_allclose(known.reference["action"][1], expected["action"], atol=1e-6)
+
+
+def test_turns_are_not_searched_for():
+    with pytest.raises(GraphError, match="'turns' is a loop, whose turns are not searched for"):
+        SearchedBatches(AGENT, RECORDS, 4, seed=0)
 
 
 def test_a_switch_in_a_loop_and_a_loop_behind_a_switch():

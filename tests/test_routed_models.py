@@ -88,6 +88,8 @@ def turns_of(records, side):
 
 def alone(params, rows, count):
     """log p of texts after their prompts by the component itself, summed for each record."""
+    if not rows:
+        return np.zeros(count)
     numbers, prompts, said = zip(*rows, strict=True)
     model = writer()
     features = model.prepare(list(said), {"prompt": list(prompts)})

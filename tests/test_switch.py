@@ -20,9 +20,11 @@ from sysdpo_jax import (
     Node,
     PreferenceRecord,
     RecordError,
+    SamplingObjective,
     SearchedBatches,
     Switch,
     Tool,
+    Trainer,
     create_state,
     draw_intermediates,
     epoch_batches,
@@ -36,6 +38,7 @@ from sysdpo_jax import (
     preference_dataset,
     prepare_pairs,
     rollout,
+    sampled_batch,
 )
 from sysdpo_jax.components.routed import LEVELS, Routed, room_for
 from sysdpo_jax.training import ComponentOptimizer
@@ -454,11 +457,36 @@ def test_references_are_computed_before_of_what_ran():
         np.testing.assert_allclose(known.reference[name][0], expected[name], atol=1e-6)
 
 
-def test_what_a_switch_chooses_is_not_searched_for():
-    with pytest.raises(GraphError, match="'answer' is a switch, whose values are not searched for"):
-        SearchedBatches(ROUTER, RECORDS, 4, seed=0)
-    with pytest.raises(GraphError, match="train with DirectObjective"):
-        draw_intermediates(ROUTER, ROUTER.init(KEY), [{"x": 0}], 2, KEY)
+def test_routes_are_searched_for():
+    """Every set of intermediates is found, and p(z | x) is the sum over the routes to z by enumeration; 1e-5."""
+    first = Categorical(3, (2,))
+    system = router(first=first)
+    params, reference = system.init(KEY), system.init(jax.random.key(1))
+    sets = draw_intermediates(system, params, [{"x": 0}, {"x": 1}], 8, KEY)
+    expected = [{"route": 0}, {"route": 1, "draft": 0}, {"route": 1, "draft": 1}]
+    assert all(sorted(own, key=str) == sorted(expected, key=str) for own in sets)
+    # Both sides of a pair may have been made by different branches.
+    records = [PreferenceRecord({"x": x}, {"short": 0}, {"long": 2}) for x in range(2)]
+    batch = sampled_batch(system, records, sets, 3)
+    loss, _ = SamplingObjective(0.5)(system, params, reference, batch, KEY)
+
+    def log_p(params, x, z):
+        t = {name: np.asarray(jax.nn.softmax(tree["logits"]), np.float64) for name, tree in params.items()}
+        by_draft = sum(t["draft"][x, d] * t["long"][1 - d, z] for d in range(2))
+        return np.log(t["route"][x, 0] * t["short"][x, z] + t["route"][x, 1] * by_draft)
+
+    ratios = [[log_p(params, x, z) - log_p(reference, x, z) for z in (0, 2)] for x in range(2)]
+    by_hand = np.mean([np.log1p(np.exp(-0.5 * (chosen - rejected))) for chosen, rejected in ratios])
+    np.testing.assert_allclose(loss, by_hand, atol=1e-5)
+
+
+def test_the_search_trains_a_router(tmp_path):
+    records = [PreferenceRecord({"x": row % 2}, {"short": 0}, {"long": row % 3}) for row in range(8)]
+    system = router(first=Categorical(3, (2,)))
+    batches = SearchedBatches(system, records, 4, seed=0, num_intermediates=3)
+    trainer = Trainer(system, SamplingObjective(), OPTIMIZER, tmp_path, log_every=1)
+    state = trainer.fit(create_state(system, system.init(KEY), OPTIMIZER), batches, 2, KEY)
+    assert int(state.step) == 2
 
 
 def test_the_diagram_says_which_branch_is_whose():

@@ -24,7 +24,8 @@ class ExactSystem:
     joint: tables of log-probabilities `{params_key: [*parents, value]}` -> log p(s | x), [X, *values of the nodes]. It
     does not know the graph: it is what the graph is checked against, and what the gaps are measured with.
     values: the node of each axis of s; a plate has one axis a copy, and a loop one a turn. z is the node of the last
-    axis, or those of `ends`. every: all s where they are no product of the nodes' values, -1 for what did not run.
+    axis, or whichever of `ends` ran. every: all s where they are no product of the nodes' values, -1 for what did not
+    run.
     """
 
     name: str
@@ -54,7 +55,9 @@ class ExactSystem:
     def outcomes(self) -> np.ndarray:
         """[S] the number of each run's z."""
         last = [name in (self.ends or self.values[-1:]) for name in self.values]
-        return np.unique(np.array(self.runs())[:, last], axis=0, return_inverse=True)[1]
+        ends = np.array(self.runs())[:, last]
+        # Of the branches of a switch one ran.
+        return np.unique(ends.max(1, keepdims=True) if self.ends else ends, axis=0, return_inverse=True)[1]
 
     def records(self) -> list[dict[str, Any]]:
         """Every (x, s) as the library takes it, x first."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from sysdpo_jax.batch import PairBatch, share
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.components.control import Switch, Turns
 from sysdpo_jax.errors import meant
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known
 from sysdpo_jax.structure import instead_of_plate
@@ -168,14 +167,12 @@ def require_intermediates(system: CompoundSystem, held: bool) -> None:
 
 
 def require_searchable(system: CompoundSystem) -> None:
-    """Raise `GraphError` for a system whose runs do not all have the same values."""
-    for node in system.nodes:
-        if isinstance(node.component, Switch | Turns):
-            kind = "switch" if isinstance(node.component, Switch) else "loop"
-            raise GraphError(
-                f"node {node.name!r} is a {kind}, whose values are not searched for: record whole runs, with their "
-                "intermediate values, and train with DirectObjective"
-            )
+    """Raise `GraphError` for a system with a loop, whose turns nobody searches for."""
+    for name in system.bodies:
+        raise GraphError(
+            f"node {name!r} is a loop, whose turns are not searched for: record whole runs, with their intermediate "
+            "values, and train with DirectObjective"
+        )
 
 
 def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -200,12 +197,13 @@ def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRe
         RecordError: Naming the row and the final value that it lacks.
     """
     names, given = [node.name for node in system.outputs], [node.name for node in system.given]
+    always = [node.name for node in system.outputs if not system.is_routed(node)]
 
     def final(row: int, side: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        missing = [name for name in names if name not in values]
+        missing = [name for name in always if name not in values]
         if missing:
             raise RecordError(f"record {row}: {side} lacks a value for {', '.join(missing)}: add the field")
-        return {name: values[name] for name in (*given, *names) if name in values}
+        return {name: values[name] for name in (*given, *names) if values.get(name) is not None}
 
     return [
         PreferenceRecord(r.inputs, final(row, "chosen", r.chosen), final(row, "rejected", r.rejected))
