@@ -24,6 +24,7 @@ from sysdpo_jax.components import (
     RecordError,
     SD3Text,
     SDXLText,
+    Switch,
     TextEncoder,
     Tool,
     bucket_sizes,
@@ -45,7 +46,7 @@ from sysdpo_jax.data import (
     without_intermediates,
 )
 from sysdpo_jax.decoding.beam_search import BeamSearch
-from sysdpo_jax.graph import CompoundSystem, GraphError, Node
+from sysdpo_jax.graph import CompoundSystem, GraphError, Loop, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_PARAMS
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
@@ -97,6 +98,7 @@ __all__ = [  # noqa: RUF022
     "LanguageModel",
     "LatentCodec",
     "LoRA",
+    "Loop",
     "NonFiniteError",
     "OnlineResult",
     "PairBatch",
@@ -113,6 +115,7 @@ __all__ = [  # noqa: RUF022
     "SampledBatch",
     "SamplingObjective",
     "SearchedBatches",
+    "Switch",
     "TextEncoder",
     "Tool",
     "TrainState",

@@ -12,7 +12,7 @@ import numpy as np
 from sysdpo_jax.batch import PairBatch, share
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.errors import meant
-from sysdpo_jax.graph import CompoundSystem, Known
+from sysdpo_jax.graph import CompoundSystem, GraphError, Known
 from sysdpo_jax.structure import instead_of_plate
 from sysdpo_jax.typing import Features, Record
 
@@ -96,7 +96,9 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
     Inputs and final values must be there, and inputs say something: a system may answer with nothing, but nobody asks
     it nothing.
     """
-    nodes, final = {node.name: node for node in system.nodes}, [node.name for node in system.outputs]
+    nodes = {node.name: node for node in system.recorded}
+    # Whether the others are there depends on values that tools may still have to give.
+    final = [node.name for node in system.outputs if not system.is_routed(node)]
     for where, known, needed in (("inputs", system.inputs, system.inputs), *((side, nodes, final) for side in SIDES)):
         values = getattr(record, where)
         for name in values:
@@ -111,7 +113,7 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
     for side in SIDES:
         for name, value in getattr(record, side).items():
             plate = nodes[name].plate
-            if plate is None or nodes[name].deterministic:
+            if plate is None or nodes[name].deterministic or value is None:
                 continue
             # An array may be one picture.
             has = instead_of_plate(value, plate) if isinstance(value, list | tuple) else type(value).__name__
@@ -125,7 +127,7 @@ def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: 
     held: whether those before it do. Raises `RecordError` naming a side that holds some of them and not others, or does
     otherwise than what stands before it.
     """
-    names = [node.name for node in system.intermediates]
+    names = [node.name for node in system.intermediates if not system.is_routed(node)]
     for side in SIDES:
         present = [name for name in names if name in getattr(record, side)]
         if present and len(present) < len(names):
@@ -164,6 +166,15 @@ def require_intermediates(system: CompoundSystem, held: bool) -> None:
         )
 
 
+def require_searchable(system: CompoundSystem) -> None:
+    """Raise `GraphError` for a system with a loop, whose turns nobody searches for."""
+    for name in system.bodies:
+        raise GraphError(
+            f"node {name!r} is a loop, whose turns are not searched for: record whole runs, with their intermediate "
+            "values, and train with DirectObjective"
+        )
+
+
 def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise `RecordError` naming the row that lacks an input, and the input."""
     for row, values in enumerate(rows):
@@ -186,12 +197,13 @@ def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRe
         RecordError: Naming the row and the final value that it lacks.
     """
     names, given = [node.name for node in system.outputs], [node.name for node in system.given]
+    always = [node.name for node in system.outputs if not system.is_routed(node)]
 
     def final(row: int, side: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        missing = [name for name in names if name not in values]
+        missing = [name for name in always if name not in values]
         if missing:
             raise RecordError(f"record {row}: {side} lacks a value for {', '.join(missing)}: add the field")
-        return {name: values[name] for name in (*given, *names) if name in values}
+        return {name: values[name] for name in (*given, *names) if values.get(name) is not None}
 
     return [
         PreferenceRecord(r.inputs, final(row, "chosen", r.chosen), final(row, "rejected", r.rejected))

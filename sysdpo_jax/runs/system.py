@@ -1,7 +1,7 @@
 """The system that a configuration describes, with its parameters and their optimiser."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from string import Formatter
 from typing import Any
@@ -15,7 +15,15 @@ import sysdpo_jax as sj
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
-from sysdpo_jax.runs.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
+from sysdpo_jax.runs.config import (
+    CALLS,
+    ComponentConfig,
+    NodeConfig,
+    ScheduleConfig,
+    SystemConfig,
+    TrainConfig,
+    ValueConfig,
+)
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
@@ -66,12 +74,12 @@ def build_system(config: TrainConfig, mesh: Mesh, origin: Origin | None = None) 
     _check(system)
     # The graph first: its errors should not wait for weights to be read.
     try:
-        sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+        _system(system, lambda node, field: sj.Tool(repr))
     except sj.GraphError as error:
         raise sj.GraphError(f"system.nodes: {error}") from None
     models = {name: _model(name, component, config, mesh, origin) for name, component in system.components.items()}
-    nodes = [_node(name, node, _component(name, node, models)) for name, node in system.nodes.items()]
-    return sj.CompoundSystem(system.inputs, tuple(nodes)), {name: params for name, (_, params) in models.items()}
+    made = _system(system, lambda node, field: _component(field, node, models))
+    return made, {name: params for name, (_, params) in models.items()}
 
 
 def build_optimizer(config: TrainConfig) -> SystemOptimizer:
@@ -85,13 +93,16 @@ def _check(system: SystemConfig) -> None:
         raise ConfigError(
             "system.nodes is empty: give --config my_run.yaml, or name the system's values and what each comes from"
         )
-    for name, node in system.nodes.items():
-        if (node.component is None) == (node.tool is None):
-            raise ConfigError(f"system.nodes.{name}: give either a component or a tool")
+    values = dict(_values(system))
+    for place, node in values.items():
+        kinds = [node.component, node.tool, node.switch, (isinstance(node, NodeConfig) and node.body) or None]
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ConfigError(f"{place}: give one of component, tool, switch or body")
         if node.component is not None and node.component not in system.components:
             near = meant(node.component, system.components)
-            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {near}")
-    used = {node.component for node in system.nodes.values()}
+            raise ConfigError(f"{place}.component {node.component!r} is not among the components: {near}")
+        _refuse_beside(node, place)
+    used = {node.component for node in values.values()}
     for name, component in system.components.items():
         if name not in used:
             raise ConfigError(f"system.components.{name} is the component of no node: use it, or leave it out")
@@ -99,13 +110,57 @@ def _check(system: SystemConfig) -> None:
             raise ConfigError(f"system.components.{name}: give either a checkpoint or a factory")
 
 
-def _node(name: str, node: NodeConfig, component: sj.Component) -> sj.Node:
-    return sj.Node(name, component, node.parents, node.component, node.plate, node.weight)
+def _values(system: SystemConfig) -> Iterator[tuple[str, ValueConfig]]:
+    """(place, node) of all nodes, those of loops' bodies among them."""
+    for name, node in system.nodes.items():
+        yield f"system.nodes.{name}", node
+        yield from ((f"system.nodes.{name}.body.{inner}", own) for inner, own in node.body.items())
 
 
-def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.Component:
-    """The node's component, with its prompt where it has one."""
-    field = f"system.nodes.{name}"
+def _refuse_beside(node: ValueConfig, place: str) -> None:
+    """Raise `ConfigError` for a field that says nothing of a node of this kind, or that the kind needs and lacks."""
+    whole, default = isinstance(node, NodeConfig) and node.body, NodeConfig()
+    kind, own = ("loop", ("body", "turns", "until")) if whole else ("switch", ("switch", "branches"))
+    if node.switch is None and not whole:
+        others = [name for name in ("branches", "turns", "until") if getattr(node, name, None) is not None]
+        if others:
+            raise ConfigError(
+                f"{place}.{others[0]} is of a switch or a loop alone: leave it out, or give switch or body"
+            )
+        return
+    given = [each.name for each in fields(node) if getattr(node, each.name) != getattr(default, each.name)]
+    beside = [name for name in given if name not in own]
+    if beside:
+        raise ConfigError(f"{place} is a {kind}, which has no {', '.join(beside)}: leave that out")
+    needed = "turns" if whole else "branches"
+    if getattr(node, needed) is None:
+        raise ConfigError(f"{place}.{needed} must be given, because it is a {kind}")
+    if not whole and not isinstance(node.branches, Mapping):
+        raise ConfigError(f"{place}.branches is {node.branches!r}: give a mapping of values of {node.switch} to nodes")
+
+
+def _system(system: SystemConfig, component_of: Callable[[ValueConfig, str], sj.Component]) -> sj.CompoundSystem:
+    """The graph. component_of: gives what a node's value comes from, with the node's place for errors."""
+
+    def made(name: str, node: ValueConfig, field: str) -> sj.Node:
+        try:
+            if node.switch is not None:
+                return sj.Node(name, sj.Switch(tuple(node.branches)), (node.switch, *node.branches.values()))
+            if isinstance(node, NodeConfig) and node.body:
+                body = tuple(made(inner, own, f"{field}.body.{inner}") for inner, own in node.body.items())
+                until = None if node.until is None else import_function(node.until, f"{field}.until")
+                return sj.Loop(name, body, node.turns or 1, until)
+        except ValueError as error:
+            known = isinstance(error, ConfigError | sj.GraphError)
+            raise error if known else ConfigError(f"{field}: {error}") from None
+        return sj.Node(name, component_of(node, field), node.parents, node.component, node.plate, node.weight)
+
+    nodes = (made(name, node, f"system.nodes.{name}") for name, node in system.nodes.items())
+    return sj.CompoundSystem(system.inputs, tuple(nodes))
+
+
+def _component(field: str, node: ValueConfig, models: Mapping[str, Model]) -> sj.Component:
+    """The node's component, with its prompt where it has one. field: the node's place."""
     if node.component is None:
         if node.prompt is not None or node.chat or node.weight != 1.0:
             raise ConfigError(f"{field} is a tool, which has no prompt, chat or weight: leave them out")
