@@ -9,7 +9,7 @@ Five names are enough for a first system:
 - `Trainer`: trains every component at once, in a directory from which the same call goes on.
 """
 
-from sysdpo_jax import pretrained
+from sysdpo_jax import pretrained, serving
 from sysdpo_jax.batch import PairBatch, SampledBatch, encode_batch
 from sysdpo_jax.components import (
     Categorical,
@@ -22,6 +22,7 @@ from sysdpo_jax.components import (
     LatentCodec,
     PixelCodec,
     RecordError,
+    RemoteModel,
     SD3Text,
     SDXLText,
     Switch,
@@ -108,6 +109,7 @@ __all__ = [  # noqa: RUF022
     "Preferences",
     "Ranked",
     "RecordError",
+    "RemoteModel",
     "RoundSummary",
     "Rounds",
     "SD3Text",
@@ -139,6 +141,7 @@ __all__ = [  # noqa: RUF022
     "preference_dataset",
     "prepare_pairs",
     "pretrained",
+    "serving",
     "replicate_per_process",
     "rollout",
     "sampled_batch",

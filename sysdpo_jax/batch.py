@@ -70,7 +70,7 @@ def share(
         if isinstance(made[0].get(node.name), Routed):
             # The rows of a preference that are computed are not always the same number, nor do they lie together.
             continue
-        if node.name in made[0] and not node.deterministic and (names is None or node.name in names):
+        if node.name in made[0] and node.has_params and (names is None or node.name in names):
             found = node.component.mark_shared([run[node.name] for run in made])
             for run, features in zip(made, found, strict=True):
                 run[node.name] = features

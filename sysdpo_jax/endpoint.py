@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 import httpx
@@ -319,20 +320,24 @@ def gathered(
         try:
             async with asyncio.TaskGroup() as group:
                 tasks += [group.create_task(one(item, limit)) for item in items]
-        except* Exception as errors:
+        except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
             await close()
         return [task.result() for task in tasks]
 
+    loops = SimpleQueue[asyncio.AbstractEventLoop]()
+
+    def work() -> list[R]:
+        with asyncio.Runner() as runner:
+            loops.put(runner.get_loop())
+            return runner.run(every())
+
     with DaemonExecutor(1, "requests") as thread:
-        runner = asyncio.Runner()
-        loop, started = thread.submit(runner.get_loop).result(), every()
-        work = thread.submit(runner.run, started)
+        made, loop = thread.submit(work), loops.get()
         try:
-            return work.result()
+            return made.result()
         except BaseException:
-            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+            if not made.done():
+                loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
             raise
-        finally:
-            thread.submit(runner.close)

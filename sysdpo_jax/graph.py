@@ -176,7 +176,7 @@ class CompoundSystem(Running):
         return found
 
     def _prepare_node(self, node: Node, records: Sequence[Record]) -> Features:
-        if node.deterministic:
+        if not node.has_params:
             # It has no part in the loss, and its value is not needed.
             copies = () if node.plate is None else (node.plate,)
             return np.zeros((len(records), *copies, 0), np.float32)

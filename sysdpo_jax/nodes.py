@@ -49,6 +49,11 @@ class Node:
         """Whether the node is a tool, a switch or a loop: no parameters of its own, exactly 0 in the loss."""
         return isinstance(self.component, Deterministic)
 
+    @property
+    def has_params(self) -> bool:
+        """Whether it has parameters, and so a part in the loss: not of what is deterministic, nor of a remote model."""
+        return not self.component.parameterless
+
     def tree(self, params: Params) -> Params:
         """The node's own parameters.
 

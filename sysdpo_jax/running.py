@@ -9,6 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.control import Switch, Turns
+from sysdpo_jax.components.remote import RemoteModel
 from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
 from sysdpo_jax.control_flow import Flow
 from sysdpo_jax.errors import meant
@@ -100,7 +101,7 @@ class Running(Graph):
             key: The node's own: one for all rows or, where it does not run in every row, one a row.
 
         Returns:
-            A value for every row.
+            A value for every row or, where a remote model failed, the `ToolError`, which names the node.
 
         Raises:
             RecordError: Naming the node.
@@ -109,11 +110,14 @@ class Running(Graph):
         if node.plate is not None and key.ndim:
             key = jax.vmap(row_keys, in_axes=(0, None))(key, node.plate).reshape(-1)
         with naming(node), users_part(node, "sample", RecordError):
-            made = node.component.sample(node.tree(params), rows, key)
+            if isinstance(node.component, RemoteModel):
+                made = node.component.outcomes(rows, key)
+            else:
+                made = node.component.sample(node.tree(params), rows, key)
             wanted = len(next(iter(rows.values())))
             if len(made) != wanted:
                 raise RecordError(f"sample returned {len(made)} values for {wanted} rows: return one for each")
-        return made if node.plate is None else grouped(made, node.plate)
+        return _by_record(node, made)
 
     def tool_values(self, node: Node, columns: Mapping[str, Sequence[Any]], known: Known | None = None) -> list[Any]:
         """Call a node's tool.
@@ -251,7 +255,7 @@ class Running(Graph):
                 continue
             if node.deterministic:
                 values = self.given_values(node, list(running.values()))
-            elif self.is_routed(node):
+            elif self.is_routed(node) or node.component.row_by_row:
                 keys = row_keys(own, len(runs))[np.array(rows)]
                 values = self.sample_node(node, params, columns_of(list(running.values()), node.parents), keys)
             else:
@@ -292,14 +296,9 @@ class Running(Graph):
     def _call(self, node: Node, parents: Parents) -> list[Any]:
         """What the tool of a node gives for every row, or the `ToolError`; of a plate all the copies' values."""
         tool: Any = node.component
-        if node.plate is None:
-            made = tool.outcomes(parents)
-        elif any(self._is_plate(name) for name in node.parents):
-            copies = grouped(tool.outcomes(self._rows(node, parents)), node.plate)
-            # One copy without a value leaves the run without one.
-            made = [next((x for x in row if isinstance(x, ToolError)), row) for row in copies]
-        else:
-            made = [as_plate(value, tool, node.plate) for value in tool.outcomes(parents)]
+        if node.plate is None or any(self._is_plate(name) for name in node.parents):
+            return _by_record(node, tool.outcomes(self._rows(node, parents)))
+        made = [as_plate(value, tool, node.plate) for value in tool.outcomes(parents)]
         return [x.at(f"node {node.name!r}") if isinstance(x, ToolError) else x for x in made]
 
     def _rows(self, node: Node, columns: Parents) -> dict[str, Sequence[Any]]:
@@ -334,6 +333,15 @@ def _running(flow: Flow, node: Node, runs: Sequence[Run]) -> dict[int, dict[str,
 def _alive(runs: Sequence[Run]) -> dict[int, dict[str, Any]]:
     """The rows that have values, and neither nothing nor a `ToolError`."""
     return {row: run for row, run in enumerate(runs) if isinstance(run, dict)}
+
+
+def _by_record(node: Node, made: Sequence[Any]) -> list[Any]:
+    """The values of a node's rows, of a plate a list for each record; or the `ToolError`, which names the node."""
+    copies = [[value] for value in made] if node.plate is None else grouped(made, node.plate)
+    # One copy without a value leaves the run without one.
+    failed = [next((x.at(f"node {node.name!r}") for x in row if isinstance(x, ToolError)), None) for row in copies]
+    whole = made if node.plate is None else copies
+    return [value if error is None else error for value, error in zip(whole, failed, strict=True)]
 
 
 def _take(node: Node, runs: list[Run], values: Mapping[int, Any]) -> None:

@@ -93,7 +93,7 @@ class Graph:
     @property
     def param_keys(self) -> tuple[str, ...]:
         """The keys of the parameter trees, in topological order, without repeats."""
-        return tuple(dict.fromkeys(node.params_key for node in self.nodes if not node.deterministic))
+        return tuple(dict.fromkeys(node.params_key for node in self.nodes if node.has_params))
 
     @cached_property
     def intermediates(self) -> tuple[Node, ...]:
@@ -181,7 +181,7 @@ class Graph:
         """
         params: dict[str, Params] = {}
         for node in self.nodes:
-            if node.deterministic:
+            if not node.has_params:
                 continue
             with users_part(node, "init", GraphError):
                 if node.params_key not in params:
@@ -237,7 +237,7 @@ def _box(node: Node) -> str:
     plate = f" x{node.plate}" if node.plate else ""
     left, right = ("{{", "}}") if node.deterministic else ("(", ")")
     left, right = ("{", "}") if isinstance(node.component, Switch) else (left, right)
-    shared = "" if node.params_key == node.name or node.deterministic else f", params {node.params_key}"
+    shared = "" if node.params_key == node.name or not node.has_params else f", params {node.params_key}"
     return f'    {node.name}{left}"{node.name}{plate}: {type(node.component).__name__}{shared}"{right}'
 
 

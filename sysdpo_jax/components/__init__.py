@@ -4,6 +4,7 @@ from sysdpo_jax.components.base import Component, RecordError
 from sysdpo_jax.components.codec import Codec, LatentCodec, PixelCodec, bucket_sizes
 from sysdpo_jax.components.control import Switch
 from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.remote import RemoteModel
 from sysdpo_jax.components.tables import Categorical, Gaussian
 from sysdpo_jax.components.text import FrozenText, SD3Text, SDXLText, TextConditioner, TextEncoder
 from sysdpo_jax.components.text_to_image import Diffusion, FlowMatching
@@ -21,6 +22,7 @@ __all__ = [
     "LatentCodec",
     "PixelCodec",
     "RecordError",
+    "RemoteModel",
     "SD3Text",
     "SDXLText",
     "Switch",

@@ -84,6 +84,19 @@ class Component(Protocol):
         return False
 
     @property
+    def parameterless(self) -> bool:
+        """Whether it has no parameters, and so no part in the loss."""
+        return False
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether `sample` asks somebody else for each row by itself.
+
+        It is then given the rows alone that are wanted, with a key each, and no others that fill a batch up.
+        """
+        return False
+
+    @property
     def frozen(self) -> tuple[str, ...]:
         """The entries of the parameter tree that only `encode` and `sample` read, and that are never trained."""
         return ()

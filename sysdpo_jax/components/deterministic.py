@@ -14,6 +14,10 @@ from sysdpo_jax.typing import Features, Keys, Params, Parents
 class Deterministic(Component):
     """A component without parameters, whose log-ratio is exactly 0: a record may lack its value."""
 
+    @property
+    def parameterless(self) -> bool:
+        return True
+
     def init(self, key: PRNGKeyArray) -> Params:
         return {}
 

@@ -167,9 +167,8 @@ class RemoteModel(Component):
             except RecordError as error:
                 made[row] = ToolError(str(error), self.on_error == "skip", refused=True)
         asked = [one for one in made if isinstance(one, Request)]
-        answers = iter(
-            Asking(self._endpoint(), self.kind, self._cache(), self._limits).answers(asked, self.concurrency)
-        )
+        asking = Asking(self._endpoint(), self.kind, self._cache(), self._limits, self.on_error == "stop")
+        answers = iter(asking.answers(asked, self.concurrency))
         return [self._outcome(next(answers)) if isinstance(one, Request) else one for one in made]
 
     def _outcome(self, answer: Any) -> Any:
@@ -180,7 +179,7 @@ class RemoteModel(Component):
                 raise answer
             return value_of(self.kind, answer)
         except BudgetError as error:
-            # Whatever may be left out, the budget is for all.
+            # Whatever else may be left out: the budget is for all.
             return ToolError(str(error))
         except NotAskedError as error:
             return NotCalledError(str(error))

@@ -44,7 +44,7 @@ class RemoteCache:
         return None if row is None else json.loads(row[0])
 
     def keep(self, request: str, model: str, answer: Any, tokens: int) -> None:
-        """Write an answer and what it cost; both are on disk when this returns. Of a request's answers the first stays."""
+        """Write an answer and what it cost; both are on disk then. Of a request's answers the first stays."""
         with self._open() as file, file:
             row = (request, model, json.dumps(answer))
             if file.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", row).rowcount:

@@ -116,7 +116,8 @@ def value_of(kind_: Kind, answer: Mapping[str, Any]) -> Any:
 class Asking:
     """Answers to many requests: those that are kept, and, within the budget, those that are asked for.
 
-    endpoint: of the model. kind: of what it makes. cache: where answers are kept. ended: why no request begins any
+    endpoint: of the model. kind: of what it makes. cache: where answers are kept. stops: whether a server
+    that fails for good is asked no more. ended: why no request begins any
     more. under_way: requests whose answers have not come yet.
     """
 
@@ -124,13 +125,15 @@ class Asking:
     kind: Kind
     cache: RemoteCache
     limits: Limits
+    stops: bool
     ended: str = ""
     under_way: int = 0
 
     def answers(self, requests: Sequence[Request], parallel: int) -> list[Any]:
         """For each request what is kept of its answer, or the error. Equal ones are asked once.
 
-        After an error that is not of one request alone no other request begins; those under way are finished.
+        At the end of the budget and, where an error stops, after one that is not of one request alone, no other request
+        begins; those under way are finished.
         """
         shown = str(self.endpoint.below(PATHS[self.kind]).copy_with(query=None))
         names = [request_id(shown, request.body, request.draw) for request in requests]
@@ -166,14 +169,17 @@ class Asking:
         except RefusedError as error:
             return error
         except ConfigError as error:
-            self.ended = self.ended or str(error)
+            if self.stops:
+                self.ended = self.ended or str(error)
             return error
         finally:
             self.under_way -= 1
 
     def _over(self) -> BudgetError | None:
-        spent = self.cache.spent(self.endpoint.shown)
         calls, tokens = self.limits
+        if calls is None and tokens is None:
+            return None
+        spent = self.cache.spent(self.endpoint.shown)
         if calls is not None and spent.calls + self.under_way >= calls:
             return self._used_up(f"max_calls {calls}", spent)
         if tokens is not None and spent.tokens >= tokens:
@@ -183,7 +189,7 @@ class Asking:
     def _used_up(self, limit: str, spent: Spent) -> BudgetError:
         return BudgetError(
             f"the budget of {self.endpoint.shown} is used up, {limit}: {spent.calls} answers of {spent.tokens} tokens "
-            f"are kept in {self.cache.path}; raise it, and what is missing is asked"
+            f"and {self.under_way} under way are kept in {self.cache.path}; raise it, and what is missing is asked"
         )
 
 

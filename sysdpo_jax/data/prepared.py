@@ -260,7 +260,7 @@ def _columns(part: Mapping[str, np.ndarray], own: Sequence[Axis], axes: Sequence
 
 def routed_nodes(system: CompoundSystem) -> list[str]:
     """The generative nodes that do not run once in every record."""
-    return [node.name for node in system.nodes if system.is_routed(node) and not node.deterministic]
+    return [node.name for node in system.nodes if system.is_routed(node) and node.has_params]
 
 
 def pair_batch(
@@ -378,7 +378,7 @@ def _check_final(system: CompoundSystem, runs: Sequence[Record]) -> None:
     for node in system.nodes:
         model: Any = node.component
         here, asked = node.name in runs[0], all(parent in runs[0] for parent in node.parents)
-        if node.deterministic or system.is_routed(node):
+        if not node.has_params or system.is_routed(node):
             # Whether a branch runs depends on what will be drawn.
             continue
         if asked and (here or isinstance(model, LanguageModel)):

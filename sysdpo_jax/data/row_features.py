@@ -81,7 +81,7 @@ def _fit(group: Sequence[Any], shapes: Sequence[Any]) -> bool:
 
 
 def _shapes(system: CompoundSystem, node: Node, row: Any) -> Any:
-    routed = system.is_routed(node) and not node.deterministic
+    routed = system.is_routed(node) and node.has_params
     features = row[RUNS] if routed else row
     if features is None:
         return None

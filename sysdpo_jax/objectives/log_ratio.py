@@ -35,7 +35,7 @@ class NodeLogps(NamedTuple):
 
 def trained_nodes(system: CompoundSystem, reference: Params) -> tuple[Node, ...]:
     """The nodes whose log-ratio can differ from 0: not tools, and not frozen (their key is absent from `reference`)."""
-    return tuple(node for node in system.nodes if not node.deterministic and node.params_key in reference)
+    return tuple(node for node in system.nodes if node.has_params and node.params_key in reference)
 
 
 def node_log_probs(

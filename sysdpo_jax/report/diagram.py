@@ -58,7 +58,7 @@ class Diagram:
 
 def diagram(system: CompoundSystem) -> Diagram:
     """The inputs first, then nodes after their parents."""
-    keys = [node.params_key for node in system.nodes if not node.deterministic]
+    keys = [node.params_key for node in system.nodes if node.has_params]
     boxes = {name: Box((name, "input"), "input") for name in system.inputs}
     boxes |= {node.name: _box(node, keys) for node in system.nodes}
     depth: dict[str, int] = {}
@@ -87,7 +87,7 @@ def diagram(system: CompoundSystem) -> Diagram:
 
 def _box(node: Node, keys: Sequence[str]) -> Box:
     lines = [f"{node.name} x{node.plate}" if node.plate else node.name, type(node.component).__name__]
-    if not node.deterministic and (node.params_key != node.name or keys.count(node.params_key) > 1):
+    if node.has_params and (node.params_key != node.name or keys.count(node.params_key) > 1):
         lines.append(f"params {node.params_key}")
     if isinstance(node.component, Switch):
         lines.append(f"on {node.parents[0]}")

@@ -98,9 +98,9 @@ class ServedModel(Component):
         for one in made:
             if one.stopped and one.tokens[-1] not in self.model.ends:
                 raise ServingError(
-                    f"{self.handover.server.shown} ended a text at the token {one.tokens[-1]}, which is no end of the "
-                    f"model ({', '.join(map(str, self.model.ends))}): give the model stop_tokens that hold it, or start "
-                    "the server without the generation_config.json that names it"
+                    f"{self.handover.server.shown} ended a text at the token {one.tokens[-1]}, which is no end of "
+                    f"the model ({', '.join(map(str, self.model.ends))}): give the model stop_tokens that hold it, or "
+                    "start the server without the generation_config.json that names it"
                 )
 
     def _check_gap(
@@ -123,9 +123,9 @@ class ServedModel(Component):
         self.handover.note(gap, worst, gaps.size)
         if not gap <= self.max_gap:
             raise MismatchError(
-                f"{self.handover.server.shown} and the model differ by {gap:.3g} nats a token on {gaps.size} tokens (at "
-                f"most {worst:.3g}), above max_gap {self.max_gap:g}: serve the model that the run starts from in the "
-                "precision of its dtype and without quantisation, or raise max_gap"
+                f"{self.handover.server.shown} and the model differ by {gap:.3g} nats a token on {gaps.size} tokens "
+                f"(at most {worst:.3g}), above max_gap {self.max_gap:g}: serve the model that the run starts "
+                "from in the precision of its dtype and without quantisation, or raise max_gap"
             )
 
     def _own(

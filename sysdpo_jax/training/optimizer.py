@@ -135,7 +135,7 @@ class SystemOptimizer:
         """
         masks = {}
         for key, component in self.components:
-            nodes = [node for node in system.nodes if not node.deterministic and node.params_key == key]
+            nodes = [node for node in system.nodes if node.has_params and node.params_key == key]
             frozen = tuple(part for node in nodes for part in node.component.frozen)
             masks[key] = jax.tree_util.tree_map_with_path(partial(_is_trained, component, frozen), params[key])
             if component.mode != "frozen" and not any(jax.tree.leaves(masks[key])):

@@ -61,7 +61,7 @@ def precompute_reference(
     unknown = set(keys) - set(system.param_keys)
     if unknown:
         raise ValueError(f"no node has the params key {sorted(unknown)[0]!r}; there are {', '.join(system.param_keys)}")
-    nodes = [node for node in system.nodes if node.params_key in keys and not node.deterministic]
+    nodes = [node for node in system.nodes if node.params_key in keys and node.has_params]
     known = dict(pairs.reference or {})
     for node in nodes:
         params, sides = reference[node.params_key], [side[node.name] for side in (pairs.chosen, pairs.rejected)]
