@@ -13,10 +13,12 @@ from sysdpo_jax import pretrained
 from sysdpo_jax.batch import PairBatch, SampledBatch, encode_batch
 from sysdpo_jax.components import (
     Categorical,
+    ChatPrompt,
     Component,
     Diffusion,
     FlowMatching,
     FrozenText,
+    Functions,
     Gaussian,
     LanguageModel,
     LatentCodec,
@@ -26,7 +28,9 @@ from sysdpo_jax.components import (
     SDXLText,
     TextEncoder,
     Tool,
+    ToolCall,
     bucket_sizes,
+    tool_calls,
 )
 from sysdpo_jax.data import (
     PreferenceRecord,
@@ -86,12 +90,14 @@ __all__ = [  # noqa: RUF022
     "Aux",
     "BeamSearch",
     "Categorical",
+    "ChatPrompt",
     "Component",
     "ComponentOptimizer",
     "Diffusion",
     "Evaluation",
     "FlowMatching",
     "FrozenText",
+    "Functions",
     "Gaussian",
     "GraphError",
     "LanguageModel",
@@ -115,6 +121,7 @@ __all__ = [  # noqa: RUF022
     "SearchedBatches",
     "TextEncoder",
     "Tool",
+    "ToolCall",
     "TrainState",
     "add_lora",
     "batch_shard",
@@ -140,6 +147,7 @@ __all__ = [  # noqa: RUF022
     "rollout",
     "sampled_batch",
     "save_preferences",
+    "tool_calls",
     "tree_shardings",
     "without_intermediates",
 ]

@@ -5,7 +5,7 @@ Everything that reads messages reads them here, so that a template sees the same
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import Any, TypeVar
@@ -15,9 +15,15 @@ from sysdpo_jax.user_code import user_code
 from sysdpo_jax.values import TEXT, TOKENS, sampled_fault
 
 T = TypeVar("T")
+Messages = Sequence[Mapping[str, Any]]
+# What writes messages as the chat template does.
+Write = Callable[[Messages], str]
 
 # The names of a conversation with more than messages; the last two are TRL's columns too.
 MESSAGES, TOOLS, ARGUMENTS = "messages", "tools", "chat_template_kwargs"
+# The role of a message that holds what a tool answered.
+TOOL = "tool"
+TOOL_REMEDY = "give them the role 'user' (in YAML observations: user), or set another tokenizer.chat_template"
 # Keys of a message that are texts wherever they are known; of others the template alone knows the type.
 TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
@@ -109,7 +115,7 @@ def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bo
     if arguments:
         _check_names(tokenizer, arguments, row)
 
-    def write(messages: Sequence[Mapping[str, Any]]) -> str:
+    def write(messages: Messages) -> str:
         return str(
             tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=awaits_turn, **arguments
@@ -125,11 +131,20 @@ def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bo
             text = write(conversation.messages)
             unread = _unread(conversation, template, text, write)
     except TemplateError as error:
+        if _writes(write, _in_role(conversation.messages, "user"), conversation.messages):
+            raise RecordError(
+                f"the chat template refuses messages of the role {TOOL!r} in row {row} ({error}): {TOOL_REMEDY}"
+            ) from error
         raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
     if unread is not None:
         raise RecordError(
             f"row {row} holds {unread}, which the tokenizer's chat template does not read: leave it out, or set a "
             "tokenizer.chat_template that reads it"
+        )
+    if _ignores_tools(conversation.messages, text, write):
+        raise RecordError(
+            f"row {row} holds messages of the role {TOOL!r}, which the tokenizer's chat template does not know: "
+            f"{TOOL_REMEDY}"
         )
     return text
 
@@ -223,7 +238,7 @@ def _check_names(tokenizer: Any, arguments: Mapping[str, Any], row: int) -> None
         )
 
 
-def _unread(conversation: Conversation, template: str, text: str, write: Any) -> str | None:
+def _unread(conversation: Conversation, template: str, text: str, write: Write) -> str | None:
     """What of the conversation leaves no trace in the text, because the template does not even name it."""
 
     def named(name: str) -> bool:
@@ -241,3 +256,27 @@ def _unread(conversation: Conversation, template: str, text: str, write: Any) ->
         ):
             return f"messages with {key!r}"
     return None
+
+
+def _in_role(messages: Messages, role: str) -> list[Mapping[str, Any]]:
+    """The messages with another role in the place of a tool's."""
+    return [{**turn, "role": role} if turn["role"] == TOOL else turn for turn in messages]
+
+
+def _writes(write: Write, messages: Messages, instead_of: Messages) -> bool:
+    """Whether the template writes messages, where they are others than those instead of which they are tried."""
+    if list(messages) == list(instead_of):
+        return False
+    try:
+        write(messages)
+    except Exception:
+        # Templates fail in any way on what they were not written for.
+        return False
+    return True
+
+
+def _ignores_tools(messages: Messages, text: str, write: Write) -> bool:
+    """Whether the text says nothing of what tools answered, or says it as the assistant's."""
+    told = [{**turn, "content": f"{turn.get('content', '')}0"} if turn["role"] == TOOL else turn for turn in messages]
+    others = (told, _in_role(messages, "assistant"))
+    return any(_writes(write, other, messages) and write(other) == text for other in others)

@@ -122,7 +122,7 @@ class LanguageModel(Component):
         length is max_prompt_length + max_new_tokens. "completion" [batch, max_new_tokens] is True once for each token
         of a completion; its width is the room that `log_prob` has for one. "truncated" is 1 in the rows of which
         anything was cut, and "retokenized" in those whose completion has other tokens than its model made or would
-        make, see `Completion`; else they are 0.
+        make, see `Completion`, or whose prompt holds earlier turns of which that is true; else they are 0.
         A completion is a string or, after a prompt of messages, a list of the one message that follows. What a model
         with this tokenizer sampled keeps its tokens, and gets no end where it was cut. All else is tokenized as it
         follows its prompt in one text, after messages as the chat template writes it, and one end closes it unless an
@@ -356,7 +356,7 @@ class LanguageModel(Component):
         keep: Truncation = "error" if self.truncation == "error" else "keep_start"
         kept, cut = fitted(answer.ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)
         check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "completion", row)
-        return start, kept, start_cut or cut, answer.retokenized
+        return start, kept, start_cut or cut, whole.retokenized or answer.retokenized
 
     def _prompt_row(self, prompt: Any, row: int) -> Asking[tuple[Prompt, list[int], bool]]:
         """The prompt, its ids as they fit, and whether any were cut."""

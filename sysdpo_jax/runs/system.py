@@ -1,9 +1,10 @@
 """The system that a configuration describes, with its parameters and their optimiser."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from string import Formatter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,38 +13,26 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
+from sysdpo_jax.components.chat_prompt import TextPrompt
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
-from sysdpo_jax.runs.config import CALLS, ComponentConfig, NodeConfig, ScheduleConfig, SystemConfig, TrainConfig
+from sysdpo_jax.runs.config import (
+    ASKING,
+    CALLS,
+    CHATTING,
+    ComponentConfig,
+    NodeConfig,
+    ScheduleConfig,
+    SystemConfig,
+    TrainConfig,
+)
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import built, call, import_function, name_of, shown, user_code
+from sysdpo_jax.user_code import built, call, import_function, import_object, name_of, shown, user_code
 
 Model = tuple[sj.Component, Params]
-
-
-@dataclass(frozen=True)
-class Template:
-    """A prompt made of the parents' values. chat: as the message of a user, which the chat template frames."""
-
-    text: str
-    names: tuple[str, ...]
-    chat: bool
-
-    def __call__(self, *values: Any) -> Any:
-        given = dict(zip(self.names, values, strict=True))
-        messages = [name for name, value in given.items() if not isinstance(value, str | int | float)]
-        if len(values) == 1 and messages and self.text == f"{{{self.names[0]}}}":
-            # Messages as they are.
-            return values[0]
-        if messages:
-            raise sj.RecordError(
-                f"{messages[0]!r} is no text, which the prompt {self.text!r} needs: leave the prompt out, or give text"
-            )
-        prompt = self.text.format(**given)
-        return [{"role": "user", "content": prompt}] if self.chat else prompt
 
 
 @dataclass(frozen=True)
@@ -103,35 +92,66 @@ def _node(name: str, node: NodeConfig, component: sj.Component) -> sj.Node:
     return sj.Node(name, component, node.parents, node.component, node.plate, node.weight)
 
 
-def _component(name: str, node: NodeConfig, models: Mapping[str, Model]) -> sj.Component:
-    """The node's component, with its prompt where it has one."""
+def _component(
+    name: str, node: NodeConfig, models: Mapping[str, Model], loop: tuple[str, Mapping[str, NodeConfig]] | None = None
+) -> sj.Component:
+    """The node's component, with its prompt where it has one. loop: whose turns it is of, and their nodes."""
     field = f"system.nodes.{name}"
     if node.component is None:
-        if node.prompt is not None or node.chat or node.weight != 1.0:
-            raise ConfigError(f"{field} is a tool, which has no prompt, chat or weight: leave them out")
+        given = _given(node, ASKING)
+        if given:
+            raise ConfigError(f"{field} is a tool, which has no {', '.join(given)}: leave that out")
         calls = {name: getattr(node, name) for name in CALLS}
         return sj.Tool(import_function(node.tool or "", f"{field}.tool"), **calls)
-    given = [name for name in CALLS if getattr(node, name) != getattr(NodeConfig(), name)]
+    given = _given(node, CALLS)
     if given:
         raise ConfigError(f"{field} is no tool, which alone has {', '.join(given)}: leave that out")
     component = models[node.component][0]
-    if node.prompt is None and not node.chat:
+    if not _given(node, ("prompt", "chat", *CHATTING)):
         return component
     if not isinstance(component, sj.LanguageModel):
         raise ConfigError(f"{field}: only a language model takes a prompt or chat, not a {type(component).__name__}")
-    if node.prompt is None and len(node.parents) != 1:
-        raise ConfigError(f"{field} has {len(node.parents)} parents: give a prompt that joins them")
-    text = f"{{{node.parents[0]}}}" if node.prompt is None else node.prompt
+    return replace(component, prompt=_prompt(name, node, field, loop))
+
+
+def _given(node: NodeConfig, names: Sequence[str]) -> list[str]:
+    """Which of the fields are not as they are by default."""
+    return [name for name in names if getattr(node, name) != getattr(NodeConfig(), name)]
+
+
+def _prompt(
+    name: str, node: NodeConfig, field: str, loop: tuple[str, Mapping[str, NodeConfig]] | None
+) -> TextPrompt | sj.ChatPrompt:
+    turns = loop[0] if loop is not None and loop[0] in node.parents else None
+    asked = [parent for parent in node.parents if not (node.chat and parent == turns)]
+    given = _given(node, CHATTING)
+    if given and not node.chat:
+        raise ConfigError(f"{field}.{given[0]} is of a chat: add chat: true, or leave it out")
+    if node.prompt is None and len(asked) != 1:
+        raise ConfigError(f"{field} has {len(asked)} parents: give a prompt that joins them")
+    text = f"{{{asked[0]}}}" if node.prompt is None else node.prompt
     try:
-        wanted = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
+        if not node.chat:
+            return TextPrompt(text, node.parents)
+        tools = _schemas(node.tools, f"{field}.tools")
+        if loop is None or turns is None:
+            return sj.ChatPrompt(text, node.parents, role=node.observations, system=node.system, tools=tools)
+        told = tuple(other for other, its in loop[1].items() if its.tool is not None)
+        return sj.ChatPrompt(text, node.parents, turns, name, told, node.observations, node.system, tools)
     except ValueError as error:
-        raise ConfigError(f"{field}.prompt {text!r} is no template ({error}): write braces as {{{{ and }}}}") from None
-    if not wanted or not wanted <= set(node.parents):
-        raise ConfigError(
-            f"{field}.prompt {text!r} must name parents in braces ({', '.join(node.parents)}): it names "
-            f"{', '.join(map(repr, sorted(wanted))) or 'none'}"
-        )
-    return replace(component, prompt=Template(text, node.parents, node.chat))
+        raise ConfigError(f"{field}: {error}") from None
+
+
+def _schemas(tools: str | Sequence[Mapping[str, Any]], field: str) -> Any:
+    """Schemas of functions themselves, of a file, or of a module."""
+    if not isinstance(tools, str):
+        return tools
+    if not tools.endswith(".json"):
+        return import_object(tools, field)
+    try:
+        return json.loads(Path(tools).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{field}: {tools} cannot be read ({error}): give a file with a list of schemas") from None
 
 
 def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh, origin: Origin | None) -> Model:
