@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import distinct
@@ -136,6 +136,24 @@ class Component(Protocol):
             The features; rows of a preference follow each other, as many as the axes say.
         """
         return as_rows(features, axes)
+
+    def join_turns(
+        self, features: Features, ran: Bool[np.ndarray, "records turns"]
+    ) -> tuple[Features, Bool[np.ndarray, "records turns"]]:
+        """Join turns of a loop that one row can hold, where computing them once saves work. Host side.
+
+        A turn that was joined to another one has not run any more, and what `log_prob` gives for the turns that are
+        left adds up to the same. By default nothing is joined.
+
+        Args:
+            features: As `prepare` made them, every array [records, turns, ...] with the turns of a run in their order.
+                What a turn that did not run holds is arbitrary.
+            ran: Which turns there are.
+
+        Returns:
+            Both in the same form: sizes that `resize` changes may be others.
+        """
+        return features, ran
 
     def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
         """log p(value | parents) of each row, up to a constant that does not depend on `params`. Jittable.
