@@ -92,6 +92,17 @@ class ChatPrompt:
             raise ValueError(f"ChatPrompt: role {self.role!r} is neither {TOOL!r} nor 'user'")
 
     def __call__(self, *values: Any) -> Any:
+        """Make the messages.
+
+        Args:
+            values: Of the parents, in their order.
+
+        Returns:
+            The messages, or an object of them and the tools.
+
+        Raises:
+            RecordError: For a value that does not fit, and what the messages that came have already.
+        """
         given = dict(zip(self.parents, values, strict=True))
         turns = [] if self.turns is None else given.pop(self.turns)
         if not is_turns(turns):
@@ -122,7 +133,7 @@ class ChatPrompt:
         lacking = [name for name in (str(self.assistant), *self.observations) if name not in turn]
         if lacking:
             raise RecordError(
-                f"a turn of {self.turns!r} lacks {lacking[0]!r} (it has {', '.join(turn)}): add its value"
+                f"a turn of {self.turns!r} lacks {lacking[0]!r} (it has {', '.join(turn)}): name what every turn has"
             )
         said = turn[str(self.assistant)]
         spoken = list(said) if is_messages(said) else [{"role": "assistant", "content": said}]

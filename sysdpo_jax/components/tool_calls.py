@@ -77,6 +77,14 @@ class Functions:
         )
 
     def __call__(self, text: str) -> str:
+        """Answer the calls in a text.
+
+        Args:
+            text: Of a model.
+
+        Returns:
+            What the functions returned, or what was wrong.
+        """
         try:
             return "\n".join(self._answer(*call) for call in tool_calls(text))
         except RecordError as error:

@@ -40,7 +40,7 @@ def test_observations_that_are_no_text_or_nothing():
     assert [m["content"] for m in told] == ["4", '{"a": [1]}']
     with pytest.raises(sj.RecordError, match="'seen' is set, which no message can hold"):
         chat()("2+2?", [{"action": "a", "seen": {1}}])
-    with pytest.raises(sj.RecordError, match=r"a turn of 'agent' lacks 'seen' \(it has action\)"):
+    with pytest.raises(sj.RecordError, match=r"a turn of 'agent' lacks 'seen' \(it has action\): name what"):
         chat()("2+2?", [{"action": "a"}])
     with pytest.raises(sj.RecordError, match="the value of the loop 'agent' must be a list of turns, not str"):
         chat()("2+2?", "a")
