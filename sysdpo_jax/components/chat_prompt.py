@@ -122,7 +122,7 @@ class ChatPrompt:
 
     def _asked(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The user's message, or the conversation that takes its place."""
-        alone = next((value for name, value in given.items() if self.prompt == f"{{{name}}}"), None)
+        alone: Any = next((value for name, value in given.items() if self.prompt == f"{{{name}}}"), None)
         if is_messages(alone):
             return {MESSAGES: list(alone)}
         if isinstance(alone, Mapping) and is_messages(alone.get(MESSAGES)):
@@ -135,7 +135,7 @@ class ChatPrompt:
             raise RecordError(
                 f"a turn of {self.turns!r} lacks {lacking[0]!r} (it has {', '.join(turn)}): name what every turn has"
             )
-        said = turn[str(self.assistant)]
+        said: Any = turn[str(self.assistant)]
         spoken = list(said) if is_messages(said) else [{"role": "assistant", "content": said}]
         seen = {name: turn[name] for name in self.observations if turn[name] is not None}
         return [*spoken, *({"role": self.role, "content": as_text(value, name)} for name, value in seen.items())]

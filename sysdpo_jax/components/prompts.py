@@ -7,7 +7,6 @@ many texts at a time.
 
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ from sysdpo_jax.components.conversations import (
     read_conversation,
     read_messages,
     render,
+    rendered_start,
 )
 from sysdpo_jax.components.sampled_text import facts_of, own_tokens
 from sysdpo_jax.values import SampledText
@@ -116,7 +116,7 @@ def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[Prompt]:
     asked = read_conversation(prompt, f"the prompt in row {row}")
     text = render(tokenizer, asked, row, True)
     plain = yield text, False
-    ids, retokenized = yield from _turns_with_own_ids(tokenizer, asked, text, row)
+    ids, retokenized = yield from _turns_with_own_ids(tokenizer, asked, text)
     return Prompt(text, plain, ids, asked, retokenized)
 
 
@@ -202,7 +202,7 @@ class _Turn(NamedTuple):
     end: int | None
 
 
-def _turns_with_own_ids(tokenizer: Any, asked: Conversation, text: str, row: int) -> Asking[tuple[list[int], bool]]:
+def _turns_with_own_ids(tokenizer: Any, asked: Conversation, text: str) -> Asking[tuple[list[int], bool]]:
     """Ids of a conversation's text, and whether a turn that a model sampled has others than it made.
 
     Such a turn keeps its ids, with its own end, behind the very ids that it was sampled for, so that a conversation
@@ -217,7 +217,7 @@ def _turns_with_own_ids(tokenizer: Any, asked: Conversation, text: str, row: int
     own = {place: ids for place, said in sampled.items() if (ids := own_tokens(tokenizer, said))}
     parts: list[list[int]] = []
     for place in sorted(own, reverse=True):
-        turn = _unchanged(tokenizer, asked, place, text, row)
+        turn = _unchanged(tokenizer, asked, place, text)
         if turn is None:
             break
         text, behind = turn.before, (yield from _behind_ids(tokenizer, turn))
@@ -227,17 +227,12 @@ def _turns_with_own_ids(tokenizer: Any, asked: Conversation, text: str, row: int
     return [token for part in reversed(parts) for token in part], len(parts) < 2 * len(sampled) + 1
 
 
-def _unchanged(tokenizer: Any, asked: Conversation, place: int, text: str, row: int) -> _Turn | None:
+def _unchanged(tokenizer: Any, asked: Conversation, place: int, text: str) -> _Turn | None:
     """The sampled turn at a place where the text holds it as it was made, else None."""
     said: SampledText = asked.messages[place]["content"]
-    if place == 0:
-        return None
-    try:
-        before = render(tokenizer, replace(asked, messages=asked.messages[:place]), row, True)
-    except RecordError:
-        # What the template refuses is nothing that a model was asked.
-        return None
-    if not text.startswith(before + said):
+    # A first message is nothing that a model was asked for.
+    before = rendered_start(tokenizer, asked, place) if place else None
+    if before is None or not text.startswith(before + said):
         return None
     behind, closed, last = text[len(before) + len(said) :], closing(tokenizer), said.tokens[-1]
     ends = () if closed is None else closed.ends
