@@ -26,6 +26,7 @@ from sysdpo_jax.components import (
     RecordError,
     SD3Text,
     SDXLText,
+    Switch,
     TextEncoder,
     Tool,
     ToolCall,
@@ -49,7 +50,7 @@ from sysdpo_jax.data import (
     without_intermediates,
 )
 from sysdpo_jax.decoding.beam_search import BeamSearch
-from sysdpo_jax.graph import CompoundSystem, GraphError, Node
+from sysdpo_jax.graph import CompoundSystem, GraphError, Loop, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_PARAMS
 from sysdpo_jax.models.lora import LoRA, add_lora
 from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
@@ -103,6 +104,7 @@ __all__ = [  # noqa: RUF022
     "LanguageModel",
     "LatentCodec",
     "LoRA",
+    "Loop",
     "NonFiniteError",
     "OnlineResult",
     "PairBatch",
@@ -119,6 +121,7 @@ __all__ = [  # noqa: RUF022
     "SampledBatch",
     "SamplingObjective",
     "SearchedBatches",
+    "Switch",
     "TextEncoder",
     "Tool",
     "ToolCall",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from sysdpo_jax.components.routed import Routed
 from sysdpo_jax.graph import CompoundSystem, encode_sides
 from sysdpo_jax.typing import Features, Params
 
@@ -66,6 +67,9 @@ def share(
     """
     made = [dict(run) for run in runs]
     for node in system.nodes:
+        if isinstance(made[0].get(node.name), Routed):
+            # The rows of a preference that are computed are not always the same number, nor do they lie together.
+            continue
         if node.name in made[0] and not node.deterministic and (names is None or node.name in names):
             found = node.component.mark_shared([run[node.name] for run in made])
             for run, features in zip(made, found, strict=True):

@@ -8,38 +8,38 @@ values. A copy sees its own element of each parent that is a plate, and the whol
 without a plate sees the whole list of a plated parent. Log-probabilities are summed over the plate.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.encoding import encode_together
-from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
+from sysdpo_jax.components.routed import Routed, gathered, spread, summed
+from sysdpo_jax.components.tool import raise_first
 from sysdpo_jax.keys import named_key, row_keys
-from sysdpo_jax.structure import Graph, as_plate, by_rank, grouped, instead_of_plate, naming, users_part
-from sysdpo_jax.structure import GraphError as GraphError
-from sysdpo_jax.structure import Node as Node
-from sysdpo_jax.typing import Features, Keys, Params, Parents, Record
-from sysdpo_jax.values import Unequal, content_or_unequal
-
-# What tools gave, by node and parents' values.
-Known: TypeAlias = MutableMapping[tuple[str, Hashable], Any]
+from sysdpo_jax.nodes import GraphError as GraphError
+from sysdpo_jax.nodes import Loop as Loop
+from sysdpo_jax.nodes import Node as Node
+from sysdpo_jax.nodes import users_part
+from sysdpo_jax.running import Known as Known
+from sysdpo_jax.running import Running, columns_of
+from sysdpo_jax.typing import Features, Keys, Params, Record
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class CompoundSystem(Graph):
+class CompoundSystem(Running):
     """The nodes, sorted topologically, and the names of the inputs that they start from.
 
     Static in every jitted function that takes it: equal systems are one, whatever their parameters are.
 
     Args:
         inputs: Names of the values that a prompt holds.
-        nodes: In any order.
+        nodes: In any order, loops among them.
 
     Raises:
         GraphError: For a duplicate name, an unknown parent, a cycle, plates that do not match, an unread input or a
@@ -73,42 +73,11 @@ class CompoundSystem(Graph):
             except Exception as error:
                 # Whatever a value leads a component into, the record is what cannot be used.
                 said = str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {error}"
-                rows = f" (rows count copies, {node.plate} a record)" if node.plate else ""
+                counted = [f"copies, {node.plate} a record"] if node.plate else []
+                counted += ["its runs"] if self.is_routed(node) else []
+                rows = f" (rows count {' of '.join(counted)})" if counted else ""
                 raise RecordError(f"node {node.name!r}{rows}: {said}") from error
         return features
-
-    def complete(self, records: Sequence[Record], nodes: Sequence[str], known: Known | None = None) -> list[Any]:
-        """Fill in the values that records lack of tools which these nodes depend on, directly or not.
-
-        A tool is called once for equal parents, so that tools whose values are not recorded must be deterministic.
-
-        Args:
-            records: `{name: value}` each.
-            nodes: Names of nodes.
-            known: What tools gave in earlier calls, which is not asked for again; what they give in this one is added.
-
-        Returns:
-            A record for each or, where a tool failed, the `ToolError`.
-
-        Raises:
-            RecordError: Naming the row and the node, for another value that is missing or a plate of the wrong length.
-        """
-        known = {} if known is None else known
-        made: list[Any] = [dict(record) for record in records]
-        for row, record in enumerate(records):
-            _require(record, self.inputs, row, "input")
-        for node in self.with_ancestors(nodes):
-            lacking = [row for row in _alive(made) if node.deterministic and node.name not in made[row]]
-            if lacking:
-                columns = {name: [made[row][name] for row in lacking] for name in node.parents}
-                for row, value in zip(lacking, self.tool_values(node, columns, known), strict=True):
-                    made[row] = value if isinstance(value, ToolError) else made[row] | {node.name: value}
-            for row in _alive(made):
-                _require(made[row], (node.name,), row, "node")
-                instead = None if node.plate is None else instead_of_plate(made[row][node.name], node.plate)
-                if instead is not None:
-                    raise RecordError(f"record {row}: node {node.name!r} is a plate of {node.plate}, got {instead}")
-        return made
 
     @property
     def encodes(self) -> tuple[str, ...]:
@@ -165,19 +134,24 @@ class CompoundSystem(Graph):
     def node_log_prob(
         self, node: Node, params: Params, features: Features, key: Keys
     ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
-        """One node's log-probability, summed over its plate, and its metrics, averaged over the plate.
+        """One node's log-probability, summed over its plate and its runs in a row, and its metrics.
+
+        Of a node that does not run in every row the runs alone are computed.
 
         Args:
             node: One of the system.
             params: The node's own tree.
             features: The node's own, encoded.
             key: One for all rows, or one a row. A row's noise depends on the key, the row's number in the batch (or its
-                own key) and the node's name only: policy and reference see the same.
+                own key), the turn's and the node's name only: policy and reference see the same.
 
         Returns:
-            The log-probability in nats and `{metric: value}`, one number a row each.
+            The log-probability in nats and `{metric: value}`, one number a row each: metrics are averaged over the
+            plate, and summed over the runs of a row.
         """
         keys = row_keys(key, jax.tree.leaves(features)[0].shape[0])
+        if isinstance(features, Routed):
+            return self._routed_log_prob(node, params, features, keys)
         keys = jax.vmap(named_key, in_axes=(0, None))(keys, node.name)
         if node.plate is not None:
             keys = jax.vmap(row_keys, in_axes=(0, None))(keys, node.plate).reshape(-1)
@@ -189,155 +163,51 @@ class CompoundSystem(Graph):
         means = {name: value.reshape(-1, node.plate).mean(-1) for name, value in metrics.items()}
         return log_prob.reshape(-1, node.plate).sum(-1), means
 
-    def sample(self, params: Params, inputs: Sequence[Record], key: PRNGKeyArray) -> list[dict[str, Any]]:
-        """Run the whole system once for each row of inputs.
-
-        Args:
-            params: `{params_key: tree}`.
-            inputs: `{name: value}` each, of the system's inputs at least.
-            key: Of which every node gets a part by its name.
-
-        Returns:
-            Records with the inputs and the value of every node.
-
-        Raises:
-            ToolError: Naming row and node where a tool fails, whatever its on_error.
-        """
-        runs = self.attempt(params, inputs, key)
-        raise_first(runs, "row")
-        return runs
-
-    def attempt(self, params: Params, inputs: Sequence[Record | None], key: PRNGKeyArray) -> list[Any]:
-        """`sample` that keeps what it can.
-
-        Args:
-            params: `{params_key: tree}`.
-            inputs: As for `sample`. A row that is None keeps the size of a batch, and with it the draws of the others,
-                as they would be with a row there. No tool is called for it.
-            key: As for `sample`.
-
-        Returns:
-            For each row the run or, where a tool failed, the `ToolError`; None for None.
-        """
-        self.check_params(params)
-        runs: list[Any] = [record if record is None else dict(record) for record in inputs]
-        for row in _alive(runs):
-            _require(runs[row], self.inputs, row, "input")
-            runs[row] = {name: runs[row][name] for name in self.inputs}
-        for node in self.nodes:
-            alive = _alive(runs)
-            if not alive:
-                break
-            if node.deterministic:
-                columns = {name: [runs[row][name] for row in alive] for name in node.parents}
-                values = dict(zip(alive, self.tool_values(node, columns), strict=True))
-            else:
-                # The last run stands in for those without one, whose draws are thrown away.
-                rows = [run if row in alive else runs[alive[-1]] for row, run in enumerate(runs)]
-                values = dict(enumerate(self.sample_node(node, params, _columns(rows, node.parents), key)))
-            for row in alive:
-                runs[row] = values[row] if isinstance(values[row], ToolError) else runs[row] | {node.name: values[row]}
-        return runs
-
-    def sample_node(
-        self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], key: PRNGKeyArray
-    ) -> list[Any]:
-        """Sample one generative node.
-
-        Args:
-            node: One of the system.
-            params: `{params_key: tree}`.
-            columns: `{name: values}`, which hold at least the node's parents.
-            key: Of the whole run: the node's own follows from its name.
-
-        Returns:
-            A value for every row.
-
-        Raises:
-            RecordError: Naming the node.
-        """
-        rows = self._rows(node, columns)
-        with naming(node), users_part(node, "sample", RecordError):
-            made = node.component.sample(node.tree(params), rows, named_key(key, node.name))
-            wanted = len(next(iter(rows.values())))
-            if len(made) != wanted:
-                raise RecordError(f"sample returned {len(made)} values for {wanted} rows: return one for each")
-        return made if node.plate is None else grouped(made, node.plate)
-
-    def tool_values(self, node: Node, columns: Mapping[str, Sequence[Any]], known: Known | None = None) -> list[Any]:
-        """Call a node's tool.
-
-        Args:
-            node: One of the system.
-            columns: `{name: values}`, which hold at least the node's parents.
-            known: Where it is given, the tool is called once for equal parents, and not at all for those in it.
-
-        Returns:
-            A value for every row or, where the tool failed, the `ToolError`, which names the node.
-        """
-        parents = {name: columns[name] for name in node.parents}
-        if known is None:
-            return self._call(node, parents)
-        keys = [(node.name, content_or_unequal(values)) for values in zip(*parents.values(), strict=True)]
-        first = {key: row for row, key in reversed([*enumerate(keys)])}
-        # In the order of the rows, the first of which to fail may stop the others.
-        new = {key: first[key] for key in keys if key not in known}
-        asked = {name: [column[row] for row in new.values()] for name, column in parents.items()}
-        answers = dict(zip(new, self._call(node, asked), strict=True)) if new else {}
-        for key, value in answers.items():
-            if not isinstance(value, NotCalledError) and not isinstance(key[1], Unequal):
-                known[key] = value
-        return [known[key] if key in known else answers[key] for key in keys]
-
-    def node_candidates(
-        self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], number: int, key: PRNGKeyArray
-    ) -> list[list[Any]]:
-        """Find distinct likely values of one generative node, see `Component.candidates`.
-
-        Args:
-            node: One of the system.
-            params: `{params_key: tree}`.
-            columns: `{name: values}`, which hold at least the node's parents.
-            number: How many are wanted.
-            key: Of the whole run.
-
-        Returns:
-            From 1 to `number` values for every row. Of a plate those combinations of the copies' candidates whose ranks
-            have the smallest sums.
-
-        Raises:
-            RecordError: Naming the node.
-        """
-        rows = self._rows(node, columns)
-        with naming(node), users_part(node, "candidates", RecordError):
-            flat = node.component.candidates(node.tree(params), rows, number, named_key(key, node.name))
-        if node.plate is None:
-            return flat
-        plates = grouped(flat, node.plate)
-        return [
-            [[c[i] for c, i in zip(copies, ranks, strict=True)] for ranks in by_rank([*map(len, copies)], number)]
-            for copies in plates
-        ]
-
-    def _call(self, node: Node, parents: Parents) -> list[Any]:
-        """What the tool of a node gives for every row, or the `ToolError`; of a plate all the copies' values."""
-        tool: Any = node.component
-        if node.plate is None:
-            made = tool.outcomes(parents)
-        elif any(self._is_plate(name) for name in node.parents):
-            copies = grouped(tool.outcomes(self._rows(node, parents)), node.plate)
-            # One copy without a value leaves the run without one.
-            made = [next((x for x in row if isinstance(x, ToolError)), row) for row in copies]
-        else:
-            made = [as_plate(value, tool, node.plate) for value in tool.outcomes(parents)]
-        return [x.at(f"node {node.name!r}") if isinstance(x, ToolError) else x for x in made]
+    def _routed_log_prob(
+        self, node: Node, params: Params, routed: Routed, keys: Keys
+    ) -> tuple[Float[Array, "batch"], dict[str, Float[Array, "batch"]]]:
+        if routed.features is None:
+            return jnp.zeros(routed.ran.shape[0]), {}
+        if routed.ran.ndim > 1:
+            keys = jax.vmap(row_keys, in_axes=(0, None))(keys, routed.ran.shape[1]).reshape(-1)
+        features, source, target = gathered(routed)
+        made = self.node_log_prob(node, params, features, keys[source])
+        found: tuple[Array, dict[str, Array]] = jax.tree.map(lambda x: summed(x, target, routed.ran), made)
+        return found
 
     def _prepare_node(self, node: Node, records: Sequence[Record]) -> Features:
         if node.deterministic:
             # It has no part in the loss, and its value is not needed.
             copies = () if node.plate is None else (node.plate,)
             return np.zeros((len(records), *copies, 0), np.float32)
-        columns = _columns(records, (*node.parents, node.name))
+        if not self.is_routed(node):
+            return self._prepare_runs(node, records)
+        ran, runs = self._runs_of(node, records)
+        if not runs:
+            return Routed(None, ran)
+        features = spread(self._prepare_runs(node, runs), ran)
+        if node.loop is not None and node.plate is None:
+            with users_part(node, "join_turns", RecordError):
+                features, ran = node.component.join_turns(features, ran)
+        return Routed(features, ran)
+
+    def _runs_of(self, node: Node, records: Sequence[Record]) -> tuple[np.ndarray, list[Record]]:
+        """Which places of the records have a run of a node, and the values that each of these sees, in this order."""
+        if node.loop is None:
+            ran = np.array([self.flow.runs(node.name, record) for record in records], bool)
+            return ran, [record for record, own in zip(records, ran, strict=True) if own]
+        loop, most = node.loop, self.most_turns(node.loop)
+        ran, runs = np.zeros((len(records), most), bool), list[Record]()
+        for row, record in enumerate(records):
+            for number, turn in enumerate(record.get(loop, ())):
+                view = {**record, **turn, loop: list(record[loop][:number])}
+                if self.bodies[loop].runs(node.name, view):
+                    ran[row, number] = True
+                    runs.append(view)
+        return ran, runs
+
+    def _prepare_runs(self, node: Node, records: Sequence[Record]) -> Features:
+        columns = columns_of(records, (*node.parents, node.name))
         values = columns[node.name]
         if node.plate is not None:
             values = [value for row in values for value in row]
@@ -347,35 +217,6 @@ class CompoundSystem(Graph):
             return features
         return jax.tree.map(lambda x: np.reshape(x, (len(records), node.plate, *x.shape[1:])), features)
 
-    def _rows(self, node: Node, columns: Parents) -> dict[str, Sequence[Any]]:
-        """The parents' values, one row a copy: plates give each copy its element, others the same value to all."""
-        copies = node.plate
-        if copies is None:
-            return {name: columns[name] for name in node.parents}
-        spread = lambda name, v: v if self._is_plate(name) else [v] * copies  # noqa: E731
-        return {name: [x for value in columns[name] for x in spread(name, value)] for name in node.parents}
-
-    def _is_plate(self, name: str) -> bool:
-        return name not in self.inputs and self.node(name).plate is not None
-
-
-def _require(record: Record, names: Sequence[str], row: int, kind: str) -> None:
-    for name in names:
-        if name not in record:
-            raise RecordError(
-                f"record {row} lacks a value for the {kind} {name!r} (it has {', '.join(record) or 'nothing'}): "
-                "add the field or take the name out of the system"
-            )
-
-
-def _columns(rows: Sequence[Record], names: Sequence[str]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in names}
-
-
-def _alive(runs: Sequence[Any]) -> list[int]:
-    """The rows that have a run, and neither nothing nor a `ToolError`."""
-    return [row for row, run in enumerate(runs) if isinstance(run, dict)]
-
 
 def encode_sides(
     nodes: Iterable[Node], params: Params, sides: Sequence[Mapping[str, Features]]
@@ -383,11 +224,17 @@ def encode_sides(
     """The encoded features of each of several `{node: features}`, see `CompoundSystem.encode`."""
     made: list[dict[str, Features]] = [dict(side) for side in sides]
     for node in nodes:
-        places = [place for place, side in enumerate(sides) if node.component.frozen and node.name in side]
-        if places:
+        own = {
+            place: side[node.name] for place, side in enumerate(sides) if node.component.frozen and node.name in side
+        }
+        # Of a node that ran in no row there is nothing to encode.
+        own = {
+            place: entry for place, entry in own.items() if not (isinstance(entry, Routed) and entry.features is None)
+        }
+        if own:
             with users_part(node, "encode", GraphError):
-                features = [sides[place][node.name] for place in places]
+                features = [entry.features if isinstance(entry, Routed) else entry for entry in own.values()]
                 encoded = encode_together(node.component, params[node.params_key], features)
-            for place, entry in zip(places, encoded, strict=True):
-                made[place][node.name] = entry
+            for (place, entry), new in zip(own.items(), encoded, strict=True):
+                made[place][node.name] = replace(entry, features=new) if isinstance(entry, Routed) else new
     return made

@@ -1,7 +1,6 @@
-"""What a system is made of: nodes in topological order, what each depends on, and the parameters that they need."""
+"""A graph of nodes: their topological order, what each depends on, and the parameters that they need."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,78 +8,17 @@ from typing import Any
 import jax
 from jaxtyping import PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, RecordError
+from sysdpo_jax.components.control import Switch, Turns
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import Tool, ToolError
+from sysdpo_jax.control_flow import Flow, scopes
 from sysdpo_jax.errors import meant
 from sysdpo_jax.keys import named_key
+from sysdpo_jax.nodes import GraphError as GraphError
+from sysdpo_jax.nodes import Loop, Node, users_part
 from sysdpo_jax.static import unhashable
-from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import is_users, name_of, user_code
-
-
-class GraphError(ValueError):
-    """The nodes do not form a valid system, or a component fails in it: names the node and the remedy."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One value of the system and the component that produces it.
-
-    Args:
-        name: Of the value in records.
-        component: What produces it.
-        parents: Names of inputs or other nodes, in the order in which the component takes them.
-        params: Key of the parameter tree, the node's name by default; nodes with the same key share weights.
-        plate: Number of copies, or None for a single value.
-        weight: Multiplies the node's log-ratio in the system's sum: it scales a surrogate against exact
-            log-probabilities.
-    """
-
-    name: str
-    component: Component
-    parents: tuple[str, ...] = ()
-    params: str | None = None
-    plate: int | None = None
-    weight: float = 1.0
-
-    @property
-    def params_key(self) -> str:
-        return self.name if self.params is None else self.params
-
-    @cached_property
-    def deterministic(self) -> bool:
-        """Whether the node is a Tool: no parameters, recomputed when a record lacks its value."""
-        return isinstance(self.component, Tool)
-
-    def tree(self, params: Params) -> Params:
-        """The node's own parameters.
-
-        Args:
-            params: `{params_key: tree}` of the system.
-
-        Returns:
-            What `encode`, `log_prob` and `sample` of the component take; empty for a tool.
-        """
-        return params.get(self.params_key, {})
-
-
-@contextmanager
-def naming(node: Node) -> Iterator[None]:
-    """Put the node's name in front of a `RecordError`."""
-    try:
-        yield
-    except RecordError as error:
-        raise RecordError(f"node {node.name!r}: {error}") from error
-
-
-def users_part(node: Node, method: str, failure: type[RecordError] | type[GraphError]) -> AbstractContextManager[None]:
-    """Around a call of a component: where it is the user's own, whatever it raises is its failure."""
-    if not is_users(node.component):
-        return nullcontext()
-    # Who handles a `RecordError` names the node.
-    place = "" if failure is RecordError else f"node {node.name!r}: "
-    return user_code(f"{place}{name_of(type(node.component))}.{method}", failure, (RecordError, GraphError))
+from sysdpo_jax.typing import Params, Record
+from sysdpo_jax.user_code import name_of
 
 
 @dataclass(frozen=True)
@@ -95,12 +33,62 @@ class Graph:
             if isinstance(names, str):
                 raise GraphError(f"the names of inputs or parents are the text {names!r}: write ({names!r},)")
         object.__setattr__(self, "inputs", tuple(self.inputs))
-        nodes = tuple(replace(node, parents=tuple(node.parents)) for node in self.nodes)
+        entries = (node.written_out() if isinstance(node, Loop) else (node,) for node in self.nodes)
+        nodes = tuple(replace(node, parents=tuple(node.parents)) for entry in entries for node in entry)
         _check_names(self.inputs, nodes)
-        object.__setattr__(self, "nodes", _topological(self.inputs, nodes))
+        object.__setattr__(self, "nodes", _ordered(self.inputs, nodes))
         plates = {node.name: node.plate for node in nodes}
         for node in self.nodes:
             _check_node(node, plates)
+
+    @cached_property
+    def flow(self) -> Flow:
+        """Which nodes run in which records."""
+        return scopes(self.nodes)[0]
+
+    @cached_property
+    def bodies(self) -> Mapping[str, Flow]:
+        """By the names of loops, which nodes of their bodies run in which turns."""
+        return scopes(self.nodes)[1]
+
+    @property
+    def recorded(self) -> tuple[Node, ...]:
+        """The nodes whose values records have under their names: all but those of loops' bodies."""
+        return tuple(node for node in self.nodes if node.loop is None)
+
+    def values(self, run: Record) -> dict[str, Any]:
+        """What the nodes of a run gave.
+
+        Args:
+            run: As `CompoundSystem.sample` returns it.
+
+        Returns:
+            `{node: value}` without the inputs, and without the nodes that did not run.
+        """
+        return {node.name: run[node.name] for node in self.recorded if node.name in run}
+
+    def most_turns(self, loop: str) -> int:
+        """How many turns a loop has at most.
+
+        Args:
+            loop: Its name.
+
+        Returns:
+            Its `turns`.
+        """
+        component: Any = self.node(loop).component
+        return int(component.turns)
+
+    def is_routed(self, node: Node) -> bool:
+        """Whether a node does not run exactly once in every record.
+
+        Args:
+            node: One of the system.
+
+        Returns:
+            Whether it is a loop's, or stands behind a switch.
+        """
+        return node.loop is not None or node.name in self.flow.conditional
 
     @property
     def param_keys(self) -> tuple[str, ...]:
@@ -109,28 +97,43 @@ class Graph:
 
     @cached_property
     def intermediates(self) -> tuple[Node, ...]:
-        """The generative nodes that another generative node depends on, directly or through tools."""
+        """The generative nodes that another generative node depends on, directly or through tools and switches.
+
+        A loop with a generative node is one of them where it stands, and its body none.
+        """
         read: set[str] = set()
-        for node in reversed(self.nodes):
+        for node in reversed(self.recorded):
             # What a tool reads matters only if a generative node reads the tool.
-            if not node.deterministic or node.name in read:
-                read.update(node.parents)
-        return tuple(node for node in self.nodes if not node.deterministic and node.name in read)
+            if self.draws(node) or node.name in read:
+                read.update(self.flow.depends[node.name])
+        return tuple(node for node in self.recorded if self.draws(node) and node.name in read)
+
+    def draws(self, node: Node) -> bool:
+        """Whether the value of a node is drawn.
+
+        Args:
+            node: One of `recorded`.
+
+        Returns:
+            True for a generative node, and a loop that has one.
+        """
+        inner = self.bodies[node.name].nodes if node.name in self.bodies else (node,)
+        return not all(each.deterministic for each in inner)
 
     @property
     def given(self) -> tuple[Node, ...]:
         """The tools that read inputs alone, directly or through each other: retrieval, say."""
-        drawn = {node.name for node in self.nodes if not node.deterministic}
-        for node in self.nodes:
-            if drawn.intersection(node.parents):
+        drawn = {node.name for node in self.recorded if self.draws(node)}
+        for node in self.recorded:
+            if drawn.intersection(self.flow.depends[node.name]):
                 drawn.add(node.name)
-        return tuple(node for node in self.nodes if node.name not in drawn)
+        return tuple(node for node in self.recorded if node.name not in drawn)
 
     @cached_property
     def outputs(self) -> tuple[Node, ...]:
         """The other generative nodes: the final values, which people judge."""
         inner = self.intermediates
-        return tuple(node for node in self.nodes if not node.deterministic and node not in inner)
+        return tuple(node for node in self.recorded if self.draws(node) and node not in inner)
 
     def node(self, name: str) -> Node:
         """Look a node up.
@@ -153,16 +156,16 @@ class Graph:
         """Some nodes and all that they depend on.
 
         Args:
-            names: Of nodes.
+            names: Of nodes; one of a loop's body stands for the loop.
 
         Returns:
-            The nodes in topological order.
+            Those of `recorded`, in topological order.
         """
-        wanted = {self.node(name).name for name in names}
-        for node in reversed(self.nodes):
+        wanted = {node.loop or node.name for node in map(self.node, names)}
+        for node in reversed(self.recorded):
             if node.name in wanted:
-                wanted.update(node.parents)
-        return tuple(node for node in self.nodes if node.name in wanted)
+                wanted.update(self.flow.depends[node.name])
+        return tuple(node for node in self.recorded if node.name in wanted)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Make fresh parameters. Nodes that share a key share the tree of the first of them.
@@ -212,16 +215,30 @@ class Graph:
         """Draw the graph as text.
 
         Returns:
-            Mermaid's: boxes are inputs, rounded boxes components, hexagons tools.
+            Mermaid's: boxes are inputs, rounded boxes components, hexagons tools, diamonds switches, and a frame is the
+            body of a loop. Edges of a branch say its case; dotted ones lead from earlier turns.
         """
         lines = ["graph LR", *(f"    {name}[{name}]" for name in self.inputs)]
+        for loop, body in self.bodies.items():
+            lines += [f'    subgraph {loop}_turns["{loop}: up to {self.most_turns(loop)} turns"]']
+            lines += ["    end" if node is None else _box(node) for node in (*body.nodes, None)]
+        lines += [_box(node) for node in self.recorded]
         for node in self.nodes:
-            plate = f" x{node.plate}" if node.plate else ""
-            left, right = ("{{", "}}") if node.deterministic else ("(", ")")
-            shared = "" if node.params_key == node.name or node.deterministic else f", params {node.params_key}"
-            lines.append(f'    {node.name}{left}"{node.name}{plate}: {type(node.component).__name__}{shared}"{right}')
-            lines.extend(f"    {parent} --> {node.name}" for parent in node.parents)
+            cases = node.component.cases if isinstance(node.component, Switch) else ()
+            labels = dict(enumerate((f' -- "{case}"' for case in cases), 1))
+            for place, parent in enumerate(node.parents):
+                arrow = " -.->" if parent == node.loop else f"{labels.get(place, '')} -->"
+                lines.append(f"    {parent}{arrow} {node.name}")
         return "\n".join(lines)
+
+
+def _box(node: Node) -> str:
+    """A node in Mermaid's language."""
+    plate = f" x{node.plate}" if node.plate else ""
+    left, right = ("{{", "}}") if node.deterministic else ("(", ")")
+    left, right = ("{", "}") if isinstance(node.component, Switch) else (left, right)
+    shared = "" if node.params_key == node.name or node.deterministic else f", params {node.params_key}"
+    return f'    {node.name}{left}"{node.name}{plate}: {type(node.component).__name__}{shared}"{right}'
 
 
 def _check_names(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> None:
@@ -230,13 +247,23 @@ def _check_names(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise GraphError(f"the name {name!r} is used twice: every input and node needs a name of its own")
-    read = [(node.name, parent) for node in nodes for parent in node.parents]
-    for name, parent in read:
-        if parent not in names:
-            near = meant(parent, names, "add a node or an input of that name")
-            raise GraphError(f"node {name!r} has an unknown parent {parent!r}: {near}")
+    loops = {node.name: node.loop for node in nodes}
+    for node in nodes:
+        for parent in node.parents:
+            if parent not in names:
+                near = meant(parent, names, "add a node or an input of that name")
+                raise GraphError(f"node {node.name!r} has an unknown parent {parent!r}: {near}")
+            loop = loops.get(parent)
+            if loop not in (None, node.loop) and node.name != loop:
+                raise GraphError(
+                    f"node {node.name!r} reads {parent!r}, of a turn of the loop {loop!r}: read {loop!r}, the list of "
+                    "its turns"
+                )
+        if node.loop is not None and node.loop not in names:
+            raise GraphError(f"node {node.name!r} is of a loop {node.loop!r} that there is not: make it with Loop")
+    read = {parent for node in nodes for parent in node.parents}
     for name in inputs:
-        if name not in {parent for _, parent in read}:
+        if name not in read:
             raise GraphError(f"no node reads the input {name!r}: name it among a node's parents or take it out")
 
 
@@ -250,6 +277,17 @@ def _check_node(node: Node, plates: Mapping[str, int | None]) -> None:
             f"node {node.name!r} has a component of strata={component.strata}, which must divide its plate of {plate}: "
             "copies share what strata spread, rows of a batch do not"
         )
+    if isinstance(component, Switch | Turns) and node.plate is not None:
+        raise GraphError(
+            f"node {node.name!r} is a {type(component).__name__} with a plate, which it cannot have: drop it"
+        )
+    if isinstance(component, Switch) and len(node.parents) != 1 + len(component.cases):
+        raise GraphError(
+            f"node {node.name!r} has {len(node.parents)} parents and its switch {len(component.cases)} cases: give "
+            "what chooses, then a branch for each case"
+        )
+    if isinstance(component, Turns) and not node.parents:
+        raise GraphError(f"the loop {node.name!r} has no node: give it a body")
     for parent in node.parents:
         if node.plate is not None and plates.get(parent) not in (None, node.plate):
             raise GraphError(
@@ -264,21 +302,38 @@ def _check_node(node: Node, plates: Mapping[str, int | None]) -> None:
         )
 
 
-def _topological(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Parents before children; among the ready ones the order in which they were written."""
+def _ordered(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Parents before children, and what decides whether a node runs before it; loops behind their bodies."""
+    whole, bodies = scopes(nodes)
+    _sorted(whole.nodes, whole.reads)
     ordered: list[Node] = []
-    known, waiting = set(inputs), list(nodes)
+    for node in _sorted(whole.nodes, whole.depends):
+        body = bodies.get(node.name)
+        if body is not None:
+            _sorted(body.nodes, body.reads)
+            ordered += _sorted(body.nodes, body.depends)
+        ordered.append(node)
+    return tuple(ordered)
+
+
+def _sorted(nodes: Sequence[Node], before: Mapping[str, Sequence[str]]) -> list[Node]:
+    """The nodes of one scope; among the ready ones the order in which they were written.
+
+    before: names that come first, of which those that are none of these nodes are there already.
+    """
+    ordered: list[Node] = []
+    waiting = list(nodes)
     while waiting:
-        ready = next((node for node in waiting if known.issuperset(node.parents)), None)
+        names = {node.name for node in waiting}
+        ready = next((node for node in waiting if names.isdisjoint(before[node.name])), None)
         if ready is None:
-            cycle = _find_cycle({node.name: [p for p in node.parents if p not in known] for node in waiting})
+            cycle = _find_cycle({node.name: [p for p in before[node.name] if p in names] for node in waiting})
             raise GraphError(
                 f"the nodes form a cycle: {' -> '.join(cycle)}; node {cycle[0]!r} must not depend on itself"
             )
         waiting.remove(ready)
         ordered.append(ready)
-        known.add(ready.name)
-    return tuple(ordered)
+    return ordered
 
 
 def _find_cycle(parents: Mapping[str, Sequence[str]]) -> list[str]:

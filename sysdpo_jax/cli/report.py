@@ -135,7 +135,7 @@ def _compared_runs(run: Run, steps: Mapping[str, int]) -> Iterator[ComparedRuns]
     for place in spread(len(both), run.config.evaluation.shown):
         made = {name: runs[both[place]] for name, runs in firsts.items()}
         whole = {name: with_images(line, path) for name, (line, path) in made.items()}
-        yield compare_runs(whole, run.system.inputs, [node.name for node in run.system.nodes])
+        yield compare_runs(whole, run.system.inputs, [node.name for node in run.system.recorded])
 
 
 def _first_runs(run: Run, step: int) -> dict[str, tuple[dict[str, Any], Path]]:

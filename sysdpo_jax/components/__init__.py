@@ -3,6 +3,7 @@
 from sysdpo_jax.components.base import Component, RecordError
 from sysdpo_jax.components.chat_prompt import ChatPrompt
 from sysdpo_jax.components.codec import Codec, LatentCodec, PixelCodec, bucket_sizes
+from sysdpo_jax.components.control import Switch
 from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.components.tables import Categorical, Gaussian
 from sysdpo_jax.components.text import FrozenText, SD3Text, SDXLText, TextConditioner, TextEncoder
@@ -26,6 +27,7 @@ __all__ = [
     "RecordError",
     "SD3Text",
     "SDXLText",
+    "Switch",
     "TextConditioner",
     "TextEncoder",
     "Tool",

@@ -182,13 +182,14 @@ class Component(Protocol):
         """
         return self.log_prob(params, features, key), {}
 
-    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+    def sample(self, params: Params, parents: Parents, key: Keys) -> list[Any]:
         """Draw one value for each row. The inner loop is jitted.
 
         Args:
             params: The component's tree.
             parents: `{parent: values}`, in the order of the node's parents.
-            key: Of the draws.
+            key: One for all rows or, for a node that does not run in every row, one a row (see `row_keys`): what a row
+                draws then depends on its own key alone.
 
         Returns:
             A raw value for each row.

@@ -187,7 +187,7 @@ class LanguageModel(Component):
             return prefix.at(cast(Array, run(prefix.pack(tokens), prefix=prefix)), places)
         return jnp.take_along_axis(cast(Array, run(tokens)), places[..., None], axis=1)
 
-    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+    def sample(self, params: Params, parents: Parents, key: Keys) -> list[Any]:
         """One `SampledText` for each row, up to an end or max_new_tokens. Its draws depend on the key and its number.
 
         It remembers its tokens for `prepare`. As text it has all special tokens but ends, padding and starts of

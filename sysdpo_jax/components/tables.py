@@ -47,8 +47,9 @@ class Categorical(Component):
         log_probs = jax.nn.log_softmax(params["logits"].astype(jnp.promote_types(params["logits"].dtype, jnp.float32)))
         return log_probs[tuple(jnp.moveaxis(features, -1, 0))]
 
-    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
-        return [int(value) for value in jax.random.categorical(key, self._logits(params, parents))]
+    def sample(self, params: Params, parents: Parents, key: Keys) -> list[Any]:
+        draw = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+        return [int(value) for value in draw(key, self._logits(params, parents))]
 
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
         """The `number` likeliest values of each row, or all possible ones if there are fewer; the key is not used."""
@@ -107,9 +108,11 @@ class Gaussian(Component):
         normaliser = self.size * (0.5 * math.log(2 * math.pi) + math.log(self.scale))
         return -0.5 * jnp.sum(error**2, axis=-1) - normaliser
 
-    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+    def sample(self, params: Params, parents: Parents, key: Keys) -> list[Any]:
         mean = self._mean(params, self._parents(parents))
-        return list(np.asarray(mean + self.scale * jax.random.normal(key, mean.shape)))
+        by_row = jax.vmap(lambda own: jax.random.normal(own, mean.shape[1:]))
+        noise = by_row(key) if key.ndim else jax.random.normal(key, mean.shape)
+        return list(np.asarray(mean + self.scale * noise))
 
     def _mean(self, params: Params, parents: Float[Array | np.ndarray, "batch parent"]) -> Float[Array, "batch size"]:
         return parents @ params["kernel"] + params["bias"]

@@ -224,15 +224,20 @@ class TextToImage(Component):
         images = features["latents"] if "latents" in features else features["pixels"]
         return {"images": math.prod(images.shape[:-3])}
 
-    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+    def sample(self, params: Params, parents: Parents, key: Keys) -> list[Any]:
         """One image [height, width, channels] in [0, 1] for each caption, of the codec's first size."""
         captions = _captions(parents)
+        wanted = len(captions)
+        if key.ndim:
+            # So many rows as happen to be there: filled up to a power of two, few shapes are compiled.
+            places = np.minimum(np.arange(2 ** (wanted - 1).bit_length()), wanted - 1)
+            captions, key = [captions[place] for place in places], key[places]
         frames = whole_frames(self.codec, len(captions)).astype(np.float32) if self.text.sized else None
         text = self._prepared_text(params, captions)
         negative = [self.negative_prompt] * len(captions)
         null = self._prepared_text(params, negative) if guides(self.guidance_scale) else None
         latents = np.asarray(self._sample(params, text, null, frames, key))
-        return list(self.codec.decode(params.get("codec", {}), latents))
+        return list(self.codec.decode(params.get("codec", {}), latents[:wanted]))
 
     def _prepared_text(self, params: Params, captions: Sequence[str | None]) -> Features:
         text = self.text.prepare(captions)
@@ -243,8 +248,15 @@ class TextToImage(Component):
 
     @partial(jax.jit, static_argnums=0)
     def _sample(
-        self, params: Params, text: Features, null: Features | None, frames: Array | None, key: PRNGKeyArray
+        self, params: Params, text: Features, null: Features | None, frames: Array | None, key: Keys
     ) -> Latents:
+        if key.ndim:
+
+            def alone(text: Features, null: Features | None, frames: Array | None, key: PRNGKeyArray) -> Array:
+                row = jax.tree.map(lambda x: x[None], (text, null, frames))
+                return self._sample(params, *row, key)[0]
+
+            return jax.vmap(alone)(text, null, frames, key)
         conditioning = self._conditioning(params, text, frames)
         unconditional = None if null is None else self._conditioning(params, null, frames)
         noise = jax.random.normal(key, (conditioning[0].shape[0], *self.codec.latent_shape))

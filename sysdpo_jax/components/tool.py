@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-import jax.numpy as jnp
-import numpy as np
 import tenacity
-from jaxtyping import PRNGKeyArray
 
-from sysdpo_jax.components.base import Component, LogProbs, RecordError, batch_size
+from sysdpo_jax.components.base import RecordError, batch_size
+from sysdpo_jax.components.deterministic import Deterministic
 from sysdpo_jax.threads import DaemonExecutor
-from sysdpo_jax.typing import Features, Keys, Params, Parents
+from sysdpo_jax.typing import Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, shown, user_code
 
 logger = logging.getLogger(__name__)
@@ -57,7 +55,7 @@ class NotCalledError(ToolError):
 
 
 @dataclass(frozen=True)
-class Tool(Component):
+class Tool(Deterministic):
     """`function(*parent_values) -> value`, one row at a time, in the order of the node's parents.
 
     In a node with `plate=n` whose parents are not plates the function is called once a row and returns all n values
@@ -96,16 +94,7 @@ class Tool(Component):
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"Tool: on_error {self.on_error!r} is neither 'stop' nor 'skip'")
 
-    def init(self, key: PRNGKeyArray) -> Params:
-        return {}
-
-    def prepare(self, values: Sequence[Any], parents: Parents) -> Features:
-        return np.zeros((len(values), 0), np.float32)
-
-    def log_prob(self, params: Params, features: Features, key: Keys) -> LogProbs:
-        return jnp.zeros(features.shape[0])
-
-    def sample(self, params: Params, parents: Parents, key: PRNGKeyArray) -> list[Any]:
+    def sample(self, params: Params, parents: Parents, key: Keys) -> list[Any]:
         """Call the function once a row.
 
         Args:
@@ -122,10 +111,6 @@ class Tool(Component):
         outcomes = self.outcomes(parents)
         raise_first(outcomes, "row")
         return outcomes
-
-    def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
-        """The one value that there is for each row."""
-        return [[value] for value in self.sample(params, parents, key)]
 
     def outcomes(self, parents: Parents) -> list[Any]:
         """Call the function once a row, and keep what it can.

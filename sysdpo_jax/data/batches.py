@@ -3,18 +3,17 @@
 Rows of like sizes come together, and are padded to few static sizes: every shape of a batch is compiled once.
 """
 
+import math
 import shutil
 import sys
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
@@ -23,12 +22,14 @@ from jaxtyping import Int, PyTree
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.routed import Routed, room_for
+from sysdpo_jax.data.plan import Plan, check_batches
 from sysdpo_jax.data.preferences import Preferences
 from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_in_groups, write_part
-from sysdpo_jax.data.records import PreferenceRecord, require_intermediates
+from sysdpo_jax.data.records import SIDES, PreferenceRecord, require_intermediates
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.threads import DaemonExecutor
-from sysdpo_jax.typing import Params
+from sysdpo_jax.typing import Features, Params
 from sysdpo_jax.user_code import is_users, name_of, user_code
 
 # Of batches: rows, seed, shard and number of shapes.
@@ -38,22 +39,33 @@ T_co = TypeVar("T_co", covariant=True)
 
 # So many batches are read ahead of the step at first, and at most, each in a thread.
 AHEAD, MOST_AHEAD = 4, 16
-# Sizes are multiples of this, which the devices' matrix units and attention kernels like.
-MULTIPLE = 8
-# Rows that sizes are chosen by, of a larger data set; records of a list that are prepared together.
-LOOKED_AT, TOGETHER = 50_000, 64
+# Records of a list that are prepared together.
+TOGETHER = 64
 
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """`batch_at(step)`, made by `epoch_batches`. data: all rows; rows_at: the numbers of those of a step."""
+    """`batch_at(step)`, made by `epoch_batches`.
+
+    data: all rows; rows_at: the numbers of those of a step; whole_at: of all shards together.
+    """
 
     data: PyTree
-    rows_at: Callable[[int], Int[np.ndarray, "batch"]]
+    rows_at: Callable[[int], Int[np.ndarray, "block"]]
+    whole_at: Callable[[int], Int[np.ndarray, "batch"]]
 
     def __call__(self, step: int) -> PyTree:
         rows = self.rows_at(step)
-        return jax.tree.map(lambda x: x[rows], self.data)
+        batch = jax.tree.map(lambda x: x[rows], self.data)
+        if not isinstance(self.data, PairBatch):
+            return batch
+        whole, sides = self.whole_at(step), (self.data.chosen, self.data.rejected)
+        runs = {
+            name: sum(int(np.sum(side[name].ran[whole])) for side in sides)
+            for name, features in self.data.chosen.items()
+            if isinstance(features, Routed)
+        }
+        return in_rooms(batch, runs, len(whole))
 
 
 def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> EpochBatches:
@@ -75,155 +87,36 @@ def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, in
     Raises:
         ValueError: For fewer rows than a batch or a batch that count does not divide.
     """
-    return EpochBatches(data, epoch_rows(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard))
+    plan = _plan(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard)
+    return EpochBatches(data, lambda step: plan.at(step)[0], lambda step: plan.whole(step)[0])
+
+
+def in_rooms(batch: PairBatch, runs: Mapping[str, int], rows: int) -> PairBatch:
+    """The batch, whose step computes the runs that there are of these nodes and little more.
+
+    runs: `{node: their number}` on both sides of the whole batch, of all processes, which has so many rows.
+    """
+
+    def with_room(name: str, features: Features) -> Features:
+        if name not in runs:
+            return features
+        return replace(features, room=room_for(runs[name], 2 * rows * math.prod(features.ran.shape[1:])))
+
+    sides = ({name: with_room(name, own) for name, own in side.items()} for side in (batch.chosen, batch.rejected))
+    return batch._replace(**dict(zip(SIDES, sides, strict=True)))
 
 
 def epoch_rows(
     rows: int, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
 ) -> Callable[[int], Int[np.ndarray, "batch"]]:
     """`rows_at(step)`: the numbers of the rows that `epoch_batches` takes."""
-    plan = Plan(np.zeros((rows, 0), np.int32), np.zeros(rows, np.int64), batch_size, seed, shard, 1)
+    plan = _plan(rows, batch_size, seed, shard)
     return lambda step: plan.at(step)[0]
 
 
-class Plan:
-    """Which rows the batch of a step has, and their sizes: a function of the step and of what is given here alone.
-
-    In each epoch the rows are shuffled by (seed, epoch), those of like sizes put together, and the batches shuffled.
-    Rows that do not fill a last batch of their kind are left out of that epoch, others in the next one.
-
-    Args:
-        sizes: Of every row along every axis [rows, axes].
-        kinds: Rows of one number can be in a batch [rows].
-        batch_size: Rows of the global batch.
-        shard: (index, count) gives the index-th of count equal blocks of each batch.
-        shapes: How many static sizes there are at most, but one for every kind at least.
-
-    Raises:
-        ValueError: Fewer rows than a batch, or a batch that count does not divide.
-    """
-
-    def __init__(
-        self,
-        sizes: Int[np.ndarray, "rows axes"],
-        kinds: Int[np.ndarray, "rows"],
-        batch_size: int,
-        seed: int,
-        shard: tuple[int, int],
-        shapes: int,
-    ):
-        if shapes < 1:
-            raise ValueError(f"shapes {shapes} must be at least 1")
-        block = batch_size // check_batches(len(kinds), batch_size, shard)
-        self._seed, self._batch, self._block = seed, batch_size, slice(shard[0] * block, (shard[0] + 1) * block)
-        every = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
-        self._rows = [rows for rows in every if len(rows) >= batch_size]
-        self.per_epoch = sum(len(rows) // batch_size for rows in self._rows)
-        if not self.per_epoch:
-            raise ValueError(f"no kind of rows fills one batch of {batch_size}: use a smaller batch or more data")
-        self.left_out = len(kinds) - sum(map(len, self._rows))
-        # Each kind's static sizes [shapes, axes], the smallest first.
-        number = max(1, shapes // len(self._rows))
-        self.shapes = [static_sizes(sizes[rows], number, batch_size) for rows in self._rows]
-        # The smallest that each row fits in.
-        self._fits = [_first_fit(sizes[rows], shapes) for rows, shapes in zip(self._rows, self.shapes, strict=True)]
-        self._sizes = sizes
-        # Threads that read ahead ask for it together.
-        self._epoch, self._lock = lru_cache(2)(self._shuffled), Lock()
-
-    def at(self, step: int) -> tuple[Int[np.ndarray, "block"], tuple[int, ...]]:
-        """The rows of this shard in the batch of a step, and the sizes of the whole batch."""
-        epoch, place = divmod(step, self.per_epoch)
-        with self._lock:
-            rows, sizes = self._epoch(epoch)[place]
-        return rows[self._block], sizes
-
-    def _shuffled(self, epoch: int) -> list[tuple[Int[np.ndarray, "batch"], tuple[int, ...]]]:
-        random = np.random.default_rng((self._seed, epoch))
-        batches: list[tuple[Int[np.ndarray, batch], tuple[int, ...]]] = []
-        for rows, shapes, fits in zip(self._rows, self.shapes, self._fits, strict=True):
-            order = random.permutation(len(rows))[: len(rows) // self._batch * self._batch]
-            order = order[np.argsort(fits[order], kind="stable")]
-            own = rows[order].reshape(-1, self._batch)
-            # The largest of each axis: a batch whose rows lie between two shapes has the next one that fits all.
-            fit = shapes[_first_fit(self._sizes[own].max(1), shapes)]
-            batches += zip(own, map(tuple, fit.tolist()), strict=True)
-        # Batches of one shape are in a random order already.
-        several = sum(map(len, self.shapes)) > 1
-        return [batches[place] for place in random.permutation(len(batches))] if several else batches
-
-
-def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> int:
-    """The number of shards. Raises `ValueError` where rows fill no batch or the batch is not cut as the shard says."""
-    index, count = shard
-    if batch_size < 1:
-        raise ValueError(f"a batch of {batch_size} rows is none: give at least 1")
-    if rows < batch_size:
-        raise ValueError(f"{rows} rows do not fill one batch of {batch_size}: use a smaller batch or more data")
-    if not 0 <= index < count or batch_size % count:
-        raise ValueError(
-            f"shard {shard} is no part of a batch of {batch_size} rows: its index must be below its count, which must "
-            "divide the batch (batch_shard gives both)"
-        )
-    return count
-
-
-def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -> Int[np.ndarray, "shapes axes"]:
-    """At most `number` sizes that every row fits in one of, chosen so that little is padded; the smallest first.
-
-    The rows are cut in two where that saves most, one group after the other. The largest size is always there: it takes
-    the batches whose rows fit nowhere else together.
-    """
-    groups, whole = [sizes[:: -(-len(sizes) // LOOKED_AT)]], _rounded(sizes)
-    found = whole[None]
-    while True:
-        cuts = [best_cut(group, batch) for group in groups]
-        best = int(np.argmax([saved for saved, _, _ in cuts]))
-        saved, axis, limit = cuts[best]
-        if saved <= 0:
-            break
-        group = groups.pop(best)
-        groups += [group[group[:, axis] <= limit], group[group[:, axis] > limit]]
-        cut = np.unique([*(_rounded(group) for group in groups), whole], axis=0)
-        if len(cut) > number:
-            break
-        found = cut
-    # What was not looked at may fit in no group's size but the largest.
-    return found[np.argsort(found.sum(1), kind="stable")]
-
-
-def best_cut(sizes: Int[np.ndarray, "rows axes"], batch: int) -> tuple[int, int, int]:
-    """(places saved, axis, largest size of the first part) of the best cut; at least a batch on either side."""
-    best, rows = (0, 0, 0), len(sizes)
-    whole = rows * int(_rounded(sizes).sum())
-    for axis in range(sizes.shape[1]):
-        ordered = sizes[np.argsort(sizes[:, axis], kind="stable")]
-        below = _up(np.maximum.accumulate(ordered, axis=0)).sum(1)
-        above = _up(np.maximum.accumulate(ordered[::-1], axis=0)[::-1]).sum(1)
-        count = np.arange(1, rows)
-        saved = whole - count * below[:-1] - (rows - count) * above[1:]
-        # A cut lies between two different sizes.
-        usable = (ordered[:-1, axis] < ordered[1:, axis]) & (count >= batch) & (rows - count >= batch)
-        place = int(np.argmax(np.where(usable, saved, 0))) if rows > 1 else 0
-        if rows > 1 and usable[place] and saved[place] > best[0]:
-            best = int(saved[place]), axis, int(ordered[place, axis])
-    return best
-
-
-def _rounded(sizes: Int[np.ndarray, "rows axes"]) -> Int[np.ndarray, "axes"]:
-    return _up(sizes.max(0))
-
-
-def _up(sizes: np.ndarray) -> np.ndarray:
-    return -(-sizes // MULTIPLE) * MULTIPLE
-
-
-def _first_fit(sizes: Int[np.ndarray, "rows axes"], shapes: Int[np.ndarray, "shapes axes"]) -> Int[np.ndarray, "rows"]:
-    """The first of the shapes that each row fits in."""
-    fit = np.full(len(sizes), len(shapes) - 1)
-    for place in reversed(range(len(shapes) - 1)):
-        fit[(sizes <= shapes[place]).all(1)] = place
-    return fit
+def _plan(rows: int, batch_size: int, seed: int, shard: tuple[int, int]) -> "Plan":
+    """Of rows that are all alike."""
+    return Plan(np.zeros((rows, 0), np.int32), np.zeros(rows, np.int64), batch_size, seed, shard, 1)
 
 
 @runtime_checkable
@@ -265,9 +158,14 @@ class PreferenceBatches:
                 "the system has frozen parts that have still to encode: give load_preferences their params, or hand "
                 "the dataset to Trainer.fit or their params to its method prepare"
             )
+        known = self._rows
         rows, sizes = self.plan.at(step)
-        found = [self._rows.features(int(row)) for row in self._usable[rows]]
-        return pair_batch(self.system, found, dict(zip(self._rows.axes, sizes, strict=True)))
+        own, whole = self._usable[rows], self._usable[self.plan.whole(step)[0]]
+        found = [known.features(int(row)) for row in own]
+        example = lambda name: known.example(name, int(own[0]))  # noqa: E731
+        batch = pair_batch(self.system, found, dict(zip(known.axes, sizes, strict=True)), example)
+        runs = dict(zip(known.routed, known.runs[whole].sum(0).tolist(), strict=True))
+        return in_rooms(batch, runs, len(whole))
 
     def prepare(self, params: Params) -> None:
         """Prepare and encode the records where that has not been done, or by other frozen parts.

@@ -234,9 +234,13 @@ def placed(record: PreferenceRecord, system: CompoundSystem | None, folder: Path
         images[found] = file_state(found)
         return found
 
-    sides = [dict(side) for side in (record.chosen, record.rejected)]
+    def found_in(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {**values, **{name: below(values[name]) for name in names & values.keys()}}
+
+    sides = [found_in(side) for side in (record.chosen, record.rejected)]
     for side in sides:
-        side |= {name: below(side[name]) for name in names & side.keys()}
+        for name in () if system is None else system.bodies.keys() & side.keys():
+            side[name] = [found_in(turn) if isinstance(turn, Mapping) else turn for turn in side[name]]
     return PreferenceRecord(record.inputs, *sides)
 
 

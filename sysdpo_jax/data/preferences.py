@@ -43,7 +43,7 @@ from sysdpo_jax.user_code import is_users
 # Rows of the source in a part, which a kill loses at most; records that are prepared together: without and with images.
 PART, PART_WITH_IMAGES, TOGETHER, TOGETHER_WITH_IMAGES = 4096, 256, 128, 16
 # Raised when what is written changes; files that say how many parts there are, and where values of tools came from.
-FORMAT, WHOLE, TOOLS = 2, "parts.json", "tool_values.json"
+FORMAT, WHOLE, TOOLS = 3, "parts.json", "tool_values.json"
 
 # The digest of a system and the fingerprints of its frozen parts.
 About: TypeAlias = tuple[str, dict[str, str]]

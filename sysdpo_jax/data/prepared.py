@@ -22,10 +22,11 @@ from sysdpo_jax.components.tool import Tool, ToolError
 from sysdpo_jax.components.tool_values import Kept, ToolValues
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates, check_names
+from sysdpo_jax.data.row_features import RUNS, at_own_size, kind, merged, runs_of, stacked
 from sysdpo_jax.graph import CompoundSystem, Known, Node
 from sysdpo_jax.io import read_arrays, write_arrays
+from sysdpo_jax.nodes import naming
 from sysdpo_jax.row_files import RowFile, write_row_file
-from sysdpo_jax.structure import naming
 from sysdpo_jax.typing import Features, Params, Record
 from sysdpo_jax.user_code import is_users
 from sysdpo_jax.values import is_plain
@@ -45,20 +46,13 @@ class Prepared(NamedTuple):
 
     record: with what tools gave, where files can hold it. held: whether it has the intermediate values. features: of a
     record that has them, at its own sizes; None where it has not, or where nothing could encode them. sizes: the
-    larger of both sides and all copies, in the order of `size_axes`.
+    largest of both sides and all copies and runs.
     """
 
     record: PreferenceRecord
     held: bool
     features: Sides | None
-    sizes: tuple[int, ...]
-
-
-def size_axes(system: CompoundSystem, features: Mapping[str, Features]) -> tuple[Axis, ...]:
-    """The axes along which rows differ in size; features: of any rows."""
-    return tuple(
-        (node.name, axis) for node in system.nodes for axis in sorted(node.component.sizes(features[node.name]))
-    )
+    sizes: Mapping[Axis, int]
 
 
 def with_kept_values(system: CompoundSystem, values: ToolValues) -> CompoundSystem:
@@ -83,7 +77,7 @@ def about_system(system: CompoundSystem | None) -> list[Any]:
         # What a class of the user's own prepares by is known where it says so itself.
         known = not is_users(kind) or "prepared_by" in vars(kind)
         about = node.component.prepared_by if known else node.component
-        nodes.append([node.name, node.parents, node.params_key, node.plate, kind, about])
+        nodes.append([node.name, node.parents, node.params_key, node.plate, node.loop, kind, about])
     failing = [node.component.on_error for node in system.nodes if isinstance(node.component, Tool)]
     return [system.inputs, nodes, failing]
 
@@ -127,7 +121,7 @@ def prepare_records(
     system encodes anything.
     """
     if system is None:
-        yield from (Prepared(record, True, None, ()) for record in records)
+        yield from (Prepared(record, True, None, {}) for record in records)
         return
     # Of these records: prepared once more, or on both sides, a tool is not called again.
     known: Known = {}
@@ -155,27 +149,30 @@ def write_part(
 
     about: JSON that is kept with them, asked for when all rows are written.
     """
-    numbers, held, sizes, kinds = list[int](), list[bool](), list[tuple[int, ...]](), list[int]()
-    axes: tuple[Axis, ...] = ()
+    numbers, held, sizes, kinds = list[int](), list[bool](), list[Mapping[Axis, int]](), list[int]()
+    routed = [] if system is None else routed_nodes(system)
+    runs: list[list[int]] = []
     shapes: dict[str, int] = {}
 
     def noted() -> Iterable[Any]:
-        nonlocal axes
         for number, row in rows:
-            if row.features is not None and system is not None and not axes:
-                axes = size_axes(system, row.features[SIDES[0]])
             numbers.append(number)
             held.append(row.held)
             sizes.append(row.sizes)
-            kinds.append(shapes.setdefault(_kind(system, row.features), len(shapes)))
+            found = [] if row.features is None else [row.features[side] for side in SIDES]
+            own = kind(system, found) if system is not None and found else ""
+            kinds.append(shapes.setdefault(own, len(shapes)))
+            runs.append([sum(runs_of(side[name]) for side in found) for name in routed])
             yield {"record": [row.record.inputs, row.record.chosen, row.record.rejected], "features": row.features}
 
     count = write_row_file(path, noted())
+    axes = sorted({axis for row in sizes for axis in row})
     told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
+    told |= {"routed": np.array(json.dumps(routed)), "runs": np.array(runs, np.int32).reshape(count, len(routed))}
     columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
     columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
-    # Those without features have no sizes.
-    whole = [row or (0,) * len(axes) for row in sizes]
+    # Those without features have no sizes; where a node did not run, what is computed in its stead has one place.
+    whole = [[row.get(axis, 1 if row else 0) for axis in axes] for row in sizes]
     columns["sizes"] = np.array(whole, np.int32).reshape(count, len(axes))
     write_arrays(path.with_name(f"{path.name}{INDEX}"), columns | told)
 
@@ -192,43 +189,30 @@ def is_fresh(part: Path) -> bool:
     return about is not None and all(file_state(path) == tuple(state) for path, state in about["files"])
 
 
-def _kind(system: CompoundSystem | None, features: Sides | None) -> str:
-    """The shapes of what cannot be padded: rows of one kind alone can be in a batch."""
-    if system is None or features is None:
-        return ""
-    shapes = [
-        x.shape
-        for node in system.nodes
-        for side in SIDES
-        if not node.component.sizes(features[side][node.name])
-        for x in jax.tree.leaves(features[side][node.name])
-    ]
-    return json.dumps(shapes)
-
-
 class PreparedRows:
     """The rows of parts that `write_part` made, by number; what says how to put them together is in memory.
 
     numbers: of the rows of the source [rows]; held: whether they hold intermediate values [rows]; sizes [rows, axes];
-    kinds: rows of one number can be in a batch [rows].
+    kinds: rows of one number can be in a batch [rows]; runs: of `routed` nodes on both sides [rows, nodes].
     """
 
     def __init__(self, paths: Sequence[Path]):
         self._paths, parts = list(paths), [_index(path) for path in paths]
         self._ends = np.cumsum([len(part["numbers"]) for part in parts])
         self.numbers, self.held = (np.concatenate([part[name] for part in parts]) for name in ("numbers", "held"))
-        # A part without features does not know the axes.
-        axes = max((json.loads(str(part["axes"])) for part in parts), key=len)
-        self.axes: tuple[Axis, ...] = tuple((node, axis) for node, axis in axes)
-        sizes = (
-            part["sizes"] if part["sizes"].shape[1] else np.zeros((len(part["kinds"]), len(axes))) for part in parts
-        )
-        self.sizes = np.concatenate([*sizes]).astype(np.int32)
-        _, places = np.unique(np.concatenate([part["shapes"] for part in parts]), return_inverse=True)
+        # A part without features does not know the axes, and one in which a node never ran not all of them.
+        own = [[(node, axis) for node, axis in json.loads(str(part["axes"]))] for part in parts]
+        self.axes: tuple[Axis, ...] = tuple(sorted({axis for axes in own for axis in axes}))
+        self.sizes = np.concatenate([_columns(*pair, self.axes) for pair in zip(parts, own, strict=True)])
+        self.routed: list[str] = json.loads(str(parts[0]["routed"]))
+        self.runs = np.concatenate([part["runs"] for part in parts])
+        shapes = np.concatenate([part["shapes"] for part in parts])
         ends = np.cumsum([0, *(len(part["shapes"]) for part in parts)])
-        kinds = [places[start + part["kinds"]] for start, part in zip(ends[:-1], parts, strict=True)]
-        self.kinds = np.concatenate(kinds)
+        kinds = np.concatenate([start + part["kinds"] for start, part in zip(ends[:-1], parts, strict=True)])
+        numbers = np.bincount(kinds, minlength=len(shapes)).tolist()
+        self.kinds = np.array(merged(shapes.tolist(), numbers), np.int64)[kinds]
         self._file = lru_cache(OPEN)(lambda path: RowFile(path, remedy(path)))
+        self._example = lru_cache(None)(self._find_example)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -241,6 +225,15 @@ class PreparedRows:
         """The features of a row that has some."""
         found: Sides = self._entry(row, "features")
         return found
+
+    def example(self, name: str, row: int) -> Any:
+        """Features of runs of a routed node in a record of the same kind as this row; None where it never ran."""
+        return self._example(name, int(self.kinds[row]))
+
+    def _find_example(self, name: str, kind: int) -> Any:
+        found = np.flatnonzero((self.kinds == kind) & (self.runs[:, self.routed.index(name)] > 0))
+        sides = self.features(int(found[0])).values() if len(found) else ()
+        return next((side[name][RUNS] for side in sides if side[name][RUNS] is not None), None)
 
     def _entry(self, row: int, name: str) -> Any:
         part = int(np.searchsorted(self._ends, row, "right"))
@@ -257,15 +250,35 @@ def remedy(path: Path) -> str:
     return f"remove the folder {path.parent}, whose files are made anew"
 
 
-def pair_batch(system: CompoundSystem, rows: Sequence[Sides], sizes: Mapping[Axis, int]) -> PairBatch:
-    """The batch of these rows, all of them at these sizes, which they fit in."""
+def _columns(part: Mapping[str, np.ndarray], own: Sequence[Axis], axes: Sequence[Axis]) -> np.ndarray:
+    """The sizes of a part by all axes: 1 along those that it does not know, of nodes that did not run in it."""
+    made = np.ones((len(part["numbers"]), len(axes)), np.int32)
+    for place, axis in enumerate(own):
+        made[:, axes.index(axis)] = part["sizes"][:, place]
+    return made
 
-    def stacked(side: str, node: Node) -> Features:
+
+def routed_nodes(system: CompoundSystem) -> list[str]:
+    """The generative nodes that do not run once in every record."""
+    return [node.name for node in system.nodes if system.is_routed(node) and not node.deterministic]
+
+
+def pair_batch(
+    system: CompoundSystem, rows: Sequence[Sides], sizes: Mapping[Axis, int], example: Callable[[str], Any]
+) -> PairBatch:
+    """The batch of these rows, all of them at these sizes, which they fit in.
+
+    example: gives features of a run of a routed node, None where there is none anywhere.
+    """
+    routed = routed_nodes(system)
+
+    def of_node(side: str, node: Node) -> Features:
         own = {axis: size for (name, axis), size in sizes.items() if name == node.name}
-        parts = [node.component.resize(jax.tree.map(lambda x: x[None], row[side][node.name]), own) for row in rows]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        given = [row[side][node.name] for row in rows]
+        is_routed = node.name in routed
+        return stacked(node, given, own, is_routed, example(node.name) if is_routed else None)
 
-    return PairBatch(*({node.name: stacked(side, node) for node in system.nodes} for side in SIDES))
+    return PairBatch(*({node.name: of_node(side, node) for node in system.nodes} for side in SIDES))
 
 
 def _together(
@@ -289,9 +302,9 @@ def _together(
     for record, run, other, row in zip(records, filled[::2], filled[1::2], features, strict=True):
         sides = []
         for own, whole in ((record.chosen, run), (record.rejected, other)):
-            # With what tools gave and files can hold as it is.
-            lacking = [name for name in tools if name not in own and name in whole and is_plain(whole[name])]
-            sides.append({**own, **{name: whole[name] for name in lacking}})
+            # With what tools gave and files can hold as it is; turns have it inside them.
+            lacking = [name for name in tools if name in system.bodies or name not in own]
+            sides.append({**own, **{name: whole[name] for name in lacking if name in whole and is_plain(whole[name])}})
         made.append(Prepared(PreferenceRecord(record.inputs, *sides), held[0], *row))
     return made
 
@@ -320,9 +333,9 @@ def _with_tools(system: CompoundSystem, runs: Sequence[Record], held: bool, know
 
 def _features(
     system: CompoundSystem, params: Params | None, runs: Sequence[Record], held: bool
-) -> list[tuple[Sides | None, tuple[int, ...]]]:
+) -> list[tuple[Sides | None, Mapping[Axis, int]]]:
     """(features, sizes) of every two runs, the sides of a record; none where there is nothing to keep."""
-    nothing: list[tuple[Sides | None, tuple[int, ...]]] = [(None, ())] * (len(runs) // 2)
+    nothing: list[tuple[Sides | None, Mapping[Axis, int]]] = [(None, {})] * (len(runs) // 2)
     if not held:
         _check_final(system, runs)
         return nothing
@@ -343,18 +356,17 @@ def _features(
     return made
 
 
-def _at_own_sizes(system: CompoundSystem, pair: Mapping[str, Features]) -> tuple[Sides, tuple[int, ...]]:
+def _at_own_sizes(system: CompoundSystem, pair: Mapping[str, Features]) -> tuple[Sides, Mapping[Axis, int]]:
     """Both sides of a record, features [2, ...], each at its own sizes; and the larger ones."""
     both = share(system, [jax.tree.map(lambda x, at=place: x[at : at + 1], pair) for place in range(len(SIDES))])
     sides: dict[str, dict[str, Features]] = {side: {} for side in SIDES}
-    sizes: list[int] = []
+    sizes: dict[Axis, int] = {}
     for node in system.nodes:
-        own = [{axis: int(np.max(x)) for axis, x in node.component.sizes(run[node.name]).items()} for run in both]
-        for name, run, fit in zip(SIDES, both, own, strict=True):
-            fitted = node.component.resize(run[node.name], fit)
-            sides[name][node.name] = jax.tree.map(lambda x: x[0], fitted)
-        sizes += [max(fit[axis] for fit in own) for axis in sorted(own[0])]
-    return sides, tuple(sizes)
+        for name, run in zip(SIDES, both, strict=True):
+            sides[name][node.name], own = at_own_size(node, run[node.name])
+            for axis, size in own.items():
+                sizes[node.name, axis] = max(size, sizes.get((node.name, axis), 0))
+    return sides, sizes
 
 
 def _check_final(system: CompoundSystem, runs: Sequence[Record]) -> None:
@@ -366,7 +378,8 @@ def _check_final(system: CompoundSystem, runs: Sequence[Record]) -> None:
     for node in system.nodes:
         model: Any = node.component
         here, asked = node.name in runs[0], all(parent in runs[0] for parent in node.parents)
-        if node.deterministic:
+        if node.deterministic or system.is_routed(node):
+            # Whether a branch runs depends on what will be drawn.
             continue
         if asked and (here or isinstance(model, LanguageModel)):
             blank = "" if node.plate is None else [""] * node.plate

@@ -96,7 +96,9 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
     Inputs and final values must be there, and inputs say something: a system may answer with nothing, but nobody asks
     it nothing.
     """
-    nodes, final = {node.name: node for node in system.nodes}, [node.name for node in system.outputs]
+    nodes = {node.name: node for node in system.recorded}
+    # Whether the others are there depends on values that tools may still have to give.
+    final = [node.name for node in system.outputs if not system.is_routed(node)]
     for where, known, needed in (("inputs", system.inputs, system.inputs), *((side, nodes, final) for side in SIDES)):
         values = getattr(record, where)
         for name in values:
@@ -111,7 +113,7 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
     for side in SIDES:
         for name, value in getattr(record, side).items():
             plate = nodes[name].plate
-            if plate is None or nodes[name].deterministic:
+            if plate is None or nodes[name].deterministic or value is None:
                 continue
             # An array may be one picture.
             has = instead_of_plate(value, plate) if isinstance(value, list | tuple) else type(value).__name__
@@ -125,7 +127,7 @@ def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: 
     held: whether those before it do. Raises `RecordError` naming a side that holds some of them and not others, or does
     otherwise than what stands before it.
     """
-    names = [node.name for node in system.intermediates]
+    names = [node.name for node in system.intermediates if not system.is_routed(node)]
     for side in SIDES:
         present = [name for name in names if name in getattr(record, side)]
         if present and len(present) < len(names):

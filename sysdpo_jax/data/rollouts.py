@@ -150,7 +150,7 @@ def make_pairs(
     for start, end in _groups([content([record[name] for name in system.inputs]) for record in records], group):
         inputs = {name: records[start][name] for name in system.inputs}
         for places in preferred(scores[start:end], pairs, min_margin, ties):
-            sides = ({node.name: records[start + place][node.name] for node in system.nodes} for place in places)
+            sides = (system.values(records[start + place]) for place in places)
             made.append(PreferenceRecord(inputs, *sides))
     return made
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sysdpo_jax.batch import PairBatch
+from sysdpo_jax.components.routed import fold
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.keys import row_keys
 from sysdpo_jax.objectives.log_ratio import node_log_probs, repeated, trained_nodes
@@ -49,7 +50,7 @@ class DirectObjective(PreferenceObjective):
         require_batch(batch, PairBatch, "prepare_pairs")
         rows, sides = jax.tree.leaves(batch)[0].shape[0], batch.sides()
         nodes = trained_nodes(system, reference)
-        features = {node.name: node.component.fold_runs(sides[node.name], 2) for node in nodes}
+        features = {node.name: fold(node.component, sides[node.name], 2) for node in nodes}
         precomputed = {name: jnp.stack(values, axis=1).reshape(-1) for name, values in (batch.reference or {}).items()}
         keys = repeated(row_keys(key, rows), (2,))
         node_logps = node_log_probs(system, params, reference, features, keys, precomputed)

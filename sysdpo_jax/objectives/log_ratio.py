@@ -1,12 +1,14 @@
 """The log-ratio of a system: a sum over its nodes."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sysdpo_jax.components.routed import number_of_runs
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.typing import Features, Keys, Params
 
@@ -20,6 +22,7 @@ class NodeLogps(NamedTuple):
         reference: log p_ref,k, without the weight.
         policy_metrics: What the component reports beside its log-probability, `{name: value}`.
         reference_metrics: The same under the reference; empty where that was evaluated before.
+        runs: How many runs of the node the row has, over which its metrics are summed; 1 where it runs in every row.
     """
 
     log_ratio: Array
@@ -27,6 +30,7 @@ class NodeLogps(NamedTuple):
     reference: Array
     policy_metrics: Mapping[str, Array]
     reference_metrics: Mapping[str, Array]
+    runs: Array
 
 
 def trained_nodes(system: CompoundSystem, reference: Params) -> tuple[Node, ...]:
@@ -82,13 +86,14 @@ def log_probs_of_node(
     A frozen node, whose key is absent from `reference`, is evaluated once and without gradient. Raises `ValueError`
     when the node's reference tree is None and nothing was precomputed.
     """
+    runs = partial(number_of_runs, features)
     if node.params_key not in reference:
         frozen = jax.lax.stop_gradient(node.tree(params))
         log_prob, metrics = system.node_log_prob(node, frozen, features, key)
-        return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)
+        return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics, runs(log_prob))
     policy, policy_metrics = system.node_log_prob(node, node.tree(params), features, key)
     if precomputed is not None:
-        return NodeLogps(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
+        return NodeLogps(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {}, runs(policy))
     if reference[node.params_key] is None:
         raise ValueError(
             f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
@@ -96,7 +101,7 @@ def log_probs_of_node(
         )
     frozen = jax.lax.stop_gradient(reference[node.params_key])
     base, base_metrics = system.node_log_prob(node, frozen, features, key)
-    return NodeLogps(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
+    return NodeLogps(node.weight * (policy - base), policy, base, policy_metrics, base_metrics, runs(policy))
 
 
 def log_ratio(

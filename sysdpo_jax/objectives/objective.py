@@ -140,9 +140,9 @@ class PreferenceObjective:
             metrics[f"rewards/margins/{name}"] = margins[name]
             metrics[f"logps/chosen/{name}"] = term.policy[0].mean()
             metrics[f"logps/rejected/{name}"] = term.policy[1].mean()
-            metrics |= {f"drift/{kind}/{name}": value.mean() for kind, value in _drift(term).items()}
+            metrics |= {f"drift/{kind}/{name}": value for kind, value in _drift(term).items()}
             for model, values in (("policy", term.policy_metrics), ("reference", term.reference_metrics)):
-                metrics |= {f"{metric}/{name}/{model}": value.mean() for metric, value in values.items()}
+                metrics |= {f"{metric}/{name}/{model}": _mean(value, term.runs) for metric, value in values.items()}
         return jax.lax.stop_gradient(Aux(margins, metrics))
 
 
@@ -163,10 +163,15 @@ def require_trained(node_logps: Mapping[str, NodeLogps]) -> None:
 
 def _drift(term: NodeLogps) -> dict[str, Array]:
     if "mse" not in term.policy_metrics:
-        return {"kl": jnp.square(term.policy - term.reference) / 2}
+        return {"kl": _mean(jnp.square(term.policy - term.reference) / 2, jnp.minimum(term.runs, 1))}
     # A reference that was evaluated before left no error behind.
     known = "mse" in term.reference_metrics
-    return {"mse": term.policy_metrics["mse"] - term.reference_metrics["mse"]} if known else {}
+    return {"mse": _mean(term.policy_metrics["mse"] - term.reference_metrics["mse"], term.runs)} if known else {}
+
+
+def _mean(sums: Array, runs: Array) -> Array:
+    """The mean over the runs of a node, 0 where there is none; sums: over those of a row."""
+    return sums.sum() / jnp.maximum(runs.sum(), 1)
 
 
 def total(values: Iterable[Array]) -> Array:

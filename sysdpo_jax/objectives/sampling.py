@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import as_rows
+from sysdpo_jax.components.routed import fold
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.keys import row_keys
 from sysdpo_jax.objectives.log_ratio import NodeLogps, log_probs_of_node, repeated, trained_nodes
@@ -110,7 +111,7 @@ class SamplingObjective(PreferenceObjective):
                 counts = (number,) if inner else (number, 2)
                 # An intermediate's parents are those of its row; those of a final value hold its intermediates too.
                 given = intermediates[node.name] if inner else as_rows(sides[node.name], 2)
-                features = node.component.fold_runs(given, 2)
+                features = fold(node.component, given, 2)
                 values = log_probs_of_node(system, node, params, reference, features, repeated(keys, counts))
                 # An intermediate is the same on both sides.
                 by_row = jax.tree.map(lambda x, last=1 if inner else 2: x.reshape(len(keys), number, last), values)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from sysdpo_jax.components.control import Switch
 from sysdpo_jax.graph import CompoundSystem, Node
 
 # What takes room in a layer: a box, by its name, or an edge that crosses it (parent, child, layer).
@@ -88,10 +89,16 @@ def _box(node: Node, keys: Sequence[str]) -> Box:
     lines = [f"{node.name} x{node.plate}" if node.plate else node.name, type(node.component).__name__]
     if not node.deterministic and (node.params_key != node.name or keys.count(node.params_key) > 1):
         lines.append(f"params {node.params_key}")
+    if isinstance(node.component, Switch):
+        lines.append(f"on {node.parents[0]}")
+    if node.loop is not None:
+        lines.append(f"each turn of {node.loop}")
     if node.weight != 1:
         lines.append(f"weight {node.weight:g}")
+    # What the earlier turns gave comes from further right.
+    before = tuple(parent for parent in node.parents if parent != node.loop)
     kind = "tool" if node.deterministic else "component"
-    return Box(tuple(lines), kind, min(node.plate or 1, COPIES_SHOWN), node.parents)
+    return Box(tuple(lines), kind, min(node.plate or 1, COPIES_SHOWN), before)
 
 
 def _layers(depth: Mapping[str, int], routes: Sequence[Sequence[Slot]]) -> list[list[Slot]]:

@@ -214,7 +214,7 @@ def compare_runs(made: Mapping[str, Mapping[str, Any]], inputs: Sequence[str], n
     """
     first, *_ = made.values()
     shown = (
-        ShownRun(method, {name: run["outputs"][name] for name in nodes}, _score(run, first))
+        ShownRun(method, {name: value for name, value in run["outputs"].items() if name in nodes}, _score(run, first))
         for method, run in made.items()
     )
     return ComparedRuns(f"run {first['id']}", {name: first["inputs"][name] for name in inputs}, tuple(shown))

@@ -51,8 +51,8 @@ class ComponentConfig:
 
 
 @dataclass(frozen=True)
-class NodeConfig:
-    """A value of the system: of a component, or of a tool.
+class ValueConfig:
+    """A value of the system: of a component, of a tool, or a choice among others.
 
     How a tool is called (concurrency, retries, timeout, on_error) may change when a run goes on.
 
@@ -60,6 +60,8 @@ class NodeConfig:
         parents: Names of inputs and nodes, in the order in which the prompt or tool takes their values.
         component: Name of the component, as under `components`.
         tool: Instead of a component, "module:function", called with the parents' values.
+        switch: Instead of a component, the input or node that chooses among the branches.
+        branches: Branches of a switch, {value that chooses: node}; it has no parents beside these.
         prompt: Prompt of a language model, with parents in braces; the only parent by default.
         chat: Whether the prompt is a user's message in the chat template. In a loop whose name is among the parents
             what the node said in earlier turns, and what their tools answered, follows as messages.
@@ -77,6 +79,8 @@ class NodeConfig:
     parents: tuple[str, ...] = ()
     component: str | None = None
     tool: str | None = None
+    switch: str | None = None
+    branches: Any = None
     prompt: str | None = None
     chat: bool = False
     system: str | None = None
@@ -88,6 +92,21 @@ class NodeConfig:
     retries: Natural = 0
     timeout: AboveZero | None = None
     on_error: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True)
+class NodeConfig(ValueConfig):
+    """A value of the system; with a body, a loop.
+
+    Args:
+        body: Nodes of each turn of a loop, by name, see `sysdpo_jax.Loop`.
+        turns: Largest number of turns of a loop.
+        until: "module:function", called with a turn of a loop: whether it is the last one.
+    """
+
+    body: dict[str, ValueConfig] = field(default_factory=dict)
+    turns: Positive | None = None
+    until: str | None = None
 
 
 # What only a model's node has.
@@ -116,9 +135,13 @@ class SystemConfig:
 def as_dict(system: SystemConfig, without: Sequence[str] = CALLS) -> dict[str, Any]:
     """The fields of a system, but for those of nodes and components in `without`: by default how tools are called."""
     whole = asdict(system)
-    for part in (*whole["nodes"].values(), *whole["components"].values()):
+    inner = [part for node in whole["nodes"].values() for part in node["body"].values()]
+    for part in (*whole["nodes"].values(), *inner, *whole["components"].values()):
         for name in without:
             part.pop(name, None)
+        if isinstance(part.get("branches"), dict):
+            # JSON would make texts of the values that choose.
+            part["branches"] = list(part["branches"].items())
     return whole
 
 

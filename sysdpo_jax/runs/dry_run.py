@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 import sysdpo_jax as sj
+from sysdpo_jax.components.routed import only_runs
 from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.report import to_image
 from sysdpo_jax.runs.run import Run, first_batch
@@ -51,7 +52,9 @@ def _decoded(run: Run, batch: PyTree, folder: Path) -> Iterator[str]:
     if isinstance(batch, sj.SampledBatch):
         pair, sides = batch.outputs, [("intermediate", batch.intermediates)]
     for side, features in (*sides, ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        for name, values in features.items():
+        for name, values in ((name, only_runs(own)) for name, own in features.items()):
+            if values is None:
+                continue
             node = run.system.node(name)
             component = node.component
             if isinstance(component, sj.LanguageModel):

@@ -123,7 +123,7 @@ def keep_runs(
 
 def as_row(system: CompoundSystem, run: Record, name: str, images: ImageFiles) -> Line:
     """A run of `rollout` as a line of a file has it. name: its id."""
-    outputs = {node.name: as_json(run[node.name], f"{name}-{node.name}", images.beside) for node in system.nodes}
+    outputs = {node: as_json(value, f"{name}-{node}", images.beside) for node, value in system.values(run).items()}
     inputs = {key: as_json(run[key], f"{name}-{key}", images.beside) for key in system.inputs}
     return {"id": name, "inputs": inputs, "outputs": outputs}
 

@@ -1,11 +1,11 @@
 """The system that a configuration describes, with its parameters and their optimiser."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -26,6 +26,7 @@ from sysdpo_jax.runs.config import (
     ScheduleConfig,
     SystemConfig,
     TrainConfig,
+    ValueConfig,
 )
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path
@@ -33,6 +34,14 @@ from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import built, call, import_function, import_object, name_of, shown, user_code
 
 Model = tuple[sj.Component, Params]
+
+
+class Scope(NamedTuple):
+    """Whose turns a node is of: the name of the loop, the node's own in it, and the nodes of its body."""
+
+    loop: str
+    node: str
+    body: Mapping[str, ValueConfig]
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,12 @@ def build_system(config: TrainConfig, mesh: Mesh, origin: Origin | None = None) 
     _check(system)
     # The graph first: its errors should not wait for weights to be read.
     try:
-        sj.CompoundSystem(system.inputs, tuple(_node(name, node, sj.Tool(repr)) for name, node in system.nodes.items()))
+        _system(system, lambda node, field, scope: sj.Tool(repr))
     except sj.GraphError as error:
         raise sj.GraphError(f"system.nodes: {error}") from None
     models = {name: _model(name, component, config, mesh, origin) for name, component in system.components.items()}
-    nodes = [_node(name, node, _component(name, node, models)) for name, node in system.nodes.items()]
-    return sj.CompoundSystem(system.inputs, tuple(nodes)), {name: params for name, (_, params) in models.items()}
+    made = _system(system, lambda node, field, scope: _component(field, node, models, scope))
+    return made, {name: params for name, (_, params) in models.items()}
 
 
 def build_optimizer(config: TrainConfig) -> SystemOptimizer:
@@ -74,13 +83,16 @@ def _check(system: SystemConfig) -> None:
         raise ConfigError(
             "system.nodes is empty: give --config my_run.yaml, or name the system's values and what each comes from"
         )
-    for name, node in system.nodes.items():
-        if (node.component is None) == (node.tool is None):
-            raise ConfigError(f"system.nodes.{name}: give either a component or a tool")
+    values = dict(_values(system))
+    for place, node in values.items():
+        kinds = [node.component, node.tool, node.switch, (isinstance(node, NodeConfig) and node.body) or None]
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ConfigError(f"{place}: give one of component, tool, switch or body")
         if node.component is not None and node.component not in system.components:
             near = meant(node.component, system.components)
-            raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {near}")
-    used = {node.component for node in system.nodes.values()}
+            raise ConfigError(f"{place}.component {node.component!r} is not among the components: {near}")
+        _refuse_beside(node, place)
+    used = {node.component for node in values.values()}
     for name, component in system.components.items():
         if name not in used:
             raise ConfigError(f"system.components.{name} is the component of no node: use it, or leave it out")
@@ -88,15 +100,63 @@ def _check(system: SystemConfig) -> None:
             raise ConfigError(f"system.components.{name}: give either a checkpoint or a factory")
 
 
-def _node(name: str, node: NodeConfig, component: sj.Component) -> sj.Node:
-    return sj.Node(name, component, node.parents, node.component, node.plate, node.weight)
+def _values(system: SystemConfig) -> Iterator[tuple[str, ValueConfig]]:
+    """(place, node) of all nodes, those of loops' bodies among them."""
+    for name, node in system.nodes.items():
+        yield f"system.nodes.{name}", node
+        yield from ((f"system.nodes.{name}.body.{inner}", own) for inner, own in node.body.items())
 
 
-def _component(
-    name: str, node: NodeConfig, models: Mapping[str, Model], loop: tuple[str, Mapping[str, NodeConfig]] | None = None
-) -> sj.Component:
-    """The node's component, with its prompt where it has one. loop: whose turns it is of, and their nodes."""
-    field = f"system.nodes.{name}"
+def _refuse_beside(node: ValueConfig, place: str) -> None:
+    """Raise `ConfigError` for a field that says nothing of a node of this kind, or that the kind needs and lacks."""
+    whole, default = isinstance(node, NodeConfig) and node.body, NodeConfig()
+    kind, own = ("loop", ("body", "turns", "until")) if whole else ("switch", ("switch", "branches"))
+    if node.switch is None and not whole:
+        others = [name for name in ("branches", "turns", "until") if getattr(node, name, None) is not None]
+        if others:
+            raise ConfigError(
+                f"{place}.{others[0]} is of a switch or a loop alone: leave it out, or give switch or body"
+            )
+        return
+    given = [each.name for each in fields(node) if getattr(node, each.name) != getattr(default, each.name)]
+    beside = [name for name in given if name not in own]
+    if beside:
+        raise ConfigError(f"{place} is a {kind}, which has no {', '.join(beside)}: leave that out")
+    needed = "turns" if whole else "branches"
+    if getattr(node, needed) is None:
+        raise ConfigError(f"{place}.{needed} must be given, because it is a {kind}")
+    if not whole and not isinstance(node.branches, Mapping):
+        raise ConfigError(f"{place}.branches is {node.branches!r}: give a mapping of values of {node.switch} to nodes")
+
+
+def _system(
+    system: SystemConfig, component_of: Callable[[ValueConfig, str, Scope | None], sj.Component]
+) -> sj.CompoundSystem:
+    """The graph. component_of: gives what a node's value comes from, with the node's place for errors and its loop."""
+
+    def made(name: str, node: ValueConfig, field: str, scope: Scope | None = None) -> sj.Node:
+        try:
+            if node.switch is not None:
+                return sj.Node(name, sj.Switch(tuple(node.branches)), (node.switch, *node.branches.values()))
+            if isinstance(node, NodeConfig) and node.body:
+                body = tuple(
+                    made(inner, own, f"{field}.body.{inner}", Scope(name, inner, node.body))
+                    for inner, own in node.body.items()
+                )
+                until = None if node.until is None else import_function(node.until, f"{field}.until")
+                return sj.Loop(name, body, node.turns or 1, until)
+        except ValueError as error:
+            raise (
+                error if isinstance(error, ConfigError | sj.GraphError) else ConfigError(f"{field}: {error}")
+            ) from None
+        return sj.Node(name, component_of(node, field, scope), node.parents, node.component, node.plate, node.weight)
+
+    nodes = (made(name, node, f"system.nodes.{name}") for name, node in system.nodes.items())
+    return sj.CompoundSystem(system.inputs, tuple(nodes))
+
+
+def _component(field: str, node: ValueConfig, models: Mapping[str, Model], scope: Scope | None = None) -> sj.Component:
+    """The node's component, with its prompt where it has one. field: the node's place."""
     if node.component is None:
         given = _given(node, ASKING)
         if given:
@@ -111,18 +171,16 @@ def _component(
         return component
     if not isinstance(component, sj.LanguageModel):
         raise ConfigError(f"{field}: only a language model takes a prompt or chat, not a {type(component).__name__}")
-    return replace(component, prompt=_prompt(name, node, field, loop))
+    return replace(component, prompt=_prompt(field, node, scope))
 
 
-def _given(node: NodeConfig, names: Sequence[str]) -> list[str]:
+def _given(node: ValueConfig, names: Sequence[str]) -> list[str]:
     """Which of the fields are not as they are by default."""
     return [name for name in names if getattr(node, name) != getattr(NodeConfig(), name)]
 
 
-def _prompt(
-    name: str, node: NodeConfig, field: str, loop: tuple[str, Mapping[str, NodeConfig]] | None
-) -> TextPrompt | sj.ChatPrompt:
-    turns = loop[0] if loop is not None and loop[0] in node.parents else None
+def _prompt(field: str, node: ValueConfig, scope: Scope | None) -> TextPrompt | sj.ChatPrompt:
+    turns = scope.loop if scope is not None and scope.loop in node.parents else None
     asked = [parent for parent in node.parents if not (node.chat and parent == turns)]
     given = _given(node, CHATTING)
     if given and not node.chat:
@@ -134,12 +192,30 @@ def _prompt(
         if not node.chat:
             return TextPrompt(text, node.parents)
         tools = _schemas(node.tools, f"{field}.tools")
-        if loop is None or turns is None:
+        if scope is None or turns is None:
             return sj.ChatPrompt(text, node.parents, role=node.observations, system=node.system, tools=tools)
-        told = tuple(other for other, its in loop[1].items() if its.tool is not None)
-        return sj.ChatPrompt(text, node.parents, turns, name, told, node.observations, node.system, tools)
+        told = _observed(scope.node, scope.body)
+        return sj.ChatPrompt(text, node.parents, turns, scope.node, told, node.observations, node.system, tools)
     except ValueError as error:
         raise ConfigError(f"{field}: {error}") from None
+
+
+def _observed(speaker: str, body: Mapping[str, ValueConfig]) -> tuple[str, ...]:
+    """The nodes of a body whose values tools gave, but for what the speaker has read by then.
+
+    A choice among tools stands for these, which not every turn runs.
+    """
+    tools = {name for name, node in body.items() if node.tool is not None}
+    choices = {name: set(node.branches.values()) for name, node in body.items() if node.switch is not None}
+    chosen = set().union(*choices.values())
+    found = (tools - chosen) | {name for name, branches in choices.items() if branches <= tools}
+    return tuple(name for name in body if name in found - _ancestors(speaker, body))
+
+
+def _ancestors(name: str, body: Mapping[str, ValueConfig]) -> set[str]:
+    """What a node of a body reads within it, directly or through others."""
+    read = {parent for parent in body[name].parents if parent in body and parent != name}
+    return read.union(*(_ancestors(parent, body) for parent in read))
 
 
 def _schemas(tools: str | Sequence[Mapping[str, Any]], field: str) -> Any:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.batch import PairBatch
+from sysdpo_jax.components.routed import Routed
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.manifest import describe, digest, fingerprints
@@ -102,7 +103,12 @@ def _log_probs(log_prob: LogProb, features: Features, batch_size: int, mesh: Mes
 
 
 def _refuse_noise(log_prob: LogProb, node: Node, features: Features, mesh: Mesh) -> None:
-    part = place_batch(mesh, jax.tree.map(lambda x: np.repeat(x[:1], batch_parts(mesh), axis=0), features))
+    row = 0
+    if isinstance(features, Routed):
+        # One that ran: the others have no noise.
+        row = int(np.argmax(np.asarray(features.ran).reshape(len(features.ran), -1).any(axis=1)))
+    one_row = jax.tree.map(lambda x: np.repeat(x[row : row + 1], batch_parts(mesh), axis=0), features)
+    part = place_batch(mesh, one_row)
     one, other = (np.asarray(log_prob(part, jax.random.key(seed))) for seed in (0, 1))
     if not np.array_equal(one, other):
         raise ValueError(

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from sysdpo_jax.batch import PairBatch, SampledBatch
+from sysdpo_jax.components.routed import Routed, only_runs
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.models.lora import is_lora, strip_lora
 from sysdpo_jax.models.remat import KERNELS
@@ -103,7 +104,8 @@ class Throughput:
         figures = memory(self.mesh.local_devices)
         if not done:
             return figures
-        figures |= {f"padding/{name}": sum(c.padding[name] for c in done) / len(done) for name in done[0].padding}
+        known = [name for name in done[0].padding if all(name in counted.padding for counted in done)]
+        figures |= {f"padding/{name}": sum(counted.padding[name] for counted in done) / len(done) for name in known}
         if last is None:
             return figures
         figures["throughput/steps_per_second"] = len(done) / (now - last)
@@ -152,7 +154,7 @@ def count_units(system: CompoundSystem, batch: PyTree) -> dict[str, int]:
         return {}
     totals = Counter({"pairs_per_second": int(jax.tree.leaves(batch)[0].shape[0])})
     for name, values in features:
-        for unit, number in system.node(name).component.units(values).items():
+        for unit, number in system.node(name).component.units(only_runs(values)).items():
             totals[f"{unit}_per_second/{name}"] += number
     return dict(totals)
 
@@ -161,9 +163,9 @@ def padding(system: CompoundSystem, features: Sequence[tuple[str, Features]]) ->
     """{node: share of its features' places that hold nothing}, of nodes whose rows differ in size."""
     shares: dict[str, list[float]] = {}
     for name, values in features:
-        component = system.node(name).component
-        if component.sizes(values):
-            shares.setdefault(name, []).append(component.padding(values))
+        component, runs = system.node(name).component, only_runs(values)
+        if component.sizes(runs):
+            shares.setdefault(name, []).append(component.padding(runs))
     return {name: sum(own) / len(own) for name, own in shares.items()}
 
 
@@ -171,7 +173,8 @@ def _features(batch: PyTree) -> list[tuple[str, Features]]:
     """(node, features) of both sides, and of intermediates, which are the same on both; of other batches none."""
     match batch:
         case PairBatch():
-            return [*batch.chosen.items(), *batch.rejected.items()]
+            sides = [*batch.chosen.items(), *batch.rejected.items()]
+            return [(name, own) for name, own in sides if not (isinstance(own, Routed) and own.features is None)]
         case SampledBatch():
             return [*batch.intermediates.items(), *_features(batch.outputs)]
     return []
@@ -256,7 +259,8 @@ def step_flops(system: CompoundSystem, state: TrainState, batch: PyTree) -> dict
     """
     match batch:
         case PairBatch():
-            evaluated, both, given = dict(batch.chosen), set(batch.chosen), set(batch.reference or {})
+            evaluated = {name: _of_one_side(own) for name, own in batch.chosen.items()}
+            both, given = set(batch.chosen), set(batch.reference or {})
         case SampledBatch():
             sides = {**batch.intermediates, **batch.outputs.chosen}
             evaluated, both, given = jax.tree.map(_folded, sides), set(batch.outputs.chosen), set()
@@ -333,6 +337,12 @@ def _of_equation(equation: JaxprEqn) -> int:
 
 def _shape_of(variable: Any) -> tuple[int, ...]:
     return tuple(variable.aval.shape)
+
+
+def _of_one_side(features: Features) -> Features:
+    """With the room that one side takes of what both have."""
+    known = isinstance(features, Routed) and features.room is not None
+    return replace(features, room=-(-features.room // 2)) if known else features
 
 
 def _folded(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ from sysdpo_jax.models.decoder import Decoder
 from sysdpo_jax.runs.config import NodeConfig, TrainConfig
 from sysdpo_jax.runs.files import configure, read_config, write_config
 from sysdpo_jax.runs.run import assemble
-from sysdpo_jax.runs.system import _component
+from sysdpo_jax.runs.system import Scope, _component
 from tests.components.stubs import word_tokenizer
 from tests.objectives.mixtures import DECODER
 
@@ -84,7 +84,8 @@ BODY = {"action": ACTION, "seen": NodeConfig(("action",), tool="json:loads"), "p
 
 def built(**settings):
     node = replace(ACTION, **settings)
-    return _component("action", node, {"agent": (agent(), {})}, ("agent", BODY | {"action": node})).prompt
+    scope = Scope("agent", "action", BODY | {"action": node})
+    return _component("system.nodes.agent.body.action", node, {"agent": (agent(), {})}, scope).prompt
 
 
 def test_a_node_of_a_loop_makes_its_messages():
@@ -108,7 +109,7 @@ def test_a_node_of_a_loop_makes_its_messages():
     [
         (
             {"chat": False, "prompt": "{task}", "system": "a"},
-            r"nodes\.action\.system is of a chat: add chat: true",
+            r"body\.action\.system is of a chat: add chat: true",
         ),
         ({"parents": ("task", "seen", "agent")}, "has 2 parents: give a prompt that joins them"),
         ({"prompt": "{agent}"}, r"must name parents in braces \(task\): it names 'agent'"),

@@ -15,7 +15,8 @@ import pytest
 
 from sysdpo_jax import DirectObjective, Gaussian, PreferenceRecord, RecordError, epoch_batches, prepare_pairs
 from sysdpo_jax.data import batches, preference_dataset
-from sysdpo_jax.data.batches import AHEAD, MOST_AHEAD, MULTIPLE, Plan, best_cut, read_ahead, static_sizes
+from sysdpo_jax.data.batches import AHEAD, MOST_AHEAD, read_ahead
+from sysdpo_jax.data.plan import MULTIPLE, Plan, best_cut, static_sizes
 from sysdpo_jax.threads import GRACE
 from sysdpo_jax.training import ComponentOptimizer, Trainer, create_state, make_optimizer
 from tests.training.systems import CHAIN

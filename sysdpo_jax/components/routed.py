@@ -1,0 +1,107 @@
+"""Features of nodes that do not run in every row: the runs that there were are computed, the others are not.
+
+A node of a branch has 0 or 1 runs in a record, a node of a loop as many as the record has turns.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+from numpy.typing import ArrayLike
+
+from sysdpo_jax.components.base import Component, as_rows
+from sysdpo_jax.typing import Features
+
+# `room` is one of so many sizes, so that few are compiled.
+LEVELS = 8
+# The mesh axes that cut a batch's rows.
+BATCH_AXES = ("data", "fsdp")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("features", "ran"), meta_fields=("room",))
+@dataclass(frozen=True)
+class Routed:
+    """Features of places, some of which have a run.
+
+    Args:
+        features: Every array [*leading, ...]; what a place without a run holds is arbitrary. None where no run is.
+        ran: [*leading], which places have one: leading is (batch,) of a branch and (batch, turns) of a loop.
+        room: So many places are computed, in the whole batch with both sides, which is no less than there are runs.
+            None computes as many as there are places.
+    """
+
+    features: Features
+    # Bool [*leading]; no more is said, because JAX puts other things in its place, such as shapes.
+    ran: Any
+    room: int | None = None
+
+
+def room_for(runs: int, places: int) -> int:
+    """The room for so many runs in a batch of so many places: one of a few sizes, at least 1."""
+    step = -(-places // LEVELS)
+    return min(places, step * max(1, -(-runs // step)))
+
+
+def only_runs(features: Features) -> Features:
+    """The features of the runs alone [runs, ...], None where nothing ran; others as they are. Host side."""
+    if not isinstance(features, Routed):
+        return features
+    ran = np.asarray(features.ran)
+    return jax.tree.map(lambda x: np.asarray(x)[ran], features.features)
+
+
+def spread(features: Features, ran: Bool[np.ndarray, "..."]) -> Features:
+    """Features [runs, ...] at the places [*leading, ...] that ran; zeros at the others. Host side."""
+
+    def placed(x: np.ndarray) -> np.ndarray:
+        whole = np.zeros((*ran.shape, *x.shape[1:]), x.dtype)
+        whole[ran] = x
+        return whole
+
+    return jax.tree.map(placed, features)
+
+
+def fold(component: Component, features: Features, axes: int) -> Features:
+    """`Component.fold_runs`, which of `Routed` features folds the places: what rows share is not made use of."""
+    return as_rows(features, axes) if isinstance(features, Routed) else component.fold_runs(features, axes)
+
+
+def gathered(routed: Routed) -> tuple[Features, Int[Array, "room"], Int[Array, "room"]]:
+    """The features of the runs, as many as there is room for; the rest of it is filled with the first run.
+
+    Returns:
+        features [room, ...]; source: the number of each one's place among all [room]; target: the same, and the number
+        of all places for what fills.
+    """
+    places, axes = math.prod(routed.ran.shape), routed.ran.ndim
+    size = places if routed.room is None else min(places, _whole(routed.room))
+    [target] = jnp.nonzero(routed.ran.reshape(-1), size=size, fill_value=places)
+    # A run's own values: whatever a place without one holds could have a gradient that is not finite.
+    source = jnp.minimum(jnp.where(target < places, target, target[0]), places - 1)
+    rows = as_rows(jax.tree.map(jnp.asarray, routed.features), axes)
+    return jax.tree.map(lambda x: x[source], rows), source, target
+
+
+def summed(values: Array, target: Int[Array, "room"], ran: Bool[Array | np.ndarray, "rows ..."]) -> Array:
+    """Values of what `gathered` gave, added up for every row."""
+    flat = jnp.zeros(math.prod(ran.shape), values.dtype).at[target].set(values, mode="drop")
+    return flat.reshape(ran.shape[0], -1).sum(-1)
+
+
+def number_of_runs(features: Features, rows: ArrayLike) -> Array:
+    """How many runs each row has, as floats like `rows`: 1 where the node runs in every row."""
+    if not isinstance(features, Routed):
+        return jnp.ones_like(rows)
+    return jnp.asarray(features.ran).reshape(features.ran.shape[0], -1).sum(-1).astype(jnp.result_type(rows))
+
+
+def _whole(room: int) -> int:
+    """The room, as a multiple of the parts that the mesh of the function being traced cuts rows into."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    parts = math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
+    return -(-room // parts) * parts

@@ -1,0 +1,126 @@
+"""Which nodes run in which rows: what only branches of a switch read runs where such a branch is chosen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sysdpo_jax.components.control import Switch, Turns
+from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.nodes import Node
+from sysdpo_jax.typing import Record
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The nodes of one scope, the system's own or the body of a loop, in any order.
+
+    Args:
+        nodes: Of the scope; of a loop in it the node that stands for it.
+        reads: `{node: what it reads}`, of a loop what its body reads from outside.
+    """
+
+    nodes: tuple[Node, ...]
+    reads: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def conditional(self) -> frozenset[str]:
+        """The nodes that do not run in every row."""
+        return frozenset(name for name in self._readers if not self._always(name))
+
+    @cached_property
+    def depends(self) -> dict[str, tuple[str, ...]]:
+        """`{node: what must be known before it}`: what it reads, and what decides whether it runs."""
+        return {name: tuple(dict.fromkeys((*self.reads[name], *self._choosers(name)))) for name in self._readers}
+
+    def runs(self, name: str, record: Record) -> bool:
+        """Whether a node runs.
+
+        Args:
+            name: Of a node.
+            record: With the values of what it depends on.
+
+        Returns:
+            Whether something that runs reads it, or nothing does.
+
+        Raises:
+            ToolError: For a value that is none of a switch's cases, naming both.
+        """
+        return name not in self.conditional or any(
+            self.runs(reader, record) and (not self._is_branch(reader, name) or self.chosen(reader, record) == name)
+            for reader in self._readers[name]
+        )
+
+    def chosen(self, switch: str, record: Record) -> str:
+        """The branch that a switch takes.
+
+        Args:
+            switch: Its name.
+            record: With the value that chooses.
+
+        Returns:
+            The name of what the branch is the value of.
+
+        Raises:
+            ToolError: For a value that is no case.
+        """
+        node = self._switches[switch]
+        component: Any = node.component
+        try:
+            return node.parents[1 + component.branch(record[node.parents[0]])]
+        except ToolError as error:
+            raise ToolError(f"node {switch!r}: the value of {node.parents[0]!r}, {error}", refused=True) from None
+
+    @cached_property
+    def _switches(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes if isinstance(node.component, Switch)}
+
+    @cached_property
+    def _readers(self) -> dict[str, list[str]]:
+        return {node.name: [name for name, read in self.reads.items() if node.name in read] for node in self.nodes}
+
+    def _always(self, name: str) -> bool:
+        readers = self._readers[name]
+        return not readers or any(self._always(reader) and not self._is_branch(reader, name) for reader in readers)
+
+    def _is_branch(self, reader: str, name: str) -> bool:
+        """Whether a node is read as a branch alone: neither what chooses nor what that follows from."""
+        return reader in self._switches and name not in self._ancestors(self._switches[reader].parents[0])
+
+    def _ancestors(self, name: str) -> set[str]:
+        """A name and all that it follows from."""
+        return {name}.union(*map(self._ancestors, self.reads.get(name, ())))
+
+    def _choosers(self, name: str) -> set[str]:
+        if self._always(name):
+            return set()
+        found = [self._choosers(reader) for reader in self._readers[name]]
+        found += [{self._switches[r].parents[0]} for r in self._readers[name] if self._is_branch(r, name)]
+        return set().union(*found)
+
+
+def scopes(nodes: Sequence[Node]) -> tuple[Flow, dict[str, Flow]]:
+    """The flow of a system and, by their names, those of its loops.
+
+    Args:
+        nodes: With loops written out, in any order.
+
+    Returns:
+        Both; the nodes of a body read one another's values in them.
+    """
+    bodies: dict[str, list[Node]] = {node.name: [] for node in nodes if isinstance(node.component, Turns)}
+    for node in nodes:
+        if node.loop is not None:
+            bodies[node.loop].append(node)
+    inside = {loop: {loop, *(node.name for node in body)} for loop, body in bodies.items()}
+    outer = {
+        node.name: tuple(
+            dict.fromkeys(p for own in bodies[node.name] for p in own.parents if p not in inside[node.name])
+        )
+        if node.name in bodies
+        else node.parents
+        for node in nodes
+        if node.loop is None
+    }
+    whole = Flow(tuple(node for node in nodes if node.loop is None), outer)
+    return whole, {loop: Flow(tuple(body), {node.name: node.parents for node in body}) for loop, body in bodies.items()}
