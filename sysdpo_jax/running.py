@@ -140,6 +140,22 @@ class Running(Graph):
                 known[key] = value
         return [known[key] if key in known else answers[key] for key in keys]
 
+    def given_values(self, node: Node, rows: Sequence[Record], known: Known | None = None) -> list[Any]:
+        """What a tool or a switch gives.
+
+        Args:
+            node: One of the system.
+            rows: In which it runs, with the values that it reads.
+            known: As for `tool_values`.
+
+        Returns:
+            A value for every row or, where the tool failed, the `ToolError`, which names the node.
+        """
+        if not isinstance(node.component, Switch):
+            return self.tool_values(node, columns_of(rows, node.parents), known)
+        flow = self.flow if node.loop is None else self.bodies[node.loop]
+        return [row[flow.chosen(node.name, row)] for row in rows]
+
     def node_candidates(
         self, node: Node, params: Params, columns: Mapping[str, Sequence[Any]], number: int, key: PRNGKeyArray
     ) -> list[list[Any]]:
@@ -174,7 +190,7 @@ class Running(Graph):
         """Complete `made` with the values of these nodes of a scope. where: behind a record's number in errors."""
         for node in nodes:
             _end_without_case(flow, node, made)
-            for row, run in _alive(made).items():
+            for row, run in _alive(made).items() if node.name in flow.conditional else ():
                 if not flow.runs(node.name, run) and run.pop(node.name, None) is not None:
                     raise RecordError(
                         f"record {row}{where}: node {node.name!r} has a value, but what chooses among the branches "
@@ -186,7 +202,7 @@ class Running(Graph):
                 continue
             lacking = [row for row, run in running.items() if node.deterministic and node.name not in run]
             if lacking:
-                values = self._given(flow, node, [running[row] for row in lacking], known)
+                values = self.given_values(node, [running[row] for row in lacking], known)
                 _take(node, made, dict(zip(lacking, values, strict=True)))
             for row, run in _running(flow, node, made).items():
                 _require(run, (node.name,), f"record {row}{where}", "node")
@@ -234,7 +250,7 @@ class Running(Graph):
                 _take(node, runs, self._run_turns(node, params, runs, running, own))
                 continue
             if node.deterministic:
-                values = self._given(flow, node, list(running.values()))
+                values = self.given_values(node, list(running.values()))
             elif self.is_routed(node):
                 keys = row_keys(own, len(runs))[np.array(rows)]
                 values = self.sample_node(node, params, columns_of(list(running.values()), node.parents), keys)
@@ -273,12 +289,6 @@ class Running(Graph):
             going = still
         return turns
 
-    def _given(self, flow: Flow, node: Node, rows: Sequence[Record], known: Known | None = None) -> list[Any]:
-        """What a tool or a switch gives for rows in which it runs, or the `ToolError`."""
-        if not isinstance(node.component, Switch):
-            return self.tool_values(node, columns_of(rows, node.parents), known)
-        return [row[flow.chosen(node.name, row)] for row in rows]
-
     def _call(self, node: Node, parents: Parents) -> list[Any]:
         """What the tool of a node gives for every row, or the `ToolError`; of a plate all the copies' values."""
         tool: Any = node.component
@@ -306,6 +316,8 @@ class Running(Graph):
 
 def _end_without_case(flow: Flow, node: Node, runs: list[Run]) -> None:
     """Put the `ToolError` in the place of rows in which nobody can tell whether a node runs, or which branch it is."""
+    if not (node.name in flow.conditional or isinstance(node.component, Switch)):
+        return
     for row, run in _alive(runs).items():
         try:
             if flow.runs(node.name, run) and isinstance(node.component, Switch):

@@ -20,6 +20,7 @@ from sysdpo_jax import (
     Node,
     PreferenceRecord,
     RecordError,
+    SearchedBatches,
     Switch,
     Tool,
     create_state,
@@ -241,13 +242,12 @@ BODY = (Node("a", Categorical(2, (2,)), ("x",)),)
     ("make", "message"),
     [
         (lambda: (Loop("l", BODY, 0),), "turns 0 must be at least 1"),
-        (lambda: (Loop("l", (), 2),), "the loop 'l' has no node"),
+        (lambda: (Loop("l", (), 2), *BODY), "the loop 'l' has no node"),
         (lambda: (Loop("l", (Loop("m", BODY, 2),), 2),), "loop 'l': its node 'm' is a loop"),
         (lambda: (Loop("l", BODY, 2), Node("b", Categorical(2, (2,)), ("a",))), "'b' reads 'a', .* read 'l'"),
         (lambda: (Loop("l", BODY, 2), Node("a", Categorical(2, (2,)), ("x",))), "'a' is used twice"),
         (lambda: (Loop("l", (Node("a", Tool(repr), ("b",)), Node("b", Tool(repr), ("a",))), 2), Node("c", Tool(repr), ("x",))), "cycle"),  # noqa: E501
         (lambda: (Loop("l", (Node("a", Tool(repr), ("nope",)),), 2),), "unknown parent 'nope'"),
-        (lambda: (Loop("l", BODY, 2, until=3),), "until is 3, which cannot be called"),
     ],
 )  # fmt: skip
 def test_a_bad_loop_is_refused(make, message):
@@ -275,7 +275,8 @@ def preferences(rows, seed=0):
     made = []
     for _ in range(rows):
         x = int(rng.integers(2))
-        own = [run for run in RUNS if run["x"] == x]
+        length = int(rng.integers(1, TURNS + 1))
+        own = [run for run in RUNS if run["x"] == x and len(run["turns"]) in (length, 1)]
         sides = ({k: v for k, v in own[rng.integers(len(own))].items() if k != "x"} for _ in range(2))
         made.append(PreferenceRecord({"x": x}, *sides))
     return made
@@ -297,7 +298,7 @@ def loss_by_hand(params, reference, records, beta=0.1):
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 4), (8, 2)])
 def test_a_step_is_that_of_the_table(devices, accumulate):
     """Against the gradient by finite differences of the loss by hand (float64), on every mesh; float32, so 1e-4."""
-    mesh = make_mesh(devices=jax.devices()[:devices])
+    mesh = make_mesh(devices)
     dataset = preference_dataset(AGENT, RECORDS, 16, seed=3)
     batch, picked = dataset[0], [RECORDS[row] for row in dataset.plan.at(0)[0]]
     assert batch.chosen["action"].room < batch.chosen["action"].ran.size * 2
@@ -351,10 +352,15 @@ def test_references_are_computed_before():
     np.testing.assert_allclose(known.reference["action"][1], expected["action"], atol=1e-6)
 
 
+def test_turns_are_not_searched_for():
+    with pytest.raises(GraphError, match="'turns' is a loop, whose turns are not searched for"):
+        SearchedBatches(AGENT, RECORDS, 4, seed=0)
+
+
 def test_a_switch_in_a_loop_and_a_loop_behind_a_switch():
     """Each turn uses one of two tools; and a run has turns only where the route says so."""
     body = (
-        Node("choice", Categorical(2), ("x",)),
+        Node("choice", Categorical(2, (2,)), ("x",)),
         Node("left", Tool(observe), ("x",)),
         Node("right", Categorical(2, (2,)), ("x",)),
         Node("seen", Switch((0, 1)), ("choice", "left", "right")),

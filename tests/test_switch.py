@@ -20,9 +20,13 @@ from sysdpo_jax import (
     Node,
     PreferenceRecord,
     RecordError,
+    SamplingObjective,
+    SearchedBatches,
     Switch,
     Tool,
+    Trainer,
     create_state,
+    draw_intermediates,
     epoch_batches,
     load_preferences,
     log_ratio,
@@ -34,6 +38,7 @@ from sysdpo_jax import (
     preference_dataset,
     prepare_pairs,
     rollout,
+    sampled_batch,
 )
 from sysdpo_jax.components.routed import LEVELS, Routed, room_for
 from sysdpo_jax.training import ComponentOptimizer
@@ -338,7 +343,7 @@ def test_shards_of_a_batch_have_the_room_of_the_whole_batch():
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 4), (8, 1), (8, 2)])
 def test_a_step_is_that_of_the_tables(devices, accumulate):
     """Against the gradient by finite differences of the loss by hand, 1e-3 of its largest entry, on every mesh."""
-    mesh = make_mesh(devices=jax.devices()[:devices])
+    mesh = make_mesh(devices)
     batch = preference_dataset(ROUTER, RECORDS, 16, seed=3)[0]
     start = ROUTER.init(KEY)
     state = create_state(ROUTER, start, OPTIMIZER, mesh)
@@ -381,34 +386,38 @@ def test_a_batch_in_which_a_branch_never_runs_has_the_shapes_of_the_others():
     counts = [int(batch.chosen["long"].ran.sum()) for batch in batches]
     assert sorted(counts) == [0, 0, 0, 1]
     assert {batch.chosen["long"].room for batch in batches} == {1, 2}
-    shapes = {str(jax.tree.map(np.shape, batch)) for batch in batches}
+    shapes = {tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}
     assert len(shapes) == 1
 
 
-def linear(width):
-    return Gaussian(width, width)
+WIDTH, ROWS = 64, 32
+
+
+def two_models():
+    """A system that sends each row to one of two linear models, and a batch half of whose rows go to each."""
+    system = CompoundSystem(
+        ("route", "x"),
+        (
+            Node("one", Gaussian(WIDTH, WIDTH), ("x",)),
+            Node("two", Gaussian(WIDTH, WIDTH), ("x",)),
+            Node("answer", Switch((0, 1)), ("route", "one", "two")),
+        ),
+    )
+    rng = np.random.default_rng(0)
+
+    def side(route):
+        return {("one", "two")[route]: rng.normal(size=WIDTH)}
+
+    routes = [row % 2 for row in range(ROWS)]
+    records = [PreferenceRecord({"route": r, "x": rng.normal(size=WIDTH)}, side(r), side(r)) for r in routes]
+    return system, preference_dataset(system, records, ROWS, seed=0)[0]
 
 
 def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
     """By the compiler's own count and by ours: masking would compute every row in both."""
-    width, rows = 64, 32
-    system = CompoundSystem(
-        ("route", "x"),
-        (
-            Node("one", linear(width), ("x",)),
-            Node("two", linear(width), ("x",)),
-            Node("answer", Switch((0, 1)), ("route", "one", "two")),
-        ),
-    )
-    params, rng = system.init(KEY), np.random.default_rng(0)
-
-    def side(route):
-        return {("one", "two")[route]: rng.normal(size=width)}
-
-    routes = [row % 2 for row in range(rows)]
-    records = [PreferenceRecord({"route": r, "x": rng.normal(size=width)}, side(r), side(r)) for r in routes]
-    batch = preference_dataset(system, records, rows, seed=0)[0]
-    assert batch.chosen["one"].room == batch.chosen["two"].room == rows
+    system, batch = two_models()
+    params = system.init(KEY)
+    assert batch.chosen["one"].room == batch.chosen["two"].room == ROWS
     features = jax.tree.map(lambda *x: np.concatenate(x), batch.chosen, batch.rejected)
     masked = {name: replace(f, room=None) if isinstance(f, Routed) else f for name, f in features.items()}
 
@@ -416,13 +425,25 @@ def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
         return sum(jnp.sum(term) for term in system.log_prob(params, features, KEY).values())
 
     def compiled(features):
-        cost = jax.jit(jax.grad(loss)).lower(params, features).compile().cost_analysis()
-        return cost["flops"]
+        return jax.jit(jax.grad(loss)).lower(params, features).compile().cost_analysis()["flops"]
 
     ours = [count_flops(loss, params, which) for which in (features, masked)]
-    assert ours[0] == ours[1] / 2 == 2 * (2 * rows) * width**2
+    assert ours[0] == ours[1] / 2 == 2 * (2 * ROWS) * WIDTH**2
     assert 0.45 < compiled(features) / compiled(masked) < 0.6
-    assert count_units(system, batch)["pairs_per_second"] == rows
+    assert count_units(system, batch)["pairs_per_second"] == ROWS
+
+
+def test_a_mesh_cuts_what_ran():
+    """Each of 8 devices computes an eighth of the products, and all of what finds the rows: the compiler counts."""
+    system, batch = two_models()
+    optimizer = make_optimizer({name: ComponentOptimizer(optax.sgd(0.1)) for name in system.param_keys})
+    flops = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices)
+        state = create_state(system, system.init(KEY), optimizer, mesh)
+        step = make_train_step(system, DirectObjective(), optimizer, mesh)
+        flops.append(step.lower(state, batch, KEY).compile().cost_analysis()["flops"])
+    assert flops[1] < flops[0] / 4
 
 
 def test_rollouts_make_pairs_that_train(tmp_path):
@@ -450,6 +471,38 @@ def test_references_are_computed_before_of_what_ran():
     expected = ROUTER.log_prob(params, pairs.chosen, KEY)
     for name in ("long", "short"):
         np.testing.assert_allclose(known.reference[name][0], expected[name], atol=1e-6)
+
+
+def test_routes_are_searched_for():
+    """Every set of intermediates is found, and p(z | x) is the sum over the routes to z by enumeration; 1e-5."""
+    first = Categorical(3, (2,))
+    system = router(first=first)
+    params, reference = system.init(KEY), system.init(jax.random.key(1))
+    sets = draw_intermediates(system, params, [{"x": 0}, {"x": 1}], 8, KEY)
+    expected = [{"route": 0}, {"route": 1, "draft": 0}, {"route": 1, "draft": 1}]
+    assert all(sorted(own, key=str) == sorted(expected, key=str) for own in sets)
+    # Both sides of a pair may have been made by different branches.
+    records = [PreferenceRecord({"x": x}, {"short": 0}, {"long": 2}) for x in range(2)]
+    batch = sampled_batch(system, records, sets, 3)
+    loss, _ = SamplingObjective(0.5)(system, params, reference, batch, KEY)
+
+    def log_p(params, x, z):
+        t = {name: np.asarray(jax.nn.softmax(tree["logits"]), np.float64) for name, tree in params.items()}
+        by_draft = sum(t["draft"][x, d] * t["long"][1 - d, z] for d in range(2))
+        return np.log(t["route"][x, 0] * t["short"][x, z] + t["route"][x, 1] * by_draft)
+
+    ratios = [[log_p(params, x, z) - log_p(reference, x, z) for z in (0, 2)] for x in range(2)]
+    by_hand = np.mean([np.log1p(np.exp(-0.5 * (chosen - rejected))) for chosen, rejected in ratios])
+    np.testing.assert_allclose(loss, by_hand, atol=1e-5)
+
+
+def test_the_search_trains_a_router(tmp_path):
+    records = [PreferenceRecord({"x": row % 2}, {"short": 0}, {"long": row % 3}) for row in range(8)]
+    system = router(first=Categorical(3, (2,)))
+    batches = SearchedBatches(system, records, 4, seed=0, num_intermediates=3)
+    trainer = Trainer(system, SamplingObjective(), OPTIMIZER, tmp_path, log_every=1)
+    state = trainer.fit(create_state(system, system.init(KEY), OPTIMIZER), batches, 2, KEY)
+    assert int(state.step) == 2
 
 
 def test_the_diagram_says_which_branch_is_whose():

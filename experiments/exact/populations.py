@@ -98,7 +98,13 @@ def outcome_population(exact: ExactSystem, rewards: Float[np.ndarray, "x z"]) ->
     """All pairs of z on the same x, under a judge with rewards R(x, z) in nats (Bradley-Terry)."""
     inner, outer = ([n.name for n in nodes] for nodes in (exact.system.intermediates, exact.system.outputs))
     runs = exact.records()[: len(exact.runs())]
-    every, finals = (distinct([{name: run[name] for name in names} for run in runs]) for names in (inner, outer))
+    every = distinct([{name: run[name] for name in inner if name in run} for run in runs])
+    # By the number of the outcome: which branch of a switch made it is summed over.
+    ends = {
+        int(z): {name: run[name] for name in outer if name in run}
+        for z, run in zip(exact.outcomes(), runs, strict=True)
+    }
+    finals = [ends[z] for z in sorted(ends)]
     x, first, second = np.nonzero(np.broadcast_to(~np.eye(len(finals), dtype=bool), (len(rewards), *[len(finals)] * 2)))
     records = [
         sj.PreferenceRecord({"x": int(row)}, finals[i], finals[j]) for row, i, j in zip(x, first, second, strict=True)
@@ -130,7 +136,9 @@ def _local(exact: ExactSystem, axis: int, rewards: np.ndarray, probability: np.n
     prefers = _sigmoid(rewards[:, :, None] - rewards[:, None, :])
     records: list[dict[str, Any]] = []
     pairs: list[tuple[int, int, float]] = []
-    for parents, reached in _contexts(exact, node):
+    for parents, seen in _contexts(exact, node):
+        # Where the node ran.
+        reached = seen & (values >= 0)
         weight = (probability * reached).sum(1)  # p(x | Pa), up to its sum
         drawn = np.stack([probability * reached * (values == v) for v in range(values.max() + 1)])
         drawn /= np.maximum(drawn.sum(-1, keepdims=True), np.finfo(float).tiny)  # p(s | x, Pa, v)

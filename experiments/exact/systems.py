@@ -4,14 +4,14 @@ Axes: X values of the input x, S runs s (the values of all nodes), Z outcomes z 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from sysdpo_jax import Categorical, CompoundSystem, Node
+from sysdpo_jax import Categorical, CompoundSystem, Loop, Node, Switch, Tool
 from sysdpo_jax.typing import Params
 
 Tables = Mapping[str, Any]
@@ -23,7 +23,9 @@ class ExactSystem:
 
     joint: tables of log-probabilities `{params_key: [*parents, value]}` -> log p(s | x), [X, *values of the nodes]. It
     does not know the graph: it is what the graph is checked against, and what the gaps are measured with.
-    values: the node of each axis of s; a plate has one axis a copy. z is the node of the last axis.
+    values: the node of each axis of s; a plate has one axis a copy, and a loop one a turn. z is the node of the last
+    axis, or whichever of `ends` ran. every: all s where they are no product of the nodes' values, -1 for what did not
+    run.
     """
 
     name: str
@@ -31,6 +33,8 @@ class ExactSystem:
     system: CompoundSystem
     values: tuple[str, ...]
     joint: Callable[[Tables], Any]
+    ends: tuple[str, ...] = ()
+    every: tuple[tuple[int, ...], ...] = ()
 
     def log_prob(self, params: Params) -> Float[np.ndarray, "x s"]:
         """log p(s | x) of every run in float64."""
@@ -43,13 +47,17 @@ class ExactSystem:
 
     def runs(self) -> list[tuple[int, ...]]:
         """Every s, ordered as the S axis."""
+        if self.every:
+            return list(self.every)
         tables = [self.system.node(name).component for name in self.values]
         return list(itertools.product(*(range(t.num_values) for t in tables if isinstance(t, Categorical))))
 
     def outcomes(self) -> np.ndarray:
         """[S] the number of each run's z."""
-        last = [name == self.values[-1] for name in self.values]
-        return np.unique(np.array(self.runs())[:, last], axis=0, return_inverse=True)[1]
+        last = [name in (self.ends or self.values[-1:]) for name in self.values]
+        ends = np.array(self.runs())[:, last]
+        # Of the branches of a switch one ran.
+        return np.unique(ends.max(1, keepdims=True) if self.ends else ends, axis=0, return_inverse=True)[1]
 
     def records(self) -> list[dict[str, Any]]:
         """Every (x, s) as the library takes it, x first."""
@@ -58,7 +66,13 @@ class ExactSystem:
     def _record(self, x: int, s: tuple[int, ...]) -> dict[str, Any]:
         record: dict[str, Any] = {"x": x}
         for name, value in zip(self.values, s, strict=True):
-            record[name] = [*record.get(name, []), value] if self.system.node(name).plate else value
+            node = self.system.node(name)
+            if value < 0:
+                continue
+            if node.loop is not None:
+                record[node.loop] = [*record.get(node.loop, []), {name: value}]
+            else:
+                record[name] = [*record.get(name, []), value] if node.plate else value
         return record
 
 
@@ -134,4 +148,81 @@ SHARED = ExactSystem(
     joint=lambda p: p["table"][:, :, None] + p["table"][None],
 )
 
-SYSTEMS = (chain("chain_one_x", num_inputs=1), chain("chain", num_inputs=2), DIAMOND, PLATE, SHARED)
+# route 0: an answer at once; route 1: a draft, then the answer.
+SWITCH = ExactSystem(
+    name="switch",
+    num_inputs=2,
+    system=CompoundSystem(
+        ("x",),
+        (
+            Node("route", Categorical(2, (2,)), ("x",)),
+            Node("short", Categorical(3, (2,)), ("x",)),
+            Node("draft", Categorical(2, (2,)), ("x",)),
+            Node("long", Categorical(3, (2,)), ("draft",)),
+            Node("answer", Switch((0, 1)), ("route", "short", "long")),
+        ),
+    ),
+    values=("route", "short", "draft", "long"),
+    joint=lambda p: _switch_joint(p),
+    ends=("short", "long"),
+    every=(
+        *((0, short, -1, -1) for short in range(3)),
+        *((1, -1, draft, long) for draft in range(2) for long in range(3)),
+    ),
+)
+
+
+def _switch_joint(p: Tables) -> Any:
+    route, short, draft, long = np.array(SWITCH.every).T
+    long_way = p["draft"][:, draft] + p["long"][draft, long]
+    return p["route"][:, route] + (route == 0) * p["short"][:, short] + (route == 1) * long_way
+
+
+def state_of(x: int, turns: Sequence[Mapping[str, int]]) -> int:
+    """What an action, and the answer, depend on: of input and earlier actions."""
+    return (x + sum(turn["action"] for turn in turns)) % 3
+
+
+def stops(turn: Mapping[str, int]) -> bool:
+    """Action 0 ends the turns."""
+    return turn["action"] == 0
+
+
+# Up to two actions of one table; then an answer.
+LOOP = ExactSystem(
+    name="two_turn_loop",
+    num_inputs=2,
+    system=CompoundSystem(
+        ("x",),
+        (
+            Loop(
+                "turns",
+                (
+                    Node("state", Tool(state_of), ("x", "turns")),
+                    Node("action", Categorical(3, (3,)), ("state",), params="agent"),
+                ),
+                turns=2,
+                until=stops,
+            ),
+            Node("end", Tool(state_of), ("x", "turns")),
+            Node("z", Categorical(2, (3,)), ("end",)),
+        ),
+    ),
+    values=("action", "action", "z"),
+    joint=lambda p: _loop_joint(p),
+    every=(
+        *((0, -1, z) for z in range(2)),
+        *((first, second, z) for first in (1, 2) for second in range(3) for z in range(2)),
+    ),
+)
+
+
+def _loop_joint(p: Tables) -> Any:
+    x = np.arange(2)[:, None]
+    first, second, z = np.array(LOOP.every).T
+    went_on = second >= 0
+    after = (x + first + np.maximum(second, 0)) % 3
+    return p["agent"][x, first] + went_on * p["agent"][(x + first) % 3, second] + p["z"][after, z]
+
+
+SYSTEMS = (chain("chain_one_x", num_inputs=1), chain("chain", num_inputs=2), DIAMOND, PLATE, SHARED, SWITCH, LOOP)

@@ -79,7 +79,7 @@ def export(config: Config) -> list[Path]:
     for name in trained:
         folder = config.output / name
         # Nodes that share the model differ in their prompts only.
-        model = next(node.component for node in run.system.nodes if node.params_key == name)
+        model = next(node.component for node in run.system.nodes if node.params_key == name and not node.deterministic)
         adapter = config.adapters and train.system.components[name].mode == "lora"
         if config.adapters and not adapter:
             print(f"{name} was trained whole: its whole model is written", file=sys.stderr)

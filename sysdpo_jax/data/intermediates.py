@@ -12,6 +12,8 @@ from jaxtyping import Int
 
 from sysdpo_jax.batch import PairBatch, SampledBatch, share
 from sysdpo_jax.components.base import RecordError, as_rows
+from sysdpo_jax.components.control import Switch
+from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.data.batches import epoch_rows
 from sysdpo_jax.data.records import (
     SIDES,
@@ -19,10 +21,11 @@ from sysdpo_jax.data.records import (
     hold_intermediates,
     prepare_sides,
     require_inputs,
+    require_searchable,
     without_intermediates,
 )
 from sysdpo_jax.data.rollouts import draw_intermediates, failed, stop_on_failure
-from sysdpo_jax.graph import CompoundSystem, GraphError, Known
+from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
 from sysdpo_jax.manifest import describe, digest
 from sysdpo_jax.row_files import LEAVES, ROWS, RowFile, write_row_file
 from sysdpo_jax.typing import Params, Record
@@ -64,8 +67,9 @@ def sampled_batch(
         RecordError: As `prepare` does where a row keeps no set, for a tool that fails, and for a row with no set or
             more than `number`.
     """
+    require_searchable(system)
     inner, outer = ([node.name for node in nodes] for nodes in (system.intermediates, system.outputs))
-    kept = [distinct({name: y[name] for name in inner} for y in sets) for sets in intermediates]
+    kept = [distinct({name: y[name] for name in inner if name in y} for y in sets) for sets in intermediates]
     for row, sets in enumerate(kept):
         if not 1 <= len(sets) <= number:
             raise RecordError(f"row {row} has {len(sets)} distinct sets of intermediates, outside 1..{number}")
@@ -133,7 +137,9 @@ def _completed(
             for y in own
         ]
         try:
-            made[side] = iter(system.complete(rows, nodes, known))
+            placed = routed_values(system, rows, known)
+            whole = iter(system.complete([row for row in placed if not failed(row)], nodes, known))
+            made[side] = iter([row if failed(row) else next(whole) for row in placed])
         except RecordError as error:
             raise RecordError(f"{side} runs (rows count intermediates): {error}") from error
     pairs: list[list[Sides]] = []
@@ -145,6 +151,40 @@ def _completed(
         if not pairs[-1]:
             raise next(filter(failed, values)).at(f"row {row}: none of its {len(own)} sets of intermediates is usable")
     return pairs
+
+
+def routed_values(system: CompoundSystem, rows: Sequence[Record], known: Known) -> list[Any]:
+    """The rows with the final value of a switch under the branch that is chosen in them.
+
+    What a switch ends in is an outcome whichever branch made it: p(z | x) is summed over the routes to it. In the place
+    of a row whose branch is no final value, and could not make it, is a `ToolError`.
+    """
+    final = {node.name for node in system.outputs}
+    moved: list[Any] = [dict(row) for row in rows]
+    for node in system.recorded:
+        branches = node.parents[1:] if isinstance(node.component, Switch) else ()
+        if not final.intersection(branches):
+            continue
+        chooser = [node.parents[0]] if node.parents[0] not in system.inputs else []
+        alive = [place for place, row in enumerate(moved) if not failed(row)]
+        others = [{name: x for name, x in moved[place].items() if name not in branches} for place in alive]
+        for place, view in zip(alive, system.complete(others, chooser, known), strict=True):
+            moved[place] = view if failed(view) else _moved(system, node, moved[place], view)
+    return moved
+
+
+def _moved(system: CompoundSystem, switch: Node, row: dict[str, Any], view: Record) -> Any:
+    """The row with the value that it has of a branch under the one that is chosen. view: with what chooses."""
+    held = [name for name in switch.parents[1:] if name in row]
+    try:
+        if len(held) != 1 or not system.flow.runs(switch.name, view):
+            return row
+        branch = system.flow.chosen(switch.name, view)
+    except ToolError as error:
+        return error
+    if branch not in {node.name for node in system.outputs}:
+        return ToolError(f"node {switch.name!r}: the branch {branch!r} gives no final value", refused=True)
+    return {name: x for name, x in row.items() if name != held[0]} | {branch: row[held[0]]}
 
 
 def _usable(system: CompoundSystem, pairs: Sequence[Sides], row: int) -> list[Sides]:
@@ -186,7 +226,7 @@ class SearchedBatches:
 
     Raises:
         RecordError: Naming the row, for records that hold intermediates or lack an input or a final value.
-        GraphError: For a system without intermediates.
+        GraphError: For a system without intermediates, or with a loop.
         ValueError: For a number below 1, fewer rows than a batch, or processes that do not have a shard each.
     """
 
@@ -208,6 +248,7 @@ class SearchedBatches:
                 f"SearchedBatches: shard {self.shard} is none of {jax.process_count()}, one for each process: give "
                 "batch_shard(mesh), of a mesh whose data x fsdp is a multiple of the processes"
             )
+        require_searchable(self.system)
         if not self.system.intermediates:
             raise GraphError("the system has no intermediate values to search for: train it with DirectObjective")
         if self.records and hold_intermediates(self.system, self.records):

@@ -12,7 +12,7 @@ import numpy as np
 from sysdpo_jax.batch import PairBatch, share
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.errors import meant
-from sysdpo_jax.graph import CompoundSystem, Known
+from sysdpo_jax.graph import CompoundSystem, GraphError, Known
 from sysdpo_jax.structure import instead_of_plate
 from sysdpo_jax.typing import Features, Record
 
@@ -166,6 +166,15 @@ def require_intermediates(system: CompoundSystem, held: bool) -> None:
         )
 
 
+def require_searchable(system: CompoundSystem) -> None:
+    """Raise `GraphError` for a system with a loop, whose turns nobody searches for."""
+    for name in system.bodies:
+        raise GraphError(
+            f"node {name!r} is a loop, whose turns are not searched for: record whole runs, with their intermediate "
+            "values, and train with DirectObjective"
+        )
+
+
 def require_inputs(system: CompoundSystem, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise `RecordError` naming the row that lacks an input, and the input."""
     for row, values in enumerate(rows):
@@ -188,12 +197,13 @@ def without_intermediates(system: CompoundSystem, records: Sequence[PreferenceRe
         RecordError: Naming the row and the final value that it lacks.
     """
     names, given = [node.name for node in system.outputs], [node.name for node in system.given]
+    always = [node.name for node in system.outputs if not system.is_routed(node)]
 
     def final(row: int, side: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        missing = [name for name in names if name not in values]
+        missing = [name for name in always if name not in values]
         if missing:
             raise RecordError(f"record {row}: {side} lacks a value for {', '.join(missing)}: add the field")
-        return {name: values[name] for name in (*given, *names) if name in values}
+        return {name: values[name] for name in (*given, *names) if values.get(name) is not None}
 
     return [
         PreferenceRecord(r.inputs, final(row, "chosen", r.chosen), final(row, "rejected", r.rejected))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from sysdpo_jax.components.tool import NotCalledError, ToolError
-from sysdpo_jax.data.records import PreferenceRecord, require_inputs
+from sysdpo_jax.data.records import PreferenceRecord, require_inputs, require_searchable
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known, Node
 from sysdpo_jax.typing import Params, Record
 from sysdpo_jax.values import content
@@ -211,11 +211,12 @@ def draw_intermediates(
         From 1 to `number` distinct sets `{intermediate node: value}` for every row.
 
     Raises:
-        GraphError: For a system without intermediates.
+        GraphError: For a system without intermediates, or with a loop.
         RecordError: For a row that lacks an input, a tool that fails or leaves a row without a set.
         ValueError: For parameters that do not belong to the system or a number below 1.
     """
     system.check_params(params)
+    require_searchable(system)
     wanted = [node.name for node in system.intermediates]
     if not wanted:
         raise GraphError("the system has no intermediate values to draw: its preferences are for DirectObjective")
@@ -225,41 +226,76 @@ def draw_intermediates(
     sets: list[list[dict[str, Any]]] = [[dict(row)] for row in inputs]
     size = len(inputs) if size is None else size
     last = max(place for place, node in enumerate(system.nodes) if node.name in wanted)
+    undrawn = {node.name for node in system.outputs}
     for node in system.nodes[: last + 1]:
-        rows = list(chain.from_iterable(sets))
         # Final values are not drawn, and no intermediate depends on a tool that reads one.
-        if any(parent not in rows[0] for parent in node.parents) or node in system.outputs:
+        if node.name in undrawn or not undrawn.isdisjoint(node.parents):
+            undrawn.add(node.name)
             continue
+        sets = [_decided(system, node, kept, place) for place, kept in enumerate(sets)]
         if node.deterministic:
             sets = _with_tool(system, node, sets, known)
+            continue
+        rows = [row for row in chain.from_iterable(sets) if system.flow.runs(node.name, row)]
+        if not rows:
             continue
         # Numbers that do not depend on how many distinct values each row has: nothing compiles anew.
         longest = max(map(len, sets))
         filled = rows + [rows[-1]] * (size * longest - len(rows))
         columns = {name: [row[name] for row in filled] for name in node.parents}
-        found = system.node_candidates(node, params, columns, math.ceil(number / longest), key)
-        longer = iter([{**row, node.name: value} for value in own] for row, own in zip(rows, found, strict=False))
+        found = iter(system.node_candidates(node, params, columns, math.ceil(number / longest), key))
+        longer = [
+            [
+                [{**row, node.name: x} for x in next(found)] if system.flow.runs(node.name, row) else [row]
+                for row in kept
+            ]
+            for kept in sets
+        ]
         # The best of each first, then the second best of each.
-        sets = [_by_turns([next(longer) for _ in kept])[:number] for kept in sets]
-    return [[{name: row[name] for name in wanted} for row in kept] for kept in sets]
+        sets = [_by_turns(own)[:number] for own in longer]
+    return [[{name: row[name] for name in wanted if name in row} for row in kept] for kept in sets]
+
+
+def _decided(system: CompoundSystem, node: Node, kept: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
+    """The sets of a row without those in which a switch has no case for what chooses."""
+    if node.name not in system.flow.conditional:
+        return kept
+    found, refused = [], []
+    for row in kept:
+        try:
+            system.flow.runs(node.name, row)
+            found.append(row)
+        except ToolError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0].at(f"row {place}")
+    return found
 
 
 def _with_tool(
     system: CompoundSystem, node: Node, sets: Sequence[Sequence[dict[str, Any]]], known: Known | None
 ) -> list[list[dict[str, Any]]]:
     """The sets with the values of a tool, which those that have one keep; without the sets that it gives none for."""
-    lacking = [row for row in chain.from_iterable(sets) if node.name not in row]
-    columns = {name: [row[name] for row in lacking] for name in node.parents}
-    answers = iter(system.tool_values(node, columns, known) if lacking else ())
+
+    def lacks(row: dict[str, Any]) -> bool:
+        return node.name not in row and system.flow.runs(node.name, row)
+
+    lacking = list(filter(lacks, chain.from_iterable(sets)))
+    answers = iter(system.given_values(node, lacking, known) if lacking else ())
     made = []
     for place, kept in enumerate(sets):
-        values = [row[node.name] if node.name in row else next(answers) for row in kept]
-        stop_on_failure(values, f"row {place}")
-        usable = [row | {node.name: value} for row, value in zip(kept, values, strict=True) if not failed(value)]
+        outcomes = [_with(row, node.name, next(answers)) if lacks(row) else row for row in kept]
+        stop_on_failure(outcomes, f"row {place}")
+        usable = [row for row in outcomes if not failed(row)]
         if not usable:
-            raise values[0].at(f"row {place}")
+            raise outcomes[0].at(f"row {place}")
         made.append(usable)
     return made
+
+
+def _with(row: dict[str, Any], name: str, value: Any) -> Any:
+    """The row with a value, or the `ToolError` in its place."""
+    return value if failed(value) else row | {name: value}
 
 
 def failed(value: Any) -> bool:

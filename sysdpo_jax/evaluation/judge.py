@@ -135,6 +135,8 @@ class Judge:
         return await self.client.ask(connections, self._question(run), self._read)
 
     def _question(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        # Of a node that did not run there is nothing to show.
+        run = {**dict.fromkeys(self.template.names, ""), **run}
         images = [image for name in self.template.names for image in _images(run[name])]
         shown = {name: "(image)" if _images(value) else value for name, value in run.items()}
         text = self.template.filled(shown) + self.form.request

@@ -146,9 +146,8 @@ def _system(
                 until = None if node.until is None else import_function(node.until, f"{field}.until")
                 return sj.Loop(name, body, node.turns or 1, until)
         except ValueError as error:
-            raise (
-                error if isinstance(error, ConfigError | sj.GraphError) else ConfigError(f"{field}: {error}")
-            ) from None
+            known = isinstance(error, ConfigError | sj.GraphError)
+            raise error if known else ConfigError(f"{field}: {error}") from None
         return sj.Node(name, component_of(node, field, scope), node.parents, node.component, node.plate, node.weight)
 
     nodes = (made(name, node, f"system.nodes.{name}") for name, node in system.nodes.items())

@@ -115,7 +115,8 @@ class Throughput:
         return figures | {f"throughput/{name}": rate * sum(c.amounts[name] for c in done) for name in names}
 
     def _flops_of(self, state: TrainState, batch: PyTree) -> Mapping[str, int]:
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
+        # The structure says how many runs there is room for.
+        shapes = jax.tree.structure(batch), *((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
         if shapes not in self.flops:
             self.flops[shapes] = {}
             try:
