@@ -13,10 +13,12 @@ from sysdpo_jax import pretrained, serving
 from sysdpo_jax.batch import PairBatch, SampledBatch, encode_batch
 from sysdpo_jax.components import (
     Categorical,
+    ChatPrompt,
     Component,
     Diffusion,
     FlowMatching,
     FrozenText,
+    Functions,
     Gaussian,
     LanguageModel,
     LatentCodec,
@@ -28,7 +30,9 @@ from sysdpo_jax.components import (
     Switch,
     TextEncoder,
     Tool,
+    ToolCall,
     bucket_sizes,
+    tool_calls,
 )
 from sysdpo_jax.data import (
     PreferenceRecord,
@@ -88,12 +92,14 @@ __all__ = [  # noqa: RUF022
     "Aux",
     "BeamSearch",
     "Categorical",
+    "ChatPrompt",
     "Component",
     "ComponentOptimizer",
     "Diffusion",
     "Evaluation",
     "FlowMatching",
     "FrozenText",
+    "Functions",
     "Gaussian",
     "GraphError",
     "LanguageModel",
@@ -120,6 +126,7 @@ __all__ = [  # noqa: RUF022
     "Switch",
     "TextEncoder",
     "Tool",
+    "ToolCall",
     "TrainState",
     "add_lora",
     "batch_shard",
@@ -146,6 +153,7 @@ __all__ = [  # noqa: RUF022
     "rollout",
     "sampled_batch",
     "save_preferences",
+    "tool_calls",
     "tree_shardings",
     "without_intermediates",
 ]

@@ -298,7 +298,7 @@ def loss_by_hand(params, reference, records, beta=0.1):
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 4), (8, 2)])
 def test_a_step_is_that_of_the_table(devices, accumulate):
     """Against the gradient by finite differences of the loss by hand (float64), on every mesh; float32, so 1e-4."""
-    mesh = make_mesh(devices=jax.devices()[:devices])
+    mesh = make_mesh(devices)
     dataset = preference_dataset(AGENT, RECORDS, 16, seed=3)
     batch, picked = dataset[0], [RECORDS[row] for row in dataset.plan.at(0)[0]]
     assert batch.chosen["action"].room < batch.chosen["action"].ran.size * 2

@@ -343,7 +343,7 @@ def test_shards_of_a_batch_have_the_room_of_the_whole_batch():
 @pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 4), (8, 1), (8, 2)])
 def test_a_step_is_that_of_the_tables(devices, accumulate):
     """Against the gradient by finite differences of the loss by hand, 1e-3 of its largest entry, on every mesh."""
-    mesh = make_mesh(devices=jax.devices()[:devices])
+    mesh = make_mesh(devices)
     batch = preference_dataset(ROUTER, RECORDS, 16, seed=3)[0]
     start = ROUTER.init(KEY)
     state = create_state(ROUTER, start, OPTIMIZER, mesh)
@@ -390,30 +390,34 @@ def test_a_batch_in_which_a_branch_never_runs_has_the_shapes_of_the_others():
     assert len(shapes) == 1
 
 
-def linear(width):
-    return Gaussian(width, width)
+WIDTH, ROWS = 64, 32
+
+
+def two_models():
+    """A system that sends each row to one of two linear models, and a batch half of whose rows go to each."""
+    system = CompoundSystem(
+        ("route", "x"),
+        (
+            Node("one", Gaussian(WIDTH, WIDTH), ("x",)),
+            Node("two", Gaussian(WIDTH, WIDTH), ("x",)),
+            Node("answer", Switch((0, 1)), ("route", "one", "two")),
+        ),
+    )
+    rng = np.random.default_rng(0)
+
+    def side(route):
+        return {("one", "two")[route]: rng.normal(size=WIDTH)}
+
+    routes = [row % 2 for row in range(ROWS)]
+    records = [PreferenceRecord({"route": r, "x": rng.normal(size=WIDTH)}, side(r), side(r)) for r in routes]
+    return system, preference_dataset(system, records, ROWS, seed=0)[0]
 
 
 def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
     """By the compiler's own count and by ours: masking would compute every row in both."""
-    width, rows = 64, 32
-    system = CompoundSystem(
-        ("route", "x"),
-        (
-            Node("one", linear(width), ("x",)),
-            Node("two", linear(width), ("x",)),
-            Node("answer", Switch((0, 1)), ("route", "one", "two")),
-        ),
-    )
-    params, rng = system.init(KEY), np.random.default_rng(0)
-
-    def side(route):
-        return {("one", "two")[route]: rng.normal(size=width)}
-
-    routes = [row % 2 for row in range(rows)]
-    records = [PreferenceRecord({"route": r, "x": rng.normal(size=width)}, side(r), side(r)) for r in routes]
-    batch = preference_dataset(system, records, rows, seed=0)[0]
-    assert batch.chosen["one"].room == batch.chosen["two"].room == rows
+    system, batch = two_models()
+    params = system.init(KEY)
+    assert batch.chosen["one"].room == batch.chosen["two"].room == ROWS
     features = jax.tree.map(lambda *x: np.concatenate(x), batch.chosen, batch.rejected)
     masked = {name: replace(f, room=None) if isinstance(f, Routed) else f for name, f in features.items()}
 
@@ -421,13 +425,25 @@ def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
         return sum(jnp.sum(term) for term in system.log_prob(params, features, KEY).values())
 
     def compiled(features):
-        cost = jax.jit(jax.grad(loss)).lower(params, features).compile().cost_analysis()
-        return cost["flops"]
+        return jax.jit(jax.grad(loss)).lower(params, features).compile().cost_analysis()["flops"]
 
     ours = [count_flops(loss, params, which) for which in (features, masked)]
-    assert ours[0] == ours[1] / 2 == 2 * (2 * rows) * width**2
+    assert ours[0] == ours[1] / 2 == 2 * (2 * ROWS) * WIDTH**2
     assert 0.45 < compiled(features) / compiled(masked) < 0.6
-    assert count_units(system, batch)["pairs_per_second"] == rows
+    assert count_units(system, batch)["pairs_per_second"] == ROWS
+
+
+def test_a_mesh_cuts_what_ran():
+    """Each of 8 devices computes an eighth of the products, and all of what finds the rows: the compiler counts."""
+    system, batch = two_models()
+    optimizer = make_optimizer({name: ComponentOptimizer(optax.sgd(0.1)) for name in system.param_keys})
+    flops = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices)
+        state = create_state(system, system.init(KEY), optimizer, mesh)
+        step = make_train_step(system, DirectObjective(), optimizer, mesh)
+        flops.append(step.lower(state, batch, KEY).compile().cost_analysis()["flops"])
+    assert flops[1] < flops[0] / 4
 
 
 def test_rollouts_make_pairs_that_train(tmp_path):

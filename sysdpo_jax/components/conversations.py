@@ -5,19 +5,25 @@ Everything that reads messages reads them here, so that a template sees the same
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.user_code import user_code
 from sysdpo_jax.values import TEXT, TOKENS, sampled_fault
 
 T = TypeVar("T")
+Messages = Sequence[Mapping[str, Any]]
+# What writes messages as the chat template does.
+Write = Callable[[Messages], str]
 
 # The names of a conversation with more than messages; the last two are TRL's columns too.
 MESSAGES, TOOLS, ARGUMENTS = "messages", "tools", "chat_template_kwargs"
+# The role of a message that holds what a tool answered.
+TOOL: Final = "tool"
+TOOL_REMEDY = "give them the role 'user' (in YAML observations: user), or set another tokenizer.chat_template"
 # Keys of a message that are texts wherever they are known; of others the template alone knows the type.
 TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
@@ -104,34 +110,42 @@ def render(tokenizer: Any, conversation: Conversation, row: int, awaits_turn: bo
             f"row {row} holds messages but the tokenizer has no chat template: set tokenizer.chat_template, or give a "
             "string"
         )
-    tools = list(conversation.tools) or None
-    arguments = dict(conversation.arguments)
-    if arguments:
-        _check_names(tokenizer, arguments, row)
-
-    def write(messages: Sequence[Mapping[str, Any]]) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=awaits_turn, **arguments
-            )
-        )
-
+    if conversation.arguments:
+        _check_names(tokenizer, dict(conversation.arguments), row)
+    write = _writer(tokenizer, conversation, awaits_turn)
     # A template is a program of the model's makers, which may fail in any way on what it was not written for.
     what = f"the chat template for the messages in row {row}"
     remedy = "edit them, or set another tokenizer.chat_template"
     try:
         with user_code(what, RecordError, (RecordError, TemplateError), remedy):
-            template = str(tokenizer.get_chat_template(tools=tools))
+            template = str(tokenizer.get_chat_template(tools=list(conversation.tools) or None))
             text = write(conversation.messages)
             unread = _unread(conversation, template, text, write)
     except TemplateError as error:
+        if _tells(conversation.messages) and _attempt(write, _in_role(conversation.messages, "user")) is not None:
+            raise RecordError(
+                f"the chat template refuses messages of the role {TOOL!r} in row {row} ({error}): {TOOL_REMEDY}"
+            ) from error
         raise RecordError(f"the chat template refuses the messages in row {row}: {error}") from error
     if unread is not None:
         raise RecordError(
             f"row {row} holds {unread}, which the tokenizer's chat template does not read: leave it out, or set a "
             "tokenizer.chat_template that reads it"
         )
+    if _tells(conversation.messages) and _ignores_tools(conversation.messages, text, write):
+        raise RecordError(
+            f"row {row} holds messages of the role {TOOL!r}, which the tokenizer's chat template does not know: "
+            f"{TOOL_REMEDY}"
+        )
     return text
+
+
+def rendered_start(tokenizer: Any, conversation: Conversation, messages: int) -> str | None:
+    """So many messages of a conversation that `render` has written, as they stood while the next one was awaited.
+
+    None where the template refuses them, or fails.
+    """
+    return _attempt(_writer(tokenizer, conversation, True), conversation.messages[:messages])
 
 
 def kind(value: Any) -> str:
@@ -223,7 +237,7 @@ def _check_names(tokenizer: Any, arguments: Mapping[str, Any], row: int) -> None
         )
 
 
-def _unread(conversation: Conversation, template: str, text: str, write: Any) -> str | None:
+def _unread(conversation: Conversation, template: str, text: str, write: Write) -> str | None:
     """What of the conversation leaves no trace in the text, because the template does not even name it."""
 
     def named(name: str) -> bool:
@@ -241,3 +255,42 @@ def _unread(conversation: Conversation, template: str, text: str, write: Any) ->
         ):
             return f"messages with {key!r}"
     return None
+
+
+def _writer(tokenizer: Any, conversation: Conversation, awaits_turn: bool) -> Write:
+    """What writes messages with the tools and arguments of a conversation."""
+    tools, arguments = list(conversation.tools) or None, dict(conversation.arguments)
+
+    def write(messages: Messages) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=awaits_turn, **arguments
+            )
+        )
+
+    return write
+
+
+def _attempt(write: Write, messages: Messages) -> str | None:
+    """The text of messages; None where the template does not write them."""
+    try:
+        return write(messages)
+    except Exception:
+        # Templates fail in any way on what they were not written for.
+        return None
+
+
+def _tells(messages: Messages) -> bool:
+    """Whether a message is of a tool."""
+    return any(turn["role"] == TOOL for turn in messages)
+
+
+def _in_role(messages: Messages, role: str) -> list[Mapping[str, Any]]:
+    """The messages with another role in the place of a tool's."""
+    return [{**turn, "role": role} if turn["role"] == TOOL else turn for turn in messages]
+
+
+def _ignores_tools(messages: Messages, text: str, write: Write) -> bool:
+    """Whether the text says nothing of what tools answered, or says it as the assistant's."""
+    told = [{**turn, "content": f"{turn.get('content', '')}0"} if turn["role"] == TOOL else turn for turn in messages]
+    return text in (_attempt(write, told), _attempt(write, _in_role(messages, "assistant")))

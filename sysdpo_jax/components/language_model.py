@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError, as_rows, batch_size
+from sysdpo_jax.components.joined_turns import joined
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
     Asking,
@@ -91,7 +92,7 @@ class LanguageModel(Component):
             raise ValueError("LanguageModel: the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         if self.truncation not in TRUNCATIONS:
             raise ValueError(f"LanguageModel: truncation {self.truncation!r} is none of {', '.join(TRUNCATIONS)}")
-        config, length = self.decoder.config, self.max_prompt_length + self.max_new_tokens
+        config, length = self.decoder.config, self._longest
         if length > config.max_position_embeddings:
             raise ValueError(
                 f"LanguageModel: max_prompt_length {self.max_prompt_length} and max_new_tokens {self.max_new_tokens} "
@@ -122,7 +123,7 @@ class LanguageModel(Component):
         length is max_prompt_length + max_new_tokens. "completion" [batch, max_new_tokens] is True once for each token
         of a completion; its width is the room that `log_prob` has for one. "truncated" is 1 in the rows of which
         anything was cut, and "retokenized" in those whose completion has other tokens than its model made or would
-        make, see `Completion`; else they are 0.
+        make, see `Completion`, or whose prompt holds earlier turns of which that is true; else they are 0.
         A completion is a string or, after a prompt of messages, a list of the one message that follows. What a model
         with this tokenizer sampled keeps its tokens, and gets no end where it was cut. All else is tokenized as it
         follows its prompt in one text, after messages as the chat template writes it, and one end closes it unless an
@@ -134,7 +135,7 @@ class LanguageModel(Component):
                 the decoder does not have.
         """
         prompts = self._prompts(parents, len(values))
-        tokens = np.full((len(values), self.max_prompt_length + self.max_new_tokens), self._pad, np.int32)
+        tokens = np.full((len(values), self._longest), self._pad, np.int32)
         starts, lengths, truncated, retokenized = np.zeros((4, len(values)), np.int32)
         rows = tokenized(self.tokenizer, map(self._row, prompts, values, range(len(values))))
         for row, (start, answer, cut, other) in enumerate(rows):
@@ -156,12 +157,12 @@ class LanguageModel(Component):
     def log_prob_with_metrics(self, params: Params, features: Features, key: Keys) -> tuple[LogProbs, Metrics]:
         """Sum over completion tokens of log softmax(logits)[token], in float32, and their number as "tokens".
 
-        "truncated" and "retokenized" are those of `prepare`. The mask comes from the lengths, never from the padding
-        token, which may equal the end of sequence. Only the positions before a completion's tokens get logits, see
-        `token_log_probs`.
+        "truncated" and "retokenized" are those of `prepare`, "turns" that of `join_turns`. The mask comes from lengths,
+        never from the padding token, which may equal the end of sequence; what a model was told between its turns is
+        not in it. Only the positions before a completion's tokens get logits, see `token_log_probs`.
         """
         token_log_prob, completion = self.token_log_probs(params, features)
-        counted = {name: jnp.asarray(features[name]) for name in ("truncated", "retokenized")}
+        counted = {n: jnp.asarray(features[n]) for n in ("truncated", "retokenized", "turns") if n in features}
         metrics = counted | {"tokens": completion.sum(-1).astype(jnp.float32)}
         return jnp.sum(token_log_prob * completion, axis=-1), metrics
 
@@ -192,8 +193,7 @@ class LanguageModel(Component):
 
     def _hidden(self, params: Params, features: Features, places: Int[Array, "batch places"]) -> Array:
         """Hidden states at places of the rows; what the rows of a preference begin with is computed once."""
-        longest = self.max_prompt_length + self.max_new_tokens
-        tokens, prefix = features["tokens"][:, :longest], prefix_of(features, longest)
+        tokens, prefix = features["tokens"][:, : self._longest], prefix_of(features, self._longest)
         run = partial(self.decoder.apply, {"params": params}, method="hidden_states")
         # Rows are padded on the right, so that causality alone hides the padding.
         places = jnp.clip(places, 0, tokens.shape[-1] - 1)
@@ -264,6 +264,16 @@ class LanguageModel(Component):
         texts = iter(self.texts([row[:length].tolist() for row, length in found]))
         return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
 
+    def join_turns(
+        self, features: Features, ran: Bool[np.ndarray, "records turns"]
+    ) -> tuple[Features, Bool[np.ndarray, "records turns"]]:
+        """One row for turns of which each, with its prompt, is what the next one's prompt begins with.
+
+        "completion" is then as wide as a prompt and a completion together, and False on what the model was told between
+        its turns. "turns" counts those that a row holds.
+        """
+        return joined(features, ran, self._longest)
+
     def mark_shared(self, runs: Sequence[Features]) -> Sequence[Features]:
         """With "shared", see `shared_prompt`."""
         return marked(runs)
@@ -275,7 +285,10 @@ class LanguageModel(Component):
         return made | {"runs": Runs(known * number)} if "shared" in features else made
 
     def sizes(self, features: Features) -> Mapping[str, Int[np.ndarray, "..."]]:
-        """The numbers of tokens of "prompt" and "completion"; what is "shared" is not counted in the prompt again."""
+        """The numbers of tokens of "prompt" and "completion"; what is "shared" is not counted in the prompt again.
+
+        The completion of joined turns is all behind the first prompt.
+        """
         starts, lengths = (np.asarray(features[name]) for name in ("prompt_lengths", "lengths"))
         own = {"prompt": starts, "completion": lengths - starts}
         if "shared" in features:
@@ -289,18 +302,14 @@ class LanguageModel(Component):
         Raises:
             ValueError: For too few.
         """
-        own, most = self.sizes(features), {"completion": self.max_new_tokens}
+        own, most = self.sizes(features), {"completion": self._longest if "turns" in features else self.max_new_tokens}
         sizes = {name: min(room, most.get(name, self.max_prompt_length)) for name, room in sizes.items()}
         for name, room in sizes.items():
             longest = int(own[name].max(initial=0))
             if longest > room:
                 raise ValueError(f"LanguageModel: a {name} has {longest} tokens, more than the {room} of its new size")
-        tokens, width = np.asarray(features["tokens"]), sum(sizes.values())
-        kept = tokens[..., :width]
-        if kept.shape[-1] < width:
-            spare = [(0, 0)] * (tokens.ndim - 1) + [(0, width - kept.shape[-1])]
-            kept = np.pad(kept, spare, constant_values=self._pad)
-        masks = {name: np.arange(sizes[name]) < own[name][..., None] for name in sizes if name != "prompt"}
+        kept = _fitted(np.asarray(features["tokens"]), sum(sizes.values()), self._pad)
+        masks = {name: _fitted(np.asarray(features[name]), sizes[name]) for name in sizes if name != "prompt"}
         return features | {"tokens": kept} | masks
 
     def padding(self, features: Features) -> float:
@@ -349,6 +358,11 @@ class LanguageModel(Component):
         return sampled_texts(self.tokenizer, rows, self.ends)
 
     @property
+    def _longest(self) -> int:
+        """As many tokens as a row has at most."""
+        return self.max_prompt_length + self.max_new_tokens
+
+    @property
     def _pad(self) -> int:
         """The tokenizer's padding token where the decoder has it: padding is masked, so any known id does."""
         pad = self.tokenizer.pad_token_id
@@ -388,7 +402,7 @@ class LanguageModel(Component):
         keep: Truncation = "error" if self.truncation == "error" else "keep_start"
         kept, cut = fitted(answer.ids, self.max_new_tokens, keep, "completion", "max_new_tokens", row)
         check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "completion", row)
-        return start, kept, start_cut or cut, answer.retokenized
+        return start, kept, start_cut or cut, whole.retokenized or answer.retokenized
 
     def _prompt_row(self, prompt: Any, row: int) -> Asking[tuple[Prompt, list[int], bool]]:
         """The prompt, its ids as they fit, and whether any were cut."""
@@ -397,3 +411,9 @@ class LanguageModel(Component):
         kept, cut = fitted(whole.ids, self.max_prompt_length, self.truncation, "prompt", setting, row, start)
         check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "prompt", row)
         return whole, kept, cut
+
+
+def _fitted(array: np.ndarray, width: int, filling: int = 0) -> np.ndarray:
+    """The array with a last axis so wide, cut or filled up."""
+    spare = max(0, width - array.shape[-1])
+    return np.pad(array[..., :width], [(0, 0)] * (array.ndim - 1) + [(0, spare)], constant_values=filling)

@@ -18,6 +18,7 @@ from sysdpo_jax.components.conversations import (
     read_conversation,
     read_messages,
     render,
+    rendered_start,
 )
 from sysdpo_jax.components.sampled_text import facts_of, own_tokens
 from sysdpo_jax.values import SampledText
@@ -68,12 +69,17 @@ def tokenized(tokenizer: Any, rows: Iterable[Asking[T]]) -> list[T]:
 
 
 class Prompt(NamedTuple):
-    """What a model goes on from: the text, its ids alone and with what the tokenizer adds, and its conversation."""
+    """What a model goes on from: the text, its ids alone, those that the model is given, and its conversation.
+
+    These hold what the tokenizer adds to a string, and the own ids of turns that were sampled. retokenized: whether a
+    turn that was sampled has others.
+    """
 
     text: str
     plain: list[int]
     ids: list[int]
     asked: Conversation | None
+    retokenized: bool
 
 
 class Completion(NamedTuple):
@@ -102,15 +108,16 @@ def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[Prompt]:
     """Token ids of a string as the tokenizer makes them by default, or of a conversation that awaits the next turn.
 
     Of a string's ids, a start that the text holds already is not put before it again, and an end that the tokenizer
-    puts after every text is left out, because the text goes on.
+    puts after every text is left out, because the text goes on. A conversation's are those of `_turns_with_own_ids`.
     """
     if isinstance(prompt, str):
         plain = yield prompt, False
-        return Prompt(prompt, plain, (yield from _open_text(tokenizer, prompt, plain, row)), None)
+        return Prompt(prompt, plain, (yield from _open_text(tokenizer, prompt, plain, row)), None, False)
     asked = read_conversation(prompt, f"the prompt in row {row}")
     text = render(tokenizer, asked, row, True)
-    ids = yield text, False
-    return Prompt(text, ids, ids, asked)
+    plain = yield text, False
+    ids, retokenized = yield from _turns_with_own_ids(tokenizer, asked, text)
+    return Prompt(text, plain, ids, asked, retokenized)
 
 
 def completion_ids(
@@ -184,6 +191,71 @@ def _open_text(tokenizer: Any, text: str, plain: list[int], row: int) -> Asking[
     return before + plain + after
 
 
+class _Turn(NamedTuple):
+    """A turn that was sampled, in the text of its conversation: the prompt before it, and what follows its tokens.
+
+    end: the token that ends it where `behind` follows a special token.
+    """
+
+    before: str
+    behind: str
+    end: int | None
+
+
+def _turns_with_own_ids(tokenizer: Any, asked: Conversation, text: str) -> Asking[tuple[list[int], bool]]:
+    """Ids of a conversation's text, and whether a turn that a model sampled has others than it made.
+
+    Such a turn keeps its ids, with its own end, behind the very ids that it was sampled for, so that a conversation
+    goes on from what the model has seen. It does where the template writes all up to it, and its content, as it did
+    then; what a template rewrites is tokenized like any text, with all that stands before it.
+    """
+    sampled = {
+        place: turn["content"]
+        for place, turn in enumerate(asked.messages)
+        if turn["role"] == "assistant" and isinstance(turn.get("content"), SampledText)
+    }
+    own = {place: ids for place, said in sampled.items() if (ids := own_tokens(tokenizer, said))}
+    parts: list[list[int]] = []
+    for place in sorted(own, reverse=True):
+        turn = _unchanged(tokenizer, asked, place, text)
+        if turn is None:
+            break
+        text, behind = turn.before, (yield from _behind_ids(tokenizer, turn))
+        parts += [behind, own[place]]
+    parts.append((yield text, False))
+    # Two parts of each turn that keeps its ids, and the text before all of them.
+    return [token for part in reversed(parts) for token in part], len(parts) < 2 * len(sampled) + 1
+
+
+def _unchanged(tokenizer: Any, asked: Conversation, place: int, text: str) -> _Turn | None:
+    """The sampled turn at a place where the text holds it as it was made, else None."""
+    said: SampledText = asked.messages[place]["content"]
+    # A first message is nothing that a model was asked for.
+    before = rendered_start(tokenizer, asked, place) if place else None
+    if before is None or not text.startswith(before + said):
+        return None
+    behind, closed, last = text[len(before) + len(said) :], closing(tokenizer), said.tokens[-1]
+    ends = () if closed is None else closed.ends
+    if said.end == "cut" or last not in (*facts_of(tokenizer).special, *ends):
+        # It has no end, or one that stands within the turn, as a word does.
+        return _Turn(before, behind, None)
+    for end in (last, *ends):
+        token = tokenizer.convert_ids_to_tokens(end)
+        if behind.lstrip().startswith(token):
+            return _Turn(before, behind.lstrip().removeprefix(token), last)
+    # Where the template ends turns, but not this one there, it wrote more into the turn.
+    return None if ends else _Turn(before, behind, last)
+
+
+def _behind_ids(tokenizer: Any, turn: _Turn) -> Asking[list[int]]:
+    """Ids of what follows a turn: no token spans a special one, or the end of what was cut."""
+    if turn.end is not None:
+        whole = yield tokenizer.convert_ids_to_tokens(turn.end) + turn.behind, False
+        if whole[:1] == [turn.end]:
+            return whole[1:]
+    return (yield from _apart(turn.behind))
+
+
 def _completion_text(tokenizer: Any, prompt: Prompt, value: Any, row: int) -> tuple[str, bool]:
     """The text behind the prompt's, and whether the chat template wrote it."""
     if isinstance(value, str):
@@ -223,11 +295,16 @@ def _following(tokenizer: Any, prompt: Prompt, text: str) -> Asking[tuple[list[i
         ids = whole[len(prompt.plain) :]
         if whole[: len(prompt.plain)] == prompt.plain and (ids or not text.strip()):
             return ids, False
+    return (yield from _apart(text)), True
+
+
+def _apart(text: str) -> Asking[list[int]]:
+    """Token ids of a text that is not the first of its row, and of which no token reaches into what stands before."""
     for before in BEFORE:
         start, whole = (yield before, False), (yield before + text, False)
         if whole[: len(start)] == start and (len(whole) > len(start) or not text.strip()):
-            return whole[len(start) :], True
-    return (yield text, False), True
+            return whole[len(start) :]
+    return (yield text, False)
 
 
 def _up_to_the_end(

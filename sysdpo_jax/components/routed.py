@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
-from numpy.typing import ArrayLike
 
 from sysdpo_jax.components.base import Component, as_rows
 from sysdpo_jax.typing import Features
@@ -84,7 +84,7 @@ def gathered(routed: Routed) -> tuple[Features, Int[Array, "room"], Int[Array, "
     # A run's own values: whatever a place without one holds could have a gradient that is not finite.
     source = jnp.minimum(jnp.where(target < places, target, target[0]), places - 1)
     rows = as_rows(jax.tree.map(jnp.asarray, routed.features), axes)
-    return jax.tree.map(lambda x: x[source], rows), source, target
+    return jax.tree.map(lambda x: _cut(x[source]), rows), source, target
 
 
 def summed(values: Array, target: Int[Array, "room"], ran: Bool[Array | np.ndarray, "rows ..."]) -> Array:
@@ -93,7 +93,7 @@ def summed(values: Array, target: Int[Array, "room"], ran: Bool[Array | np.ndarr
     return flat.reshape(ran.shape[0], -1).sum(-1)
 
 
-def number_of_runs(features: Features, rows: ArrayLike) -> Array:
+def number_of_runs(features: Features, rows: Array) -> Array:
     """How many runs each row has, as floats like `rows`: 1 where the node runs in every row."""
     if not isinstance(features, Routed):
         return jnp.ones_like(rows)
@@ -102,6 +102,15 @@ def number_of_runs(features: Features, rows: ArrayLike) -> Array:
 
 def _whole(room: int) -> int:
     """The room, as a multiple of the parts that the mesh of the function being traced cuts rows into."""
+    return -(-room // _parts()) * _parts()
+
+
+def _cut(rows: Array) -> Array:
+    """Rows that are cut over the mesh as those of a batch are: each device computes its share."""
+    cut = _parts() > 1 and rows.shape[0] % _parts() == 0
+    return jax.lax.with_sharding_constraint(rows, PartitionSpec(BATCH_AXES)) if cut else rows
+
+
+def _parts() -> int:
     shape = jax.sharding.get_abstract_mesh().shape
-    parts = math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
-    return -(-room // parts) * parts
+    return math.prod(shape.get(axis, 1) for axis in BATCH_AXES)

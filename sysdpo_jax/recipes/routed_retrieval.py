@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import sysdpo_jax as sj
-from sysdpo_jax.runs.system import Template
+from sysdpo_jax.components.chat_prompt import TextPrompt
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
 PASSAGES = (
@@ -86,7 +86,7 @@ class Routed(sj.Component):
 
 def two_experts(checkpoints: tuple[str, str], **settings: Any) -> tuple[Routed, Params]:
     """The factory that the configuration names. settings: of both language models, see `pretrained.load`."""
-    template = Template("{passage}\n{question}", ("question", "passage"), chat=False)
+    template = TextPrompt("{passage}\n{question}", ("question", "passage"))
     loaded = [sj.pretrained.load(path, prompt=template, **settings) for path in checkpoints]
     experts, params = zip(*loaded, strict=True)
     return Routed(experts), {str(i): tree for i, tree in enumerate(params)}

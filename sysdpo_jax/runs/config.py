@@ -63,7 +63,11 @@ class ValueConfig:
         switch: Instead of a component, the input or node that chooses among the branches.
         branches: Branches of a switch, {value that chooses: node}; it has no parents beside these.
         prompt: Prompt of a language model, with parents in braces; the only parent by default.
-        chat: Whether the prompt is a user's message in the chat template.
+        chat: Whether the prompt is a user's message in the chat template. In a loop whose name is among the parents
+            what the node said in earlier turns, and what their tools answered, follows as messages.
+        system: Text of the system's message of a chat.
+        tools: JSON schemas of functions for the chat template, the name of a .json file with them, or "module:name".
+        observations: Role of the messages in which a chat's model reads what tools answered.
         plate: Number of values in each parent's list, see `sysdpo_jax.Node`.
         weight: Weight of the node's log-ratio in the system's.
         concurrency: Calls of the tool at the same time.
@@ -79,6 +83,9 @@ class ValueConfig:
     branches: Any = None
     prompt: str | None = None
     chat: bool = False
+    system: str | None = None
+    tools: str | tuple[dict[str, Any], ...] = ()
+    observations: Literal["tool", "user"] = "tool"
     plate: Positive | None = None
     weight: NotNegative = 1.0
     concurrency: Positive = 1
@@ -102,6 +109,10 @@ class NodeConfig(ValueConfig):
     until: str | None = None
 
 
+# What only a model's node has.
+ASKING = ("prompt", "chat", "system", "tools", "observations", "weight")
+# Those of them that are of a chat.
+CHATTING = ("system", "tools", "observations")
 # How a tool is called, which is no part of what the system is.
 CALLS = ("concurrency", "retries", "timeout", "on_error")
 

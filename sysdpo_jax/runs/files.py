@@ -173,4 +173,6 @@ def _is_path(value: Any, base: Path, name: str) -> bool:
     if name == "data.source" or fnmatch(name, "system.components.*.checkpoint"):
         # Other names are those of the hub.
         return value.startswith(MARKS) or Path(value).suffix in (*LINES, *TABLE, ".gguf") or (base / value).exists()
+    if fnmatch(name, "system.nodes.*.tools"):
+        return value.endswith(".json")
     return fnmatch(name, "system.components.*.settings.*") and value.startswith(MARKS)

@@ -1,10 +1,11 @@
 """The system that a configuration describes, with its parameters and their optimiser."""
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from string import Formatter
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -12,11 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 import sysdpo_jax as sj
+from sysdpo_jax.components.chat_prompt import TextPrompt
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
 from sysdpo_jax.runs.config import (
+    ASKING,
     CALLS,
+    CHATTING,
     ComponentConfig,
     NodeConfig,
     ScheduleConfig,
@@ -27,31 +31,17 @@ from sysdpo_jax.runs.config import (
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
-from sysdpo_jax.user_code import built, call, import_function, name_of, shown, user_code
+from sysdpo_jax.user_code import built, call, import_function, import_object, name_of, shown, user_code
 
 Model = tuple[sj.Component, Params]
 
 
-@dataclass(frozen=True)
-class Template:
-    """A prompt made of the parents' values. chat: as the message of a user, which the chat template frames."""
+class Scope(NamedTuple):
+    """Whose turns a node is of: the name of the loop, the node's own in it, and the nodes of its body."""
 
-    text: str
-    names: tuple[str, ...]
-    chat: bool
-
-    def __call__(self, *values: Any) -> Any:
-        given = dict(zip(self.names, values, strict=True))
-        messages = [name for name, value in given.items() if not isinstance(value, str | int | float)]
-        if len(values) == 1 and messages and self.text == f"{{{self.names[0]}}}":
-            # Messages as they are.
-            return values[0]
-        if messages:
-            raise sj.RecordError(
-                f"{messages[0]!r} is no text, which the prompt {self.text!r} needs: leave the prompt out, or give text"
-            )
-        prompt = self.text.format(**given)
-        return [{"role": "user", "content": prompt}] if self.chat else prompt
+    loop: str
+    node: str
+    body: Mapping[str, ValueConfig]
 
 
 @dataclass(frozen=True)
@@ -74,11 +64,11 @@ def build_system(config: TrainConfig, mesh: Mesh, origin: Origin | None = None) 
     _check(system)
     # The graph first: its errors should not wait for weights to be read.
     try:
-        _system(system, lambda node, field: sj.Tool(repr))
+        _system(system, lambda node, field, scope: sj.Tool(repr))
     except sj.GraphError as error:
         raise sj.GraphError(f"system.nodes: {error}") from None
     models = {name: _model(name, component, config, mesh, origin) for name, component in system.components.items()}
-    made = _system(system, lambda node, field: _component(field, node, models))
+    made = _system(system, lambda node, field, scope: _component(field, node, models, scope))
     return made, {name: params for name, (_, params) in models.items()}
 
 
@@ -139,54 +129,104 @@ def _refuse_beside(node: ValueConfig, place: str) -> None:
         raise ConfigError(f"{place}.branches is {node.branches!r}: give a mapping of values of {node.switch} to nodes")
 
 
-def _system(system: SystemConfig, component_of: Callable[[ValueConfig, str], sj.Component]) -> sj.CompoundSystem:
-    """The graph. component_of: gives what a node's value comes from, with the node's place for errors."""
+def _system(
+    system: SystemConfig, component_of: Callable[[ValueConfig, str, Scope | None], sj.Component]
+) -> sj.CompoundSystem:
+    """The graph. component_of: gives what a node's value comes from, with the node's place for errors and its loop."""
 
-    def made(name: str, node: ValueConfig, field: str) -> sj.Node:
+    def made(name: str, node: ValueConfig, field: str, scope: Scope | None = None) -> sj.Node:
         try:
             if node.switch is not None:
                 return sj.Node(name, sj.Switch(tuple(node.branches)), (node.switch, *node.branches.values()))
             if isinstance(node, NodeConfig) and node.body:
-                body = tuple(made(inner, own, f"{field}.body.{inner}") for inner, own in node.body.items())
+                body = tuple(
+                    made(inner, own, f"{field}.body.{inner}", Scope(name, inner, node.body))
+                    for inner, own in node.body.items()
+                )
                 until = None if node.until is None else import_function(node.until, f"{field}.until")
                 return sj.Loop(name, body, node.turns or 1, until)
         except ValueError as error:
             known = isinstance(error, ConfigError | sj.GraphError)
             raise error if known else ConfigError(f"{field}: {error}") from None
-        return sj.Node(name, component_of(node, field), node.parents, node.component, node.plate, node.weight)
+        return sj.Node(name, component_of(node, field, scope), node.parents, node.component, node.plate, node.weight)
 
     nodes = (made(name, node, f"system.nodes.{name}") for name, node in system.nodes.items())
     return sj.CompoundSystem(system.inputs, tuple(nodes))
 
 
-def _component(field: str, node: ValueConfig, models: Mapping[str, Model]) -> sj.Component:
+def _component(field: str, node: ValueConfig, models: Mapping[str, Model], scope: Scope | None = None) -> sj.Component:
     """The node's component, with its prompt where it has one. field: the node's place."""
     if node.component is None:
-        if node.prompt is not None or node.chat or node.weight != 1.0:
-            raise ConfigError(f"{field} is a tool, which has no prompt, chat or weight: leave them out")
+        given = _given(node, ASKING)
+        if given:
+            raise ConfigError(f"{field} is a tool, which has no {', '.join(given)}: leave that out")
         calls = {name: getattr(node, name) for name in CALLS}
         return sj.Tool(import_function(node.tool or "", f"{field}.tool"), **calls)
-    given = [name for name in CALLS if getattr(node, name) != getattr(NodeConfig(), name)]
+    given = _given(node, CALLS)
     if given:
         raise ConfigError(f"{field} is no tool, which alone has {', '.join(given)}: leave that out")
     component = models[node.component][0]
-    if node.prompt is None and not node.chat:
+    if not _given(node, ("prompt", "chat", *CHATTING)):
         return component
     if not isinstance(component, sj.LanguageModel):
         raise ConfigError(f"{field}: only a language model takes a prompt or chat, not a {type(component).__name__}")
-    if node.prompt is None and len(node.parents) != 1:
-        raise ConfigError(f"{field} has {len(node.parents)} parents: give a prompt that joins them")
-    text = f"{{{node.parents[0]}}}" if node.prompt is None else node.prompt
+    return replace(component, prompt=_prompt(field, node, scope))
+
+
+def _given(node: ValueConfig, names: Sequence[str]) -> list[str]:
+    """Which of the fields are not as they are by default."""
+    return [name for name in names if getattr(node, name) != getattr(NodeConfig(), name)]
+
+
+def _prompt(field: str, node: ValueConfig, scope: Scope | None) -> TextPrompt | sj.ChatPrompt:
+    turns = scope.loop if scope is not None and scope.loop in node.parents else None
+    asked = [parent for parent in node.parents if not (node.chat and parent == turns)]
+    given = _given(node, CHATTING)
+    if given and not node.chat:
+        raise ConfigError(f"{field}.{given[0]} is of a chat: add chat: true, or leave it out")
+    if node.prompt is None and len(asked) != 1:
+        raise ConfigError(f"{field} has {len(asked)} parents: give a prompt that joins them")
+    text = f"{{{asked[0]}}}" if node.prompt is None else node.prompt
     try:
-        wanted = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
+        if not node.chat:
+            return TextPrompt(text, node.parents)
+        tools = _schemas(node.tools, f"{field}.tools")
+        if scope is None or turns is None:
+            return sj.ChatPrompt(text, node.parents, role=node.observations, system=node.system, tools=tools)
+        told = _observed(scope.node, scope.body)
+        return sj.ChatPrompt(text, node.parents, turns, scope.node, told, node.observations, node.system, tools)
     except ValueError as error:
-        raise ConfigError(f"{field}.prompt {text!r} is no template ({error}): write braces as {{{{ and }}}}") from None
-    if not wanted or not wanted <= set(node.parents):
-        raise ConfigError(
-            f"{field}.prompt {text!r} must name parents in braces ({', '.join(node.parents)}): it names "
-            f"{', '.join(map(repr, sorted(wanted))) or 'none'}"
-        )
-    return replace(component, prompt=Template(text, node.parents, node.chat))
+        raise ConfigError(f"{field}: {error}") from None
+
+
+def _observed(speaker: str, body: Mapping[str, ValueConfig]) -> tuple[str, ...]:
+    """The nodes of a body whose values tools gave, but for what the speaker has read by then.
+
+    A choice among tools stands for these, which not every turn runs.
+    """
+    tools = {name for name, node in body.items() if node.tool is not None}
+    choices = {name: set(node.branches.values()) for name, node in body.items() if node.switch is not None}
+    chosen = set().union(*choices.values())
+    found = (tools - chosen) | {name for name, branches in choices.items() if branches <= tools}
+    return tuple(name for name in body if name in found - _ancestors(speaker, body))
+
+
+def _ancestors(name: str, body: Mapping[str, ValueConfig]) -> set[str]:
+    """What a node of a body reads within it, directly or through others."""
+    read = {parent for parent in body[name].parents if parent in body and parent != name}
+    return read.union(*(_ancestors(parent, body) for parent in read))
+
+
+def _schemas(tools: str | Sequence[Mapping[str, Any]], field: str) -> Any:
+    """Schemas of functions themselves, of a file, or of a module."""
+    if not isinstance(tools, str):
+        return tools
+    if not tools.endswith(".json"):
+        return import_object(tools, field)
+    try:
+        return json.loads(Path(tools).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{field}: {tools} cannot be read ({error}): give a file with a list of schemas") from None
 
 
 def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh, origin: Origin | None) -> Model:

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 import sysdpo_jax as sj
+from sysdpo_jax.components.chat_prompt import TextPrompt
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.graph import GraphError
 from sysdpo_jax.pretrained import CheckpointError
@@ -14,7 +15,7 @@ from sysdpo_jax.recipes.captions import split_captions
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.files import configure, read_config, recipes, write_config
 from sysdpo_jax.runs.run import assemble
-from sysdpo_jax.runs.system import Template, build_optimizer, build_system
+from sysdpo_jax.runs.system import build_optimizer, build_system
 from tests.pretrained.checkpoints import stable_diffusion_3, vae
 
 ROUTED = """
@@ -189,7 +190,7 @@ def test_the_system_is_the_one_described(file):
         "a tool with a prompt": (
             "parents: [route]}",
             "parents: [route], chat: true}",
-            "is a tool, which has no prompt",
+            "is a tool, which has no chat: leave that out",
         ),
         "warm-up": ("steps: 7, warmup: 1", "steps: 7", "schedule.warmup 100 must be below schedule.steps 7"),
         "unused": ("component: expert", "component: router", "system.components.expert is the component of no node"),
@@ -204,17 +205,19 @@ def test_a_system_that_cannot_be_built_is_refused_with_the_field(file, old, new,
 
 
 def test_a_template_takes_its_parents_by_name():
-    template = Template("Question: {question}\nDraft: {draft}", ("question", "draft"), chat=False)
+    template = TextPrompt("Question: {question}\nDraft: {draft}", ("question", "draft"))
     assert template("why", "so") == "Question: why\nDraft: so"
-    assert replace(template, chat=True)("why", "so") == [{"role": "user", "content": "Question: why\nDraft: so"}]
+    chat = sj.ChatPrompt(template.prompt, template.parents)
+    assert chat("why", "so") == [{"role": "user", "content": "Question: why\nDraft: so"}]
     assert hash(template) == hash(replace(template))
 
 
 def test_messages_pass_through_chat_and_fit_in_no_text():
     messages = [{"role": "user", "content": "why"}]
-    assert Template("{question}", ("question",), chat=True)(messages) == messages
+    assert sj.ChatPrompt("{question}", ("question",))(messages) == messages
+    assert TextPrompt("{question}", ("question",))(messages) == messages
     with pytest.raises(sj.RecordError, match=r"'question' is no text, which the prompt 'Q: \{question\}' needs"):
-        Template("Q: {question}", ("question",), chat=True)(messages)
+        sj.ChatPrompt("Q: {question}", ("question",))(messages)
 
 
 def test_flags_keep_to_the_bounds_of_the_file(file):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sysdpo_jax import RecordError
-from sysdpo_jax.components.images import fit_image, read_image
+from sysdpo_jax.components.images import as_png, fit_image, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 

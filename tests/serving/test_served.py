@@ -64,7 +64,8 @@ def test_texts_are_of_the_parameters_that_were_handed_over(kind, loaded, folder,
     assert not features["retokenized"].any()
     assert [len(text.tokens) for text in texts] == features["completion"].sum(1).tolist()
     assert given.gap.tokens == sum(len(text.tokens) for text in texts)
-    assert given.gap.mean < 1e-4 and given.gap.worst < 1e-3
+    assert given.gap.mean < 1e-4
+    assert given.gap.worst < 1e-3
     assert len({tuple(text.tokens) for text in texts}) > 3
     assert {text.end for text in texts} <= {"end", "cut"}
 
@@ -105,7 +106,8 @@ def test_parameters_are_handed_over_once_until_they_change(loaded, folder, tmp_p
             by_server.sample({"y": own}, PROMPTS[:1], KEY)
     loads = [body["lora_name"] for path, body in server.asked if path == "/v1/load_lora_adapter"]
     unloads = [body["lora_name"] for path, body in server.asked if path == "/v1/unload_lora_adapter"]
-    assert len(loads) == 2 and unloads == loads[:1]
+    assert len(loads) == 2
+    assert unloads == loads[:1]
     assert [path.name for path in (tmp_path / "handed").iterdir()] == loads[1:]
 
 
@@ -140,7 +142,7 @@ def test_an_end_that_the_model_does_not_have_is_named(loaded, folder, tmp_path):
     server.completions = lambda body: plain(body | {"stop_token_ids": list(range(3, 30))})
     with serving(server) as url:
         given = served(system_of(component), {"y": handover(url, tmp_path)})
-        with pytest.raises(ServingError, match="ended a text at the token .* which is no end of the model"):
+        with pytest.raises(ServingError, match=r"ended a text at the token .* which is no end of the model"):
             given.sample({"y": params}, PROMPTS, KEY)
 
 
@@ -173,7 +175,7 @@ def test_faults_that_stay_name_the_server(status, said, loaded, folder, tmp_path
 def test_nobody_answers(loaded, tmp_path):
     component, params = loaded
     given = served(system_of(component), {"y": handover("http://127.0.0.1:9", tmp_path, retries=0)})
-    with pytest.raises(ServingError, match="127.0.0.1:9"):
+    with pytest.raises(ServingError, match=r"127\.0\.0\.1:9"):
         given.sample({"y": params}, PROMPTS, KEY)
 
 
@@ -212,8 +214,11 @@ def test_sglang_is_asked_by_its_own_words():
     """After its documentation of /generate: ids in, ids and log-probabilities out."""
     engine = SGLang()
     path, body = engine.completion("a1", [5, 6], 7, Question(4, 1.0, 1.0, (2,)))
-    assert path == "/generate" and body["input_ids"] == [5, 6] and body["lora_path"] == "a1"
-    assert body["sampling_params"]["sampling_seed"] == 7 and body["return_logprob"] is True
+    assert path == "/generate"
+    assert body["input_ids"] == [5, 6]
+    assert body["lora_path"] == "a1"
+    assert body["sampling_params"]["sampling_seed"] == 7
+    assert body["return_logprob"] is True
     answer = {"output_ids": [8, 2], "meta_info": {"output_token_logprobs": [[-0.5, 8, None], [-1.5, 2, None]]}}
     answer["meta_info"]["finish_reason"] = {"type": "stop", "matched": 2}
     assert engine.read(json.loads(json.dumps(answer))) == ([8, 2], [-0.5, -1.5], True)
