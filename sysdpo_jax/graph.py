@@ -127,7 +127,7 @@ class CompoundSystem(Graph):
         found: dict[str, Params] = {}
         for node in self.nodes:
             for name in node.component.frozen:
-                found.setdefault(node.params_key, {})[name] = params[node.params_key][name]
+                found.setdefault(node.weights_key, {})[name] = params[node.weights_key][name]
         return found
 
     def encode(self, params: Params, features: Mapping[str, Features]) -> dict[str, Features]:
@@ -387,7 +387,7 @@ def encode_sides(
         if places:
             with users_part(node, "encode", GraphError):
                 features = [sides[place][node.name] for place in places]
-                encoded = encode_together(node.component, params[node.params_key], features)
+                encoded = encode_together(node.component, params[node.weights_key], features)
             for place, entry in zip(places, encoded, strict=True):
                 made[place][node.name] = entry
     return made

@@ -14,6 +14,7 @@ from sysdpo_jax.components.text_to_image import TextToImage
 from sysdpo_jax.components.tool import Tool, ToolError
 from sysdpo_jax.errors import meant
 from sysdpo_jax.keys import named_key
+from sysdpo_jax.models.lora import on_base
 from sysdpo_jax.static import unhashable
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, user_code
@@ -35,6 +36,9 @@ class Node:
         plate: Number of copies, or None for a single value.
         weight: Multiplies the node's log-ratio in the system's sum: it scales a surrogate against exact
             log-probabilities.
+        base: Key of a tree that holds the weights, in place of its own: the tree under `params` holds a role's LoRA
+            factors alone (`lora_factors`). Roles share the base's weights, which are not trained; the base's own
+            factors, if it has some, are a role's like the others'.
     """
 
     name: str
@@ -43,10 +47,16 @@ class Node:
     params: str | None = None
     plate: int | None = None
     weight: float = 1.0
+    base: str | None = None
 
     @property
     def params_key(self) -> str:
         return self.name if self.params is None else self.params
+
+    @property
+    def weights_key(self) -> str:
+        """Key of the tree that holds the weights: the base's, where there is one."""
+        return self.params_key if self.base is None else self.base
 
     @cached_property
     def deterministic(self) -> bool:
@@ -54,15 +64,17 @@ class Node:
         return isinstance(self.component, Tool)
 
     def tree(self, params: Params) -> Params:
-        """The node's own parameters.
+        """The node's whole parameters, which `pretrained.save` takes too.
 
         Args:
             params: `{params_key: tree}` of the system.
 
         Returns:
-            What `encode`, `log_prob` and `sample` of the component take; empty for a tool.
+            What `log_prob` and `sample` of the component take; empty for a tool. Those of a role are the base's arrays
+            and its own.
         """
-        return params.get(self.params_key, {})
+        own = params.get(self.params_key, {})
+        return own if self.base is None else on_base(params[self.base], own)
 
 
 @contextmanager
@@ -101,11 +113,13 @@ class Graph:
         plates = {node.name: node.plate for node in nodes}
         for node in self.nodes:
             _check_node(node, plates)
+        _check_bases([node for node in self.nodes if not node.deterministic])
 
     @property
     def param_keys(self) -> tuple[str, ...]:
         """The keys of the parameter trees, in topological order, without repeats."""
-        return tuple(dict.fromkeys(node.params_key for node in self.nodes if not node.deterministic))
+        nodes = [node for node in self.nodes if not node.deterministic]
+        return tuple(dict.fromkeys(key for node in nodes for key in (node.weights_key, node.params_key)))
 
     @cached_property
     def intermediates(self) -> tuple[Node, ...]:
@@ -165,7 +179,9 @@ class Graph:
         return tuple(node for node in self.nodes if node.name in wanted)
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Make fresh parameters. Nodes that share a key share the tree of the first of them.
+        """Make fresh parameters. Nodes that share a key, or a base, share the tree of the first of them.
+
+        The tree of a role is empty: put what `lora_factors` makes of its base there.
 
         Args:
             key: Of which every tree gets a part by its own name.
@@ -174,23 +190,24 @@ class Graph:
             `{params_key: tree}`.
 
         Raises:
-            GraphError: If nodes share a key and need trees of different shapes.
+            GraphError: If nodes share weights and need trees of different shapes.
         """
         params: dict[str, Params] = {}
         for node in self.nodes:
             if node.deterministic:
                 continue
+            weights = node.weights_key
             with users_part(node, "init", GraphError):
-                if node.params_key not in params:
-                    params[node.params_key] = node.component.init(named_key(key, node.params_key))
+                if weights not in params:
+                    params[weights] = node.component.init(named_key(key, weights))
                     continue
                 shape = jax.eval_shape(node.component.init, key)
-            if shape != jax.eval_shape(lambda tree: tree, params[node.params_key]):
+            if shape != jax.eval_shape(lambda tree: tree, params[weights]):
                 raise GraphError(
-                    f"node {node.name!r} shares the parameters {node.params_key!r} with another node but its component "
-                    "needs parameters of another shape: give it a params key of its own"
+                    f"node {node.name!r} shares the parameters {weights!r} with another node but its component needs "
+                    "parameters of another shape: give it a params key of its own"
                 )
-        return params
+        return {name: params.get(name, {}) for name in self.param_keys}
 
     def check_params(self, params: Params) -> None:
         """Check that the parameters are the system's.
@@ -219,6 +236,7 @@ class Graph:
             plate = f" x{node.plate}" if node.plate else ""
             left, right = ("{{", "}}") if node.deterministic else ("(", ")")
             shared = "" if node.params_key == node.name or node.deterministic else f", params {node.params_key}"
+            shared += "" if node.base is None else f" on {node.base}"
             lines.append(f'    {node.name}{left}"{node.name}{plate}: {type(node.component).__name__}{shared}"{right}')
             lines.extend(f"    {parent} --> {node.name}" for parent in node.parents)
         return "\n".join(lines)
@@ -262,6 +280,22 @@ def _check_node(node: Node, plates: Mapping[str, int | None]) -> None:
             f"the component of node {node.name!r} cannot be hashed because of {found}: a system is static, so give "
             "tuples instead of lists, and keep arrays in the parameters"
         )
+
+
+def _check_bases(nodes: Sequence[Node]) -> None:
+    """Raise `GraphError` for a base that is itself a role, and for nodes of one key that have several."""
+    bases: dict[str, str | None] = {}
+    for node in nodes:
+        if bases.setdefault(node.params_key, node.base) != node.base:
+            raise GraphError(
+                f"node {node.name!r} has the base {node.base!r}, another node with the parameters {node.params_key!r} "
+                f"the base {bases[node.params_key]!r}: give both the same, or keys of their own"
+            )
+    for key, base in bases.items():
+        if base is not None and (base == key or bases.get(base) is not None):
+            raise GraphError(
+                f"the base {base!r} of {key!r} is a role itself, without weights of its own: name the key that has them"
+            )
 
 
 def _topological(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> tuple[Node, ...]:

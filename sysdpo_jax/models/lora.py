@@ -108,16 +108,60 @@ def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "
             already.
     """
     flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
-    matched = _targets(flat, lora)
+    factors = flatten_dict(lora_factors(params, lora, key, param_dtype), sep="/")
+    for path in factors:
+        if path in flat:
+            module = path.rpartition("/")[0]
+            raise LoRAError(f"{module} carries LoRA already: merge_lora or strip_lora first, or target other layers")
+    return unflatten_dict({**flat, **factors}, sep="/")
+
+
+def lora_factors(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "float32") -> Params:
+    """The factors alone that `add_lora` would put beside the kernels: the tree of a role, whose `Node` has a `base`.
+
+    Args:
+        params: The tree of the base; factors of its own play no part.
+        lora: As for `add_lora`.
+        key: As for `add_lora`.
+        param_dtype: As for `add_lora`.
+
+    Returns:
+        A tree of factors.
+
+    Raises:
+        LoRAError: For a pattern that finds no layer, naming some that there are.
+    """
+    flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
+    matched, factors = _targets(flat, lora), {}
     for path, layer_key in zip(matched, jax.random.split(key, len(matched)), strict=True):
-        if f"{path}/lora_a" in flat:
-            raise LoRAError(f"{path} carries LoRA already: merge_lora or strip_lora first, or target other layers")
         *stack, width, features = flat[f"{path}/kernel"].shape
         a = jax.random.uniform(layer_key, (*stack, width, lora.rank), jnp.float32, -1.0, 1.0) / width**0.5
-        flat[f"{path}/lora_a"] = a.astype(param_dtype)
-        flat[f"{path}/lora_b"] = jnp.zeros((*stack, lora.rank, features), param_dtype)
-        flat[f"{path}/lora_scale"] = jnp.full(stack, lora.alpha / lora.rank, jnp.float32)
-    return unflatten_dict(flat, sep="/")
+        factors[f"{path}/lora_a"] = a.astype(param_dtype)
+        factors[f"{path}/lora_b"] = jnp.zeros((*stack, lora.rank, features), param_dtype)
+        factors[f"{path}/lora_scale"] = jnp.full(stack, lora.alpha / lora.rank, jnp.float32)
+    return unflatten_dict(factors, sep="/")
+
+
+def on_base(base: Params, own: Params) -> Params:
+    """The whole tree of a role: the weights of its base, without factors that the base has, and what is its own.
+
+    Args:
+        base: The tree that holds the weights.
+        own: The role's: factors and, in place of the base's, whatever else it holds.
+
+    Returns:
+        The tree; its leaves are the same arrays.
+
+    Raises:
+        LoRAError: For a factor of a layer that the base does not have.
+    """
+    flat = flatten_dict(strip_lora(base), keep_empty_nodes=True, sep="/")
+    added = flatten_dict(own, sep="/")
+    for path in added:
+        module = path.rpartition("/")[0]
+        if is_lora(path) and f"{module}/kernel" not in flat:
+            raise LoRAError(f"{path} is of a layer that the base does not have: make the factors of it by lora_factors")
+    return unflatten_dict({**flat, **added}, sep="/")
 
 
 def is_lora(path: str) -> bool:

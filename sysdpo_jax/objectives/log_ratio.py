@@ -94,7 +94,9 @@ def log_probs_of_node(
             f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
             f"{node.name!r} under it: make the batches from what precompute_reference returns, with DirectObjective"
         )
-    frozen = jax.lax.stop_gradient(reference[node.params_key])
+    # The weights of a base are not trained: those of the policy are the reference's where that holds none.
+    known = {**params, **{key: tree for key, tree in reference.items() if tree is not None}}
+    frozen = jax.lax.stop_gradient(node.tree(known))
     base, base_metrics = system.node_log_prob(node, frozen, features, key)
     return NodeLogps(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
 

@@ -88,6 +88,8 @@ def _box(node: Node, keys: Sequence[str]) -> Box:
     lines = [f"{node.name} x{node.plate}" if node.plate else node.name, type(node.component).__name__]
     if not node.deterministic and (node.params_key != node.name or keys.count(node.params_key) > 1):
         lines.append(f"params {node.params_key}")
+    if node.base is not None:
+        lines.append(f"on {node.base}")
     if node.weight != 1:
         lines.append(f"weight {node.weight:g}")
     kind = "tool" if node.deterministic else "component"
