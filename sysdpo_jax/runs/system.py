@@ -100,13 +100,13 @@ def _check(system: SystemConfig) -> None:
             near = meant(node.component, system.components)
             raise ConfigError(f"system.nodes.{name}.component {node.component!r} is not among the components: {near}")
     used = {node.component for node in system.nodes.values()}
-    roles: dict[str, str] = {}
+    roles: dict[str, list[str]] = {}
     for name, component in system.components.items():
         if [component.checkpoint, component.factory, component.base].count(None) != 2:
             raise ConfigError(f"system.components.{name}: give either a checkpoint, a factory or a base")
         if component.base is not None:
             _check_role(name, component, system)
-            roles[component.base] = name
+            roles.setdefault(component.base, []).append(name)
     for name, component in system.components.items():
         field = f"system.components.{name}"
         if name not in used and name not in roles:
@@ -115,7 +115,7 @@ def _check(system: SystemConfig) -> None:
             raise ConfigError(f"{field} is the base of roles and the component of no node: give it mode frozen")
         if name in roles and component.mode == "full":
             raise ConfigError(
-                f"{field} has mode full, but {roles[name]!r} shares its weights: give it mode lora or frozen"
+                f"{field} has mode full, but {', '.join(roles[name])} share its weights: give it mode lora or frozen"
             )
 
 
@@ -214,7 +214,7 @@ def _started(name: str, config: ComponentConfig, params: Params, origin: Origin,
 
     Factors of the same settings are kept, others are merged into the weights. params: the component's own, whose shapes
     those of the run must have. Weights that roles share (is_base) take nothing up: their factors are kept, whatever the
-    mode. Raises `ConfigError` naming what does not fit.
+    mode. A role of that run may become a model of its own. Raises `ConfigError` naming what does not fit.
     """
     if name not in origin.params:
         known = ", ".join(origin.params)
@@ -222,21 +222,21 @@ def _started(name: str, config: ComponentConfig, params: Params, origin: Origin,
             f"init_from {origin.folder} has no component {name!r} (it has {known}): give components the same names"
         )
     before, found = origin.components[name], origin.params[name]
-    keeps = before.mode == config.mode == "lora" and before.lora == config.lora
-    shares = config.base is not None or (is_base and before.base is None)
-    if config.base is not None and before.base != config.base:
+    if config.base not in (None, before.base):
         raise ConfigError(
             f"init_from {origin.folder}: the component {name!r} has the base {before.base!r} there and {config.base!r} "
             "here: give it the same one"
         )
-    if shares and config.mode == "lora" and any(map(is_lora, by_path(found))) and not keeps:
+    if before.base is not None and config.base is None:
+        found = on_base(origin.params[before.base], found)
+    keeps = before.mode == config.mode == "lora" and before.lora == config.lora
+    if config.base is None and not is_base:
+        found = found if keeps else merge_lora(found)
+    elif config.mode == "lora" and not keeps and any(map(is_lora, by_path(found))):
         raise ConfigError(
             f"init_from {origin.folder}: the component {name!r} has LoRA factors of other settings there, which cannot "
             "be merged into weights that roles share: give it the same lora"
         )
-    if not keeps and not shares:
-        # A role of that run may have become a model of its own.
-        found = merge_lora(found if before.base is None else on_base(origin.params[before.base], found))
     theirs, own = by_path(strip_lora(found)), by_path(params)
     for path in {**own, **theirs}:
         shapes = [None if path not in tree else tree[path].shape for tree in (theirs, own)]
