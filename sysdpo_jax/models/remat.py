@@ -97,7 +97,12 @@ def of_model(log_prob: F, remat: str | None) -> F:
     """The log-probability of a model of this setting: under "whole" the backward pass keeps what goes in, and nothing
     else, until its turn comes. Of several models that follow each other one at a time then has activations in memory.
     """
-    return jax.checkpoint(log_prob) if _resolved(remat) == WHOLE else log_prob
+    return jax.checkpoint(log_prob) if one_at_a_time(remat) else log_prob
+
+
+def one_at_a_time(remat: str | None) -> bool:
+    """Whether models of this setting are to be in memory one after the other."""
+    return _resolved(remat) == WHOLE
 
 
 def _resolved(remat: str | None) -> str | None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.objectives.roles import evaluate, together
 from sysdpo_jax.typing import Features, Keys, Params
 
 
@@ -56,11 +57,10 @@ def node_log_probs(
         `{node: NodeLogps}`.
     """
     system.check_params(params)
-    given = precomputed or {}
-    return {
-        node.name: log_probs_of_node(system, node, params, reference, features[node.name], key, given.get(node.name))
-        for node in trained_nodes(system, reference)
-    }
+    nodes, found = trained_nodes(system, reference), dict[str, NodeLogps]()
+    for group in together(nodes, params, features):
+        found |= _log_probs(system, group, params, reference, features, key, precomputed or {})
+    return {node.name: found[node.name] for node in nodes}
 
 
 def repeated(keys: Keys, counts: tuple[int, ...]) -> Keys:
@@ -86,19 +86,42 @@ def log_probs_of_node(
         frozen = jax.lax.stop_gradient(node.tree(params))
         log_prob, metrics = system.node_log_prob(node, frozen, features, key)
         return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)
-    policy, policy_metrics = system.node_log_prob(node, node.tree(params), features, key)
-    if precomputed is not None:
-        return NodeLogps(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
-    if reference[node.params_key] is None:
-        raise ValueError(
-            f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
-            f"{node.name!r} under it: make the batches from what precompute_reference returns, with DirectObjective"
-        )
+    given = {} if precomputed is None else {node.name: precomputed}
+    return _log_probs(system, (node,), params, reference, {node.name: features}, key, given)[node.name]
+
+
+def _log_probs(
+    system: CompoundSystem,
+    nodes: tuple[Node, ...],
+    params: Params,
+    reference: Params,
+    features: Mapping[str, Features],
+    key: Keys,
+    precomputed: Mapping[str, Array],
+) -> dict[str, NodeLogps]:
+    """Of trained nodes that go through their model together."""
+    policy = evaluate(system, nodes, params, features, key)
+    compared = tuple(node for node in nodes if node.name not in precomputed)
+    for node in compared:
+        if reference[node.params_key] is None:
+            raise ValueError(
+                f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
+                f"{node.name!r} under it: make the batches from what precompute_reference returns, with DirectObjective"
+            )
     # The weights of a base are not trained: those of the policy are the reference's where that holds none.
     known = {**params, **{key: tree for key, tree in reference.items() if tree is not None}}
-    frozen = jax.lax.stop_gradient(node.tree(known))
-    base, base_metrics = system.node_log_prob(node, frozen, features, key)
-    return NodeLogps(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
+    base = evaluate(system, compared, jax.lax.stop_gradient(known), features, key) if compared else {}
+    base |= {name: (precomputed[name], {}) for name in policy if name in precomputed}
+    return {
+        node.name: NodeLogps(
+            node.weight * (policy[node.name][0] - base[node.name][0]),
+            policy[node.name][0],
+            base[node.name][0],
+            policy[node.name][1],
+            base[node.name][1],
+        )
+        for node in nodes
+    }
 
 
 def log_ratio(
