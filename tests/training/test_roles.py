@@ -30,6 +30,7 @@ from sysdpo_jax import (
 from sysdpo_jax.models import Decoder, DecoderConfig
 from sysdpo_jax.models.lora import LoRAError
 from sysdpo_jax.training import CheckpointMismatchError, OptimizerError, step_flops
+from sysdpo_jax.training.compiling import CANDIDATES, OF_SEVERAL
 from sysdpo_jax.trees import by_path
 from tests.components.drawn import drawn
 from tests.components.stubs import WORDS, word_tokenizer
@@ -101,10 +102,11 @@ def pairs(seed=0):
 
 @pytest.fixture(scope="module")
 def steps():
-    """Two updates: of roles, and of models of their own with the same factors."""
-    made = []
-    for graph, params in ((system(), on_one(seed=3)), (system(None, None, None), copies(on_one(seed=3)))):
-        state, step = create_state(graph, params, OPTIMIZER), make_train_step(graph, OBJECTIVE, OPTIMIZER)
+    """Two updates, of roles and of models of their own with the same factors; those of the reference are others."""
+    made, same = [], lambda params: params
+    for graph, form in ((system(), same), (system(None, None, None), copies)):
+        state = create_state(graph, form(on_one(seed=3)), OPTIMIZER, reference=form(on_one()))
+        step = make_train_step(graph, OBJECTIVE, OPTIMIZER)
         metrics = []
         for number in range(2):
             state, figures = step(state, pairs(number), KEY)
@@ -114,18 +116,18 @@ def steps():
 
 
 def test_roles_train_as_models_of_their_own_do(steps):
-    """Figures, gradients' norms among them, to 1e-6 and factors after Adam's updates of 1e-2 to 1e-5, in float32."""
+    """Figures, gradients' norms among them, to 1e-5 and factors after Adam's updates of 1e-2 to 1e-4, in float32."""
     (roles, figures), (apart, expected) = steps
     assert figures[0].keys() == expected[0].keys()
     for one, other in zip(figures, expected, strict=True):
         for name in one:
-            np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    assert float(figures[1]["rewards/margins"]) > 1e-3
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert abs(float(figures[0]["rewards/margins"])) > 1e-3
     trained, wanted = by_path(roles.trained), by_path(apart.trained)
     assert trained.keys() == wanted.keys()
     for path, leaf in trained.items():
         assert path.endswith(("lora_a", "lora_b"))
-        np.testing.assert_allclose(leaf, wanted[path], rtol=0, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(leaf, wanted[path], rtol=0, atol=1e-4, err_msg=path)
 
 
 def test_roles_sample_and_weigh_as_models_of_their_own_do():
@@ -184,6 +186,40 @@ def test_the_base_is_in_memory_once():
     }
     assert report["write"].params == sum(leaf.nbytes for leaf in jax.tree.leaves(params["write"]))
     assert sum(row.params for row in report.values()) == unique_bytes(params)
+
+
+def test_three_roles_take_the_memory_of_one():
+    """At most 1.15 times, with as many rows each, by the compiler's figures and by the live buffers of the states."""
+    wide = replace(DECODER, hidden_size=256, intermediate_size=512, num_hidden_layers=8, remat="whole")
+    model, batch = replace(MODEL, decoder=Decoder(wide)), pairs()
+    base = drawn(model.init)
+    params = {role: lora_factors(base, LoRA(2, 4.0), KEY) for role in ROLES} | {"base": base}
+
+    def sizes(graph, names):
+        own = {name: params[name] for name in (*names, "base")}
+        optimizer = make_optimizer({**dict.fromkeys(names, LORA), "base": FROZEN})
+        state, step = create_state(graph, own, optimizer), make_train_step(graph, OBJECTIVE, optimizer)
+        given = PairBatch(*({name: side[name] for name in names} for side in batch[:2]))
+        memory = step.lower(state, given, KEY).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes, unique_bytes(state)
+
+    one = sizes(CompoundSystem(("x",), (Node("plan", model, ("x",), base="base"),)), ("plan",))
+    three = sizes(system(*("base",) * 3, model=model), ROLES)
+    assert three[0] <= 1.15 * one[0]
+    assert three[1] <= 1.15 * one[1]
+    assert three[1] > one[1] > unique_bytes(base)
+
+
+def test_several_nodes_may_be_in_memory_one_at_a_time():
+    """`remat: auto` tries it last, and not where there is one node."""
+    graph, params = system(), on_one()
+    state, step = create_state(graph, params, OPTIMIZER), make_train_step(graph, OBJECTIVE, OPTIMIZER)
+    assert step.settings(state, pairs(), KEY) == OF_SEVERAL == (*CANDIDATES, "whole")
+    one = CompoundSystem(("x",), (Node("plan", MODEL, ("x",)),))
+    optimizer = make_optimizer({"plan": LORA})
+    state, step = create_state(one, {"plan": params["plan"]}, optimizer), make_train_step(one, OBJECTIVE, optimizer)
+    alone = PairBatch(*({"plan": side["plan"]} for side in pairs()[:2]))
+    assert step.settings(state, alone, KEY) == CANDIDATES
 
 
 def test_a_base_that_no_node_has_is_frozen_and_shared():
