@@ -52,7 +52,7 @@ def plan(config: Config, mesh: Mesh) -> tuple[Example, SystemOptimizer, TrainSta
     pixels, make = SYSTEMS[config.system]
     example = make(config, config.image_size or pixels)
     shapes = jax.eval_shape(plain(example.system).init, jax.random.key(0))
-    params, optimizer = fine_tuning(config, shapes)
+    params, optimizer = fine_tuning(config, example.system, shapes)
     state = abstract_state(example.system, params, optimizer, mesh)
     return example, optimizer, state, example.batch(config.batch or batch_parts(mesh))
 

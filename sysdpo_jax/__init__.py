@@ -53,7 +53,7 @@ from sysdpo_jax.data import (
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.graph import CompoundSystem, GraphError, Loop, Node
 from sysdpo_jax.models.lora import TRAINABLE as LORA_PARAMS
-from sysdpo_jax.models.lora import LoRA, add_lora
+from sysdpo_jax.models.lora import LoRA, add_lora, lora_factors
 from sysdpo_jax.objectives import Aux, DirectObjective, SamplingObjective, log_ratio
 from sysdpo_jax.runs.online import OnlineResult, online
 from sysdpo_jax.runs.rounds import Rounds, RoundSummary
@@ -139,6 +139,7 @@ __all__ = [  # noqa: RUF022
     "epoch_batches",
     "initialize",
     "log_ratio",
+    "lora_factors",
     "make_mesh",
     "make_optimizer",
     "make_pairs",

@@ -96,7 +96,7 @@ class CompoundSystem(Running):
         found: dict[str, Params] = {}
         for node in self.nodes:
             for name in node.component.frozen:
-                found.setdefault(node.params_key, {})[name] = params[node.params_key][name]
+                found.setdefault(node.weights_key, {})[name] = params[node.weights_key][name]
         return found
 
     def encode(self, params: Params, features: Mapping[str, Features]) -> dict[str, Features]:
@@ -234,7 +234,7 @@ def encode_sides(
         if own:
             with users_part(node, "encode", GraphError):
                 features = [entry.features if isinstance(entry, Routed) else entry for entry in own.values()]
-                encoded = encode_together(node.component, params[node.params_key], features)
+                encoded = encode_together(node.component, params[node.weights_key], features)
             for (place, entry), new in zip(own.items(), encoded, strict=True):
                 made[place][node.name] = replace(entry, features=new) if isinstance(entry, Routed) else new
     return made

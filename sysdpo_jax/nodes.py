@@ -9,6 +9,7 @@ from typing import Any
 from sysdpo_jax.components.base import Component, RecordError
 from sysdpo_jax.components.control import Turns
 from sysdpo_jax.components.deterministic import Deterministic
+from sysdpo_jax.models.lora import on_base
 from sysdpo_jax.typing import Params
 from sysdpo_jax.user_code import is_users, name_of, user_code
 
@@ -29,6 +30,9 @@ class Node:
         plate: Number of copies, or None for a single value.
         weight: Multiplies the node's log-ratio in the system's sum: it scales a surrogate against exact
             log-probabilities.
+        base: Key of a tree that holds the weights, in place of its own: the tree under `params` holds a role's LoRA
+            factors alone (`lora_factors`). Roles share the base's weights, which are not trained; the base's own
+            factors, if it has some, are a role's like the others'.
         loop: The loop whose turns hold the value, see `Loop`.
     """
 
@@ -38,11 +42,17 @@ class Node:
     params: str | None = None
     plate: int | None = None
     weight: float = 1.0
+    base: str | None = None
     loop: str | None = None
 
     @property
     def params_key(self) -> str:
         return self.name if self.params is None else self.params
+
+    @property
+    def weights_key(self) -> str:
+        """Key of the tree that holds the weights: the base's, where there is one."""
+        return self.params_key if self.base is None else self.base
 
     @cached_property
     def deterministic(self) -> bool:
@@ -55,15 +65,17 @@ class Node:
         return not self.component.parameterless
 
     def tree(self, params: Params) -> Params:
-        """The node's own parameters.
+        """The node's whole parameters, which `pretrained.save` takes too.
 
         Args:
             params: `{params_key: tree}` of the system.
 
         Returns:
-            What `encode`, `log_prob` and `sample` of the component take; empty for a tool.
+            What `log_prob` and `sample` of the component take; empty for a tool. Those of a role are the base's arrays
+            and its own.
         """
-        return params.get(self.params_key, {})
+        own = params.get(self.params_key, {})
+        return own if self.base is None else on_base(params[self.base], own)
 
 
 @dataclass(frozen=True, init=False)

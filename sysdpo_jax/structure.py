@@ -40,6 +40,7 @@ class Graph:
         plates = {node.name: node.plate for node in nodes}
         for node in self.nodes:
             _check_node(node, plates)
+        _check_bases([node for node in self.nodes if node.has_params])
 
     @cached_property
     def flow(self) -> Flow:
@@ -93,7 +94,8 @@ class Graph:
     @property
     def param_keys(self) -> tuple[str, ...]:
         """The keys of the parameter trees, in topological order, without repeats."""
-        return tuple(dict.fromkeys(node.params_key for node in self.nodes if node.has_params))
+        nodes = [node for node in self.nodes if node.has_params]
+        return tuple(dict.fromkeys(key for node in nodes for key in (node.weights_key, node.params_key)))
 
     @cached_property
     def intermediates(self) -> tuple[Node, ...]:
@@ -168,7 +170,9 @@ class Graph:
         return tuple(node for node in self.recorded if node.name in wanted)
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Make fresh parameters. Nodes that share a key share the tree of the first of them.
+        """Make fresh parameters. Nodes that share a key, or a base, share the tree of the first of them.
+
+        The tree of a role is empty: put what `lora_factors` makes of its base there.
 
         Args:
             key: Of which every tree gets a part by its own name.
@@ -177,23 +181,24 @@ class Graph:
             `{params_key: tree}`.
 
         Raises:
-            GraphError: If nodes share a key and need trees of different shapes.
+            GraphError: If nodes share weights and need trees of different shapes.
         """
         params: dict[str, Params] = {}
         for node in self.nodes:
             if not node.has_params:
                 continue
+            weights = node.weights_key
             with users_part(node, "init", GraphError):
-                if node.params_key not in params:
-                    params[node.params_key] = node.component.init(named_key(key, node.params_key))
+                if weights not in params:
+                    params[weights] = node.component.init(named_key(key, weights))
                     continue
                 shape = jax.eval_shape(node.component.init, key)
-            if shape != jax.eval_shape(lambda tree: tree, params[node.params_key]):
+            if shape != jax.eval_shape(lambda tree: tree, params[weights]):
                 raise GraphError(
-                    f"node {node.name!r} shares the parameters {node.params_key!r} with another node but its component "
-                    "needs parameters of another shape: give it a params key of its own"
+                    f"node {node.name!r} shares the parameters {weights!r} with another node but its component needs "
+                    "parameters of another shape: give it a params key of its own"
                 )
-        return params
+        return {name: params.get(name, {}) for name in self.param_keys}
 
     def check_params(self, params: Params) -> None:
         """Check that the parameters are the system's.
@@ -238,6 +243,7 @@ def _box(node: Node) -> str:
     left, right = ("{{", "}}") if node.deterministic else ("(", ")")
     left, right = ("{", "}") if isinstance(node.component, Switch) else (left, right)
     shared = "" if node.params_key == node.name or not node.has_params else f", params {node.params_key}"
+    shared += "" if node.base is None else f" on {node.base}"
     return f'    {node.name}{left}"{node.name}{plate}: {type(node.component).__name__}{shared}"{right}'
 
 
@@ -300,6 +306,22 @@ def _check_node(node: Node, plates: Mapping[str, int | None]) -> None:
             f"the component of node {node.name!r} cannot be hashed because of {found}: a system is static, so give "
             "tuples instead of lists, and keep arrays in the parameters"
         )
+
+
+def _check_bases(nodes: Sequence[Node]) -> None:
+    """Raise `GraphError` for a base that is itself a role, and for nodes of one key that have several."""
+    bases: dict[str, str | None] = {}
+    for node in nodes:
+        if bases.setdefault(node.params_key, node.base) != node.base:
+            raise GraphError(
+                f"node {node.name!r} has the base {node.base!r}, another node with the parameters {node.params_key!r} "
+                f"the base {bases[node.params_key]!r}: give both the same, or keys of their own"
+            )
+    for key, base in bases.items():
+        if base is not None and (base == key or bases.get(base) is not None):
+            raise GraphError(
+                f"the base {base!r} of {key!r} is a role itself, without weights of its own: name the key that has them"
+            )
 
 
 def _ordered(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> tuple[Node, ...]:

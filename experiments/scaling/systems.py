@@ -198,24 +198,54 @@ def drafted_and_answered(decoder: DecoderConfig, config: Config, _: int) -> Exam
     return Example(system, sj.SamplingObjective(chunk_size=1), batch)
 
 
+def in_roles(decoder: DecoderConfig, number: int, config: Config, _: int) -> Example:
+    """One language model in several roles, each of which reads what the one before it wrote, with SysDPO-Direct."""
+    language = config.writer(decoder)
+    names = [f"role_{i + 1}" for i in range(number)]
+    system = sj.CompoundSystem(
+        ("question",),
+        tuple(
+            sj.Node(name, language, (parent,), base="base")
+            for name, parent in zip(names, ("question", *names[:-1]), strict=True)
+        ),
+    )
+
+    def batch(pairs: int) -> sj.PairBatch:
+        side = {name: text_features(language, pairs) for name in names}
+        return sj.PairBatch(side, side)
+
+    return Example(system, sj.DirectObjective(), batch)
+
+
 # {name: (pixels of its images, what makes it of a configuration and of pixels)}
 SYSTEMS: dict[str, tuple[int, Callable[[Config, int], Example]]] = {
     "smollm2-135m+sd15": (512, partial(written_and_painted, DECODERS["smollm2-135m"], UNETS["sd15"])),
     "qwen1.5-1.8b-x2": (0, partial(drafted_and_answered, DECODERS["qwen1.5-1.8b"])),
     "llama3-8b+sdxl": (1024, partial(written_and_painted, DECODERS["llama-3-8b"], UNETS["sdxl"])),
+    "llama3-8b-role": (0, partial(in_roles, DECODERS["llama-3-8b"], 1)),
+    "llama3-8b-roles": (0, partial(in_roles, DECODERS["llama-3-8b"], 3)),
 }
 
 
-def fine_tuning(config: Config, params: Params) -> tuple[Params, SystemOptimizer]:
+def fine_tuning(config: Config, system: sj.CompoundSystem, params: Params) -> tuple[Params, SystemOptimizer]:
     """Parameters to train and their optimiser, AdamW for every component.
 
     params: shapes, `{params_key: tree}`. Weights of less than 32 bits that are trained get master weights; LoRA's
-    factors are kept in float32 beside them.
+    factors are kept in float32 beside them. A base has none of its own. Raises SystemExit for roles in mode full.
     """
+    bases = {node.params_key: node.base for node in system.nodes if node.base is not None}
+    if bases and config.mode == "full":
+        raise SystemExit(f"{config.system} has roles, which share their weights: give --mode lora")
     if config.mode == "full":
         component = sj.ComponentOptimizer(optax.adamw(1e-6), master_weights=True, state_dtype=config.state_dtype)
         return params, sj.make_optimizer(dict.fromkeys(params, component))
-    add_lora = partial(sj.add_lora, lora=LORA, key=jax.random.key(0))
-    factors = {key: jax.eval_shape(add_lora, tree) for key, tree in params.items()}
     component = sj.ComponentOptimizer(optax.adamw(1e-5), trainable=sj.LORA_PARAMS, state_dtype=config.state_dtype)
-    return factors, sj.make_optimizer(dict.fromkeys(params, component))
+    made, optimizers = {**params}, dict.fromkeys(params, component)
+    for key, tree in params.items():
+        if key in bases.values():
+            optimizers[key] = sj.FROZEN
+            continue
+        function = sj.lora_factors if key in bases else sj.add_lora
+        shapes = partial(function, lora=LORA, key=jax.random.key(0))
+        made[key] = jax.eval_shape(shapes, params[bases[key]] if key in bases else tree)
+    return made, sj.make_optimizer(optimizers)

@@ -79,15 +79,17 @@ def export(config: Config) -> list[Path]:
     for name in trained:
         folder = config.output / name
         # Nodes that share the model differ in their prompts only.
-        model = next(node.component for node in run.system.nodes if node.params_key == name and node.has_params)
-        adapter = config.adapters and train.system.components[name].mode == "lora"
+        node = next(node for node in run.system.nodes if node.params_key == name and node.has_params)
+        model, own = node.component, train.system.components[name]
+        adapter = config.adapters and own.mode == "lora"
         if config.adapters and not adapter:
             print(f"{name} was trained whole: its whole model is written", file=sys.stderr)
-        start = train.system.components[name].checkpoint
+        # A role belongs to the model that its base was loaded from.
+        start = train.system.components[own.base or name].checkpoint
         named = {"base_model": start, "datasets": data["source"]}
         hub = {field: source for field, source in named.items() if source is not None and _on_hub(source)}
         with locked_file(folder):
-            library = write_component(folder, model, params[name], adapter, start)
+            library = write_component(folder, model, node.tree(params), adapter, start)
             write_whole(folder / "README.md", model_card(name, library, hub, *about))
         written.append(folder)
     return written

@@ -35,6 +35,7 @@ from sysdpo_jax.decoding.decode import beam_generate, generate
 from sysdpo_jax.keys import row_keys
 from sysdpo_jax.models.decoder import Decoder, head_params
 from sysdpo_jax.models.initial import fresh_params
+from sysdpo_jax.models.remat import of_model
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, user_code
@@ -178,7 +179,9 @@ class LanguageModel(Component):
         Returns:
             log softmax(logits)[token] in nats, float32, and which of them are a completion's; others have no meaning.
         """
-        features = jax.tree.map(jnp.asarray, features)
+        return of_model(self._log_probs, self.decoder.config.remat)(params, jax.tree.map(jnp.asarray, features))
+
+    def _log_probs(self, params: Params, features: Features) -> tuple[LogProbs, Metrics]:
         tokens, starts = features["tokens"], features["prompt_lengths"]
         place = starts[:, None] + jnp.arange(features["completion"].shape[-1])
         made = token_log_probs(

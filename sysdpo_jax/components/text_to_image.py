@@ -29,6 +29,7 @@ from sysdpo_jax.diffusion.schedules import NoiseSchedule, PredictionType, add_no
 from sysdpo_jax.diffusion.weightings import Constant, Weighting
 from sysdpo_jax.keys import row_keys
 from sysdpo_jax.models.initial import fresh_params
+from sysdpo_jax.models.remat import of_model
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 
@@ -196,7 +197,10 @@ class TextToImage(Component):
                 f"the features hold {', '.join(raw)}, which the frozen parts have still to encode: call "
                 "CompoundSystem.encode(params, features), or sysdpo_jax.encode_batch of a batch, before the step"
             )
-        features = jax.tree.map(jnp.asarray, features)
+        remat = getattr(getattr(self.denoiser, "config", None), "remat", None)
+        return of_model(self._surrogates, remat)(params, jax.tree.map(jnp.asarray, features), key)
+
+    def _surrogates(self, params: Params, features: Features, key: Keys) -> tuple[LogProbs, Metrics]:
         latents = features["latents"]
         rows = latents.shape[0]
         time_keys, noise_keys, drop_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(row_keys(key, rows))

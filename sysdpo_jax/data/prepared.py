@@ -77,7 +77,7 @@ def about_system(system: CompoundSystem | None) -> list[Any]:
         # What a class of the user's own prepares by is known where it says so itself.
         known = not is_users(kind) or "prepared_by" in vars(kind)
         about = node.component.prepared_by if known else node.component
-        nodes.append([node.name, node.parents, node.params_key, node.plate, node.loop, kind, about])
+        nodes.append([node.name, node.parents, node.weights_key, node.plate, node.loop, kind, about])
     failing = [node.component.on_error for node in system.nodes if isinstance(node.component, Tool)]
     return [system.inputs, nodes, failing]
 

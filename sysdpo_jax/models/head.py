@@ -30,8 +30,7 @@ class Head(nn.Module):
         kernel = self.param("kernel", INIT, (c.hidden_size, c.vocab_size), c.param_dtype)
         logits = logits_of(hidden, kernel, c.dtype)
         if self.has_variable("params", "lora_a"):
-            flat = hidden.reshape(-1, c.hidden_size).astype(c.dtype)
-            logits = logits + low_rank(self, flat, "float32").reshape(logits.shape)
+            logits = logits + low_rank(self, hidden.astype(c.dtype), "float32")
         return logits
 
 

@@ -35,7 +35,7 @@ class Dense(nn.Module):
         flat = x.reshape(-1, width).astype(self.config.dtype)
         y = flat @ gathered(self.path, kernel.astype(self.config.dtype))
         if self.has_variable("params", "lora_a"):
-            y = y + low_rank(self, flat, self.config.dtype)
+            y = y + low_rank(self, x.astype(self.config.dtype), self.config.dtype).reshape(y.shape)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.config.param_dtype)
             y = y + bias.astype(self.config.dtype)

@@ -7,7 +7,7 @@ thin products and never forms the merged kernel. A reference of the same tree pa
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,48 @@ class LoRA:
         return (self.targets,) if isinstance(self.targets, str) else self.targets
 
 
-def low_rank(module: nn.Module, x: Float[Array, "rows width"], dtype: Any) -> Float[Array, "rows features"]:
-    """scale x A B with the factors in the module's own scope: products in the precision of x, the result in dtype."""
+def low_rank(module: nn.Module, x: Float[Array, "*leading width"], dtype: Any) -> Float[Array, "*leading features"]:
+    """scale x A B with the factors in the module's own scope: products in the precision of x, the result in dtype.
+
+    Factors of several roles, as `in_turns` joins them, are each those of the rows whose turn it is.
+    """
     factors: list[Array] = [module.get_variable("params", name) for name in LEAVES]
-    a, b, scale = factors
-    thin = (x @ a.astype(x.dtype)) * jax.lax.stop_gradient(scale).astype(x.dtype)
-    return jnp.matmul(thin, b.astype(x.dtype), preferred_element_type=dtype)
+    a, b, scale = factors[0].astype(x.dtype), factors[1].astype(x.dtype), jax.lax.stop_gradient(factors[2])
+    if a.ndim == 2:
+        thin = (x.reshape(-1, x.shape[-1]) @ a) * scale.astype(x.dtype)
+        made = jnp.matmul(thin, b, preferred_element_type=dtype)
+    else:
+        turns = x.reshape(len(x) // len(a), len(a), -1, x.shape[-1])
+        thin = jnp.einsum("ngiw,gwr->ngir", turns, a) * scale[:, None, None].astype(x.dtype)
+        made = jnp.einsum("ngir,grf->ngif", thin, b, preferred_element_type=dtype)
+    return made.reshape(*x.shape[:-1], -1)
+
+
+def in_turns(base: Params, roles: Sequence[Params]) -> Params:
+    """The tree for rows of which each one's role follows that of the row before it, in this order and round again.
+
+    Args:
+        base: The weights, which may have factors that play no part.
+        roles: Trees whose factors are read; ranks and layers may differ.
+
+    Returns:
+        The weights with the factors of all roles, on an axis before those of one, and zeros where a role has none.
+    """
+    flat = flatten_dict(strip_lora(base), keep_empty_nodes=True, sep="/")
+    flats = [flatten_dict(role, sep="/") for role in roles]
+    layers = sorted({path.removesuffix("/lora_a") for own in flats for path in own if path.endswith("/lora_a")})
+    for layer in layers:
+        carried = [tuple(own[f"{layer}/{name}"] for name in LEAVES) for own in flats if f"{layer}/lora_a" in own]
+        rank, like = max(a.shape[-1] for a, _, _ in carried), carried[0]
+
+        def padded(own: Mapping[str, Any], layer: str = layer, rank: int = rank, like: Any = like) -> Any:
+            a, b, scale = (own.get(f"{layer}/{name}", jnp.zeros_like(x)) for name, x in zip(LEAVES, like, strict=True))
+            lead, more = [(0, 0)] * (a.ndim - 2), rank - a.shape[-1]
+            return jnp.pad(a, [*lead, (0, 0), (0, more)]), jnp.pad(b, [*lead, (0, more), (0, 0)]), scale
+
+        for name, axis, leaves in zip(LEAVES, (-3, -3, -1), zip(*map(padded, flats), strict=True), strict=True):
+            flat[f"{layer}/{name}"] = jnp.stack(leaves, axis=axis)
+    return unflatten_dict(flat, sep="/")
 
 
 def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "float32") -> Params:
@@ -108,16 +144,60 @@ def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "
             already.
     """
     flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
-    matched = _targets(flat, lora)
+    factors = flatten_dict(lora_factors(params, lora, key, param_dtype), sep="/")
+    for path in factors:
+        if path in flat:
+            module = path.rpartition("/")[0]
+            raise LoRAError(f"{module} carries LoRA already: merge_lora or strip_lora first, or target other layers")
+    return unflatten_dict({**flat, **factors}, sep="/")
+
+
+def lora_factors(params: Params, lora: LoRA, key: PRNGKeyArray, param_dtype: Any = "float32") -> Params:
+    """The factors alone that `add_lora` would put beside the kernels: the tree of a role, whose `Node` has a `base`.
+
+    Args:
+        params: The tree of the base; factors of its own play no part.
+        lora: As for `add_lora`.
+        key: As for `add_lora`.
+        param_dtype: As for `add_lora`.
+
+    Returns:
+        A tree of factors.
+
+    Raises:
+        LoRAError: For a pattern that finds no layer, naming some that there are.
+    """
+    flat = flatten_dict(params, keep_empty_nodes=True, sep="/")
+    matched, factors = _targets(flat, lora), {}
     for path, layer_key in zip(matched, jax.random.split(key, len(matched)), strict=True):
-        if f"{path}/lora_a" in flat:
-            raise LoRAError(f"{path} carries LoRA already: merge_lora or strip_lora first, or target other layers")
         *stack, width, features = flat[f"{path}/kernel"].shape
         a = jax.random.uniform(layer_key, (*stack, width, lora.rank), jnp.float32, -1.0, 1.0) / width**0.5
-        flat[f"{path}/lora_a"] = a.astype(param_dtype)
-        flat[f"{path}/lora_b"] = jnp.zeros((*stack, lora.rank, features), param_dtype)
-        flat[f"{path}/lora_scale"] = jnp.full(stack, lora.alpha / lora.rank, jnp.float32)
-    return unflatten_dict(flat, sep="/")
+        factors[f"{path}/lora_a"] = a.astype(param_dtype)
+        factors[f"{path}/lora_b"] = jnp.zeros((*stack, lora.rank, features), param_dtype)
+        factors[f"{path}/lora_scale"] = jnp.full(stack, lora.alpha / lora.rank, jnp.float32)
+    return unflatten_dict(factors, sep="/")
+
+
+def on_base(base: Params, own: Params) -> Params:
+    """The whole tree of a role: the weights of its base, without factors that the base has, and what is its own.
+
+    Args:
+        base: The tree that holds the weights.
+        own: The role's: factors and, in place of the base's, whatever else it holds.
+
+    Returns:
+        The tree; its leaves are the same arrays.
+
+    Raises:
+        LoRAError: For a factor of a layer that the base does not have.
+    """
+    flat = flatten_dict(strip_lora(base), keep_empty_nodes=True, sep="/")
+    added = flatten_dict(own, sep="/")
+    for path in added:
+        module = path.rpartition("/")[0]
+        if is_lora(path) and f"{module}/kernel" not in flat:
+            raise LoRAError(f"{path} is of a layer that the base does not have: make the factors of it by lora_factors")
+    return unflatten_dict({**flat, **added}, sep="/")
 
 
 def is_lora(path: str) -> bool:

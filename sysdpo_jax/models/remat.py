@@ -4,17 +4,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 AUTO = "auto"
+WHOLE = "whole"
 # Fused attention, whose products a policy of JAX does not see.
 KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
 # (primitive, what goes in, its parameters) -> whether its result is kept, as jax.checkpoint takes it.
 Policy: TypeAlias = Callable[..., bool]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def products_saveable(primitive: Any, *values: Any, **params: Any) -> bool:
@@ -30,6 +32,7 @@ def products_saveable(primitive: Any, *values: Any, **params: Any) -> bool:
 
 # A configuration's `remat` -> the policy of jax.checkpoint_policies, which says what is kept.
 POLICIES: dict[str, Policy | None] = {
+    WHOLE: None,
     "full": None,
     "products_saveable": products_saveable,
     "dots_saveable": jax.checkpoint_policies.dots_saveable,
@@ -70,6 +73,8 @@ def choosing(setting: str | None) -> Iterator[Choice]:
 def recomputed(block: Any, remat: str | None, dtype: str, prevent_cse: bool = True) -> Any:
     """The block's class, recomputing as `remat` says: None nothing, "full" all but its inputs, else by the policy.
 
+    "whole" is "full" within `of_model`.
+
     "dots_saveable" keeps the results of all matrix products, "dots_with_no_batch_dims_saveable" those of dense layers
     without attention's scores, "products_saveable" those and convolutions and fused attention; "auto" is what the
     training step chooses, see `choosing`.
@@ -81,15 +86,33 @@ def recomputed(block: Any, remat: str | None, dtype: str, prevent_cse: bool = Tr
     dtype: precision of the block's products. prevent_cse: needed unless the block is the body of a scan, which must run
     more than once: the compiler takes a loop of one round apart and merges what is computed twice.
     """
-    if remat == AUTO:
-        choice = _CHOICE.get()
-        if choice is not None:
-            choice.asked = True
-        remat = None if choice is None else choice.setting
+    remat = _resolved(remat)
     if remat is not None:
         return nn.remat(block, prevent_cse=prevent_cse, policy=POLICIES[remat])
     bits = jnp.finfo(dtype).bits
     return block if bits >= 32 else nn.remat(block, prevent_cse=prevent_cse, policy=_no_wider(bits))
+
+
+def of_model(log_prob: F, remat: str | None) -> F:
+    """The log-probability of a model of this setting: under "whole" the backward pass keeps what goes in, and nothing
+    else, until its turn comes. Of several models that follow each other one at a time then has activations in memory.
+    """
+    return jax.checkpoint(log_prob) if one_at_a_time(remat) else log_prob
+
+
+def one_at_a_time(remat: str | None) -> bool:
+    """Whether models of this setting are to be in memory one after the other."""
+    return _resolved(remat) == WHOLE
+
+
+def _resolved(remat: str | None) -> str | None:
+    """The setting, or what "auto" stands for."""
+    if remat != AUTO:
+        return remat
+    choice = _CHOICE.get()
+    if choice is not None:
+        choice.asked = True
+    return None if choice is None else choice.setting
 
 
 def _no_wider(bits: int) -> Policy:

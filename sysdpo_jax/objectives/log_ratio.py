@@ -1,7 +1,6 @@
 """The log-ratio of a system: a sum over its nodes."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from jaxtyping import Array
 
 from sysdpo_jax.components.routed import number_of_runs
 from sysdpo_jax.graph import CompoundSystem, Node
+from sysdpo_jax.objectives.roles import evaluate, together
 from sysdpo_jax.typing import Features, Keys, Params
 
 
@@ -60,11 +60,10 @@ def node_log_probs(
         `{node: NodeLogps}`.
     """
     system.check_params(params)
-    given = precomputed or {}
-    return {
-        node.name: log_probs_of_node(system, node, params, reference, features[node.name], key, given.get(node.name))
-        for node in trained_nodes(system, reference)
-    }
+    nodes, found = trained_nodes(system, reference), dict[str, NodeLogps]()
+    for group in together(nodes, params, features):
+        found |= _log_probs(system, group, params, reference, features, key, precomputed or {})
+    return {node.name: found[node.name] for node in nodes}
 
 
 def repeated(keys: Keys, counts: tuple[int, ...]) -> Keys:
@@ -86,22 +85,49 @@ def log_probs_of_node(
     A frozen node, whose key is absent from `reference`, is evaluated once and without gradient. Raises `ValueError`
     when the node's reference tree is None and nothing was precomputed.
     """
-    runs = partial(number_of_runs, features)
     if node.params_key not in reference:
         frozen = jax.lax.stop_gradient(node.tree(params))
         log_prob, metrics = system.node_log_prob(node, frozen, features, key)
-        return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics, runs(log_prob))
-    policy, policy_metrics = system.node_log_prob(node, node.tree(params), features, key)
-    if precomputed is not None:
-        return NodeLogps(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {}, runs(policy))
-    if reference[node.params_key] is None:
-        raise ValueError(
-            f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
-            f"{node.name!r} under it: make the batches from what precompute_reference returns, with DirectObjective"
+        return NodeLogps(
+            jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics, number_of_runs(features, log_prob)
         )
-    frozen = jax.lax.stop_gradient(reference[node.params_key])
-    base, base_metrics = system.node_log_prob(node, frozen, features, key)
-    return NodeLogps(node.weight * (policy - base), policy, base, policy_metrics, base_metrics, runs(policy))
+    given = {} if precomputed is None else {node.name: precomputed}
+    return _log_probs(system, (node,), params, reference, {node.name: features}, key, given)[node.name]
+
+
+def _log_probs(
+    system: CompoundSystem,
+    nodes: tuple[Node, ...],
+    params: Params,
+    reference: Params,
+    features: Mapping[str, Features],
+    key: Keys,
+    precomputed: Mapping[str, Array],
+) -> dict[str, NodeLogps]:
+    """Of trained nodes that go through their model together."""
+    policy = evaluate(system, nodes, params, features, key)
+    compared = tuple(node for node in nodes if node.name not in precomputed)
+    for node in compared:
+        if reference[node.params_key] is None:
+            raise ValueError(
+                f"the reference of {node.params_key!r} was freed, but the batch holds no log-probabilities of the node "
+                f"{node.name!r} under it: make the batches from what precompute_reference returns, with DirectObjective"
+            )
+    # The weights of a base are not trained: those of the policy are the reference's where that holds none.
+    known = {**params, **{key: tree for key, tree in reference.items() if tree is not None}}
+    base = evaluate(system, compared, jax.lax.stop_gradient(known), features, key) if compared else {}
+    base |= {name: (precomputed[name], {}) for name in policy if name in precomputed}
+    return {
+        node.name: NodeLogps(
+            node.weight * (policy[node.name][0] - base[node.name][0]),
+            policy[node.name][0],
+            base[node.name][0],
+            policy[node.name][1],
+            base[node.name][1],
+            number_of_runs(features[node.name], policy[node.name][0]),
+        )
+        for node in nodes
+    }
 
 
 def log_ratio(

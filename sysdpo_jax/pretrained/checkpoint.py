@@ -41,8 +41,9 @@ def load(
         path_or_hub_id: Local folder or file, or the name of a repository.
         dtype: Of the computation.
         param_dtype: Of the parameters, by default as they are stored; train whole models in float32.
-        remat: What the backward pass computes again: None for nothing, "full" for all but the inputs of layers, or a
-            policy of `models/remat.py`; "auto" takes the fastest of them that fits the devices' memory.
+        remat: What the backward pass computes again: None for nothing, "full" for all but the inputs of layers, "whole"
+            for all but the inputs of the model, or a policy of `models/remat.py`; "auto" takes the fastest of them that
+            fits the devices' memory.
         shardings: Function from abstract parameters to their shardings, for example `functools.partial(tree_shardings,
             mesh)`; by default all are on the first device. Each device's block is read by itself: no host holds a whole
             model that it does not keep.

@@ -93,6 +93,8 @@ def _box(node: Node, keys: Sequence[str]) -> Box:
         lines.append(f"on {node.parents[0]}")
     if node.loop is not None:
         lines.append(f"each turn of {node.loop}")
+    if node.base is not None:
+        lines.append(f"on {node.base}")
     if node.weight != 1:
         lines.append(f"weight {node.weight:g}")
     # What the earlier turns gave comes from further right.

@@ -35,15 +35,18 @@ class ComponentConfig:
         checkpoint: Model to load: a folder, a GGUF file or a name on the hub.
         factory: Instead of a checkpoint, "module:function": a function or class that returns a component (with fresh
             parameters) or a pair (component, parameters).
+        base: Instead of both, the name of the component whose weights this one, a role, shares: it has factors alone.
         mode: What to train: all weights (full), low-rank factors (lora) or nothing (frozen).
         lora: Low-rank factors of mode lora.
         learning_rate: Learning rate of this component; the schedule's by default.
         settings: Keyword arguments of `pretrained.load` or of the factory: max_prompt_length, guidance_scale ... A
-            mapping {call: "module:name", ...} stands for what that returns for the rest of it.
+            mapping {call: "module:name", ...} stands for what that returns for the rest of it. Of a role those in which
+            its component differs from its base's.
     """
 
     checkpoint: str | None = None
     factory: str | None = None
+    base: str | None = None
     mode: Literal["full", "lora", "frozen"] = "lora"
     lora: LoraConfig = LoraConfig()
     learning_rate: AboveZero | None = None
@@ -341,8 +344,8 @@ class TrainConfig:
         online: Rounds, in which the run makes its own preferences.
         serve: Servers that sample for language models in evaluations, rounds and rollouts, by component.
         dtype: Precision of the computation; weights that are trained whole are kept in float32.
-        remat: What the backward pass computes again to save memory: "auto" takes the fastest that fits; or null, "full"
-            or a policy, see `pretrained.load`.
+        remat: What the backward pass computes again to save memory: "auto" takes the fastest that fits; or null,
+            "full", "whole" or a policy, see `pretrained.load`.
         seed: Seed of everything random.
         log_every: Steps between rows of metrics.jsonl.
         checkpoint_every: Steps between checkpoints.

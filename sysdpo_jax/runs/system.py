@@ -16,7 +16,7 @@ import sysdpo_jax as sj
 from sysdpo_jax.components.chat_prompt import TextPrompt
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.models.lora import LoRAError, merge_lora, strip_lora
+from sysdpo_jax.models.lora import LoRAError, is_lora, merge_lora, on_base, strip_lora
 from sysdpo_jax.runs.config import (
     ASKING,
     CALLS,
@@ -28,6 +28,7 @@ from sysdpo_jax.runs.config import (
     TrainConfig,
     ValueConfig,
 )
+from sysdpo_jax.static import tuples
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
@@ -67,7 +68,10 @@ def build_system(config: TrainConfig, mesh: Mesh, origin: Origin | None = None) 
         _system(system, lambda node, field, scope: sj.Tool(repr))
     except sj.GraphError as error:
         raise sj.GraphError(f"system.nodes: {error}") from None
-    models = {name: _model(name, component, config, mesh, origin) for name, component in system.components.items()}
+    models: dict[str, Model] = {}
+    # Bases before their roles.
+    for name, component in sorted(system.components.items(), key=lambda item: item[1].base is not None):
+        models[name] = _model(name, component, config, mesh, origin, models)
     made = _system(system, lambda node, field, scope: _component(field, node, models, scope))
     return made, {name: params for name, (_, params) in models.items()}
 
@@ -93,11 +97,34 @@ def _check(system: SystemConfig) -> None:
             raise ConfigError(f"{place}.component {node.component!r} is not among the components: {near}")
         _refuse_beside(node, place)
     used = {node.component for node in values.values()}
+    roles: dict[str, list[str]] = {}
     for name, component in system.components.items():
-        if name not in used:
-            raise ConfigError(f"system.components.{name} is the component of no node: use it, or leave it out")
-        if (component.checkpoint is None) == (component.factory is None):
-            raise ConfigError(f"system.components.{name}: give either a checkpoint or a factory")
+        if [component.checkpoint, component.factory, component.base].count(None) != 2:
+            raise ConfigError(f"system.components.{name}: give either a checkpoint, a factory or a base")
+        if component.base is not None:
+            _check_role(name, component, system)
+            roles.setdefault(component.base, []).append(name)
+    for name, component in system.components.items():
+        field = f"system.components.{name}"
+        if name not in used and name not in roles:
+            raise ConfigError(f"{field} is the component of no node: use it, or leave it out")
+        if name not in used and component.mode != "frozen":
+            raise ConfigError(f"{field} is the base of roles and the component of no node: give it mode frozen")
+        if name in roles and component.mode == "full":
+            raise ConfigError(
+                f"{field} has mode full, but {', '.join(roles[name])} share its weights: give it mode lora or frozen"
+            )
+
+
+def _check_role(name: str, role: ComponentConfig, system: SystemConfig) -> None:
+    field, base = f"system.components.{name}", role.base or ""
+    if base not in system.components:
+        near = meant(base, system.components)
+        raise ConfigError(f"{field}.base {base!r} is not among the components: {near}")
+    if system.components[base].base is not None:
+        raise ConfigError(f"{field}.base {base!r} is a role itself, without weights of its own: name one that has them")
+    if role.mode == "full":
+        raise ConfigError(f"{field} has mode full, but its weights are those of {base!r}: give it mode lora or frozen")
 
 
 def _values(system: SystemConfig) -> Iterator[tuple[str, ValueConfig]]:
@@ -148,7 +175,9 @@ def _system(
         except ValueError as error:
             known = isinstance(error, ConfigError | sj.GraphError)
             raise error if known else ConfigError(f"{field}: {error}") from None
-        return sj.Node(name, component_of(node, field, scope), node.parents, node.component, node.plate, node.weight)
+        base = None if node.component is None else system.components[node.component].base
+        component = component_of(node, field, scope)
+        return sj.Node(name, component, node.parents, node.component, node.plate, node.weight, base)
 
     nodes = (made(name, node, f"system.nodes.{name}") for name, node in system.nodes.items())
     return sj.CompoundSystem(system.inputs, tuple(nodes))
@@ -229,11 +258,16 @@ def _schemas(tools: str | Sequence[Mapping[str, Any]], field: str) -> Any:
         raise ConfigError(f"{field}: {tools} cannot be read ({error}): give a file with a list of schemas") from None
 
 
-def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh, origin: Origin | None) -> Model:
+def _model(
+    name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh, origin: Origin | None, models: Mapping[str, Model]
+) -> Model:
+    """models: those of the bases."""
     field = f"system.components.{name}"
     settings = built(config.settings, f"{field}.settings")
     key = named_key(jax.random.key(run.seed), name)
-    if config.checkpoint is None:
+    if config.base is not None:
+        component, params = _role(models[config.base][0], settings, field), {}
+    elif config.checkpoint is None:
         component, params = _of_factory(config.factory or "", settings, field, key)
     else:
         precision = {"dtype": run.dtype, "param_dtype": "float32" if config.mode == "full" else run.dtype}
@@ -245,21 +279,35 @@ def _model(name: str, config: ComponentConfig, run: TrainConfig, mesh: Mesh, ori
             raise ConfigError(f"{field}.settings: {error}") from error
     has_factors = False
     if origin is not None:
-        params, has_factors = _started(name, config, params, origin)
+        is_base = any(other.base == name for other in run.system.components.values())
+        params, has_factors = _started(name, config, params, origin, is_base)
     if config.mode == "lora" and not has_factors:
         lora = sj.LoRA(config.lora.rank, config.lora.alpha, config.lora.targets)
         try:
+            if config.base is not None:
+                return component, sj.lora_factors(models[config.base][1], lora, key)
             params = sj.add_lora(params, lora, key)
         except LoRAError as error:
+            if config.base is not None:
+                raise ConfigError(f"{field} (a role of {config.base}): {error}") from error
             raise ConfigError(f"{field} (mode lora): {error}; or train it in mode full") from error
     return component, params
 
 
-def _started(name: str, config: ComponentConfig, params: Params, origin: Origin) -> tuple[Params, bool]:
+def _role(base: sj.Component, settings: Mapping[str, Any], field: str) -> sj.Component:
+    """The base's component with other settings."""
+    try:
+        return replace(base, **{name: tuples(value) for name, value in settings.items()})  # type: ignore[type-var]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{field}.settings: {error}") from error
+
+
+def _started(name: str, config: ComponentConfig, params: Params, origin: Origin, is_base: bool) -> tuple[Params, bool]:
     """The component's parameters in the run `origin`, and whether they hold the LoRA factors that it goes on with.
 
     Factors of the same settings are kept, others are merged into the weights. params: the component's own, whose shapes
-    those of the run must have. Raises `ConfigError` naming what does not fit.
+    those of the run must have. Weights that roles share (is_base) take nothing up: their factors are kept, whatever the
+    mode. A role of that run may become a model of its own. Raises `ConfigError` naming what does not fit.
     """
     if name not in origin.params:
         known = ", ".join(origin.params)
@@ -267,9 +315,21 @@ def _started(name: str, config: ComponentConfig, params: Params, origin: Origin)
             f"init_from {origin.folder} has no component {name!r} (it has {known}): give components the same names"
         )
     before, found = origin.components[name], origin.params[name]
+    if config.base not in (None, before.base):
+        raise ConfigError(
+            f"init_from {origin.folder}: the component {name!r} has the base {before.base!r} there and {config.base!r} "
+            "here: give it the same one"
+        )
+    if before.base is not None and config.base is None:
+        found = on_base(origin.params[before.base], found)
     keeps = before.mode == config.mode == "lora" and before.lora == config.lora
-    if not keeps:
-        found = merge_lora(found)
+    if config.base is None and not is_base:
+        found = found if keeps else merge_lora(found)
+    elif config.mode == "lora" and not keeps and any(map(is_lora, by_path(found))):
+        raise ConfigError(
+            f"init_from {origin.folder}: the component {name!r} has LoRA factors of other settings there, which cannot "
+            "be merged into weights that roles share: give it the same lora"
+        )
     theirs, own = by_path(strip_lora(found)), by_path(params)
     for path in {**own, **theirs}:
         shapes = [None if path not in tree else tree[path].shape for tree in (theirs, own)]

@@ -163,8 +163,9 @@ def compile_step(step: TrainStep, state: TrainState, batch: PyTree, usable_gib: 
 
 
 def _account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]:
-    """Memory of one chip in GiB, the collectives, and the compiler's FLOPs."""
+    """Memory of one chip in GiB, the collectives, and the compiler's FLOPs and bytes that go to and from memory."""
     memory: Any = compiled.memory_analysis()
+    costs = compiled.cost_analysis() or {}
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -177,7 +178,8 @@ def _account(compiled: jax.stages.Compiled, usable_gib: float) -> dict[str, Any]
         "fits": memory.peak_memory_in_bytes <= usable_gib * GIB,
         "memory_per_chip_gib": {name: round(size / GIB, 3) for name, size in sizes.items()},
         "collectives_per_chip": _collectives(compiled),
-        "compiler_flops_per_chip": (compiled.cost_analysis() or {}).get("flops"),
+        "compiler_flops_per_chip": costs.get("flops"),
+        "compiler_bytes_per_chip": costs.get("bytes accessed"),
     }
 
 

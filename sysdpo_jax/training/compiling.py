@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from sysdpo_jax.models.remat import WHOLE
 from sysdpo_jax.parallel.distributed import gathered
 
 # Of every program that evaluates a policy or a reference. By default a compiler may leave out a rounding to bfloat16
@@ -20,6 +21,9 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 # cores a decoder of 8 layers takes 0.38, 0.37 and 0.47 s, a U-Net 0.22, 0.20 and 0.24 s. What is cheap to compute costs
 # more to write, to copy into the stacks of a scan and to read again: None is both slower and larger.
 CANDIDATES: tuple[str, ...] = ("products_saveable", "full")
+# Of several trained nodes also this, under which the activations of one at a time are in memory, for another forward
+# pass of each: with one node it saves nothing.
+OF_SEVERAL = (*CANDIDATES, WHOLE)
 
 # Of a device's memory, left for fragments and for programs that run between the steps.
 MARGIN = 0.05

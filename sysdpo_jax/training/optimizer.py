@@ -12,7 +12,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from sysdpo_jax.graph import CompoundSystem
-from sysdpo_jax.trees import path_name
+from sysdpo_jax.models.lora import is_lora
+from sysdpo_jax.trees import by_path, path_name
 from sysdpo_jax.typing import Params
 
 # Leaves that no training changes, whatever the pattern: an optimiser's weight decay would, without any gradient.
@@ -131,7 +132,7 @@ class SystemOptimizer:
             A tree like `params` of True and False.
 
         Raises:
-            OptimizerError: If a component that is not frozen trains none.
+            OptimizerError: If a component that is not frozen trains none, and if weights that roles share are trained.
         """
         masks = {}
         for key, component in self.components:
@@ -144,6 +145,14 @@ class SystemOptimizer:
                     f"trainable={component.trainable!r} matches no parameter of {key!r}{besides}: fix the pattern or "
                     "use FROZEN"
                 )
+        for node in system.nodes:
+            trained = () if node.base is None else (path for path, kept in by_path(masks[node.base]).items() if kept)
+            for path in trained:
+                if not is_lora(path):
+                    raise OptimizerError(
+                        f"{path} of {node.base!r}, the base of {node.params_key!r}, would be trained, but roles share "
+                        "its weights: train its LoRA factors alone (trainable=LORA_PARAMS), or use FROZEN"
+                    )
         return masks
 
     @property

@@ -42,7 +42,7 @@ def precompute_reference(
 
     Args:
         system: The graph.
-        reference: `{params_key: tree}`, on the mesh.
+        reference: `{params_key: tree}`, on the mesh; with the bases of roles.
         pairs: NumPy arrays of `prepare_pairs`, whole.
         keys: Params keys: of whose nodes.
         directory: Keeps the values, a file for each node, named by a hash of the data (token ids, so the tokenizer as
@@ -64,7 +64,7 @@ def precompute_reference(
     nodes = [node for node in system.nodes if node.params_key in keys and node.has_params]
     known = dict(pairs.reference or {})
     for node in nodes:
-        params, sides = reference[node.params_key], [side[node.name] for side in (pairs.chosen, pairs.rejected)]
+        params, sides = node.tree(reference), [side[node.name] for side in (pairs.chosen, pairs.rejected)]
         path = None if directory is None else Path(directory) / f"{node.name}-{_digest(node, params, sides)}.npz"
         if path is not None and path.exists():
             values = read_arrays(path, "remove it, and its values are made anew")

@@ -29,7 +29,7 @@ from sysdpo_jax.parallel.sharding import (
     place_batch,
     replicated,
 )
-from sysdpo_jax.training.compiling import CANDIDATES, COMPILER_OPTIONS, fastest_that_fits, room
+from sysdpo_jax.training.compiling import CANDIDATES, COMPILER_OPTIONS, OF_SEVERAL, fastest_that_fits, room
 from sysdpo_jax.training.optimizer import SystemOptimizer
 from sysdpo_jax.training.progress import tell
 from sysdpo_jax.training.state import Fixed, Mutable, TrainState
@@ -229,7 +229,9 @@ class TrainStep:
 
     def _asked(self, state: TrainState, arguments: Any) -> tuple[str, ...]:
         self._traced(state, CANDIDATES[0], lambda function: function.trace(*arguments))
-        return CANDIDATES if self._has_auto else CANDIDATES[:1]
+        if not self._has_auto:
+            return CANDIDATES[:1]
+        return OF_SEVERAL if len(trained_nodes(self.system, state.reference)) > 1 else CANDIDATES
 
     def _traced(self, state: TrainState, setting: str, work: Callable[[Any], Any]) -> Any:
         """work(the jitted step), in which "auto" stands for the setting."""

@@ -232,7 +232,7 @@ def forward_flops(system: CompoundSystem, params: Params, features: Mapping[str,
         if node.name in features and node.has_params:
             plain = replace(node, component=plain_attention(node.component))
             one = lambda tree, values, node=plain: system.node_log_prob(node, tree, values, key)[0]  # noqa: E731
-            counted[node.name] = count_flops(one, params[node.params_key], features[node.name])
+            counted[node.name] = count_flops(one, node.tree(params), features[node.name])
     return counted
 
 

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from sysdpo_jax import (
+    FROZEN,
     Categorical,
     CompoundSystem,
     DirectObjective,
@@ -23,7 +24,7 @@ from sysdpo_jax import (
     make_train_step,
     prepare_pairs,
 )
-from sysdpo_jax.training import CheckpointMismatchError, ComponentOptimizer, make_mesh
+from sysdpo_jax.training import CheckpointMismatchError, ComponentOptimizer, OptimizerError, make_mesh
 from sysdpo_jax.training.ahead_of_time import device_bytes
 from sysdpo_jax.training.throughput import step_flops
 from sysdpo_jax.trees import by_path
@@ -136,6 +137,25 @@ def test_a_run_does_not_go_on_with_other_frozen_weights(entry, system, params, t
 
 def to_caption(word):
     return ("a ball", "cube", "red")[word]
+
+
+def test_a_role_encodes_with_the_frozen_parts_of_its_base(system, params):
+    """The role's own tree holds none of them."""
+    [node] = system.nodes
+    role = Node("again", node.component, ("caption",), base="image")
+    graph = CompoundSystem(("caption",), (node, role))
+    both = {**params, "again": {}}
+    frozen = graph.frozen_params(both)
+    assert frozen == system.frozen_params(params)
+    pictures = images(2)
+    raw = graph.prepare([{"caption": "a ball", "image": picture, "again": picture} for picture in pictures])
+    made = graph.encode(frozen, raw)
+    jax.tree.map(np.testing.assert_array_equal, made["image"], made["again"])
+    found = graph.log_prob(both, {**made, "again": made["image"]}, KEY)
+    assert np.isfinite(found["again"]).all()
+    optimizer = make_optimizer({"image": FROZEN, "again": ComponentOptimizer(optax.adam(1e-2))})
+    with pytest.raises(OptimizerError, match="matches no parameter of 'again'"):
+        create_state(graph, both, optimizer)
 
 
 def test_searched_batches_encode_each_image_once_for_all_intermediates(tmp_path):
