@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.objectives.roles import evaluate, together
+from sysdpo_jax.roles import evaluate, together
 from sysdpo_jax.typing import Features, Keys, Params
 
 
