@@ -58,7 +58,7 @@ def passes(config: Config) -> dict[str, Any]:
     """Of three roles together and apart."""
     step = Step(config.roles, config.chips, "lora", sequence=config.few, remat="full")
     together = compiled(step)
-    alone = patch("sysdpo_jax.objectives.roles.pays", lambda *_: False)
+    alone = patch("sysdpo_jax.roles.pays", lambda *_: False)
     with alone:
         apart = compiled(step)
     return {"together": together, "apart": apart}

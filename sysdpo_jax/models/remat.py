@@ -16,7 +16,7 @@ WHOLE = "whole"
 KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
 # (primitive, what goes in, its parameters) -> whether its result is kept, as jax.checkpoint takes it.
 Policy: TypeAlias = Callable[..., bool]
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def products_saveable(primitive: Any, *values: Any, **params: Any) -> bool:
@@ -93,11 +93,12 @@ def recomputed(block: Any, remat: str | None, dtype: str, prevent_cse: bool = Tr
     return block if bits >= 32 else nn.remat(block, prevent_cse=prevent_cse, policy=_no_wider(bits))
 
 
-def of_model(log_prob: F, remat: str | None) -> F:
+def of_model(log_prob: Callable[..., T], remat: str | None) -> Callable[..., T]:
     """The log-probability of a model of this setting: under "whole" the backward pass keeps what goes in, and nothing
     else, until its turn comes. Of several models that follow each other one at a time then has activations in memory.
     """
-    return jax.checkpoint(log_prob) if one_at_a_time(remat) else log_prob
+    made: Callable[..., T] = jax.checkpoint(log_prob) if one_at_a_time(remat) else log_prob
+    return made
 
 
 def one_at_a_time(remat: str | None) -> bool:

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from sysdpo_jax.components.routed import number_of_runs
 from sysdpo_jax.graph import CompoundSystem, Node
-from sysdpo_jax.objectives.roles import evaluate, together
+from sysdpo_jax.roles import evaluate, together
 from sysdpo_jax.typing import Features, Keys, Params
 
 

@@ -154,7 +154,7 @@ def like_params(mesh: Mesh, tree: PyTree, params: Mapping[str, Any]) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: AnyMesh) -> int:
     """Into how many parts a mesh cuts the rows of a batch.
 
     Args:

@@ -266,7 +266,7 @@ def _model(
     settings = built(config.settings, f"{field}.settings")
     key = named_key(jax.random.key(run.seed), name)
     if config.base is not None:
-        component, params = _role(models[config.base][0], settings, field), {}
+        component, params = _role(models[config.base][0], settings, field), dict[str, Any]()
     elif config.checkpoint is None:
         component, params = _of_factory(config.factory or "", settings, field, key)
     else:
@@ -294,12 +294,13 @@ def _model(
     return component, params
 
 
-def _role(base: sj.Component, settings: Mapping[str, Any], field: str) -> sj.Component:
+def _role(base: Any, settings: Mapping[str, Any], field: str) -> sj.Component:
     """The base's component with other settings."""
     try:
-        return replace(base, **{name: tuples(value) for name, value in settings.items()})  # type: ignore[type-var]
+        made: sj.Component = replace(base, **{name: tuples(value) for name, value in settings.items()})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{field}.settings: {error}") from error
+    return made
 
 
 def _started(name: str, config: ComponentConfig, params: Params, origin: Origin, is_base: bool) -> tuple[Params, bool]:

@@ -49,7 +49,7 @@ def run(axes):
 def main() -> None:
     with SMALL:
         found = {name: run(axes) for name, axes in MESHES.items()}
-        with patch("sysdpo_jax.objectives.roles.pays", lambda *_: False):
+        with patch("sysdpo_jax.roles.pays", lambda *_: False):
             found["fsdp, apart"] = run(MESHES["fsdp"])
     assert np.isfinite(jax.tree.leaves(found)).all()
     json.dump(found, sys.stdout)

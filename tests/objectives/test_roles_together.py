@@ -13,7 +13,7 @@ from sysdpo_jax.batch import share
 from sysdpo_jax.components.together import GATHERING, READING, SAVING, Widths, pays
 from sysdpo_jax.models import Decoder, DecoderConfig, choosing
 from sysdpo_jax.models.lora import in_turns, on_base
-from sysdpo_jax.objectives.roles import together
+from sysdpo_jax.roles import together
 from sysdpo_jax.training import count_flops
 from tests.components.drawn import drawn
 from tests.components.stubs import WORDS, word_tokenizer

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.routed import Routed
 from sysdpo_jax.components.together import log_probs_together, pays, widths
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.models.lora import in_turns, is_lora
@@ -36,7 +37,9 @@ def together(nodes: Sequence[Node], params: Params, features: Mapping[str, Featu
     parts, gathers = (1, False) if mesh.empty else (batch_parts(mesh), mesh.shape["fsdp"] > 1)
     groups: list[tuple[Node, ...]] = []
     bases = {node.base for node in nodes}
-    roles = [node for node in nodes if node.weights_key in bases and _is_role(node, params)]
+    # Of a node that does not run in every row only the rows that ran go through its model.
+    plain = [node for node in nodes if not isinstance(features[node.name], Routed)]
+    roles = [node for node in plain if node.weights_key in bases and _is_role(node, params)]
     for node in sorted(roles, key=lambda node: widths(features[node.name]).places):
         last = groups[-1] if groups else ()
         sizes = [widths(features[other.name]) for other in (*last, node)]
