@@ -176,6 +176,11 @@ def test_room_changes_neither_values_nor_gradients(room):
     np.testing.assert_allclose(grad["long"]["logits"], own, atol=1e-5)
 
 
+def test_runs_without_room_are_not_dropped_in_silence():
+    features = in_room(ROUTER.prepare(RUNS), "long", 11)
+    assert np.isnan(ROUTER.log_prob(ROUTER.init(KEY), features, KEY)["long"]).all()
+
+
 @dataclass(frozen=True)
 class Watched(Categorical):
     """Keeps the parents of the rows that it is asked for."""
