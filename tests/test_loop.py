@@ -295,10 +295,10 @@ def loss_by_hand(params, reference, records, beta=0.1):
     return np.mean(np.log1p(np.exp(-beta * np.array(margins))))
 
 
-@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 4), (8, 2)])
-def test_a_step_is_that_of_the_table(devices, accumulate):
-    """Against the gradient by finite differences of the loss by hand (float64), on every mesh; float32, so 1e-4."""
-    mesh = make_mesh(devices)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_is_that_of_the_table(accumulate):
+    """Against the gradient by finite differences of the loss by hand (float64); float32, so 1e-4."""
+    mesh = make_mesh()
     dataset = preference_dataset(AGENT, RECORDS, 16, seed=3)
     batch, picked = dataset[0], [RECORDS[row] for row in dataset.plan.at(0)[0]]
     assert batch.chosen["action"].room < batch.chosen["action"].ran.size * 2

@@ -176,6 +176,11 @@ def test_room_changes_neither_values_nor_gradients(room):
     np.testing.assert_allclose(grad["long"]["logits"], own, atol=1e-5)
 
 
+def test_runs_without_room_are_not_dropped_in_silence():
+    features = in_room(ROUTER.prepare(RUNS), "long", 11)
+    assert np.isnan(ROUTER.log_prob(ROUTER.init(KEY), features, KEY)["long"]).all()
+
+
 @dataclass(frozen=True)
 class Watched(Categorical):
     """Keeps the parents of the rows that it is asked for."""
@@ -340,10 +345,10 @@ def test_shards_of_a_batch_have_the_room_of_the_whole_batch():
     jax.tree.map(np.testing.assert_array_equal, joined, whole)
 
 
-@pytest.mark.parametrize(("devices", "accumulate"), [(1, 1), (1, 4), (8, 1), (8, 2)])
-def test_a_step_is_that_of_the_tables(devices, accumulate):
-    """Against the gradient by finite differences of the loss by hand, 1e-3 of its largest entry, on every mesh."""
-    mesh = make_mesh(devices)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_is_that_of_the_tables(accumulate):
+    """Against the gradient by finite differences of the loss by hand, 1e-3 of its largest entry."""
+    mesh = make_mesh()
     batch = preference_dataset(ROUTER, RECORDS, 16, seed=3)[0]
     start = ROUTER.init(KEY)
     state = create_state(ROUTER, start, OPTIMIZER, mesh)
@@ -431,19 +436,6 @@ def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
     assert ours[0] == ours[1] / 2 == 2 * (2 * ROWS) * WIDTH**2
     assert 0.45 < compiled(features) / compiled(masked) < 0.6
     assert count_units(system, batch)["pairs_per_second"] == ROWS
-
-
-def test_a_mesh_cuts_what_ran():
-    """Each of 8 devices computes an eighth of the products, and all of what finds the rows: the compiler counts."""
-    system, batch = two_models()
-    optimizer = make_optimizer({name: ComponentOptimizer(optax.sgd(0.1)) for name in system.param_keys})
-    flops = []
-    for devices in (1, 8):
-        mesh = make_mesh(devices)
-        state = create_state(system, system.init(KEY), optimizer, mesh)
-        step = make_train_step(system, DirectObjective(), optimizer, mesh)
-        flops.append(step.lower(state, batch, KEY).compile().cost_analysis()["flops"])
-    assert flops[1] < flops[0] / 4
 
 
 def test_rollouts_make_pairs_that_train(tmp_path):

@@ -88,9 +88,13 @@ def gathered(routed: Routed) -> tuple[Features, Int[Array, "room"], Int[Array, "
 
 
 def summed(values: Array, target: Int[Array, "room"], ran: Bool[Array | np.ndarray, "rows ..."]) -> Array:
-    """Values of what `gathered` gave, added up for every row."""
+    """Values of what `gathered` gave, added up for every row; NaN where there was no room for all runs.
+
+    That is of batches which were joined behind the back of what chose their room: the step refuses it.
+    """
     flat = jnp.zeros(math.prod(ran.shape), values.dtype).at[target].set(values, mode="drop")
-    return flat.reshape(ran.shape[0], -1).sum(-1)
+    rows = flat.reshape(ran.shape[0], -1).sum(-1)
+    return jnp.where(ran.sum() > len(target), jnp.nan, rows)
 
 
 def number_of_runs(features: Features, rows: Array) -> Array:
