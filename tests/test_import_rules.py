@@ -39,6 +39,7 @@ ALLOWED = {
     "data": {"components", "batch", "graph", "structure"},
     "training": {"models", "components", "parallel", "batch", "graph", "objectives", "data"},
     "pretrained": {"models", "decoding", "diffusion", "components"},
+    "traces": {"components", "data", "pretrained"},
     "evaluation": {"components", "graph", "data"},
     "report": {"components", "graph", "evaluation"},
     "runs": {
