@@ -61,11 +61,10 @@ def propose(trees: Sequence[Tree], recorded: frozenset[Role]) -> Proposal:
     names = names_of(trees, inputs)
     sources = [Source(name, [texts(value) for value in column]) for name, column in inputs.items()]
     nodes: list[NodeProposal] = []
-    whole = REQUEST if trees[0].root is None or not inputs or trees[0].root.kind == LLM else ""
     for role in trees[0].nodes:
         spans, name = [tree.spans[role] for tree in trees], names[role]
         if spans[0].kind == LLM:
-            made = _model(name, role, spans, trees, sources, nodes, names, role in recorded, whole)
+            made = _model(name, role, spans, trees, sources, nodes, names, role in recorded)
             source = Source(name, [str(value) for value in made[-1].values])
         else:
             made = [_tool(name, role, spans, trees, sources, names)]
@@ -98,7 +97,7 @@ def _inputs(trees: Sequence[Tree]) -> dict[str, list[Any]]:
     """
     fields: list[dict[str, Any]] = []
     for tree in trees:
-        top = tree.root if tree.root is not None else tree.first
+        top = _asked(tree)
         found = {} if top.kind == LLM else {_slug(name) or REQUEST: text for name, text in leaves(top.input)}
         fields.append({name: text for name, text in found.items() if text.strip()})
     common = [name for name in fields[0] if all(name in row for row in fields)]
@@ -113,6 +112,14 @@ def _inputs(trees: Sequence[Tree]) -> dict[str, list[Any]]:
     return {REQUEST: asked}
 
 
+def _asked(tree: Tree) -> Span:
+    """The outermost span around all values that says what it was given, the first of all where there is none."""
+    first, last = min(tree.nodes), max(tree.nodes)
+    shared = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    around = [tree.spans[first[:end]] for end in range(1, min(shared, len(first)) + 1)]
+    return next((span for span in around if span.input is not None), around[0] if around else tree.first)
+
+
 def _model(
     name: str,
     role: Role,
@@ -122,15 +129,15 @@ def _model(
     nodes: list[NodeProposal],
     names: dict[Role, str],
     recorded: bool,
-    whole: str,
 ) -> list[NodeProposal]:
     """A model's node, behind the nodes that its prompt needs."""
     values = tuple(span.answer or "" for span in spans)
     prompts = [contents_of(span.prompt) for span in spans]
     known = {source.name: source for source in sources}
     tool = RECORDED if recorded else None
-    if whole in known and known[whole].texts == [texts(span.prompt) for span in spans]:
-        return [NodeProposal(name, role, (whole,), values, tool=tool)]
+    if REQUEST in known and known[REQUEST].texts == [texts(span.prompt) for span in spans]:
+        # The request is the whole prompt, be it messages.
+        return [NodeProposal(name, role, (REQUEST,), values, tool=tool)]
     template, why = find_template(prompts, sources)
     more = [] if template is not None else _derived(role, trees, sources, names, nodes)
     if more:

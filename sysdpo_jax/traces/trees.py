@@ -29,13 +29,12 @@ class Ledger:
 class Tree:
     """A trace. spans: by role, what a span holds before it; nodes: the roles of values, in their order.
 
-    root: the one span that holds all others, if there is one. depths: of the spans' scores, by role.
+    first: the earliest span that lies in no other.
     """
 
     trace: str
     spans: Mapping[Role, Span]
     nodes: tuple[Role, ...]
-    root: Span | None
     first: Span
 
 
@@ -103,12 +102,11 @@ def _tree(trace: str, known: Mapping[str, Span], ledger: Ledger) -> Tree | None:
     for top in tops:
         _find_values(top, children, alive, values, ledger)
     made: dict[Role, Span] = {}
-    for _ in _numbered(tops, (), children, alive, values, made):
-        pass
+    _number(tops, (), children, alive, values, made)
     nodes = tuple(role for role, span in made.items() if span.id in values)
     if not nodes:
         return None
-    return Tree(trace, made, nodes, tops[0] if len(tops) == 1 else None, tops[0])
+    return Tree(trace, made, nodes, tops[0])
 
 
 def _find_values(
@@ -158,23 +156,20 @@ def _below(span: Span, children: Mapping[str | None, list[Span]]) -> Iterator[Sp
         yield from _below(child, children)
 
 
-def _numbered(
+def _number(
     siblings: list[Span],
     above: Role,
     children: Mapping[str | None, list[Span]],
     alive: Mapping[str, Span],
     values: Mapping[str, Span],
     made: dict[Role, Span],
-) -> Iterator[Span]:
+) -> None:
     """Put the spans that are or hold values into `made` by their roles, what a span holds before it."""
     counts: Counter[str] = Counter()
     for span in siblings:
-        if span.id not in alive:
-            continue
-        if span.id not in values and not any(one.id in values for one in _below(span, children)):
-            continue
-        counts[span.name] += 1
-        role = (*above, span.name if counts[span.name] == 1 else f"{span.name}#{counts[span.name]}")
-        yield from _numbered(children.get(span.id, []), role, children, alive, values, made)
-        made[role] = values.get(span.id, alive[span.id])
-        yield span
+        held = [span, *_below(span, children)]
+        if span.id in alive and any(one.id in values for one in held):
+            counts[span.name] += 1
+            role = (*above, span.name if counts[span.name] == 1 else f"{span.name}#{counts[span.name]}")
+            _number(children.get(span.id, []), role, children, alive, values, made)
+            made[role] = values.get(span.id, alive[span.id])
