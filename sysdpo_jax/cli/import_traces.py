@@ -73,7 +73,7 @@ def run(config: Config) -> None:
 
 
 def _write(config: Config) -> None:
-    asked = input if sys.stdin.isatty() and sys.stdout.isatty() else None
+    asked = _answer if sys.stdin.isatty() and sys.stdout.isatty() else None
     flags = Flags(config.train, config.frozen, config.tool, config.model)
     made = import_traces(config.traces, config.format, flags, config.score, config.scores, asked)
     folder = config.output
@@ -94,3 +94,11 @@ def _write(config: Config) -> None:
         raise ConfigError(f"{system} is there and says something else: move it, or name another --output")
     write_whole(system, text)
     print(f"{system}: check it, then sysdpo train {system} --dry-run")
+
+
+def _answer(question: str) -> str:
+    """What a person says, nothing at the end of their input."""
+    try:
+        return input(question)
+    except EOFError:
+        return ""

@@ -44,9 +44,10 @@ def names_of(trees: Sequence[Tree], inputs: Iterable[str] = ()) -> dict[Role, st
     for role in roles:
         others = {part for other in roles if other != role for part in other}
         part = next((part for part in reversed(role) if part not in others), role[-1])
-        name, number = _slug(part), 2
+        short = _slug(part) or "node"
+        name, number = short, 2
         while name in taken:
-            name, number = f"{_slug(part)}_{number}", number + 1
+            name, number = f"{short}_{number}", number + 1
         made[role] = name
         taken.add(name)
     return made
@@ -57,7 +58,7 @@ def propose(trees: Sequence[Tree], recorded: frozenset[Role]) -> Proposal:
 
     recorded: the roles of models whose values are the record's alone. Raises `ConfigError` for traces of no value.
     """
-    inputs = _inputs(trees)
+    inputs = _read(_inputs(trees), trees)
     names = names_of(trees, inputs)
     sources = [Source(name, [texts(value) for value in column]) for name, column in inputs.items()]
     nodes: list[NodeProposal] = []
@@ -110,6 +111,20 @@ def _inputs(trees: Sequence[Tree]) -> dict[str, list[Any]]:
     if any(not one or one == "null" for one in asked):
         raise ConfigError(f"trace {trees[0].trace}: neither its root nor its first span says what was asked: record it")
     return {REQUEST: asked}
+
+
+def _read(inputs: dict[str, list[Any]], trees: Sequence[Tree]) -> dict[str, list[Any]]:
+    """The inputs that a value's span is given in every trace, if there are any: not what tells one run from another."""
+    given = []
+    for tree in trees:
+        spans = [tree.spans[role] for role in tree.nodes]
+        given.append([text for span in spans for value in (span.prompt, span.input) for _, text in leaves(value)])
+    found = {
+        name: column
+        for name, column in inputs.items()
+        if all(any(texts(value) in text for text in row) for value, row in zip(column, given, strict=True))
+    }
+    return found or inputs
 
 
 def _asked(tree: Tree) -> Span:
@@ -200,14 +215,14 @@ def _derived(
         if node.role is not None and all(isinstance(value, str) for value in node.values):
             add(f"{node.name}_stripped", [value.strip() for value in node.values], (node.name,), STRIPPED)
     before = trees[0].nodes[: trees[0].nodes.index(role)]
-    for other, span in trees[0].spans.items():
+    for other in trees[0].spans:
         inside = tuple(names[one] for one in before if one[: len(other)] == other)
         if other in names or not inside or role[: len(other)] == other:
             continue
         if any(other not in tree.spans for tree in trees):
             continue
-        for field, _ in leaves(span.output):
-            rows = [dict(leaves(tree.spans[other].output)) for tree in trees]
+        rows = [dict(leaves(tree.spans[other].output)) for tree in trees]
+        for field in rows[0]:
             if all(field in row for row in rows):
                 add(_slug(field) or f"{inside[-1]}_out", [row[field] for row in rows], inside, RECORDED)
     return made
@@ -221,4 +236,4 @@ def _slug(name: str) -> str:
     name = inside[1] if inside else re.sub(r"\.(a?forward|__call__|acall|a?invoke|run)$", "", name)
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     name = re.sub(r"\W+", "_", name).strip("_").lower()
-    return f"{'n' if name[:1].isdigit() else ''}{name}{number}"
+    return f"{'n' if name[:1].isdigit() else ''}{name}{number}".lstrip("_")

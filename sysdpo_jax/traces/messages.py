@@ -33,7 +33,7 @@ def message_of(value: Any) -> dict[str, Any]:
         # As LangChain serializes objects.
         names = value.get("id")
         value = {"type": names[-1] if isinstance(names, list) and names else "", **value["kwargs"]}
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, str) for part in value):
+    if _is_pair(value):
         value = {"role": value[0], "content": value[1]}
     if not isinstance(value, Mapping):
         raise NoText(f"a message that is {type(value).__name__}")
@@ -64,7 +64,7 @@ def messages_of(value: Any) -> list[dict[str, Any]] | str | None:
         return [message_of(value)] if "content" in value else None
     if not isinstance(value, Sequence) or not value:
         return None
-    if len(value) == 1 and isinstance(value[0], list | str):
+    if len(value) == 1 and isinstance(value[0], list | str) and not _is_pair(value[0]):
         # A batch of one.
         return messages_of(value[0])
     return [message_of(item) for item in value]
@@ -125,6 +125,11 @@ def document_text(document: Any) -> str:
             if name in document:
                 return document_text(document[name])
     return document if isinstance(document, str) else str(document)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value is a message as (role, content)."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _part_text(part: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sysdpo_jax.traces.attributes import feedback, span_of
-from sysdpo_jax.traces.spans import Raw, Span, SpanError, at, moment, nested
+from sysdpo_jax.traces.spans import Raw, Span, SpanError, at, moment, nested, parsed
 
 
 def spans_of(row: Mapping[str, Any]) -> Iterator[Span]:
@@ -19,7 +19,10 @@ def spans_of(row: Mapping[str, Any]) -> Iterator[Span]:
         for each in row["data"]:
             yield from spans_of(each)
         return
-    attributes = nested(row.get("attributes") or {})
+    said = parsed(row.get("attributes")) or {}
+    if not isinstance(said, Mapping):
+        raise SpanError(f"its attributes are {type(said).__name__}")
+    attributes = nested(said)
     given = nested({name: value for name, value in row.items() if name != "attributes"})
     attributes = attributes or at(given, "attributes") or {}
     trace, own = at(given, "context", "trace_id") or given.get("trace_id"), at(given, "context", "span_id")

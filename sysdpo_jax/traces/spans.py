@@ -91,7 +91,7 @@ def moment(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         return 0.0
-    while number > 1e11:
+    while 1e11 < number < float("inf"):
         number /= 1e3
     return number
 

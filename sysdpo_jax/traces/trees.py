@@ -9,6 +9,8 @@ from sysdpo_jax.traces.spans import AGENT, LLM, STRUCTURE, VALUES, Span
 # Where a span stands: the names of the spans around it and its own, equal ones among siblings numbered.
 Role = tuple[str, ...]
 Key = tuple[str, str]
+# Spans within each other, of which more are no program's.
+DEEPEST = 200
 
 
 @dataclass
@@ -87,6 +89,8 @@ def _cycle(known: Mapping[str, Span]) -> str:
                 return f"its trace is no tree: the span {span.id} lies within itself"
             seen.add(above)
             above = known[above].parent
+        if len(seen) > DEEPEST:
+            return f"the span {span.id} lies in more than {DEEPEST} others"
     return ""
 
 

@@ -29,7 +29,8 @@ def refusals(ledger):
         ("", "no JSON|holds no span"),
         ("[]", "holds no span"),
         ('{"name": "x"}', "cannot be read as openinference: it lacks a trace_id"),
-        ('{"name": "x", "context": {"trace_id": "1", "span_id": "2"}, "attributes": 3}', "malformed for openinference"),
+        ('{"name": "x", "context": {"trace_id": "1", "span_id": "2"}, "events": 3}', "malformed for openinference"),
+        ('{"name": "x", "context": {"trace_id": "1", "span_id": "2"}, "attributes": 3}', "its attributes are int"),
     ],
 )
 def test_files_that_cannot_be_read_are_named_with_their_row(tmp_path, text, message):
