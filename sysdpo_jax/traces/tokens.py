@@ -14,6 +14,7 @@ from sysdpo_jax.pretrained.gguf import read_gguf
 from sysdpo_jax.pretrained.sources import locate
 from sysdpo_jax.pretrained.tokenizer_files import read_tokenizer
 from sysdpo_jax.traces.spans import Span
+from sysdpo_jax.values import SampledText
 
 # Rooms for texts are whole multiples of it.
 ROOM = 16
@@ -74,25 +75,23 @@ def with_tokens(tokenizer: Any, name: str, spans: Sequence[Span]) -> Tokens:
     end = closing(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     ends = [tokenizer.eos_token_id, *(end.ends if end is not None else ())]
     counts = dict.fromkeys(("ids", "others", "same", "drifted", "unknown", "prompts_same", "prompts_drifted"), 0)
-    values, sizes = list[str](), list[int]()
-    for span, prompt in zip(spans, asked, strict=True):
-        text = span.answer or ""
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
-        known = span.counts[0] if span.prompt_tokens is None else list(span.prompt_tokens)
-        if known is not None:
-            is_same = known == (prompt if span.prompt_tokens is not None else len(prompt))
+    plain = [span.answer or "" for span in spans]
+    own = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    known = [row for row, span in enumerate(spans) if span.tokens is not None and max(span.tokens) < len(tokenizer)]
+    said = dict(zip(known, sampled_texts(tokenizer, [spans[row].tokens or () for row in known], ends), strict=True))
+    values = [said[row] if row in said and said[row] == text else text for row, text in enumerate(plain)]
+    for row, span in enumerate(spans):
+        recorded = span.counts[0] if span.prompt_tokens is None else list(span.prompt_tokens)
+        if recorded is not None:
+            is_same = recorded == (asked[row] if span.prompt_tokens is not None else len(asked[row]))
             counts["prompts_same" if is_same else "prompts_drifted"] += 1
-        sizes.append(max(len(own) + 1, len(span.tokens or ())))
-        if span.tokens is None:
-            drift = None if span.counts[1] is None else span.counts[1] - len(own)
-            counts["unknown" if drift is None else "same" if drift in (0, 1) else "drifted"] += 1
-        elif max(span.tokens) < len(tokenizer):
-            [said] = sampled_texts(tokenizer, [span.tokens], ends)
-            counts["ids" if said == text else "others"] += 1
-            text = said if said == text else text
+        if span.tokens is not None:
+            counts["ids" if isinstance(values[row], SampledText) else "others"] += 1
+        elif span.counts[1] is None:
+            counts["unknown"] += 1
         else:
-            counts["others"] += 1
-        values.append(text)
+            counts["same" if span.counts[1] - len(own[row]) in (0, 1) else "drifted"] += 1
+    sizes = [max(len(ids) + 1, len(span.tokens or ())) for ids, span in zip(own, spans, strict=True)]
     return Tokens(tuple(values), _room(max(map(len, asked))), _room(max(sizes)), **counts)
 
 

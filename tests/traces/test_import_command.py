@@ -41,7 +41,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("file", "kind", "model", "nodes", "spans", "pairs"), RECORDED, ids=lambda x: str(x)[:15])
+@pytest.mark.parametrize(
+    ("file", "kind", "model", "nodes", "spans", "pairs"), RECORDED, ids=[row[0] for row in RECORDED]
+)
 def test_two_commands_lead_from_recorded_traces_to_a_dry_run(
     place, small, capsys, file, kind, model, nodes, spans, pairs
 ):

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from sysdpo_jax.traces.attributes import span_of
@@ -64,6 +66,23 @@ def test_the_same_spans_in_three_forms_are_the_same(tmp_path):
     assert made[0] == made[1] == made[2]
     assert made[0][1].prompt == [{"role": "user", "content": "a red ball"}]
     assert made[0][0].scores[0].value == 1.0
+
+
+def test_phoenixs_data_frames_in_parquet(tmp_path):
+    """Columns are there in every row: what a span has not is null."""
+    columns = ("context.trace_id", "context.span_id", "parent_id", "name", "span_kind", "start_time")
+    names = (*columns, "attributes.input.value", "attributes.llm.input_messages", "attributes.llm.output_messages")
+    message = [{"message.role": "user", "message.content": "a red ball"}]
+    said = [{"message.role": "assistant", "message.content": "large"}]
+    rows = [
+        ("t", "r", None, "ask", "CHAIN", "2026-01-01T00:00:00Z", '{"question": "red ball"}', None, None),
+        ("t", "l", "r", "draft", "LLM", "2026-01-01T00:00:01Z", None, message, said),
+    ]
+    table = pyarrow.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])
+    pyarrow.parquet.write_table(table, tmp_path / "spans.parquet")
+    outer, inner = read_spans(tmp_path / "spans.parquet", "openinference")
+    assert (outer.kind, outer.input) == ("CHAIN", {"question": "red ball"})
+    assert (inner.prompt, inner.answer) == ([{"role": "user", "content": "a red ball"}], "large")
 
 
 def test_otlp_is_what_the_sdk_prints():
