@@ -53,7 +53,7 @@ def _ask(tracer: OITracer, client: OpenAI, model: str, question: str, seed: int)
         facts = retrieve(question)
         for place, fact in enumerate(facts):
             span.set_attribute(f"retrieval.documents.{place}.document.content", fact)
-    made = {}
+    made: dict[str, str] = {}
     for name, template in (("draft", DRAFT), ("answer", ANSWER)):
         with tracer.start_as_current_span(name, openinference_span_kind="chain"):
             prompt = template.format(question=question, facts="\n".join(facts), draft=made.get("draft"))

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -114,12 +115,17 @@ def _candidates(contents: Sequence[Contents], sources: Sequence[Source]) -> Iter
     """The most frequent templates that the single prompts suggest, and how many prompts each makes."""
     suggested: Counter[Template] = Counter()
     for row, prompt in enumerate(contents):
-        ordered = sorted(sources, key=lambda source, at=row: -len((source.texts or [])[at]))
-        suggested[tuple((role, _split(text, ordered, row)) for role, text in prompt)] += 1
+        longest = sorted(sources, key=partial(_length, row))
+        suggested[tuple((role, _split(text, longest, row)) for role, text in prompt)] += 1
     named = {source.name: source.texts or [] for source in sources}
     for template, _ in suggested.most_common(TRIED):
         if slots(template):
             yield template, sum(_made(template, named, row) == prompt for row, prompt in enumerate(contents))
+
+
+def _length(row: int, source: Source) -> int:
+    """Less for longer texts."""
+    return -len((source.texts or [])[row])
 
 
 def _split(text: str, sources: Sequence[Source], row: int) -> tuple[str | Slot, ...]:

@@ -84,7 +84,7 @@ def of_one_shape(trees: list[Tree], ledger: Ledger) -> list[Tree]:
 def _cycle(known: Mapping[str, Span]) -> str:
     for span in known.values():
         seen, above = {span.id}, span.parent
-        while above in known:
+        while above is not None and above in known:
             if above in seen:
                 return f"its trace is no tree: the span {span.id} lies within itself"
             seen.add(above)
