@@ -45,6 +45,7 @@ ALLOWED = {
     "training": {"models", "components", "parallel", "batch", "graph", "objectives", "data"},
     "pretrained": {"models", "decoding", "diffusion", "components"},
     "serving": {"models", "decoding", "components", "graph", "pretrained"},
+    "traces": {"components", "data", "pretrained"},
     "evaluation": {"components", "graph", "data"},
     "report": {"components", "graph", "evaluation"},
     "runs": {

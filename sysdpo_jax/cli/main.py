@@ -16,8 +16,10 @@ from sysdpo_jax.flags import fields_of, help_parser, parse_flags
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.files import configure
 
-# Each is the module of its name beside this one.
+# Each is the module of its name beside this one, but for names that Python has taken.
+MODULES = {"import": "import_traces"}
 COMMANDS = {
+    "import": "propose a system and its preferences from traces of a program",
     "train": "align a system from preferences",
     "online": "align a system in rounds, on preferences between its own runs",
     "rollout": "sample whole runs of a system on prompts",
@@ -63,7 +65,7 @@ def dispatch(arguments: Sequence[str]) -> None:
 
 def command_module(name: str) -> ModuleType:
     """The module of a command."""
-    return import_module(f"sysdpo_jax.cli.{name}")
+    return import_module(f"sysdpo_jax.cli.{MODULES.get(name, name)}")
 
 
 def _run(command: ModuleType, name: str, arguments: Sequence[str]) -> None:

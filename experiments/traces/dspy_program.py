@@ -1,0 +1,122 @@
+"""A DSPy program: it retrieves passages, drafts an answer and improves it.
+
+example:
+  python -m experiments.traces.dspy_program --folder traces
+
+Its spans are written as those of the other program; dspy.jsonl has the same calls as DSPy's own objects tell them,
+in the form that `sysdpo import --format dspy` reads.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import dspy
+from openinference.instrumentation import OITracer, TraceConfig
+from openinference.instrumentation.dspy import DSPyInstrumentor
+
+from experiments.traces.recorder import provider_of
+from experiments.traces.world import QUESTIONS, quality, retrieve
+
+
+class Draft(dspy.Signature):
+    """Answer the question with the help of the passages."""
+
+    passages: list[str] = dspy.InputField()
+    question: str = dspy.InputField()
+    draft: str = dspy.OutputField()
+
+
+class Answer(dspy.Signature):
+    """Shorten the draft to one short sentence."""
+
+    question: str = dspy.InputField()
+    draft: str = dspy.InputField()
+    answer: str = dspy.OutputField()
+
+
+class Plain(dspy.Adapter):
+    """Instructions and fields as a small model can follow them: its answer is the one output field."""
+
+    def format(self, signature: Any, demos: Any, inputs: Any) -> list[dict[str, Any]]:
+        """A system message with the instructions, and a user's message with the fields."""
+        fields = [f"{name.capitalize()}: {_text(inputs[name])}" for name in signature.input_fields]
+        user = {"role": "user", "content": "\n".join(fields)}
+        return [{"role": "system", "content": signature.instructions}, user]
+
+    def parse(self, signature: Any, completion: str) -> dict[str, Any]:
+        """The whole text, without space around it."""
+        return {name: completion.strip() for name in signature.output_fields}
+
+
+class Ask(dspy.Module):
+    """retrieve -> draft -> answer"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.retrieve = dspy.Retrieve(k=2)
+        self.draft = dspy.Predict(Draft)
+        self.answer = dspy.Predict(Answer)
+
+    def forward(self, question: str) -> Any:
+        """The last prediction."""
+        passages = self.retrieve(question).passages
+        draft = self.draft(passages=passages, question=question).draft
+        return self.answer(question=question, draft=draft)
+
+
+def _text(value: Any) -> str:
+    return "".join(f"\n- {item}" for item in value) if isinstance(value, list) else str(value)
+
+
+def _look_up(query: str, k: int, **_: Any) -> list[Any]:
+    return [dspy.Example(long_text=text) for text in retrieve(query, k)]
+
+
+def main() -> None:
+    """Ask every question several times."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--url", default="http://localhost:8011/v1")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=len(QUESTIONS))
+    given = parser.parse_args()
+    provider = provider_of(given.folder, "dspy")
+    DSPyInstrumentor().instrument(tracer_provider=provider)
+    tracer = OITracer(provider.get_tracer("dspy_program"), TraceConfig())
+    lm = dspy.LM(
+        f"openai/{given.model}", api_base=given.url, api_key="none", temperature=0.8, max_tokens=40, cache=False
+    )
+    dspy.configure(lm=lm, adapter=Plain(), rm=_look_up)
+    program = Ask()
+    with (given.folder / "dspy.jsonl").open("w", encoding="utf-8") as file:
+        for question, wanted in QUESTIONS[: given.questions]:
+            for _ in range(given.samples):
+                lm.history.clear()
+                with dspy.context(trace=[]), tracer.start_as_current_span("request") as span:
+                    answer = program(question=question).answer
+                    score = quality(answer, wanted)
+                    span.set_attribute("openinference.span.kind", "CHAIN")
+                    span.set_attribute("annotations.0.annotation.name", "quality")
+                    span.set_attribute("annotations.0.annotation.score", score)
+                    line = told(program, {"question": question}, {"answer": answer}, lm.history, dspy.settings.trace)
+                file.write(json.dumps(line | {"scores": {"quality": score}}, default=str) + "\n")
+    provider.shutdown()
+
+
+def told(program: Any, inputs: Any, outputs: Any, history: Any, trace: Any) -> dict[str, Any]:
+    """One call of the program: what went in and out, DSPy's trace by the predictors' names, and the LM's history."""
+    names = {id(predictor): name for name, predictor in program.named_predictors()}
+    steps = [
+        {"predictor": names.get(id(predictor), type(predictor).__name__), "inputs": given, "outputs": dict(made)}
+        for predictor, given, made in trace
+    ]
+    kept = ("uuid", "timestamp", "model", "prompt", "messages", "kwargs", "outputs", "usage")
+    calls = [{name: call[name] for name in kept if name in call} for call in history]
+    return {"inputs": inputs, "outputs": outputs, "trace": steps, "history": calls}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What people and programs thought of traces: one number each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sysdpo_jax.errors import ConfigError, meant
+from sysdpo_jax.traces.files import rows_of
+from sysdpo_jax.traces.spans import Score, at, score_of
+from sysdpo_jax.traces.trees import Ledger
+
+# Fields of a file of scores, in the names of several programs.
+TRACE, SPAN = ("trace_id", "traceId", "trace", "id", "run_id"), ("span_id", "spanId", "observationId")
+# Every score of a trace: (distance from the root, the score).
+Found = dict[str, list[tuple[int, Score]]]
+
+
+def recorded_scores(ledger: Ledger) -> Found:
+    """The scores in the traces."""
+    found: Found = {}
+    for span in ledger.spans.values():
+        depth, above, seen = 0, span.parent, {span.id}
+        while above is not None and above not in seen and (span.trace, above) in ledger.spans:
+            seen.add(above)
+            depth, above = depth + 1, ledger.spans[span.trace, above].parent
+        found.setdefault(span.trace, []).extend((-1 if score.whole else depth, score) for score in span.scores)
+    return found
+
+
+def external_scores(file: Path, ledger: Ledger) -> Found:
+    """The scores of a file, which name traces or spans by their ids. Raises `ConfigError` naming the row."""
+    traces = {trace for trace, _ in ledger.spans}
+    of_span = {own: trace for trace, own in ledger.spans}
+    found: Found = {}
+    for number, row in rows_of(file):
+        result = at(row, "result") or row
+        named = next((str(row[name]) for name in TRACE if at(row, name) is not None), None)
+        span = next((str(row[name]) for name in SPAN if at(row, name) is not None), None)
+        trace = named if named in traces else of_span.get(str(span if span is not None else named))
+        if trace is None:
+            raise ConfigError(f"{file}, row {number} names no trace or span of these traces: give it a 'trace_id'")
+        value = next((at(result, name) for name in ("score", "value") if at(result, name) is not None), None)
+        scores = score_of(at(row, "name") or at(row, "key") or "score", value, at(result, "label"), True)
+        if not scores:
+            raise ConfigError(f"{file}, row {number} has no 'score': give a number, or thumbs_up or thumbs_down")
+        found.setdefault(trace, []).extend((-1, score) for score in scores)
+    return found
+
+
+def chosen_scores(found: Found, name: str, traces: Sequence[str]) -> tuple[str, Mapping[str, float], int]:
+    """(name, the score of each trace, the traces left out because several equally near to the root differ).
+
+    The nearest to the root is a trace's. Raises `ConfigError` where there is none, or several names and none is chosen.
+    """
+    names: dict[str, Any] = {score.name: None for rows in found.values() for _, score in rows}
+    if not names:
+        raise ConfigError("the traces have no score: annotate them, or give --scores FILE with a score for each trace")
+    if name and name not in names:
+        raise ConfigError(f"--score {name!r} is none of the traces' scores: {meant(name, names)}")
+    if not name and len(names) > 1:
+        raise ConfigError(f"the traces have several scores ({', '.join(names)}): choose one with --score NAME")
+    name = name or next(iter(names))
+    scores, unclear = {}, 0
+    for trace in traces:
+        rows = [(depth, score.value) for depth, score in found.get(trace, ()) if score.name == name]
+        nearest = {value for depth, value in rows if depth == min(depth for depth, _ in rows)}
+        if len(nearest) == 1:
+            scores[trace] = nearest.pop()
+        unclear += len(nearest) > 1
+    return name, scores, unclear

@@ -1,0 +1,106 @@
+"""The proposed configuration as text, with what a reader should know beside it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sysdpo_jax.traces.choices import Choice
+from sysdpo_jax.traces.flow import Template, written
+from sysdpo_jax.traces.graph import RECORDED, NodeProposal
+from sysdpo_jax.traces.spans import Span
+from sysdpo_jax.traces.tokens import Tokens
+
+STEPS, BATCH, WIDTH = 100, 8, 110
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines in one, with \\n for their ends, as the documentation writes prompts."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def system_text(
+    title: str,
+    inputs: Sequence[str],
+    nodes: Sequence[NodeProposal],
+    spans: Mapping[str, Sequence[Span]],
+    choices: Mapping[str, Choice],
+    tokens: Mapping[str, Tokens],
+    pairs: int,
+) -> str:
+    """The YAML file. spans, choices, tokens: of the models' nodes."""
+    lines = [
+        *(f"# {line}".rstrip() for line in title.splitlines()),
+        "system:",
+        _dump({"inputs": [*inputs]}, 2),
+        "  nodes:",
+    ]
+    components: dict[str, Any] = {}
+    for node in nodes:
+        choice = choices.get(node.name) if node.role is not None else None
+        lines += [f"    # {said}" for said in _about(node, choice, spans.get(node.name, ()))]
+        if choice is None or choice.how == "tool":
+            fields: dict[str, Any] = {"tool": node.tool or RECORDED, "parents": [*node.parents]}
+        else:
+            prompt, setting = _prompt(node)
+            fields = {"component": node.name, "parents": [*node.parents], **prompt}
+            components[node.name] = _component(choice, spans[node.name], tokens[node.name], setting)
+        lines.append(_dump({node.name: fields}, 4))
+    lines += ["  components:", _dump(components, 4)]
+    batch = min(BATCH, pairs)
+    rest = {
+        "data": {"source": "preferences.jsonl"},
+        "objective": {"kind": "direct", "beta": 0.1},
+        "schedule": {"steps": STEPS, "batch_size": batch, "learning_rate": 1e-5, "warmup": STEPS // 10},
+    }
+    return "\n".join([*lines, _dump(rest, 0), ""])
+
+
+def _about(node: NodeProposal, choice: Choice | None, spans: Sequence[Span]) -> list[str]:
+    said = [" / ".join(node.role)] if node.role is not None else []
+    if choice is not None and choice.how == "tool":
+        said.append(f"The answers of {spans[0].model or 'a model'} as they were recorded.")
+    elif node.tool == RECORDED or (choice is None and node.tool is None):
+        said.append("Values of the records alone: name a function of your own to sample the system.")
+    return [*said, f"({node.why})"] if node.why else said
+
+
+def _prompt(node: NodeProposal) -> tuple[dict[str, Any], Any]:
+    """The fields of a node that say its prompt, or the component's setting where there are several messages."""
+    if node.template is None:
+        return {}, None
+    template: Template = node.template
+    (role, pieces), *more = template
+    if not more and role in ("", "user"):
+        return {"prompt": written(pieces), **({"chat": True} if role else {})}, None
+    messages = [f"{role}: {written(pieces)}" for role, pieces in template]
+    call = {"call": "sysdpo_jax.traces.tools:messages", "parents": [*node.parents], "messages": messages}
+    return {}, call
+
+
+def _component(choice: Choice, spans: Sequence[Span], tokens: Tokens, prompt: Any) -> dict[str, Any]:
+    local = Path(choice.checkpoint).expanduser()
+    settings: dict[str, Any] = {"max_prompt_length": tokens.prompt_room, "max_new_tokens": tokens.room}
+    for name in ("temperature", "top_p"):
+        known = {span.settings.get(name) for span in spans}
+        value = next(iter(known))
+        if len(known) == 1 and isinstance(value, int | float) and not isinstance(value, bool):
+            settings[name] = float(value)
+    if prompt is not None:
+        settings["prompt"] = prompt
+    mode = "lora" if choice.how == "train" else "frozen"
+    where = str(local.absolute()) if local.exists() else choice.checkpoint
+    return {"checkpoint": where, "mode": mode, "settings": settings}
+
+
+def _dump(value: Any, indent: int) -> str:
+    settings = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": WIDTH}
+    text = yaml.dump(value, Dumper=_Dumper, **settings)
+    return "\n".join(" " * indent + line if line else line for line in text.rstrip("\n").split("\n"))

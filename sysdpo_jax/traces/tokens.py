@@ -1,0 +1,99 @@
+"""The tokens of recorded texts: those that a trace has, and whether the others would be the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.prompts import closing, prompt_ids, tokenized
+from sysdpo_jax.components.sampled_text import sampled_texts
+from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.pretrained.base import CheckpointError
+from sysdpo_jax.pretrained.gguf import read_gguf
+from sysdpo_jax.pretrained.sources import locate
+from sysdpo_jax.pretrained.tokenizer_files import read_tokenizer
+from sysdpo_jax.traces.spans import Span
+from sysdpo_jax.values import SampledText
+
+# Rooms for texts are whole multiples of it.
+ROOM = 16
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A node's answers with their tokens where the trace has them, and what was compared.
+
+    ids: answers with ids that say the text; others: with ids that say another text, which are not used. same, drifted:
+    answers without ids whose number of tokens is as recorded, give or take the end, or not; unknown: without a number.
+    prompts_same, prompts_drifted: prompts whose ids, or whose number of them, are as recorded, or not.
+    """
+
+    values: tuple[str, ...]
+    prompt_room: int
+    room: int
+    ids: int = 0
+    others: int = 0
+    same: int = 0
+    drifted: int = 0
+    unknown: int = 0
+    prompts_same: int = 0
+    prompts_drifted: int = 0
+
+    def __str__(self) -> str:
+        counted = (
+            (self.ids, "answers with the ids of the trace"),
+            (self.others, "answers whose ids say another text, tokenized anew"),
+            (self.same, "answers without ids, of as many tokens as recorded"),
+            (self.drifted, "answers without ids that drifted: another number of tokens than recorded"),
+            (self.unknown, "answers without ids or a number of tokens, unchecked"),
+            (self.prompts_same, "prompts with the tokens that were recorded"),
+            (self.prompts_drifted, "prompts that drifted: other tokens than recorded"),
+        )
+        return "; ".join(f"{count} {what}" for count, what in counted if count)
+
+
+def tokenizer_of(checkpoint: str, name: str) -> Any:
+    """The tokenizer of a folder, a GGUF file or a name on the hub. Raises `ConfigError` naming the node."""
+    try:
+        path = locate(checkpoint, None, None)
+        ggufs = [path] if path.is_file() else sorted(Path(path).glob("*.gguf"))
+        if ggufs and not (path / "config.json").exists():
+            return read_gguf(ggufs[0], None)[2]
+        return read_tokenizer(path)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise ConfigError(f"--model {name}={checkpoint}: {error}") from None
+
+
+def with_tokens(tokenizer: Any, name: str, spans: Sequence[Span]) -> Tokens:
+    """The answers of a node's spans. Raises `ConfigError` for prompts that the tokenizer's chat template refuses."""
+    try:
+        made = tokenized(tokenizer, (prompt_ids(tokenizer, span.prompt, row) for row, span in enumerate(spans)))
+    except RecordError as error:
+        raise ConfigError(f"the prompts of {name} do not fit its model: {error}") from None
+    asked = [prompt.ids for prompt in made]
+    end = closing(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    ends = [tokenizer.eos_token_id, *(end.ends if end is not None else ())]
+    counts = dict.fromkeys(("ids", "others", "same", "drifted", "unknown", "prompts_same", "prompts_drifted"), 0)
+    plain = [span.answer or "" for span in spans]
+    own = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    known = [row for row, span in enumerate(spans) if span.tokens is not None and max(span.tokens) < len(tokenizer)]
+    said = dict(zip(known, sampled_texts(tokenizer, [spans[row].tokens or () for row in known], ends), strict=True))
+    values = [said[row] if row in said and said[row] == text else text for row, text in enumerate(plain)]
+    for row, span in enumerate(spans):
+        recorded = span.counts[0] if span.prompt_tokens is None else list(span.prompt_tokens)
+        if recorded is not None:
+            is_same = recorded == (asked[row] if span.prompt_tokens is not None else len(asked[row]))
+            counts["prompts_same" if is_same else "prompts_drifted"] += 1
+        if span.tokens is not None:
+            counts["ids" if isinstance(values[row], SampledText) else "others"] += 1
+        elif span.counts[1] is None:
+            counts["unknown"] += 1
+        else:
+            counts["same" if span.counts[1] - len(own[row]) in (0, 1) else "drifted"] += 1
+    sizes = [max(len(ids) + 1, len(span.tokens or ())) for ids, span in zip(own, spans, strict=True)]
+    return Tokens(tuple(values), _room(max(map(len, asked))), _room(max(sizes)), **counts)
+
+
+def _room(size: int) -> int:
+    return -(-size // ROOM) * ROOM
