@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from experiments.benchmarks.gpu_cases import CASES, Case
 from experiments.common.command import made_by, parse_preset
@@ -105,10 +106,13 @@ def roofline(config: Config) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, config: Config) -> dict[str, Any]:
-    """The figures of one case. Raises SystemExit when a step is not finite: nothing was timed then."""
+def measure(case: Case, config: Config, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The figures of one case. Raises SystemExit when a step is not finite: nothing was timed then.
+
+    mesh: by default one device.
+    """
     keep_compilations(str(config.folder / "compiled"))
-    system, optimizer, mesh = case.system, case.optimizer, make_mesh()
+    system, optimizer, mesh = case.system, case.optimizer, make_mesh() if mesh is None else mesh
     state = create_state(system, case.params(jax.random.key(0)), optimizer, mesh)
     batch, key = case.batch(), jax.random.key(1)
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in state.params.items()}

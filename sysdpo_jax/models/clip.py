@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from sysdpo_jax.models.attention import attend
 from sysdpo_jax.models.config import Precision
-from sysdpo_jax.models.layers import Dense, LayerNorm, embedding, join_heads, split_heads
+from sysdpo_jax.models.layers import Dense, LayerNorm, embedding, gelu, join_heads, split_heads
 from sysdpo_jax.models.partitioning import constrain, residual
 
 States = Float[Array, "batch tokens width"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
 
 

@@ -21,6 +21,7 @@ from sysdpo_jax.models.layers import (
     GroupNorm,
     LayerNorm,
     Projection,
+    gelu,
     join_heads,
     split_heads,
     timestep_embedding,
@@ -175,7 +176,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Tokens) -> Tokens:
         c, width = self.config, x.shape[-1]
         h, gate = jnp.split(Projection(c, 8 * width, name="net_0")(x), 2, axis=-1)
-        hidden = constrain(h * nn.gelu(gate, approximate=False), "batch", "length", "mlp")
+        hidden = constrain(h * gelu(gate), "batch", "length", "mlp")
         return Dense(c, width, name="net_2")(hidden)
 
 

@@ -392,6 +392,8 @@ def test_the_peers_that_are_here_do_the_same_work(tmp_path):
     cases = json.loads((tmp_path / "results.json").read_text())["cases"]
     assert {case: cases[case]["sides"]["ours"]["status"] for case in TINY} == dict.fromkeys(TINY, "measured")
     assert cases["unet"]["sides"]["diffusers"]["status"] == "measured"
+    about = cases["unet"]["sides"]["ours"]["about"]
+    assert about["devices"] == ours.devices(TINY["unet"].work)
     assert cases["decode"]["sides"]["transformers"]["status"] == "measured"
     for case in ("dpo", "dpo-lora", "dpo-lognormal"):
         assert cases[case]["sides"]["TRL"]["status"] in ("measured", "not installed")

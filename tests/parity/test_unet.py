@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sysdpo_jax.models.layers import gelu
 from sysdpo_jax.models.unet import UNet2DCondition, UNetConfig
 from sysdpo_jax.trees import by_path
 from tests.parity.convert_diffusion import randomise, torch_gradients, torch_params
@@ -236,3 +237,21 @@ def test_the_added_embedding_and_its_inputs_go_together():
 def test_configurations_it_cannot_build_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**CONFIGS["sd1"] | change)
+
+
+def test_gelu_and_its_slope_are_pytorchs():
+    """To float32's rounding of 1 + erf, at most |x| / 2 times 1.2e-7; against float64."""
+    x = np.linspace(-8, 8, 4001, dtype=np.float32)
+    wanted = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    value = torch.nn.functional.gelu(wanted)
+    value.sum().backward()
+    np.testing.assert_allclose(gelu(jnp.asarray(x)), value.detach().numpy(), rtol=0, atol=1e-6)
+    slopes = jax.vmap(jax.grad(gelu))(jnp.asarray(x))
+    np.testing.assert_allclose(slopes, wanted.grad.numpy(), rtol=0, atol=1e-6)
+
+
+def test_gelu_in_bfloat16_keeps_its_small_results():
+    """1 + erf in bfloat16 would be wrong by half of them at -3."""
+    x = jnp.linspace(-3, -0.5, 100, dtype=jnp.bfloat16)
+    wanted = torch.nn.functional.gelu(torch.tensor(np.asarray(x, np.float64))).numpy()
+    np.testing.assert_allclose(np.asarray(gelu(x), np.float64), wanted, rtol=0.05)

@@ -133,7 +133,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dpo-lora": Case(replace(TINY_DPO, lora_rank=2, same_weights=False), TRL),
         "dpo-lognormal": Case(replace(TINY_DPO, sigma=0.8, shortest=2, longest=16, steps=4, shapes=2), TRL),
         "unet": Case(
-            ImageDPO("cpu", SMALL_UNET, "float32", 1, latent=8, text=4, optimizer="adamw", repeats=2, steps=1),
+            ImageDPO("cpu", SMALL_UNET, "float32", 2, latent=8, text=4, optimizer="adamw", repeats=2, steps=1),
             ("diffusers",),
         ),
         "decode": Case(

@@ -1,5 +1,7 @@
 """Our side of each kind of work."""
 
+import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ from sysdpo_jax.typing import Params
 
 def measure(work: Work, folder: Path, told: Mapping[str, Any]) -> Measured:
     """Do it. told: nothing of it is read. Raises SystemExit where there is no such device."""
+    if isinstance(work, ImageDPO) and work.device == "cpu":
+        jax.config.update("jax_num_cpu_devices", devices(work))
     _require(work.device)
     keep_compilations(str(folder / "compiled"))
     match work:
@@ -147,8 +151,13 @@ def _tokens(made: Training, steps: int) -> tuple[int, int]:
     return sum(count_units(made.system, batch)["tokens_per_second/answer"] for batch in batches), places
 
 
+def devices(work: ImageDPO) -> int:
+    """Into how many the batch is cut: on a CPU one of JAX's devices a core, where the pairs divide."""
+    return math.gcd(len(os.sched_getaffinity(0)), work.pairs) if work.device == "cpu" else 1
+
+
 def image_dpo(work: ImageDPO, folder: Path) -> Measured:
-    """`gpu.measure` of the U-Net."""
+    """`gpu.measure` of the U-Net, each device with its own rows."""
     began = time.perf_counter()
     computing = {"dtype": work.precision, "param_dtype": work.precision}
     config = from_mapping(UNetConfig, {**work.unet, **computing})
@@ -160,7 +169,8 @@ def image_dpo(work: ImageDPO, folder: Path) -> Measured:
     plain = images("unet", component, work.pairs, 8 * work.latent, LEARNING_RATE)
     case = Case("unet", component, plain.size, optimizers[work.optimizer], plain.side)
     ready = time.perf_counter() - began
-    found = gpu.measure(case, gpu.Config(repeats=work.repeats, steps=work.steps, folder=folder))
+    timing = gpu.Config(repeats=work.repeats, steps=work.steps, folder=folder)
+    found = gpu.measure(case, timing, sj.make_mesh(data=devices(work)))
     checks = {"loss": found["first_loss"]} | ({} if sized else {"probe": probe(work, config)})
     return _measured(
         work.device,
@@ -168,7 +178,7 @@ def image_dpo(work: ImageDPO, folder: Path) -> Measured:
         ready + found["first_step_seconds"],
         sum(found["parameters"].values()),
         checks,
-        {"model_flops_per_step": found["model_flops_per_step"]},
+        {"model_flops_per_step": found["model_flops_per_step"], "devices": devices(work)},
         found["peak_bytes"],
     )
 
