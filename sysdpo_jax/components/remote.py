@@ -4,8 +4,9 @@ It has no parameters, and its log-ratio is exactly 0: what it says is part of a 
 it is drawn, so that a record must hold what it said: nothing asks it again for a record, in a step or before.
 """
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,6 @@ from sysdpo_jax.endpoint import Endpoint, RefusedError
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import user_cache
 from sysdpo_jax.keys import row_keys
-from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, user_code
 
@@ -61,7 +61,8 @@ class RemoteModel(Component):
             (a list of texts and pictures) are sent as PNG.
         max_tokens: Largest number of tokens of an answer; None for the server's.
         temperature: Of the samples; None for the server's.
-        settings: Further fields of the request, ("top_p", 0.9), as the server knows them.
+        settings: Further fields of the request, {"top_p": 0.9}, as the server knows them; None leaves one out. They are
+            kept as JSON.
         key: Name of the environment variable that holds the API key, which is written nowhere.
         concurrency: Requests at the same time, of each process.
         retries: Further attempts after a failed request, within ten minutes.
@@ -83,7 +84,7 @@ class RemoteModel(Component):
     prompt: Callable[..., Any] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: Mapping[str, Any] | tuple[tuple[str, str], ...] = ()
     key: str = field(default="OPENAI_API_KEY", compare=False)
     concurrency: int = field(default=8, compare=False)
     retries: int = field(default=8, compare=False)
@@ -94,7 +95,10 @@ class RemoteModel(Component):
     on_error: Literal["stop", "skip"] = field(default="stop", compare=False)
 
     def __post_init__(self) -> None:
-        hold_tuples(self)
+        if isinstance(self.settings, Mapping):
+            # A dictionary cannot be hashed, nor can what one may hold.
+            kept = tuple((name, json.dumps(value)) for name, value in sorted(self.settings.items()))
+            object.__setattr__(self, "settings", kept)
         if self.kind not in PATHS:
             raise ValueError(f"RemoteModel: kind {self.kind!r} is none of {', '.join(PATHS)}")
         if self.on_error not in ("stop", "skip"):
@@ -199,7 +203,8 @@ class RemoteModel(Component):
         given = {"max_tokens": self.max_tokens, "temperature": self.temperature, "seed": seed}
         # Servers of pictures know no seed, by which its samples are told apart here all the same.
         given = {"n": 1} if self.kind == "image" else given
-        fields = {"model": self.model} | asked_of(self.kind, prompt, row) | given | dict(self.settings)
+        fields = {"model": self.model} | asked_of(self.kind, prompt, row) | given
+        fields |= {name: json.loads(value) for name, value in dict(self.settings).items()}
         return {name: value for name, value in fields.items() if value is not None}
 
     @property

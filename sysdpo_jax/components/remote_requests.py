@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.components.conversations import is_messages, kind
+from sysdpo_jax.components.conversations import MESSAGES, TOOLS, is_messages, kind, read_tools
 from sysdpo_jax.components.images import as_png, open_picture
 from sysdpo_jax.components.remote_cache import RemoteCache, Spent, request_id
 from sysdpo_jax.endpoint import Again, Endpoint, NoCompletionError, RefusedError, gathered
@@ -57,9 +57,11 @@ def asked_of(kind_: Kind, prompt: Any, row: int) -> dict[str, Any]:
         if not isinstance(prompt, str):
             raise RecordError(f"the prompt in row {row} is {kind(prompt)}, and a {kind_} takes a text alone")
         return {"prompt": str(prompt)}
-    if isinstance(prompt, Mapping) and "messages" in prompt:
-        rest = {name: value for name, value in prompt.items() if name != "messages"}
-        return _plain(asked_of("chat", prompt["messages"], row) | rest, row)
+    if isinstance(prompt, Mapping) and MESSAGES in prompt:
+        rest = {name: value for name, value in prompt.items() if name != MESSAGES}
+        if TOOLS in rest:
+            rest[TOOLS] = read_tools(rest[TOOLS], f"the prompt in row {row}, field {TOOLS!r}")
+        return _plain(asked_of("chat", prompt[MESSAGES], row) | rest, row)
     if isinstance(prompt, str) or _is_picture(prompt):
         prompt = [{"role": "user", "content": prompt}]
     if not is_messages(prompt):

@@ -54,8 +54,47 @@ class ComponentConfig:
 
 
 @dataclass(frozen=True)
+class RemoteConfig:
+    """A model behind a server that speaks OpenAI's API, see `sysdpo_jax.RemoteModel`.
+
+    How it is asked (from `key` on) may change when a run goes on.
+
+    Args:
+        url: Address of the server, such as https://api.openai.com/v1.
+        model: Name of the model on that server.
+        kind: "chat" and "completion" give a text, "image" a picture.
+        max_tokens: Largest number of tokens of an answer; null for the server's.
+        temperature: Temperature of the samples; null for the server's.
+        settings: Further fields of the request, as the server knows them.
+        key: Name of the environment variable that holds the API key.
+        concurrency: Requests at the same time, of each process.
+        retries: Further attempts after a failed request, within ten minutes.
+        timeout: Seconds that a whole request may take.
+        max_calls: Answers of the model that the cache may hold; null for any number.
+        max_total_tokens: Tokens that they may cost together; null for any number.
+        cache: Where answers are kept: user or a file.
+        on_error: What a request that fails for good does: stop everything, or skip that run.
+    """
+
+    url: str = ""
+    model: str = ""
+    kind: Literal["chat", "completion", "image"] = "chat"
+    max_tokens: Positive | None = None
+    temperature: NotNegative | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    key: str = "OPENAI_API_KEY"
+    concurrency: Positive = 8
+    retries: Natural = 8
+    timeout: AboveZero = 300.0
+    max_calls: Positive | None = None
+    max_total_tokens: Positive | None = None
+    cache: str = "user"
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+@dataclass(frozen=True)
 class ValueConfig:
-    """A value of the system: of a component, of a tool, or a choice among others.
+    """A value of the system: of a component, of a tool, of a remote model, or a choice among others.
 
     How a tool is called (concurrency, retries, timeout, on_error) may change when a run goes on.
 
@@ -63,6 +102,7 @@ class ValueConfig:
         parents: Names of inputs and nodes, in the order in which the prompt or tool takes their values.
         component: Name of the component, as under `components`.
         tool: Instead of a component, "module:function", called with the parents' values.
+        remote: Instead of a component, a model behind a server.
         switch: Instead of a component, the input or node that chooses among the branches.
         branches: Branches of a switch, {value that chooses: node}; it has no parents beside these.
         prompt: Prompt of a language model, with parents in braces; the only parent by default.
@@ -82,6 +122,7 @@ class ValueConfig:
     parents: tuple[str, ...] = ()
     component: str | None = None
     tool: str | None = None
+    remote: RemoteConfig | None = None
     switch: str | None = None
     branches: Any = None
     prompt: str | None = None
@@ -118,6 +159,8 @@ ASKING = ("prompt", "chat", "system", "tools", "observations", "weight")
 CHATTING = ("system", "tools", "observations")
 # How a tool is called, which is no part of what the system is.
 CALLS = ("concurrency", "retries", "timeout", "on_error")
+# The same of a remote model.
+ASKS = (*CALLS, "key", "max_calls", "max_total_tokens", "cache")
 
 
 @dataclass(frozen=True)
@@ -142,6 +185,8 @@ def as_dict(system: SystemConfig, without: Sequence[str] = CALLS) -> dict[str, A
     for part in (*whole["nodes"].values(), *inner, *whole["components"].values()):
         for name in without:
             part.pop(name, None)
+        if isinstance(part.get("remote"), dict):
+            part["remote"] = {name: value for name, value in part["remote"].items() if name not in ASKS}
         if isinstance(part.get("branches"), dict):
             # JSON would make texts of the values that choose.
             part["branches"] = list(part["branches"].items())

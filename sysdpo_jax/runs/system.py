@@ -89,9 +89,10 @@ def _check(system: SystemConfig) -> None:
         )
     values = dict(_values(system))
     for place, node in values.items():
-        kinds = [node.component, node.tool, node.switch, (isinstance(node, NodeConfig) and node.body) or None]
+        whole = (isinstance(node, NodeConfig) and node.body) or None
+        kinds = [node.component, node.tool, node.remote, node.switch, whole]
         if sum(kind is not None for kind in kinds) != 1:
-            raise ConfigError(f"{place}: give one of component, tool, switch or body")
+            raise ConfigError(f"{place}: give one of component, tool, remote, switch or body")
         if node.component is not None and node.component not in system.components:
             near = meant(node.component, system.components)
             raise ConfigError(f"{place}.component {node.component!r} is not among the components: {near}")
@@ -185,6 +186,8 @@ def _system(
 
 def _component(field: str, node: ValueConfig, models: Mapping[str, Model], scope: Scope | None = None) -> sj.Component:
     """The node's component, with its prompt where it has one. field: the node's place."""
+    if node.remote is not None:
+        return _remote(field, node, scope)
     if node.component is None:
         given = _given(node, ASKING)
         if given:
@@ -200,6 +203,17 @@ def _component(field: str, node: ValueConfig, models: Mapping[str, Model], scope
     if not isinstance(component, sj.LanguageModel):
         raise ConfigError(f"{field}: only a language model takes a prompt or chat, not a {type(component).__name__}")
     return replace(component, prompt=_prompt(field, node, scope))
+
+
+def _remote(field: str, node: ValueConfig, scope: Scope | None) -> sj.RemoteModel:
+    given = _given(node, ("weight", *CALLS))
+    if given:
+        raise ConfigError(f"{field} is a remote model, which has no {', '.join(given)} beside its own: leave that out")
+    asked = _given(node, ("prompt", "chat", *CHATTING)) or len(node.parents) != 1
+    try:
+        return sj.RemoteModel(**vars(node.remote), prompt=_prompt(field, node, scope) if asked else None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{field}.remote: {error}") from None
 
 
 def _given(node: ValueConfig, names: Sequence[str]) -> list[str]:

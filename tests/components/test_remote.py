@@ -262,7 +262,7 @@ def test_what_is_asked(kind, path, tmp_path):
     answers = Answers()
     with serving(answers) as url:
         component = remote(
-            url, tmp_path, kind=kind, max_tokens=7, temperature=0.5, settings=(("top_p", 0.9), ("seed", None))
+            url, tmp_path, kind=kind, max_tokens=7, temperature=0.5, settings={"top_p": 0.9, "seed": None}
         )
         assert component.sample({}, {"x": ["hello"]}, KEY) == ["HELLO"]
     [(where, body)] = answers.asked
@@ -308,7 +308,7 @@ def test_pictures(tmp_path):
     answers = Answers()
     answers.answer = lambda body: {"data": [{"b64_json": base64.b64encode(buffer.getvalue()).decode()}]}
     with serving(answers) as url:
-        component = remote(url, tmp_path, kind="image", settings=(("size", "6x4"),))
+        component = remote(url, tmp_path, kind="image", settings={"size": "6x4"})
         [made] = component.sample({}, {"x": ["a red ball"]}, KEY)
         [other] = component.sample({}, {"x": ["a red ball"]}, jax.random.key(1))
     np.testing.assert_array_equal(made, wanted)
