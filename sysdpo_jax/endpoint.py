@@ -50,7 +50,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 # Seconds after the first try of a question at which no other one begins.
 PATIENCE = 120.0
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +80,14 @@ class RefusedError(ConfigError):
 class Endpoint:
     """Asks the server at `url`.
 
-    name: of the server, for messages. field: stands before url, model and the like where a user gives them.
+    name: of the server, for messages. prefix: stands before url, model and the like where a user gives them.
     key: sent as it is, "" for none; it is replaced in all errors. key_name: the environment variable that it is from.
     timeout: seconds in which a request must be answered whole. retries: of a request, which end after `patience`
     seconds. wanted: what its answers are, for messages. longest: bytes that one may have.
     """
 
     name: str
-    field: str
+    prefix: str
     url: str
     key: str = field(repr=False)
     key_name: str
@@ -100,9 +101,9 @@ class Endpoint:
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{self.field}url {self.url!r} is no address ({error}): fix it") from None
+            raise ConfigError(f"{self.prefix}url {self.url!r} is no address ({error}): fix it") from None
         if url.scheme not in ("http", "https") or not url.host:
-            raise ConfigError(f"{self.field}url is {self.url!r}: begin it with http:// or https:// and a host")
+            raise ConfigError(f"{self.prefix}url is {self.url!r}: begin it with http:// or https:// and a host")
         if not self.key.isascii() or not self.key.isprintable():
             raise ConfigError(f"the environment variable {self.key_name} holds characters that no API key has")
 
@@ -176,7 +177,7 @@ class Endpoint:
             async with asyncio.timeout(self.timeout), request as response:
                 answer = await self._whole(response)
         except TimeoutError:
-            raise Again(f"no whole answer within {self.timeout:g} seconds, {self.field}timeout") from None
+            raise Again(f"no whole answer within {self.timeout:g} seconds, {self.prefix}timeout") from None
         except httpx.RequestError as error:
             raise Again(f"{type(error).__name__}: {error}".rstrip(": ")) from None
         if not response.is_success:
@@ -193,7 +194,7 @@ class Endpoint:
         except NoCompletionError:
             kind = about.get("Content-Type", "of no type")
             raise Again(
-                f"what answers is no {self.wanted}, but {kind}: {_said(answer)}; check {self.field}url"
+                f"what answers is no {self.wanted}, but {kind}: {_said(answer)}; check {self.prefix}url"
             ) from None
 
     async def _whole(self, response: httpx.Response) -> bytes:
@@ -206,7 +207,7 @@ class Endpoint:
             if len(answer) > self.longest:
                 raise RefusedError(
                     f"the answer of {self.shown} has more than {self.longest} bytes and begins with "
-                    f"{_said(bytes(answer))}: limit it by {self.field}max_tokens, or check {self.field}url",
+                    f"{_said(bytes(answer))}: limit it by {self.prefix}max_tokens, or check {self.prefix}url",
                     "the answer was too long",
                 )
         return bytes(answer)
@@ -220,16 +221,16 @@ class Endpoint:
             target = headers.get("Location", "nowhere")
             return ConfigError(
                 f"{self.shown} redirects to {target!r}, where the key is not sent: give that address "
-                f"as {self.field}url, if it is the server's"
+                f"as {self.prefix}url, if it is the server's"
             )
         if status in OF_THE_QUESTION:
             return RefusedError(
                 f"{self.shown} refuses the question: {said}; shorten or change what it is asked, or check "
-                f"{self.field}model",
+                f"{self.prefix}model",
                 "the question was refused",
             )
         remedy = REMEDIES.get(status, "check {field}url, {field}model and the key")
-        remedy = remedy.format(key=self.key_name, field=self.field)
+        remedy = remedy.format(key=self.key_name, field=self.prefix)
         return ConfigError(f"{self.shown} refuses: {said}; {remedy}")
 
     def _failed(self, attempt: Any) -> ConfigError:

@@ -29,6 +29,7 @@ from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.components.shared_prompt import Runs, marked, prefix_of
 from sysdpo_jax.components.source import Source
 from sysdpo_jax.components.token_log_probs import token_log_probs
+from sysdpo_jax.components.token_sizes import resized, sizes_of
 from sysdpo_jax.decoding import batches
 from sysdpo_jax.decoding.beam_search import BeamSearch
 from sysdpo_jax.decoding.decode import beam_generate, generate
@@ -162,8 +163,11 @@ class LanguageModel(Component):
         never from the padding token, which may equal the end of sequence; what a model was told between its turns is
         not in it. Only the positions before a completion's tokens get logits, see `token_log_probs`.
         """
+        return of_model(self._log_probs, self.decoder.config.remat)(params, jax.tree.map(jnp.asarray, features))
+
+    def _log_probs(self, params: Params, features: Features) -> tuple[LogProbs, Metrics]:
         token_log_prob, completion = self.token_log_probs(params, features)
-        counted = {n: jnp.asarray(features[n]) for n in ("truncated", "retokenized", "turns") if n in features}
+        counted = {name: features[name] for name in ("truncated", "retokenized", "turns") if name in features}
         metrics = counted | {"tokens": completion.sum(-1).astype(jnp.float32)}
         return jnp.sum(token_log_prob * completion, axis=-1), metrics
 
@@ -179,9 +183,7 @@ class LanguageModel(Component):
         Returns:
             log softmax(logits)[token] in nats, float32, and which of them are a completion's; others have no meaning.
         """
-        return of_model(self._log_probs, self.decoder.config.remat)(params, jax.tree.map(jnp.asarray, features))
-
-    def _log_probs(self, params: Params, features: Features) -> tuple[LogProbs, Metrics]:
+        features = jax.tree.map(jnp.asarray, features)
         tokens, starts = features["tokens"], features["prompt_lengths"]
         place = starts[:, None] + jnp.arange(features["completion"].shape[-1])
         made = token_log_probs(
@@ -292,12 +294,7 @@ class LanguageModel(Component):
 
         The completion of joined turns is all behind the first prompt.
         """
-        starts, lengths = (np.asarray(features[name]) for name in ("prompt_lengths", "lengths"))
-        own = {"prompt": starts, "completion": lengths - starts}
-        if "shared" in features:
-            shared = np.sum(features["shared"], axis=-1)
-            own |= {"shared": shared, "prompt": starts - shared}
-        return {name: np.asarray(size) for name, size in own.items()}
+        return sizes_of(features)
 
     def resize(self, features: Features, sizes: Mapping[str, int]) -> Features:
         """The features with room for so many tokens of each of `sizes`, but no more than the model has.
@@ -305,15 +302,9 @@ class LanguageModel(Component):
         Raises:
             ValueError: For too few.
         """
-        own, most = self.sizes(features), {"completion": self._longest if "turns" in features else self.max_new_tokens}
-        sizes = {name: min(room, most.get(name, self.max_prompt_length)) for name, room in sizes.items()}
-        for name, room in sizes.items():
-            longest = int(own[name].max(initial=0))
-            if longest > room:
-                raise ValueError(f"LanguageModel: a {name} has {longest} tokens, more than the {room} of its new size")
-        kept = _fitted(np.asarray(features["tokens"]), sum(sizes.values()), self._pad)
-        masks = {name: _fitted(np.asarray(features[name]), sizes[name]) for name in sizes if name != "prompt"}
-        return features | {"tokens": kept} | masks
+        most = {"completion": self._longest if "turns" in features else self.max_new_tokens}
+        rooms = {name: min(room, most.get(name, self.max_prompt_length)) for name, room in sizes.items()}
+        return resized(features, rooms, self._pad)
 
     def padding(self, features: Features) -> float:
         places = np.size(features["tokens"])
@@ -414,9 +405,3 @@ class LanguageModel(Component):
         kept, cut = fitted(whole.ids, self.max_prompt_length, self.truncation, "prompt", setting, row, start)
         check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "prompt", row)
         return whole, kept, cut
-
-
-def _fitted(array: np.ndarray, width: int, filling: int = 0) -> np.ndarray:
-    """The array with a last axis so wide, cut or filled up."""
-    spare = max(0, width - array.shape[-1])
-    return np.pad(array[..., :width], [(0, 0)] * (array.ndim - 1) + [(0, spare)], constant_values=filling)

@@ -75,7 +75,8 @@ class RemoteModel(Component):
             leaves the run out, and counts it.
 
     Raises:
-        ValueError: For a value that none of these can have.
+        ConfigError: For an address that is none, or that holds a password.
+        ValueError: For a value that none of the others can have.
     """
 
     url: str

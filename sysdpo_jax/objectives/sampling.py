@@ -70,6 +70,9 @@ class SamplingObjective(PreferenceObjective):
             The mean loss over the batch; the nodes' margins and the metrics of `DirectObjective`, with
             intermediates/effective/<side>, the effective number 1 / sum of squared posterior weights,
             intermediates/distinct, and intermediates/staleness in steps.
+
+        Raises:
+            GraphError: For a remote model in the system.
         """
         require_batch(batch, SampledBatch, "SearchedBatches")
         system.check_params(params)

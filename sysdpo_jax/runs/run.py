@@ -320,8 +320,8 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
     if path.is_dir():
         run = assemble(read_run(path))
         params, step = restored(run, checkpoint)
-        system = sampling_system(run.config, run.system)
-        return Loaded(system, sj.replicate_per_process(params), f"{digest(identity_of(run.config))} step {step}")
+        served = sampling_system(run.config, run.system)
+        return Loaded(served, sj.replicate_per_process(params), f"{digest(identity_of(run.config))} step {step}")
     if not path.exists() and ":" in spec:
         return Loaded(*_made_by(spec), spec)
     config = read_config(find_config(spec))

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sysdpo_jax import pretrained
 from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.models.lora import is_lora
+from sysdpo_jax.pretrained import save, save_adapter
 from sysdpo_jax.serving.engines import Completion, Question
 from sysdpo_jax.serving.server import Server, ServingError
 from sysdpo_jax.trees import by_path
@@ -95,10 +95,10 @@ class Handover:
         shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         if adapter:
-            pretrained.save_adapter(path, model, params, self.server.model)
+            save_adapter(path, model, params, self.server.model)
             self.server.load_adapter(name, path)
         else:
-            pretrained.save(path, model, params)
+            save(path, model, params)
             self.server.load_weights(name, path)
         self._holds = name
         logger.info("%s has %s", self.server.shown, name)
