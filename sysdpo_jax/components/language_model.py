@@ -40,7 +40,7 @@ from sysdpo_jax.models.remat import of_model
 from sysdpo_jax.static import hold_tuples
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.user_code import name_of, user_code
-from sysdpo_jax.values import SampledText, distinct
+from sysdpo_jax.values import distinct
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ class LanguageModel(Component):
                 places=batches.places(len(rows)),
             )
             tokens[rows], ends[rows] = made.tokens, made.lengths
-        return self.texts([row[:end].tolist() for row, end in zip(tokens, ends, strict=True)])
+        kept = [row[:end].tolist() for row, end in zip(tokens, ends, strict=True)]
+        return list(sampled_texts(self.tokenizer, kept, self.ends))
 
     def candidates(self, params: Params, parents: Parents, number: int, key: PRNGKeyArray) -> list[list[Any]]:
         """The distinct texts that `search` finds with `number` beams for each row, the best first; no key is used.
@@ -265,8 +266,8 @@ class LanguageModel(Component):
                 f"LanguageModel: the search found nothing for row {int(np.argmin(valid.any(axis=1)))}: the logits are "
                 "not finite"
             )
-        found = zip(tokens[valid], lengths[valid], strict=True)
-        texts = iter(self.texts([row[:length].tolist() for row, length in found]))
+        found = [row[:length].tolist() for row, length in zip(tokens[valid], lengths[valid], strict=True)]
+        texts = iter(sampled_texts(self.tokenizer, found, self.ends))
         return [distinct([next(texts) for _ in range(found)])[:number] for found in valid.sum(1)]
 
     def join_turns(
@@ -339,17 +340,6 @@ class LanguageModel(Component):
         """The rows that are decoded together, and their prompts, no wider than these need."""
         for rows in batches.parts(lengths, self.max_prompt_length):
             yield rows, prompts[rows, : batches.width(int(lengths[rows].max()), self.max_prompt_length)]
-
-    def texts(self, rows: Sequence[Sequence[int]]) -> list[SampledText]:
-        """What `sample` makes of tokens.
-
-        Args:
-            rows: The ids of each text, with the one that ended it.
-
-        Returns:
-            The texts, which remember them.
-        """
-        return sampled_texts(self.tokenizer, rows, self.ends)
 
     @property
     def _longest(self) -> int:

@@ -288,7 +288,7 @@ def _with_tool(
         stop_on_failure(outcomes, f"row {place}")
         usable = [row for row in outcomes if not failed(row)]
         if not usable:
-            raise outcomes[0].at(f"row {place}")
+            raise next(row for row in outcomes if isinstance(row, ToolError)).at(f"row {place}")
         made.append(usable)
     return made
 

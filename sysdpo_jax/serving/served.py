@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, LogProbs, batch_size
 from sysdpo_jax.components.language_model import LanguageModel
+from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.decoding import batches
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.keys import row_keys
@@ -90,7 +91,7 @@ class ServedModel(Component):
             self.model, params, [(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)], settings
         )
         self._check_ends(made)
-        texts = self.model.texts([one.tokens for one in made])
+        texts = sampled_texts(self.model.tokenizer, [one.tokens for one in made], self.model.ends)
         self._check_gap(params, parents, texts, made)
         return list(texts)
 
