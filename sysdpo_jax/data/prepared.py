@@ -167,8 +167,10 @@ def write_part(
 
     count = write_row_file(path, noted())
     axes = sorted({axis for row in sizes for axis in row})
-    told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
-    told |= {"routed": np.array(json.dumps(routed)), "runs": np.array(runs, np.int32).reshape(count, len(routed))}
+    order = [] if system is None else [node.name for node in system.nodes]
+    texts = {"axes": axes, "order": order, "routed": routed, "about": about()}
+    told = {name: np.array(json.dumps(value)) for name, value in texts.items()}
+    told["runs"] = np.array(runs, np.int32).reshape(count, len(routed))
     columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
     columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
     # Those without features have no sizes; where a node did not run, what is computed in its stead has one place.
@@ -202,7 +204,9 @@ class PreparedRows:
         self.numbers, self.held = (np.concatenate([part[name] for part in parts]) for name in ("numbers", "held"))
         # A part without features does not know the axes, and one in which a node never ran not all of them.
         own = [[(node, axis) for node, axis in json.loads(str(part["axes"]))] for part in parts]
-        self.axes: tuple[Axis, ...] = tuple(sorted({axis for axes in own for axis in axes}))
+        order: list[str] = json.loads(str(parts[0]["order"]))
+        known = {axis for axes in own for axis in axes}
+        self.axes: tuple[Axis, ...] = tuple(sorted(known, key=lambda axis: (order.index(axis[0]), axis[1])))
         self.sizes = np.concatenate([_columns(*pair, self.axes) for pair in zip(parts, own, strict=True)])
         self.routed: list[str] = json.loads(str(parts[0]["routed"]))
         self.runs = np.concatenate([part["runs"] for part in parts])
