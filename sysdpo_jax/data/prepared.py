@@ -22,7 +22,7 @@ from sysdpo_jax.components.tool import Tool, ToolError
 from sysdpo_jax.components.tool_values import Kept, ToolValues
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates, check_names
-from sysdpo_jax.data.row_features import RUNS, at_own_size, kind, merged, runs_of, stacked
+from sysdpo_jax.data.row_features import RUNS, at_own_size, kind, merged, routed_nodes, runs_of, stacked
 from sysdpo_jax.graph import CompoundSystem, Known, Node
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.nodes import naming
@@ -260,11 +260,6 @@ def _columns(part: Mapping[str, np.ndarray], own: Sequence[Axis], axes: Sequence
     for place, axis in enumerate(own):
         made[:, axes.index(axis)] = part["sizes"][:, place]
     return made
-
-
-def routed_nodes(system: CompoundSystem) -> list[str]:
-    """The generative nodes that do not run once in every record."""
-    return [node.name for node in system.nodes if system.is_routed(node) and not node.deterministic]
 
 
 def pair_batch(
