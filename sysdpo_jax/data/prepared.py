@@ -22,7 +22,7 @@ from sysdpo_jax.components.tool import Tool, ToolError
 from sysdpo_jax.components.tool_values import Kept, ToolValues
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, check_intermediates, check_names
-from sysdpo_jax.data.row_features import RUNS, at_own_size, kind, merged, runs_of, stacked
+from sysdpo_jax.data.row_features import RUNS, at_own_size, kind, merged, routed_nodes, runs_of, stacked
 from sysdpo_jax.graph import CompoundSystem, Known, Node
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.nodes import naming
@@ -167,8 +167,10 @@ def write_part(
 
     count = write_row_file(path, noted())
     axes = sorted({axis for row in sizes for axis in row})
-    told = {"axes": np.array(json.dumps(axes)), "about": np.array(json.dumps(about()))}
-    told |= {"routed": np.array(json.dumps(routed)), "runs": np.array(runs, np.int32).reshape(count, len(routed))}
+    order = [] if system is None else [node.name for node in system.nodes]
+    texts = {"axes": axes, "order": order, "routed": routed, "about": about()}
+    told = {name: np.array(json.dumps(value)) for name, value in texts.items()}
+    told["runs"] = np.array(runs, np.int32).reshape(count, len(routed))
     columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
     columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
     # Those without features have no sizes; where a node did not run, what is computed in its stead has one place.
@@ -202,7 +204,9 @@ class PreparedRows:
         self.numbers, self.held = (np.concatenate([part[name] for part in parts]) for name in ("numbers", "held"))
         # A part without features does not know the axes, and one in which a node never ran not all of them.
         own = [[(node, axis) for node, axis in json.loads(str(part["axes"]))] for part in parts]
-        self.axes: tuple[Axis, ...] = tuple(sorted({axis for axes in own for axis in axes}))
+        order: list[str] = json.loads(str(parts[0]["order"]))
+        known = {axis for axes in own for axis in axes}
+        self.axes: tuple[Axis, ...] = tuple(sorted(known, key=lambda axis: (order.index(axis[0]), axis[1])))
         self.sizes = np.concatenate([_columns(*pair, self.axes) for pair in zip(parts, own, strict=True)])
         self.routed: list[str] = json.loads(str(parts[0]["routed"]))
         self.runs = np.concatenate([part["runs"] for part in parts])
@@ -256,11 +260,6 @@ def _columns(part: Mapping[str, np.ndarray], own: Sequence[Axis], axes: Sequence
     for place, axis in enumerate(own):
         made[:, axes.index(axis)] = part["sizes"][:, place]
     return made
-
-
-def routed_nodes(system: CompoundSystem) -> list[str]:
-    """The generative nodes that do not run once in every record."""
-    return [node.name for node in system.nodes if system.is_routed(node) and node.has_params]
 
 
 def pair_batch(

@@ -44,6 +44,11 @@ def stacked(node: Node, rows: Sequence[Any], sizes: Mapping[str, int], routed: b
     return Routed(spread(_joined(parts), ran) if parts else None, ran)
 
 
+def routed_nodes(system: CompoundSystem) -> list[str]:
+    """The generative nodes that do not run once in every record."""
+    return [node.name for node in system.nodes if system.is_routed(node) and not node.deterministic]
+
+
 def runs_of(row: Any) -> int:
     """How many runs there are in the kept features of a node that does not run in every record."""
     return int(np.sum(row[RAN]))

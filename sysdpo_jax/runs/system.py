@@ -92,7 +92,7 @@ def _check(system: SystemConfig) -> None:
         whole = (isinstance(node, NodeConfig) and node.body) or None
         kinds = [node.component, node.tool, node.remote, node.switch, whole]
         if sum(kind is not None for kind in kinds) != 1:
-            raise ConfigError(f"{place}: give one of component, tool, remote, switch or body")
+            raise ConfigError(f"{place}: give either a component, a tool, a remote model, a switch or a body")
         if node.component is not None and node.component not in system.components:
             near = meant(node.component, system.components)
             raise ConfigError(f"{place}.component {node.component!r} is not among the components: {near}")

@@ -159,7 +159,7 @@ def test_the_system_is_the_one_described(file):
         "both": (
             "component: router,",
             "component: router, tool: 'a:b',",
-            "system.nodes.route: give one of component",
+            "system.nodes.route: give either a component",
         ),
         "unknown": ("component: router,", "component: writer,", "system.nodes.route.component 'writer' is not among"),
         "cycle": ("parents: [route]}", "parents: [question, answer]}", "cycle"),

@@ -48,6 +48,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name, (system, batch) in cases.items():
         first, whole = stepped(system, batch, MESHES["1x1x1"], 1)
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first, jax.device_get(system.init(KEY)))
+        assert min(jax.tree.leaves(moved)) > 1e-4
         for mesh, shape in MESHES.items():
             for accumulate in (1, 2):
                 params, flops = stepped(system, batch, shape, accumulate)
