@@ -1,11 +1,12 @@
 """The log-ratio of a system: a sum over its nodes."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.typing import Features, Keys, Params
@@ -86,7 +87,8 @@ def log_probs_of_node(
         frozen = jax.lax.stop_gradient(node.tree(params))
         log_prob, metrics = system.node_log_prob(node, frozen, features, key)
         return NodeLogps(jnp.zeros_like(log_prob), log_prob, log_prob, metrics, metrics)
-    policy, policy_metrics = system.node_log_prob(node, node.tree(params), features, key)
+    evaluate = _traced_once(partial(system.node_log_prob, node), (params, features, key))
+    policy, policy_metrics = evaluate(node.tree(params), features, key)
     if precomputed is not None:
         return NodeLogps(node.weight * (policy - precomputed), policy, precomputed, policy_metrics, {})
     if reference[node.params_key] is None:
@@ -95,8 +97,17 @@ def log_probs_of_node(
             f"{node.name!r} under it: make the batches from what precompute_reference returns, with DirectObjective"
         )
     frozen = jax.lax.stop_gradient(reference[node.params_key])
-    base, base_metrics = system.node_log_prob(node, frozen, features, key)
+    base, base_metrics = evaluate(frozen, features, key)
     return NodeLogps(node.weight * (policy - base), policy, base, policy_metrics, base_metrics)
+
+
+def _traced_once(function: Callable[..., Any], inputs: PyTree) -> Callable[..., Any]:
+    """The function, whose Python runs once for policy and reference of equal shapes where a program is traced.
+
+    What is compiled stays the same: the compiler writes calls out. Outside a trace each call would be compiled.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs))
+    return jax.jit(function) if traced else function
 
 
 def log_ratio(
