@@ -46,7 +46,7 @@ def stacked(node: Node, rows: Sequence[Any], sizes: Mapping[str, int], routed: b
 
 def routed_nodes(system: CompoundSystem) -> list[str]:
     """The generative nodes that do not run once in every record."""
-    return [node.name for node in system.nodes if system.is_routed(node) and not node.deterministic]
+    return [node.name for node in system.nodes if system.is_routed(node) and node.has_params]
 
 
 def runs_of(row: Any) -> int:

@@ -1,11 +1,12 @@
 """The log-ratio of a system: a sum over its nodes."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sysdpo_jax.components.routed import number_of_runs
 from sysdpo_jax.graph import CompoundSystem, Node
@@ -105,7 +106,8 @@ def _log_probs(
     precomputed: Mapping[str, Array],
 ) -> dict[str, NodeLogps]:
     """Of trained nodes that go through their model together."""
-    policy = evaluate(system, nodes, params, features, key)
+    run = _traced_once(partial(evaluate, system, nodes), (params, features, key))
+    policy = run(params, features, key)
     compared = tuple(node for node in nodes if node.name not in precomputed)
     for node in compared:
         if reference[node.params_key] is None:
@@ -115,7 +117,10 @@ def _log_probs(
             )
     # The weights of a base are not trained: those of the policy are the reference's where that holds none.
     known = {**params, **{key: tree for key, tree in reference.items() if tree is not None}}
-    base = evaluate(system, compared, jax.lax.stop_gradient(known), features, key) if compared else {}
+    known = jax.lax.stop_gradient(known)
+    base = run(known, features, key) if compared == nodes else {}
+    if compared and compared != nodes:
+        base = evaluate(system, compared, known, features, key)
     base |= {name: (precomputed[name], {}) for name in policy if name in precomputed}
     return {
         node.name: NodeLogps(
@@ -128,6 +133,15 @@ def _log_probs(
         )
         for node in nodes
     }
+
+
+def _traced_once(function: Callable[..., Any], inputs: PyTree) -> Callable[..., Any]:
+    """The function, whose Python runs once for policy and reference of equal shapes where a program is traced.
+
+    What is compiled stays the same: the compiler writes calls out. Outside a trace each call would be compiled.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs))
+    return jax.jit(function) if traced else function
 
 
 def log_ratio(
