@@ -48,6 +48,7 @@ ALLOWED = {
         *("models", "components", "parallel", "graph", "objectives", "data", "training", "pretrained"),
         *("evaluation", "report"),
     },
+    "annotation": {"components", "data", "evaluation", "runs"},
     "recipes": {"models", "components", "runs"},
     "cli": {"*"},
     "__main__": {"cli"},
