@@ -31,6 +31,7 @@ setup(
     packages=find_packages(include=["sysdpo_jax", "sysdpo_jax.*"]),
     package_data={
         "sysdpo_jax": ["py.typed"],
+        "sysdpo_jax.annotation": ["*.jinja", "*.css", "*.js"],
         "sysdpo_jax.pretrained": ["*.yaml"],
         "sysdpo_jax.recipes": ["*.yaml", "*.txt", "*.jsonl"],
         "sysdpo_jax.report": ["*.jinja", "*.css"],

@@ -131,14 +131,17 @@ def parse_flags(config: type[C] | C, arguments: Sequence[str], positional: str =
     Args:
         config: A dataclass, or an instance.
         arguments: Of the command line.
-        positional: The field that one word without a flag is the value of.
+        positional: The field that one word without a flag is the value of, all of them where it takes several.
 
     Raises:
         ConfigError: As `read_flags` and `from_mapping`, for a flag that must be given, and for any other word.
     """
     alone, flags = read_flags(config, arguments)
     if positional and alone:
-        flags.append(Flag(*_find(config, [positional], positional), [alone.pop(0)], positional))
+        path, kind = _find(config, [positional], positional)
+        words = alone if _is_tuple(kind) else alone[:1]
+        alone = alone[len(words) :]
+        flags.append(Flag(path, kind, words, positional))
     if alone:
         raise ConfigError(f"{alone[0]!r} belongs to no flag: write --name value")
     if not isinstance(config, type):

@@ -52,6 +52,7 @@ ALLOWED = {
         *("models", "components", "parallel", "graph", "objectives", "data", "training", "pretrained"),
         *("serving", "evaluation", "report"),
     },
+    "annotation": {"components", "data", "evaluation", "runs"},
     "recipes": {"models", "components", "runs"},
     "cli": {"*"},
     "__main__": {"cli"},

@@ -25,6 +25,7 @@ COMMANDS = {
     "rollout": "sample whole runs of a system on prompts",
     "score": "score runs, with a function of your own or a judge",
     "pairs": "turn scored runs into preferences",
+    "annotate": "ask people which of two runs is better, on a local page",
     "prepare": "read, check and encode a run's preferences before it trains",
     "export": "write the aligned models, each with a model card",
     "report": "write a run's report.html again",

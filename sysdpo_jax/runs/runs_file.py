@@ -182,7 +182,7 @@ def with_images(run: Line, path: Path) -> Line:
         except RecordError as error:
             raise ConfigError(f"{path}, run {run['id']}: {str(error).replace(' in row 0', '')}") from None
 
-    return run | {part: _mapped(opened, from_json(run[part])) for part in ("inputs", "outputs")}
+    return run | {part: map_images(opened, from_json(run[part])) for part in ("inputs", "outputs")}
 
 
 def lacks_images(run: Line, path: Path) -> bool:
@@ -193,21 +193,21 @@ def lacks_images(run: Line, path: Path) -> bool:
         found.append((path.parent / image).is_file())
         return image
 
-    _mapped(looked_for, from_json(run))
+    map_images(looked_for, from_json(run))
     return not all(found)
 
 
 def moved(value: Any, source: Path, target: Path) -> Any:
     """A value of the file `source` with the paths of images as a file at `target` has them."""
-    return to_json(_mapped(lambda path: os.path.relpath(source.parent / path, target.parent), from_json(value)))
+    return to_json(map_images(lambda path: os.path.relpath(source.parent / path, target.parent), from_json(value)))
 
 
-def _mapped(change: Callable[[str], Any], value: Any) -> Any:
+def map_images(change: Callable[[str], Any], value: Any) -> Any:
     """The value with what `change` makes of the paths of images in it. What a model wrote is none."""
     if isinstance(value, dict):
-        return {name: _mapped(change, item) for name, item in value.items()}
+        return {name: map_images(change, item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_mapped(change, item) for item in value]
+        return [map_images(change, item) for item in value]
     if isinstance(value, SampledText) or not isinstance(value, str):
         return value
     return change(value) if IMAGE.fullmatch(value) else value
