@@ -167,7 +167,13 @@ def require_intermediates(system: CompoundSystem, held: bool) -> None:
 
 
 def require_searchable(system: CompoundSystem) -> None:
-    """Raise `GraphError` for a system with a loop, whose turns nobody searches for."""
+    """Raise `GraphError` for a system with a loop or a remote model, whose values nobody can search for and weigh."""
+    for node in system.nodes:
+        if not (node.has_params or node.deterministic):
+            raise GraphError(
+                f"node {node.name!r} is a remote model, whose values have no known probability to weigh intermediates "
+                "by: record whole runs, with their intermediate values, and train with DirectObjective"
+            )
     for name in system.bodies:
         raise GraphError(
             f"node {name!r} is a loop, whose turns are not searched for: record whole runs, with their intermediate "

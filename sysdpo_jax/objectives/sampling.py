@@ -9,7 +9,7 @@ from jaxtyping import Array
 from sysdpo_jax.batch import PairBatch, SampledBatch
 from sysdpo_jax.components.base import as_rows
 from sysdpo_jax.components.routed import fold
-from sysdpo_jax.graph import CompoundSystem, GraphError, Node
+from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.keys import row_keys
 from sysdpo_jax.objectives.log_ratio import NodeLogps, log_probs_of_node, repeated, trained_nodes
 from sysdpo_jax.objectives.objective import Aux, PreferenceObjective, require_batch, require_trained, total
@@ -70,18 +70,9 @@ class SamplingObjective(PreferenceObjective):
             The mean loss over the batch; the nodes' margins and the metrics of `DirectObjective`, with
             intermediates/effective/<side>, the effective number 1 / sum of squared posterior weights,
             intermediates/distinct, and intermediates/staleness in steps.
-
-        Raises:
-            GraphError: For a remote model in the system.
         """
         require_batch(batch, SampledBatch, "SearchedBatches")
         system.check_params(params)
-        unknown = [node.name for node in system.nodes if not (node.has_params or node.deterministic)]
-        if unknown:
-            raise GraphError(
-                f"node {unknown[0]!r} is a remote model, whose values have no known probability by which intermediates "
-                "could be weighed: record its values, and use DirectObjective"
-            )
         node_logps = self._node_logps(system, params, reference, batch, key)
         trained = {node.name: node_logps[node.name] for node in trained_nodes(system, reference)}
         require_trained(trained)

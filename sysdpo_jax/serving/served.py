@@ -49,6 +49,10 @@ class ServedModel(Component):
     handover: Handover = field(compare=False)
     max_gap: float = field(default=MAX_GAP, compare=False)
 
+    @property
+    def row_by_row(self) -> bool:
+        return True
+
     def init(self, key: PRNGKeyArray) -> Params:
         return self.model.init(key)
 

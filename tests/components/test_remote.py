@@ -383,9 +383,10 @@ def test_searched_intermediates_are_refused(tmp_path):
     system = system_of(remote("http://127.0.0.1:9", tmp_path))
     params = system.init(KEY)
     records = [sj.PreferenceRecord({"q": 0, "text": "a"}, {"said": "b", "route": 0}, {"said": "c", "route": 1})]
-    batch = sj.sampled_batch(system, records, [[{}]], 1)
     with pytest.raises(sj.GraphError, match="'said' is a remote model"):
-        sj.SamplingObjective(beta=1.0)(system, params, params, batch, KEY)
+        sj.sampled_batch(system, records, [[{}]], 1)
+    with pytest.raises(sj.GraphError, match="'said' is a remote model"):
+        sj.draw_intermediates(system, params, [{"q": 0, "text": "a"}], 2, KEY)
 
 
 def test_a_damaged_cache_is_named(tmp_path):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from sysdpo_jax import CompoundSystem, DirectObjective, LanguageModel, LoRA, Node, PairBatch, lora_factors
 from sysdpo_jax.batch import share
@@ -75,8 +76,14 @@ def compared(graph, pairs):
 
 def scans(graph, pairs):
     params = parameters()
-    text = str(jax.make_jaxpr(lambda tree: loss(graph, tree, {n: tree[n] for n in ROLES}, pairs)[0])(params))
-    return text.count("scan[")
+    """How often layers are scanned: a function that several calls share counts for each of them."""
+    whole = jax.make_jaxpr(lambda tree: loss(graph, tree, {n: tree[n] for n in ROLES}, pairs)[0])(params)
+
+    def count(jaxpr):
+        inner = [sub for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params)]
+        return sum(eqn.primitive.name == "scan" for eqn in jaxpr.eqns) + sum(map(count, inner))
+
+    return count(whole.jaxpr)
 
 
 @pytest.mark.parametrize("packed", [True, False])
