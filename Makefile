@@ -28,7 +28,7 @@ COMPILE := echo torch | $(UV)/bin/uv pip compile setup.py --quiet --universal --
 	--custom-compile-command "make lock" --excludes /dev/stdin
 
 .PHONY: demo demo-llm test test-docs parity test-slow test-oldest benchmark \
-	benchmark-peers gpu-check gpu-check-newest docs lint lock clean
+	benchmark-peers benchmark-served gpu-check gpu-check-newest docs lint lock clean
 
 $(BASE): setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -134,6 +134,10 @@ VLLM_PYTHON ?= $(wildcard $(READERS)/vllm/bin/python)
 benchmark-peers: $(if $(filter gpu,$(PRESET)),$(GPU),$(BASE)) $(PEERS)/.installed
 	$(BIN)/python -m experiments.benchmarks.peers --preset $(PRESET) $(if $(CASES),--cases $(CASES)) \
 		--peer-python $(PEERS)/bin/python $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
+
+# Rollouts by a vLLM server beside our own decoding; on an idle machine. VLLM_PYTHON names an environment with vLLM.
+benchmark-served: $(SLOW) $(if $(VLLM_PYTHON),,$(READERS)/.vllm)
+	$(BIN)/python -m experiments.benchmarks.served --vllm-python $(or $(VLLM_PYTHON),$(READERS)/vllm/bin/python)
 
 # Is the library right on this machine's GPU? A table, runs/gpu_check/results.json, and exit code 1 where a row failed.
 gpu-check: $(GPU)

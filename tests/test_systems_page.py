@@ -83,7 +83,7 @@ def test_the_configuration_says_the_same(systems, section):
     system = systems[section.splitlines()[0]]
     [text] = code(section, "yaml")
     config = parsed({"inputs": list(system.inputs), "nodes": yaml.safe_load(text)})
-    made = _system(config, lambda node, field: sj.Tool(repr) if node.tool else sj.Categorical(2))
+    made = _system(config, lambda node, field, scope: sj.Tool(repr) if node.tool else sj.Categorical(2))
     assert [(n.name, n.parents, n.loop) for n in made.nodes] == [(n.name, n.parents, n.loop) for n in system.nodes]
     assert [n.name for n in made.nodes if n.deterministic] == [n.name for n in system.nodes if n.deterministic]
     for node in made.nodes:

@@ -122,7 +122,7 @@ class ValueConfig:
     parents: tuple[str, ...] = ()
     component: str | None = None
     tool: str | None = None
-    remote: RemoteConfig | None = None
+    remote: RemoteConfig = RemoteConfig()
     switch: str | None = None
     branches: Any = None
     prompt: str | None = None
@@ -185,8 +185,9 @@ def as_dict(system: SystemConfig, without: Sequence[str] = CALLS) -> dict[str, A
     for part in (*whole["nodes"].values(), *inner, *whole["components"].values()):
         for name in without:
             part.pop(name, None)
-        if isinstance(part.get("remote"), dict):
-            part["remote"] = {name: value for name, value in part["remote"].items() if name not in ASKS}
+        remote = part.pop("remote", {})
+        if remote and remote != asdict(RemoteConfig()):
+            part["remote"] = {name: value for name, value in remote.items() if name not in ASKS}
         if isinstance(part.get("branches"), dict):
             # JSON would make texts of the values that choose.
             part["branches"] = list(part["branches"].items())

@@ -23,6 +23,7 @@ from sysdpo_jax.runs.config import (
     CHATTING,
     ComponentConfig,
     NodeConfig,
+    RemoteConfig,
     ScheduleConfig,
     SystemConfig,
     TrainConfig,
@@ -90,7 +91,8 @@ def _check(system: SystemConfig) -> None:
     values = dict(_values(system))
     for place, node in values.items():
         whole = (isinstance(node, NodeConfig) and node.body) or None
-        kinds = [node.component, node.tool, node.remote, node.switch, whole]
+        remote = None if node.remote == RemoteConfig() else node.remote
+        kinds = [node.component, node.tool, remote, node.switch, whole]
         if sum(kind is not None for kind in kinds) != 1:
             raise ConfigError(f"{place}: give either a component, a tool, a remote model, a switch or a body")
         if node.component is not None and node.component not in system.components:
@@ -176,8 +178,8 @@ def _system(
         except ValueError as error:
             known = isinstance(error, ConfigError | sj.GraphError)
             raise error if known else ConfigError(f"{field}: {error}") from None
-        base = None if node.component is None else system.components[node.component].base
-        component = component_of(node, field, scope)
+        component, model = component_of(node, field, scope), system.components.get(node.component or "")
+        base = None if model is None else model.base
         return sj.Node(name, component, node.parents, node.component, node.plate, node.weight, base)
 
     nodes = (made(name, node, f"system.nodes.{name}") for name, node in system.nodes.items())
@@ -186,7 +188,7 @@ def _system(
 
 def _component(field: str, node: ValueConfig, models: Mapping[str, Model], scope: Scope | None = None) -> sj.Component:
     """The node's component, with its prompt where it has one. field: the node's place."""
-    if node.remote is not None:
+    if node.remote != RemoteConfig():
         return _remote(field, node, scope)
     if node.component is None:
         given = _given(node, ASKING)
