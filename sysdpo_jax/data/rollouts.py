@@ -284,7 +284,7 @@ def _with_tool(
     answers = iter(system.given_values(node, lacking, known) if lacking else ())
     made = []
     for place, kept in enumerate(sets):
-        outcomes = [_with(row, node.name, next(answers)) if lacks(row) else row for row in kept]
+        outcomes: list[Any] = [_with(row, node.name, next(answers)) if lacks(row) else row for row in kept]
         stop_on_failure(outcomes, f"row {place}")
         usable = [row for row in outcomes if not failed(row)]
         if not usable:
