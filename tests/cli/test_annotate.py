@@ -20,8 +20,9 @@ from sysdpo_jax.cli.annotate import Config, ask
 from sysdpo_jax.cli.ending import Terminated
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.runs.runs_file import read_lines
-from tests.cli.test_runs import failure
+from tests.cli.test_runs import SYSTEM, failure, files, roll_out
 
+__all__ = ["files"]
 EVIL = "<script>alert('it ran')</script>&amp;"
 
 
@@ -122,6 +123,20 @@ def test_answers_become_whole_preferences_that_train_reads(tmp_path):
     assert all(line["annotator"] == "Ann" and line["seconds"] >= 0 for line in said)
     [record, _] = sj.load_preferences(output)
     assert record.chosen["answer"].tokens in {(1, prompt, sample) for prompt in range(4) for sample in range(2)}
+
+
+def test_runs_of_a_rollout_become_preferences_of_their_system(files):
+    """Pictures, a tool's texts and routes: what was said of them is what the system's records hold."""
+    path, output = roll_out(files), files / "pairs" / "preferences.jsonl"
+    output.parent.mkdir()
+    with serving(output, path) as server:
+        for place in range(3):
+            pair = server.comparisons[place]
+            assert say(server, "right")[0] == 303
+            row = rows(output)[place]
+            assert row["chosen"]["route"] == pair.right.run["outputs"]["route"]
+            assert (output.parent / row["chosen"]["image"]).is_file()
+    assert len(sj.load_preferences(output, SYSTEM)) == 3
 
 
 def test_the_page_obeys_nothing_that_a_run_says(tmp_path):
@@ -260,7 +275,8 @@ def test_foreign_requests_change_nothing(tmp_path, headers, changes, status):
         assert server.server_address[0] == "127.0.0.1"
         fields = hidden(opened(server)) | {"answer": "left"} | changes
         assert request(server, "POST", fields=fields, **headers)[0] == status
-        assert rows(output) == []
+        assert not output.exists()
+        assert not answers_of(output).exists()
         if "Host" in headers:
             found = request(server, **headers)
             assert found[0] == 403
@@ -374,6 +390,13 @@ def test_what_else_is_refused(tmp_path, capsys):
     assert "3 files of runs: give one, or two" in failure(capsys, dispatch, ["annotate", *three, *flags])
     assert "a.jsonl does not exist" in failure(capsys, dispatch, ["annotate", three[0], *flags])
     path = write(tmp_path / "runs.jsonl", "said")
+    said = failure(capsys, dispatch, ["annotate", str(path), "--output", str(path)])
+    assert "runs.jsonl is a file that is read" in said
+    # What another command wrote is not overwritten.
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    said = failure(capsys, dispatch, ["annotate", str(path), "--output", str(tmp_path / "pairs.jsonl")])
+    assert "pairs.jsonl exists, and is not made of answers: name another output" in said
+    assert (tmp_path / "pairs.jsonl").read_text() == "{}\n"
     with serving(tmp_path / "other.jsonl", path) as server:
         port = ["--port", str(server.server_port)]
         assert "cannot be had" in failure(capsys, dispatch, ["annotate", str(path), *flags, *port])
