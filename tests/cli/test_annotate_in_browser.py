@@ -59,10 +59,14 @@ def annotating(*words):
 
 def press(browser, key, wanted):
     """Press a key wherever the focus is, and wait for the page with the title that begins so."""
+    browser.switch_to.active_element.send_keys(key)
+    wait(browser, lambda: browser.title.startswith(wanted))
+
+
+def wait(browser, found):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser.switch_to.active_element.send_keys(key)
-    WebDriverWait(browser, 30).until(lambda driver: driver.title.startswith(wanted))
+    WebDriverWait(browser, 30).until(lambda _: found())
 
 
 def test_a_person_compares_runs_by_keys_alone(tmp_path, browser):
@@ -130,7 +134,7 @@ def test_another_sites_page_cannot_answer(tmp_path, browser):
         )
         browser.get((tmp_path / "foreign.html").as_uri())
         browser.find_element("tag name", "button").click()
-        assert "of an earlier start" in browser.find_element("tag name", "body").text
+        wait(browser, lambda: "of an earlier start" in browser.page_source)
         assert not output.exists()
         # Neither can it show the page inside its own, nor read it.
         (tmp_path / "frame.html").write_text(f'<iframe src="{address}"></iframe><img src="{address}pictures/{pair}/0">')
