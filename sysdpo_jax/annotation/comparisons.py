@@ -1,10 +1,10 @@
 """Which two runs are compared, in which order, and which of them is on the left: blind to where they come from."""
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,12 @@ def _what_is_seen(values: Any, path: Path) -> str:
 
 
 def _placed(pair: tuple[Side, Side], seed: int) -> Comparison:
-    names = [_digest(json.dumps(side.run, sort_keys=True)) for side in pair]
-    swapped = int(_digest(str(seed), "side", *names), 16) % 2
-    left, right = pair[::-1] if swapped else pair
-    return Comparison(_digest(*(names[::-1] if swapped else names))[:LETTERS], left, right)
+    """The pair with sides by chance, which are the same in whatever order the files are given."""
+    # By what they hold, not by the names of files: those may change.
+    named = sorted(((_digest(side.run["id"], side.prompt, _shown(side, ())), side) for side in pair), key=itemgetter(0))
+    swapped = int(_digest(str(seed), "side", *(name for name, _ in named)), 16) % 2
+    (left, first), (right, second) = named[::-1] if swapped else named
+    return Comparison(_digest(left, right)[:LETTERS], first, second)
 
 
 def _in_turns(comparisons: Sequence[Comparison], seed: int) -> list[Comparison]:

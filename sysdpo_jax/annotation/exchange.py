@@ -119,7 +119,7 @@ def _responded(questions: Mapping[str, Any]) -> Iterator[Any]:
         if isinstance(value, str) and value in ANSWERS:
             yield value
         elif isinstance(value, list) and {"left", "right"} == {_ranked(each) for each in value}:
-            ranks = {each["value"]: each.get("rank") for each in value if isinstance(each, dict)}
+            ranks: dict[str, Any] = {each["value"]: each.get("rank") for each in value if isinstance(each, dict)}
             if None in ranks.values() or len(ranks) < 2:
                 raise AnswerError(f"the ranking {name!r} has no ranks, which ties need: ask with a label question")
             yield _higher(-ranks["left"], -ranks["right"])

@@ -43,7 +43,8 @@ def shown(comparison: Comparison, nodes: Sequence[str], placed: Placed) -> Shown
     outputs = [{n: v for n, v in side["outputs"].items() if not nodes or n in nodes} for side in sides]
     names = outputs[0].keys() & outputs[1].keys()
     equal = frozenset(name for name in names if content(outputs[0][name]) == content(outputs[1][name]))
-    return Shown(*(_pictured(values, placed) for values in (sides[0]["inputs"], *outputs)), equal)
+    inputs, left, right = (_pictured(values, placed) for values in (sides[0]["inputs"], *outputs))
+    return Shown(inputs, left, right, equal)
 
 
 def asking_page(**values: Any) -> bytes:
@@ -54,7 +55,8 @@ def asking_page(**values: Any) -> bytes:
 def fragment(values: dict[str, Any]) -> str:
     """Values as HTML in one line, for pages of other tools."""
     # Half of a character has no place in a file.
-    html = str(ENVIRONMENT.get_template("values.html.jinja").module.fields(values))
+    macros: Any = ENVIRONMENT.get_template("values.html.jinja").module
+    html = str(macros.fields(values))
     return html.encode("utf-8", "backslashreplace").decode().replace("\r", "&#13;").replace("\n", "&#10;")
 
 

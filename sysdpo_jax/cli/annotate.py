@@ -104,6 +104,8 @@ def run(config: Config) -> None:
     """Ask, export or import, and print the counts."""
     if config.export and config.answers:
         raise ConfigError("--export and --answers: give one of them")
+    if config.output.absolute() in (path.absolute() for path in (*config.runs, config.answers) if path):
+        raise ConfigError(f"--output {config.output} is a file that is read: name another output")
     with locked_file(config.output):
         comparisons = compare(config.runs, config.nodes, config.seed)
         if config.export:
