@@ -14,8 +14,8 @@ import yaml
 import sysdpo_jax as sj
 from sysdpo_jax.flags import from_mapping
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
-from sysdpo_jax.runs.config import SystemConfig
 from sysdpo_jax.runs.system import _component, _system
+from sysdpo_jax.runs.system_config import SystemConfig
 from tests.components.drawn import drawn
 from tests.components.test_sampled_turns import sampled, tokenizer_in
 

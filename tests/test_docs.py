@@ -27,17 +27,16 @@ from sysdpo_jax.data.formats import READERS
 from sysdpo_jax.evaluation.judge_config import JudgeConfig
 from sysdpo_jax.flags import parse_flags
 from sysdpo_jax.runs.config import (
-    ComponentConfig,
     DataConfig,
     EvaluationConfig,
     MeshConfig,
-    NodeConfig,
     ObjectiveConfig,
     OnlineConfig,
     ScheduleConfig,
     TrainConfig,
 )
 from sysdpo_jax.runs.files import RECIPES, configure, read_config, recipes
+from sysdpo_jax.runs.system_config import ComponentConfig, NodeConfig
 from sysdpo_jax.training import read_metrics
 from tests.pretrained.checkpoints import stable_diffusion_1, stable_diffusion_xl, write_decoder
 from tests.training.systems import CHAIN, pairs

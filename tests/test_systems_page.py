@@ -10,8 +10,8 @@ import yaml
 import sysdpo_jax as sj
 from sysdpo_jax.flags import from_mapping
 from sysdpo_jax.models.decoder import Decoder
-from sysdpo_jax.runs.config import SystemConfig
 from sysdpo_jax.runs.system import _system
+from sysdpo_jax.runs.system_config import SystemConfig
 from tests.components.stubs import word_tokenizer
 from tests.objectives.mixtures import DECODER
 

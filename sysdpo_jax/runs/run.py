@@ -21,11 +21,12 @@ from sysdpo_jax.manifest import check_same, digest
 from sysdpo_jax.objectives import Objective
 from sysdpo_jax.report.outcome import BEST
 from sysdpo_jax.runs.caches import prepared_folder
-from sysdpo_jax.runs.config import CALLS, DataConfig, MeshConfig, TrainConfig, Which, as_dict
+from sysdpo_jax.runs.config import DataConfig, MeshConfig, TrainConfig, Which
 from sysdpo_jax.runs.files import CONFIG, DATA, find_config, read_config
 from sysdpo_jax.runs.rounds import RoundStore
 from sysdpo_jax.runs.serving import sampling_system
 from sysdpo_jax.runs.system import Origin, build_optimizer, build_system
+from sysdpo_jax.runs.system_config import CALLS, as_dict
 from sysdpo_jax.training import SystemOptimizer
 from sysdpo_jax.training.metrics import EVALUATED
 from sysdpo_jax.training.progress import LINE_EVERY, tell

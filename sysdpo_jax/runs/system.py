@@ -17,16 +17,15 @@ from sysdpo_jax.components.chat_prompt import TextPrompt
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.keys import named_key
 from sysdpo_jax.models.lora import LoRAError, is_lora, merge_lora, on_base, strip_lora
-from sysdpo_jax.runs.config import (
+from sysdpo_jax.runs.config import ScheduleConfig, TrainConfig
+from sysdpo_jax.runs.system_config import (
     ASKING,
     CALLS,
     CHATTING,
     ComponentConfig,
     NodeConfig,
     RemoteConfig,
-    ScheduleConfig,
     SystemConfig,
-    TrainConfig,
     ValueConfig,
 )
 from sysdpo_jax.static import tuples

@@ -9,10 +9,11 @@ import sysdpo_jax as sj
 from sysdpo_jax.components.chat_prompt import TextPrompt
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.models.decoder import Decoder
-from sysdpo_jax.runs.config import NodeConfig, TrainConfig
+from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.files import configure, read_config, write_config
 from sysdpo_jax.runs.run import assemble
 from sysdpo_jax.runs.system import Scope, _component
+from sysdpo_jax.runs.system_config import NodeConfig
 from tests.components.stubs import word_tokenizer
 from tests.objectives.mixtures import DECODER
 

@@ -9,9 +9,10 @@ import sysdpo_jax as sj
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.flags import from_mapping
-from sysdpo_jax.runs.config import TrainConfig, as_dict
+from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.serving import sampling_system
 from sysdpo_jax.runs.system import build_system
+from sysdpo_jax.runs.system_config import as_dict
 from tests.components.test_remote import SECRET, Answers, assert_nowhere, serving
 
 

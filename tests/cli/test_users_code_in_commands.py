@@ -10,10 +10,10 @@ import pytest
 import sysdpo_jax as sj
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.runs.config import NodeConfig
 from sysdpo_jax.runs.files import read_config
 from sysdpo_jax.runs.runs_file import read_lines
 from sysdpo_jax.runs.system import _component
+from sysdpo_jax.runs.system_config import NodeConfig
 from sysdpo_jax.user_code import import_object
 
 RAISED = (ValueError, ConnectionError, SystemExit, StopIteration, KeyError, CancelledError)
