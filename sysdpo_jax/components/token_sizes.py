@@ -26,7 +26,12 @@ def resized(features: Features, rooms: Mapping[str, int], pad: int) -> Features:
         if longest > room:
             raise ValueError(f"LanguageModel: a {name} has {longest} tokens, more than the {room} of its new size")
     kept = _fitted(np.asarray(features["tokens"]), sum(rooms.values()), pad)
-    masks = {name: _fitted(np.asarray(features[name]), rooms[name]) for name in rooms if name != "prompt"}
+    # What a row begins with is a mask of its own; of tokens that follow a prompt at once it follows from their number.
+    whole = {name: np.arange(room) < own[name][..., None] for name, room in rooms.items() if name != "prompt"}
+    masks = {
+        name: _fitted(np.asarray(features[name]), rooms[name]) if name in features else mask
+        for name, mask in whole.items()
+    }
     return features | {"tokens": kept} | masks
 
 

@@ -111,7 +111,11 @@ def with_node(path, name, **changes):
         ("answer", {"parents": ["x"]}, "system.nodes.answer is a switch, which has no parents: leave that out"),
         ("answer", {"branches": None}, "system.nodes.answer.branches must be given"),
         ("answer", {"branches": ["short"]}, "system.nodes.answer.branches is .*give a mapping"),
-        ("answer", {"tool": "m:f"}, "system.nodes.answer: give either a component, a tool, a switch or a body"),
+        (
+            "answer",
+            {"tool": "m:f"},
+            "system.nodes.answer: give either a component, a tool, a remote model, a switch or a body",
+        ),
         ("answer", {"branches": {0: "short", 1: "summ"}}, "unknown parent 'summ': did you mean 'sum'"),
         ("short", {"branches": {0: "x"}}, "system.nodes.short.branches is of a switch or a loop alone"),
         ("turns", {"turns": None}, "system.nodes.turns.turns must be given"),

@@ -322,4 +322,4 @@ def test_how_a_tool_is_called_may_change_when_training_goes_on(place):
 def test_a_component_has_no_calls():
     node = NodeConfig(parents=("q",), component="head", retries=2, on_error="skip")
     with pytest.raises(ConfigError, match=r"system\.nodes\.answer is no tool, which alone has retries, on_error"):
-        _component("answer", node, {"head": (sj.Categorical(2), {})})
+        _component("system.nodes.answer", node, {"head": (sj.Categorical(2), {})})

@@ -61,7 +61,7 @@ def test_tools_and_arguments_reach_the_template_in_training_and_sampling(extras,
     wanted = templated(component, [USER], add_generation_prompt=True, **arguments)
     for completion in ("Two.", [{"role": "assistant", "content": "Two."}]):
         assert texts(component, value, completion) == (wanted, "Two.<eos>")
-    tokens, lengths = component._prompt_tokens({"x": [value]})
+    tokens, lengths = component.prompt_tokens({"x": [value]})
     assert component.tokenizer.decode(tokens[0][: lengths[0]]) == wanted
 
 

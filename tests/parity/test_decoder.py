@@ -216,7 +216,7 @@ def test_errors() -> None:
         dataclasses.replace(BASE, hidden_size=50)
     with pytest.raises(ValueError, match="even"):
         dataclasses.replace(BASE, head_dim=7)
-    with pytest.raises(ValueError, match="'everything': choose None or one of auto, full, products_saveable"):
+    with pytest.raises(ValueError, match="'everything': choose None or one of auto, whole, full, products_saveable"):
         dataclasses.replace(BASE, remat="everything")
     with pytest.raises(ValueError, match="unknown attention 'paged': choose among auto, plain"):
         dataclasses.replace(BASE, attention="paged")

@@ -10,7 +10,7 @@ from sysdpo_jax.cli import import_traces
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.runs.files import read_config
-from sysdpo_jax.runs.system import Template
+from sysdpo_jax.runs.system import _prompt
 from sysdpo_jax.traces.files import read_spans
 from sysdpo_jax.traces.spans import VALUES
 from sysdpo_jax.user_code import built
@@ -75,7 +75,7 @@ def test_prompts_of_the_proposal_are_those_that_were_recorded(place, small, caps
                 if node.component is None:
                     continue
                 setting = built(config.components[node.component].settings, "settings").get("prompt")
-                prompt = setting or Template(node.prompt, node.parents, node.chat)
+                prompt = setting or _prompt("node", node, None)
                 made.append(prompt(*(values[name] for name in node.parents)))
             assert made == asked[run["id"]]
 
