@@ -48,6 +48,9 @@ def sampled_texts(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[
 
     ends: the tokens at which sampling stops; what does not end with one was cut.
     """
+    if not rows:
+        # Of no rows transformers gives one text.
+        return []
     made = facts_of(tokenizer).fingerprint
     eos = tokenizer.eos_token_id
     how: list[End] = ["end" if row[-1] == eos else "stop" if row[-1] in ends else "cut" for row in rows]
