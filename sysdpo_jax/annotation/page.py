@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from sysdpo_jax.annotation.comparisons import Comparison, Side
 from sysdpo_jax.components.conversations import is_messages
-from sysdpo_jax.data.files import ImageFiles
+from sysdpo_jax.components.images import as_png
 from sysdpo_jax.runs.runs_file import with_images
 from sysdpo_jax.values import content
 
@@ -66,7 +66,7 @@ def _pictured(value: Any, placed: Placed) -> Any:
     if isinstance(value, np.ndarray):
         # Written anew: a file may carry the name of what made it.
         height, width = value.shape[:2]
-        return Picture(placed(ImageFiles.inside("a picture", value)), width, height)
+        return Picture(placed(as_png(value, "a picture")), width, height)
     if isinstance(value, dict):
         return {name: _pictured(item, placed) for name, item in value.items()}
     return [_pictured(item, placed) for item in value] if isinstance(value, list) else value
