@@ -33,7 +33,7 @@ setup(
         "sysdpo_jax": ["py.typed"],
         "sysdpo_jax.annotation": ["*.jinja", "*.css", "*.js"],
         "sysdpo_jax.pretrained": ["*.yaml"],
-        "sysdpo_jax.recipes": ["*.yaml", "*.txt", "*.jsonl"],
+        "sysdpo_jax.recipes": ["*.yaml", "*.csv", "*.txt", "*.jsonl"],
         "sysdpo_jax.report": ["*.jinja", "*.css"],
     },
     entry_points={"console_scripts": ["sysdpo=sysdpo_jax.cli.main:main"]},

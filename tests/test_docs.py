@@ -163,6 +163,21 @@ def test_the_worked_example_is_trained_and_exported(place, capsys):
         transformers.AutoModelForCausalLM.from_pretrained(place / "aligned/experts" / expert)
 
 
+def test_the_agent_is_aligned_and_exported(place):
+    """A small model of random weights is never right: its runs are scored by their length."""
+    path = place / "recipes/agent.yaml"
+    text = path.read_text().replace("sysdpo_jax.recipes.agent:right", "letters:score")
+    (place / "letters.py").write_text("def score(run):\n    return len(run['agent'][-1]['action'])\n")
+    path.write_text(re.sub(r"samples: \d", "samples: 2", text))
+    found = commands("docs/programs/agent.md")
+    assert [name for name, *_ in found] == ["online", "export", "recipes"]
+    run(found)
+    rows = read_metrics(place / "runs/agent/metrics.jsonl")
+    assert {row["step"] for row in rows if "eval/looked_up" in row} == {0, 1, 2}
+    assert {row["retokenized/action/policy"] for row in rows if "loss" in row} == {0}
+    transformers.AutoModelForCausalLM.from_pretrained(place / "aligned/model")
+
+
 @pytest.mark.slow
 def test_the_chain_of_the_readme_with_a_configuration_of_ones_own(place, capsys):
     """The names in the commands stand for what a user has."""
@@ -209,7 +224,8 @@ def test_ready_configurations_run_dry(place, path, capsys):
             here.write_text(text.replace(hub, str(place / "painter")))
     config = read_config(here)
     (place / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in _pairs(config, place)))
-    dispatch(["train", path.stem, "--dry-run", "--data.source", "pairs.jsonl"])
+    own = ["--online.prompts", ""] if config.online.prompts else []
+    dispatch(["train", path.stem, "--dry-run", "--data.source", "pairs.jsonl", *own])
     assert "loss at step 0: 0.69" in capsys.readouterr().out
 
 
@@ -221,6 +237,7 @@ def _pairs(config, place):
         "answer": "a red ball\na green cube\na large ball",
         "caption": "a red ball",
         "route": 1,
+        "agent": [{"action": "a red ball"}],
     }
     for _ in range(config.schedule.batch_size):
         if config.data.reader == "trl":
@@ -229,7 +246,7 @@ def _pairs(config, place):
         row = {"inputs": {config.system.inputs[0]: "a small red ball"}}
         for side in ("chosen", "rejected"):
             own = values | {"image": f"{side}.png", "images": [f"{side}.png"] * 3}
-            nodes = (name for name, node in config.system.nodes.items() if node.component is not None)
+            nodes = (name for name, node in config.system.nodes.items() if node.component or node.body)
             row[side] = {name: own[name] for name in nodes}
         yield row
 

@@ -15,7 +15,7 @@ from sysdpo_jax.recipes.captions import split_captions
 from sysdpo_jax.runs.config import TrainConfig
 from sysdpo_jax.runs.files import configure, read_config, recipes, write_config
 from sysdpo_jax.runs.run import assemble
-from sysdpo_jax.runs.system import build_optimizer, build_system
+from sysdpo_jax.runs.system import _system, build_optimizer, build_system
 from tests.pretrained.checkpoints import stable_diffusion_3, vae
 
 ROUTED = """
@@ -72,8 +72,7 @@ def test_what_is_written_is_read_back(file, tmp_path):
 def test_the_ready_configurations_are_valid(path):
     config = read_config(path)
     assert config.directory == str(Path("runs", path.stem).absolute())
-    nodes = tuple(sj.Node(name, sj.Tool(repr), node.parents) for name, node in config.system.nodes.items())
-    assert sj.CompoundSystem(config.system.inputs, nodes).nodes
+    assert _system(config.system, lambda node, field, scope: sj.Tool(repr)).nodes
 
 
 @pytest.mark.parametrize(
