@@ -336,7 +336,7 @@ def load_system(spec: str, checkpoint: Which) -> Loaded:
         origin = replace(origin, params=sj.replicate_per_process(origin.params))
         identity |= {"init_from": config.init_from, "init_step": origin.step}
     made, params = build_system(replace(config, system=replace(config.system, components=components)), mesh, origin)
-    return Loaded(sampling_system(config, made), params, digest(identity))
+    return Loaded(sampling_system(config, made, began=origin is None), params, digest(identity))
 
 
 def _made_by(spec: str) -> tuple[sj.CompoundSystem, Params]:

@@ -40,8 +40,10 @@ class AnswerError(ValueError):
 class Engine(Protocol):
     """A kind of server. A name stands for parameters: that of an adapter, or the version of whole weights."""
 
-    def completion(self, model: str, prompt: Sequence[int], seed: int, question: Question) -> Request:
-        """The question for one text. model: name of an adapter, or of the base model."""
+    def completion(
+        self, model: str, adapter: str | None, prompt: Sequence[int], seed: int, question: Question
+    ) -> Request:
+        """The question for one text. model: what the server began with. adapter: name of one that it loaded."""
         ...
 
     def read(self, answer: Any) -> Completion:
@@ -61,18 +63,24 @@ class Engine(Protocol):
         ...
 
     @property
+    def needs(self) -> str:
+        """How a server must be started to take parameters."""
+        ...
+
+    @property
     def keeps_tied_heads(self) -> bool:
         """Whether it keeps the old head of a model whose head is its embedding when it takes other weights."""
         ...
 
 
 class VLLM:
-    """vLLM's OpenAI-compatible server (0.32): adapters want VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora,
-    whole weights VLLM_SERVER_DEV_MODE=1."""
+    """vLLM's OpenAI-compatible server (0.32)."""
 
-    def completion(self, model: str, prompt: Sequence[int], seed: int, question: Question) -> Request:
+    def completion(
+        self, model: str, adapter: str | None, prompt: Sequence[int], seed: int, question: Question
+    ) -> Request:
         return "/v1/completions", {
-            "model": model,
+            "model": adapter or model,
             "prompt": list(prompt),
             "seed": seed,
             "max_tokens": question.max_new_tokens,
@@ -104,6 +112,12 @@ class VLLM:
         return "/v1/unload_lora_adapter", {"lora_name": name}
 
     @property
+    def needs(self) -> str:
+        return (
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora for adapters, VLLM_SERVER_DEV_MODE=1 for weights"
+        )
+
+    @property
     def keeps_tied_heads(self) -> bool:
         # So does 0.32, and says in its log that the head could not be loaded.
         return True
@@ -117,13 +131,14 @@ class VLLM:
 
 
 class SGLang:
-    """SGLang's own endpoints (0.5): adapters want --enable-lora, log-probabilities of the plain distribution
-    SGLANG_RETURN_ORIGINAL_LOGPROB=1 where the temperature is not 1."""
+    """SGLang's own endpoints (0.5)."""
 
-    def completion(self, model: str, prompt: Sequence[int], seed: int, question: Question) -> Request:
+    def completion(
+        self, model: str, adapter: str | None, prompt: Sequence[int], seed: int, question: Question
+    ) -> Request:
         return "/generate", {
             "input_ids": list(prompt),
-            "lora_path": model,
+            **({} if adapter is None else {"lora_path": adapter}),
             "return_logprob": True,
             "sampling_params": {
                 "sampling_seed": seed,
@@ -154,6 +169,10 @@ class SGLang:
 
     def unload_adapter(self, name: str) -> Request:
         return "/unload_lora_adapter", {"lora_name": name}
+
+    @property
+    def needs(self) -> str:
+        return "--enable-lora for adapters, SGLANG_RETURN_ORIGINAL_LOGPROB=1 where the temperature is not 1"
 
     @property
     def keeps_tied_heads(self) -> bool:

@@ -33,6 +33,7 @@ class Server:
         parallel: Requests at the same time.
         timeout: Seconds that a request may take.
         retries: Further attempts after a failed request, within ten minutes.
+        place: Stands before url and the like where they are given, for messages.
 
     Raises:
         ConfigError: For an address that is none.
@@ -46,6 +47,7 @@ class Server:
     parallel: int = 64
     timeout: float = 600.0
     retries: int = 8
+    place: str = "Server: "
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -57,11 +59,13 @@ class Server:
         """Its name in messages."""
         return self._endpoint().shown
 
-    def ask(self, model: str, prompts: Sequence[tuple[list[int], int]], question: Question) -> list[Completion]:
+    def ask(
+        self, adapter: str | None, prompts: Sequence[tuple[list[int], int]], question: Question
+    ) -> list[Completion]:
         """A text for each prompt and seed.
 
         Args:
-            model: Name of an adapter that was loaded, or of the server's model.
+            adapter: Name of one that was loaded; None for the server's model.
             prompts: Token ids and a seed each.
             question: How texts are sampled.
 
@@ -72,7 +76,7 @@ class Server:
             ServingError: The server fails, or refuses a request.
         """
         engine = self._engine
-        requests = [engine.completion(model, prompt, seed, question) for prompt, seed in prompts]
+        requests = [engine.completion(self.model, adapter, prompt, seed, question) for prompt, seed in prompts]
 
         def read(answer: Any) -> Completion:
             try:
@@ -92,11 +96,12 @@ class Server:
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load LoRA factors in PEFT's layout. Raises `ServingError`."""
-        self._tell(self._engine.load_adapter(name, str(folder)))
+        # A name stands for the same factors always: they are there where the answer to an earlier attempt was lost.
+        self._tell(self._engine.load_adapter(name, str(folder)), done="already")
 
     def unload_adapter(self, name: str) -> None:
-        """Forget them. Raises `ServingError`."""
-        self._tell(self._engine.unload_adapter(name))
+        """Forget them, if they are there. Raises `ServingError`."""
+        self._tell(self._engine.unload_adapter(name), done="not")
 
     @property
     def keeps_tied_heads(self) -> bool:
@@ -108,7 +113,8 @@ class Server:
         for request in self._engine.load_weights(name, str(folder)):
             self._tell(request)
 
-    def _tell(self, request: Request) -> None:
+    def _tell(self, request: Request, done: str = "") -> None:
+        """done: a word with which the server refuses what is done already."""
         endpoint = self._endpoint()
         connections = endpoint.connections(1)
 
@@ -116,8 +122,15 @@ class Server:
             path, body = request
             await endpoint.tell(connections, self._at(path), body)
 
-        with _as_serving_errors():
+        try:
             gathered(tell, [request], 1, connections.aclose)
+        except ConfigError as error:
+            if done and done in str(error):
+                return
+            raise ServingError(
+                f"{self.shown} does not take the parameters ({error}); it needs {self._engine.needs}, and the folder "
+                "that they are written to"
+            ) from None
 
     @property
     def _engine(self) -> Engine:
@@ -130,7 +143,7 @@ class Server:
     def _endpoint(self) -> Endpoint:
         key = os.environ.get(self.key, "").strip()
         return Endpoint(
-            "the server", "serve: ", self.url, key, self.key, self.timeout, self.retries, "sampled text", PATIENCE
+            "the server", self.place, self.url, key, self.key, self.timeout, self.retries, "sampled text", PATIENCE
         )
 
 

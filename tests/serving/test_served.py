@@ -213,7 +213,8 @@ def test_token_log_probs_are_what_log_prob_sums(loaded):
 def test_sglang_is_asked_by_its_own_words():
     """After its documentation of /generate: ids in, ids and log-probabilities out."""
     engine = SGLang()
-    path, body = engine.completion("a1", [5, 6], 7, Question(4, 1.0, 1.0, (2,)))
+    path, body = engine.completion("base", "a1", [5, 6], 7, Question(4, 1.0, 1.0, (2,)))
+    assert "lora_path" not in engine.completion("base", None, [5, 6], 7, Question(4, 1.0, 1.0, (2,)))[1]
     assert path == "/generate"
     assert body["input_ids"] == [5, 6]
     assert body["lora_path"] == "a1"
@@ -233,3 +234,46 @@ def test_tied_heads_that_a_server_would_keep_are_refused(tmp_path):
     given = handover("http://127.0.0.1:9", tmp_path)
     with pytest.raises(ServingError, match=r"keeps the old head .* train with LoRA"):
         served(system_of(component), {"y": given}).sample({"y": params}, PROMPTS, KEY)
+
+
+def test_two_handovers_of_the_same_parameters(loaded, folder, tmp_path):
+    """What one of them loaded is there for the other, whether or not the answer to an attempt came."""
+    component, params = loaded
+    own = with_factors(params, 0.1)
+    server = TorchServer(folder)
+    with serving(server) as url:
+        for _ in range(2):
+            given = handover(url, tmp_path)
+            served(system_of(component), {"y": given}).sample({"y": own}, PROMPTS, KEY)
+            assert given.gap.mean < 1e-4
+
+
+def test_whole_weights_of_two_models_take_turns(loaded, folder, tmp_path):
+    """A server has those of one at a time: who asks next hands over again, though its own parameters are the same."""
+    component, params = loaded
+    with serving(TorchServer(folder)) as url:
+        both = [handover(url, tmp_path / name) for name in ("one", "two")]
+        scaled = [jax.tree.map(lambda x, s=scale: x * s, params) for scale in (1.1, 1.2)]
+        for given, tree in zip(both * 2, scaled * 2, strict=True):
+            served(system_of(component), {"y": given}).sample({"y": tree}, PROMPTS, KEY)
+            assert given.gaps[-1].mean < 1e-4
+
+
+def test_what_is_not_trained_is_not_handed_over(loaded, folder, tmp_path):
+    component, params = loaded
+    server = TorchServer(folder)
+    with serving(server) as url:
+        given = Handover(Server(url, "base"), tmp_path / "handed", "writer", trained=False)
+        served(system_of(component), {"y": given}).sample({"y": params}, PROMPTS, KEY)
+    assert {path for path, _ in server.asked} == {"/v1/completions"}
+    assert not (tmp_path / "handed").exists()
+
+
+def test_a_server_that_takes_no_adapters_is_told_what_it_needs(loaded, folder, tmp_path):
+    component, params = loaded
+    server = TorchServer(folder)
+    server.load_lora_adapter = lambda body: (404, {"detail": "Not Found"})
+    with serving(server) as url:
+        given = served(system_of(component), {"y": handover(url, tmp_path)})
+        with pytest.raises(ServingError, match="needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"):
+            given.sample({"y": with_factors(params, 0.1)}, PROMPTS, KEY)
