@@ -1,8 +1,9 @@
 """Comparisons as tasks of Label Studio and of Argilla, and what people answered there.
 
-Both get a run as HTML with its pictures inside: https://labelstud.io/tags/hypertext, and a text field with
-`use_markdown` (https://docs.argilla.io/latest/how_to_guides/dataset). The id of a comparison goes there and back, and
-says nothing of where its runs are from.
+Both get a run as HTML: https://labelstud.io/tags/hypertext, and a text field with `use_markdown`
+(https://docs.argilla.io/latest/how_to_guides/dataset). Argilla shows pictures inside of it; Label Studio takes them
+out, and shows them in tags of their own, https://labelstud.io/tags/repeater. The id of a comparison goes there and
+back, and says nothing of where its runs are from.
 """
 
 import base64
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from sysdpo_jax.annotation.answers import ANSWERS, Answer, Judgement
 from sysdpo_jax.annotation.comparisons import Comparison
-from sysdpo_jax.annotation.page import fragment, shown
+from sysdpo_jax.annotation.page import Picture, fragment, shown
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_text
 
@@ -36,11 +37,26 @@ def tasks(comparisons: Sequence[Comparison], nodes: Sequence[str], tool: Tool) -
     made = []
     for each in comparisons:
         it = shown(each, nodes, _inside)
-        values = {"inputs": fragment(it.inputs), "left": fragment(it.left), "right": fragment(it.right)}
-        made.append(
-            {"data": {"pair": each.id, **values}} if tool == "label_studio" else {"id": each.id, "fields": values}
-        )
+        values = {"inputs": it.inputs, "left": it.left, "right": it.right}
+        if tool == "argilla":
+            made.append({"id": each.id, "fields": {part: fragment(own) for part, own in values.items()}})
+            continue
+        data: Json = {"pair": each.id}
+        for part, own in values.items():
+            pictures = list[Json]()
+            data |= {part: fragment(_apart(own, pictures)), f"{part}_pictures": pictures}
+        made.append({"data": data})
     return made
+
+
+def _apart(value: Any, found: list[Json]) -> Any:
+    """The value with words in the place of pictures. found: gets the pictures."""
+    if isinstance(value, Picture):
+        found.append({"url": value.source})
+        return f"(picture {len(found)} below)"
+    if isinstance(value, dict):
+        return {name: _apart(item, found) for name, item in value.items()}
+    return [_apart(item, found) for item in value] if isinstance(value, list) else value
 
 
 def read_answers(path: Path, comparisons: Sequence[Comparison]) -> list[Judgement]:
