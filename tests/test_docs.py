@@ -276,7 +276,7 @@ def test_rows_of_the_page_of_data_are_read():
     """Each reader takes its row, and gives the record that the page describes."""
     text = (ROOT / "docs/data.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", text, re.MULTILINE))
-    assert set(rows) == {"records", "trl", "pick_a_pic", "ranked"}
+    assert set(rows) == {"records", "trl", "pick_a_pic", "ranked", "label_studio", "argilla"}
     question, answer = sj.Categorical(2, (2,)), ("x",)
     system = sj.CompoundSystem(("x",), (sj.Node("z", question, answer),))
     made = {name: READERS[name](json.loads(row.replace(": bytes", ': "bytes"')), system) for name, row in rows.items()}
@@ -291,6 +291,8 @@ def test_rows_of_the_page_of_data_are_read():
         "trl": [sj.PreferenceRecord({"x": "a ball"}, {"z": "a red ball"}, {"z": "a cube"})],
         "pick_a_pic": [sj.PreferenceRecord({"x": "a ball"}, {"z": "bytes"}, {"z": "bytes"})],
         "ranked": [sj.PreferenceRecord({"x": "a ball"}, {"z": "a red ball"}, {"z": "a cube"})],
+        "label_studio": [sj.PreferenceRecord({"x": "a ball"}, {"z": "a red ball"}, {"z": "a cube"})],
+        "argilla": [sj.PreferenceRecord({"x": "a ball"}, {"z": "a red ball"}, {"z": "a cube"})],
     }
 
 

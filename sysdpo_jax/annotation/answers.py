@@ -3,19 +3,16 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sysdpo_jax.annotation.comparisons import Comparison
+from sysdpo_jax.data.annotations import Answer
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.evaluation.preferences import too_few, win_rate
 from sysdpo_jax.io import write_json_lines
 from sysdpo_jax.runs.runs_file import Line, Outcomes, moved
-
-# Which side is better.
-Answer = Literal["left", "right", "tie", "skip"]
-ANSWERS: tuple[Answer, ...] = get_args(Answer)
 
 
 class Judgement(NamedTuple):

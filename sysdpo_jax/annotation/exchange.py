@@ -1,30 +1,27 @@
 """Comparisons as tasks of Label Studio and of Argilla, and what people answered there.
 
-Both get a run as HTML with its pictures inside: https://labelstud.io/tags/hypertext, and a text field with
-`use_markdown` (https://docs.argilla.io/latest/how_to_guides/dataset). The id of a comparison goes there and back, and
-says nothing of where its runs are from.
+Both get a run as HTML: https://labelstud.io/tags/hypertext, and a text field with `use_markdown`
+(https://docs.argilla.io/latest/how_to_guides/dataset). Argilla shows pictures inside of it; Label Studio takes them
+out, and shows them in tags of their own, https://labelstud.io/tags/repeater. The id of a comparison goes there and
+back, and says nothing of where its runs are from.
 """
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sysdpo_jax.annotation.answers import ANSWERS, Answer, Judgement
+from sysdpo_jax.annotation.answers import Judgement
 from sysdpo_jax.annotation.comparisons import Comparison
-from sysdpo_jax.annotation.page import fragment, shown
+from sysdpo_jax.annotation.page import Picture, fragment, shown
+from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.data.annotations import Answer, argilla_answers, label_studio_answers
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_text
 
 Tool = Literal["label_studio", "argilla"]
 Json = dict[str, Any]
-# What Argilla calls a response that is given; a draft is none yet, and a discarded one is skipped.
-SUBMITTED, DRAFT = "submitted", "draft"
-
-
-class AnswerError(Exception):
-    """What an answer says is not to be understood, in words."""
 
 
 def tasks(comparisons: Sequence[Comparison], nodes: Sequence[str], tool: Tool) -> list[Json]:
@@ -36,20 +33,32 @@ def tasks(comparisons: Sequence[Comparison], nodes: Sequence[str], tool: Tool) -
     made = []
     for each in comparisons:
         it = shown(each, nodes, _inside)
-        values = {"inputs": fragment(it.inputs), "left": fragment(it.left), "right": fragment(it.right)}
-        made.append(
-            {"data": {"pair": each.id, **values}} if tool == "label_studio" else {"id": each.id, "fields": values}
-        )
+        values = {"inputs": it.inputs, "left": it.left, "right": it.right}
+        if tool == "argilla":
+            made.append({"id": each.id, "fields": {part: fragment(own) for part, own in values.items()}})
+            continue
+        data: Json = {"pair": each.id}
+        for part, own in values.items():
+            pictures = list[Json]()
+            data |= {part: fragment(_apart(own, pictures)), f"{part}_pictures": pictures}
+        made.append({"data": data})
     return made
+
+
+def _apart(value: Any, found: list[Json]) -> Any:
+    """The value with words in the place of pictures. found: gets the pictures."""
+    if isinstance(value, Picture):
+        found.append({"url": value.source})
+        return f"(picture {len(found)} below)"
+    if isinstance(value, dict):
+        return {name: _apart(item, found) for name, item in value.items()}
+    return [_apart(item, found) for item in value] if isinstance(value, list) else value
 
 
 def read_answers(path: Path, comparisons: Sequence[Comparison]) -> list[Judgement]:
     """The answers in an export of either tool, one for each person and pair.
 
-    Label Studio's JSON, https://labelstud.io/guide/task_format: `annotations[].result[].value.selected` of its Pairwise
-    tag (https://labelstud.io/tags/pairwise) is left or right, a choice `tie` is a tie; what was cancelled or says
-    neither is skipped. Argilla's `dataset.records.to_json`: `responses` is {question: [{"value", "user_id"}]}, where a
-    label is left, right, tie or skip, a ranking has both with ranks, or questions `left` and `right` have ratings.
+    Label Studio's JSON and Argilla's `dataset.records.to_json`, see `data.annotations`.
 
     Raises:
         ConfigError: Naming the file, the task and what is wrong with it.
@@ -64,9 +73,9 @@ def read_answers(path: Path, comparisons: Sequence[Comparison]) -> list[Judgemen
         try:
             pair, answers = reader(row)
             if pair not in known:
-                raise AnswerError("its pair is none of these runs: give the files of runs and --seed of its --export")
+                raise RecordError("its pair is none of these runs: give the files of runs and --seed of its --export")
             found += [Judgement(known[pair], answer) for answer in answers]
-        except AnswerError as error:
+        except RecordError as error:
             raise ConfigError(f"{path}, task {number}: {error}") from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}, task {number} is not of the form that the tool writes ({error!r})") from None
@@ -89,60 +98,11 @@ def _reader(rows: Any, path: Path) -> Reader:
 
 
 def _of_label_studio(task: Json) -> tuple[str, list[Answer]]:
-    return task["data"].get("pair", ""), [_annotated(each) for each in task["annotations"]]
-
-
-def _annotated(annotation: Json) -> Answer:
-    if annotation.get("was_cancelled"):
-        return "skip"
-    values = [entry.get("value", {}) for entry in annotation["result"]]
-    said = [value["selected"] for value in values if value.get("selected", "none") != "none"]
-    said += [choice for value in values for choice in value.get("choices", ()) if choice == "tie"]
-    return _one(said) if said else "skip"
+    return task["data"].get("pair", ""), label_studio_answers(task)
 
 
 def _of_argilla(record: Json) -> tuple[str, list[Answer]]:
-    people: dict[str, dict[str, Any]] = {}
-    for question, responses in record["responses"].items():
-        for response in responses:
-            if response.get("status") != DRAFT:
-                discarded = response.get("status", SUBMITTED) != SUBMITTED
-                people.setdefault(str(response.get("user_id")), {})[question] = (
-                    "skip" if discarded else response["value"]
-                )
-    return str(record.get("id")), [_one(list(_responded(questions))) for questions in people.values()]
-
-
-def _responded(questions: Mapping[str, Any]) -> Iterator[Any]:
-    """What the answers to all questions say, of which those that are no comparison, as a remark, say nothing."""
-    for name, value in questions.items():
-        if isinstance(value, str) and value in ANSWERS:
-            yield value
-        elif isinstance(value, list) and {"left", "right"} == {_ranked(each) for each in value}:
-            ranks: dict[str, Any] = {each["value"]: each.get("rank") for each in value if isinstance(each, dict)}
-            if None in ranks.values() or len(ranks) < 2:
-                raise AnswerError(f"the ranking {name!r} has no ranks, which ties need: ask with a label question")
-            yield _higher(-ranks["left"], -ranks["right"])
-    ratings = [questions.get(name) for name in ("left", "right")]
-    if all(isinstance(rating, int) for rating in ratings):
-        yield _higher(*ratings)
-
-
-def _ranked(entry: Any) -> Any:
-    return entry.get("value") if isinstance(entry, dict) else entry
-
-
-def _higher(left: Any, right: Any) -> Answer:
-    return "tie" if left == right else "left" if left > right else "right"
-
-
-def _one(said: Sequence[Any]) -> Answer:
-    """The answer of which there is one."""
-    if len(set(said)) != 1 or said[0] not in ANSWERS:
-        words = " and ".join(map(repr, said)) or "nothing of left, right or tie"
-        raise AnswerError(f"an answer says {words}: it must be one of {', '.join(ANSWERS)}")
-    found: Answer = said[0]
-    return found
+    return str(record.get("id")), argilla_answers(record["responses"])
 
 
 def _inside(image: bytes) -> str:

@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs
 
-from sysdpo_jax.annotation.answers import ANSWERS, Answers, StaleError
+from sysdpo_jax.annotation.answers import Answers, StaleError
 from sysdpo_jax.annotation.comparisons import Comparison
 from sysdpo_jax.annotation.page import SCRIPT, STYLE, Shown, asking_page, shown
+from sysdpo_jax.data.annotations import ANSWERS
 from sysdpo_jax.errors import ConfigError
 
 HOST = "127.0.0.1"

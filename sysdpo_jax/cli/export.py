@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import sysdpo_jax as sj
-from sysdpo_jax.data.files import LINES, TABLE
+from sysdpo_jax.data.files import ROW_FILES
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import locked_file, read_json, write_whole
 from sysdpo_jax.pretrained.base import CheckpointError
@@ -125,7 +125,7 @@ def _on_hub(source: str) -> bool:
     """The hub links names of its own, and refuses others."""
     path = Path(source)
     named = re.fullmatch(r"([\w.-]+/)?[\w.-]+", source) is not None
-    return named and not path.exists() and path.suffix not in (*LINES, *TABLE, ".gguf")
+    return named and not path.exists() and path.suffix not in (*ROW_FILES, ".gguf")
 
 
 def run(config: Config) -> None:

@@ -20,7 +20,9 @@ from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.io import file_digest, locked_file, read_json, replacing, write_json, write_whole
 from sysdpo_jax.values import SampledText, from_json, to_json
 
-LINES, TABLE = (".jsonl", ".ndjson"), (".parquet",)
+LINES, TABLE, ARRAY = (".jsonl", ".ndjson"), (".parquet",), (".json",)
+# Whatever is read as a file of rows.
+ROW_FILES = (*LINES, *TABLE, *ARRAY)
 
 
 class Row(NamedTuple):
@@ -80,21 +82,24 @@ def file_state(path: str | Path) -> tuple[int, int]:
 def read_rows(source: str | Path, split: str = "train") -> Iterator[Row]:
     """The rows one after the other; of a large file only a few are in memory at a time.
 
-    source: a .jsonl or .parquet file, or what `datasets.load_dataset` takes, of which `split` is streamed.
+    source: a .jsonl or .parquet file, a .json file of one list, which is read at once, or what `datasets.load_dataset`
+    takes, of which `split` is streamed.
     Raises `FileNotFoundError` where there is nothing of that name, `RecordError` for a file of another kind or one that
     cannot be read on.
     """
     path = _checked(source)
     if path.is_file() and path.suffix in LINES:
         return json_lines(path)
+    if path.is_file() and path.suffix in ARRAY:
+        return _array(path)
     return _streamed(path if path.exists() else str(source), split)
 
 
 def _checked(source: str | Path) -> Path:
     path = Path(source)
-    if path.is_file() and path.suffix not in (*LINES, *TABLE):
-        raise RecordError(f"{path}: only {', '.join((*LINES, *TABLE))} files are read: convert it")
-    if path.suffix in (*LINES, *TABLE) and not path.exists():
+    if path.is_file() and path.suffix not in ROW_FILES:
+        raise RecordError(f"{path}: only {', '.join(ROW_FILES)} files are read: convert it")
+    if path.suffix in ROW_FILES and not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give the file of the records")
     return path
 
@@ -109,6 +114,18 @@ def json_lines(path: Path) -> Iterator[Row]:
                     yield Row(number, _parsed(line))
         except UnicodeDecodeError as error:
             raise RecordError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
+
+
+def _array(path: Path) -> Iterator[Row]:
+    """The rows of one list of JSON, as other programs export them. Raises `RecordError` for another file."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path} is not valid JSON ({error}): export it again") from None
+    if not isinstance(rows, list):
+        raise RecordError(f"{path} holds {type(rows).__name__} instead of a list of objects: write JSON Lines")
+    for number, row in enumerate(rows, 1):
+        yield Row(number, row if isinstance(row, dict) else RecordError(f"{type(row).__name__} instead of an object"))
 
 
 def _parsed(line: str) -> dict[str, Any] | RecordError:

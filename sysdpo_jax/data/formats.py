@@ -23,6 +23,7 @@ from sysdpo_jax.components.conversations import (
 )
 from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.text_to_image import TextToImage
+from sysdpo_jax.data.annotations import Answer, argilla_answers, label_studio_answers, responses_of
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
@@ -180,12 +181,56 @@ class Ranked:
         return [PreferenceRecord(_present(inputs), _present(sides[a]), _present(sides[b])) for a, b in pairs]
 
 
+def label_studio(row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
+    """A task of Label Studio's JSON export with the data prompt, answer1 and answer2, or text1 and text2.
+
+    Each annotation is a preference; left is the first one. Raises `RecordError` for tasks of another form.
+    """
+    data = row.get("data")
+    if not isinstance(data, Mapping) or not isinstance(row.get("annotations"), list):
+        raise RecordError("the fields 'data' and 'annotations' must be there: export as JSON, not as JSON-MIN")
+    sides = ("answer1", "answer2") if "answer1" in data else ("text1", "text2")
+    return _judged(data, sides, lambda: label_studio_answers(row), system)
+
+
+def argilla(row: Mapping[str, Any], system: CompoundSystem | None) -> list[PreferenceRecord]:
+    """A record of Argilla with the fields prompt, response1 and response2, of `to_json` or `to_datasets`.
+
+    Each person's answer is a preference. Raises `RecordError` for records of another form.
+    """
+    sides = ("response1", "response2")
+    return _judged(row.get("fields") or row, sides, lambda: argilla_answers(responses_of(row), sides), system)
+
+
+def _judged(
+    texts: Mapping[str, Any], sides: tuple[str, str], read: Callable[[], list[Answer]], system: CompoundSystem | None
+) -> list[PreferenceRecord]:
+    """A preference for each answer that is one, on the two texts of a prompt. read: gives the answers."""
+    missing = [name for name in ("prompt", *sides) if not isinstance(texts.get(name), str)]
+    if missing:
+        runs = "; what `sysdpo annotate` exported is for its --answers" if "left" in texts else ""
+        raise RecordError(f"the field {missing[0]!r} must be a text: prompt, {' and '.join(sides)} are read{runs}")
+    try:
+        answers = read()
+    except RecordError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"the answers are not of the form that the tool writes ({error!r}): export it again"
+        ) from None
+    names, (first, second) = only_names(system), [{only_names(system).output: texts[name]} for name in sides]
+    pairs = {"left": (first, second), "right": (second, first)}
+    return [PreferenceRecord({names.input: texts["prompt"]}, *pairs[each]) for each in answers if each in pairs]
+
+
 READERS: dict[str, Reader] = {
     "records": records,
     "trl": trl,
     "pick_a_pic": pick_a_pic,
     "ranked": Ranked(),
     "ranked_all": Ranked("all"),
+    "label_studio": label_studio,
+    "argilla": argilla,
 }
 
 

@@ -147,11 +147,11 @@ def load_preferences(
     system has frozen encoders that takes their parameters.
 
     Args:
-        source: A .jsonl or .parquet file, or a folder or hub name that `datasets.load_dataset` takes.
+        source: A .jsonl, .parquet or .json file (one list), or a folder or hub name that `datasets.load_dataset` takes.
         system: What the records are prepared for.
         reader: A name in `formats.READERS` ("records": objects "inputs", "chosen" and "rejected"; "trl", "pick_a_pic",
-            "ranked", "ranked_all"), or a function of a row and the system, such as `Ranked("all", min_margin=0.1)`, or
-            "module:name" of one.
+            "ranked", "ranked_all", "label_studio", "argilla"), or a function of a row and the system, such as
+            `Ranked("all", min_margin=0.1)`, or "module:name" of one.
         params: Of the system, `{params_key: tree}`: its frozen parts encode. Of several processes each gives the whole
             frozen parts on its own devices, see `replicate_per_process`.
         split: Of a folder or hub name.

@@ -17,9 +17,9 @@ class DataConfig:
     """Preferences, see `sysdpo_jax.load_preferences`.
 
     Args:
-        source: Preferences: a JSONL or Parquet file, a folder, or a dataset on the hub.
-        reader: Format of the rows: records, trl, pick_a_pic, ranked or ranked_all, or "module:function" of a row and
-            the system, which returns its records.
+        source: Preferences: a JSONL, Parquet or JSON file, a folder, or a dataset on the hub.
+        reader: Format of the rows: records, trl, pick_a_pic, ranked, ranked_all, label_studio, argilla, or
+            "module:function" of a row and the system, which returns its records.
         split: Split to read, of a folder or a dataset on the hub.
         on_error: What to do with a row that cannot be used: stop, or skip and count it.
         ignore: Fields of the rows that may be left unread.

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import yaml
 
-from sysdpo_jax.data.files import LINES, TABLE
+from sysdpo_jax.data.files import ROW_FILES
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.flags import from_mapping, read_flags, to_mapping, with_flags
 from sysdpo_jax.io import read_text, write_whole
@@ -172,7 +172,7 @@ def _is_path(value: Any, base: Path, name: str) -> bool:
         return value not in ("user", "none")
     if name == "data.source" or fnmatch(name, "system.components.*.checkpoint"):
         # Other names are those of the hub.
-        return value.startswith(MARKS) or Path(value).suffix in (*LINES, *TABLE, ".gguf") or (base / value).exists()
+        return value.startswith(MARKS) or Path(value).suffix in (*ROW_FILES, ".gguf") or (base / value).exists()
     if fnmatch(name, "system.nodes.*.tools"):
         return value.endswith(".json")
     return fnmatch(name, "system.components.*.settings.*") and value.startswith(MARKS)

@@ -1,6 +1,9 @@
 """Pairs of runs as tasks of Label Studio and Argilla, and what people answered there as preferences."""
 
 import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -94,6 +97,29 @@ def test_answers_of_other_tools_are_those_of_the_page(tmp_path, tool, answered, 
     several = imported(tmp_path, answered(tasks, [["left", "right"], [], [], []]), *paths)
     assert len(several) == 2
     assert (several[0]["chosen"], several[0]["rejected"]) == (several[1]["rejected"], several[1]["chosen"])
+
+
+def test_the_labelling_interface_of_the_page_shows_what_tasks_hold(tmp_path):
+    """Tried in Label Studio 1.23: of HTML it takes pictures out, and a click inside of a frame chooses nothing."""
+    text = (Path(__file__).parents[2] / "docs" / "annotate.md").read_text()
+    interface = ElementTree.fromstring(re.search(r"```xml\n(.*?)```", text, re.DOTALL)[1])
+    paths = [write(tmp_path / f"{name}.jsonl", name, 2, 1, 30 * place) for place, name in enumerate(("old", "new"), 1)]
+    tasks = exported(tmp_path, "label_studio", *paths)
+    texts, pictures = interface.findall(".//HyperText"), interface.findall(".//Repeater")
+    named = {tag.get("value").removeprefix("$") for tag in texts} | {
+        tag.get("on").removeprefix("$") for tag in pictures
+    }
+    for task in tasks:
+        assert set(task["data"]) == {"pair"} | named
+        for part in ("inputs", "left", "right"):
+            assert "<img" not in task["data"][part]
+            assert [picture["url"][:22] for picture in task["data"][f"{part}_pictures"]] == [
+                "data:image/png;base64," for _ in range(task["data"][part].count("below)"))
+            ]
+        assert task["data"]["left_pictures"]
+    assert {tag.get("inline") for tag in texts} == {"true"}
+    [pairwise] = interface.findall("Pairwise")
+    assert set(pairwise.get("toName").split(",")) <= {tag.get("name") for tag in texts}
 
 
 def test_rankings_and_ratings_of_argilla_are_read(tmp_path):
