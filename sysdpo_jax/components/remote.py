@@ -40,6 +40,8 @@ from sysdpo_jax.user_code import name_of, user_code
 
 # Seconds after the first try of a request at which no other one begins.
 PATIENCE = 600.0
+# In the names of what a url may not hold, because it is written down.
+SECRETS = ("key", "token", "secret", "password", "signature", "sig")
 # Bytes of an answer: a picture of 2048 x 2048 as PNG has up to 17 million.
 LONGEST = 64 * 2**20
 
@@ -111,8 +113,10 @@ class RemoteModel(Component):
         if self.kind == "image" and (self.max_tokens is not None or self.temperature is not None):
             raise ValueError("RemoteModel: a picture has neither max_tokens nor temperature: leave them out")
         # An address that is none should not wait for the first prompt.
-        if httpx.URL(self._endpoint().url).userinfo:
-            raise ConfigError("RemoteModel: the url holds a name or a password: give the key in the environment")
+        url = httpx.URL(self._endpoint().url)
+        secret = [name for name in url.params if any(word in name.lower() for word in SECRETS)]
+        if url.userinfo or secret:
+            raise ConfigError("RemoteModel: the url holds a key or a password: give the key in the environment")
 
     @property
     def parameterless(self) -> bool:

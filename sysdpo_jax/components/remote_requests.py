@@ -1,5 +1,6 @@
 """What a server that speaks OpenAI's API is asked, what it answers, and what is asked for at all."""
 
+import asyncio
 import base64
 import binascii
 import json
@@ -25,6 +26,8 @@ PATHS: Mapping[Kind, str] = {
     "completion": "/completions",
     "image": "/images/generations",
 }
+# Seconds after which a request that has no room looks for it again.
+POLL = 0.02
 # What servers say of an answer that they did not come to the end of by a fault of their own, and of one withheld.
 BROKEN, FILTERED = ("error", "abort"), ("content_filter",)
 
@@ -87,11 +90,11 @@ def stored(kind_: Kind, answer: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def tokens_of(answer: Mapping[str, Any]) -> int:
-    """The tokens of question and answer that the server counted; 0 where it says none."""
+def tokens_of(answer: Mapping[str, Any]) -> int | None:
+    """The tokens of question and answer that the server counted; None where it says none."""
     usage = answer.get("usage")
     total = usage.get("total_tokens") if isinstance(usage, Mapping) else None
-    return total if isinstance(total, int) else 0
+    return total if isinstance(total, int) else None
 
 
 def value_of(kind_: Kind, answer: Mapping[str, Any]) -> Any:
@@ -152,17 +155,25 @@ class Asking:
         return [made[name] for name in names]
 
     async def _answer(self, connections: httpx.AsyncClient, name: str, body: Mapping[str, Any]) -> Any:
+        over = None if self.ended else self._over()
+        while not self.ended and over is not None and self.under_way:
+            # Those under way may come to nothing, and leave room.
+            await asyncio.sleep(POLL)
+            over = self._over()
         if self.ended:
             return NotAskedError(f"not asked after this: {self.ended}")
-        over = self._over()
         if over is not None:
             self.ended = str(over)
             return over
 
         def keep(answer: Any) -> Any:
-            found = stored(self.kind, answer)
+            found, tokens = stored(self.kind, answer), tokens_of(answer)
             # Before anything else can go wrong: it is paid for.
-            self.cache.keep(name, self.endpoint.shown, found, tokens_of(answer))
+            self.cache.keep(name, self.endpoint.shown, found, tokens or 0)
+            if tokens is None and self.limits.tokens is not None:
+                self.ended = (
+                    f"{self.endpoint.shown} counts no tokens, by which max_total_tokens could end it: use max_calls"
+                )
             return found
 
         self.under_way += 1
@@ -191,7 +202,7 @@ class Asking:
     def _used_up(self, limit: str, spent: Spent) -> BudgetError:
         return BudgetError(
             f"the budget of {self.endpoint.shown} is used up, {limit}: {spent.calls} answers of {spent.tokens} tokens "
-            f"and {self.under_way} under way are kept in {self.cache.path}; raise it, and what is missing is asked"
+            f"are kept in {self.cache.path}; raise it, and what is missing is asked"
         )
 
 

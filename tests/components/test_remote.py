@@ -224,6 +224,9 @@ def test_the_key_goes_to_the_server_alone(tmp_path, caplog):
         assert SECRET not in shown
     with pytest.raises(ValueError, match="give the key in the environment"):
         sj.RemoteModel(f"http://user:{SECRET}@127.0.0.1:1", "m")
+    with pytest.raises(ValueError, match="give the key in the environment"):
+        sj.RemoteModel(f"http://127.0.0.1:1/v1?api-key={SECRET}", "m")
+    sj.RemoteModel("http://127.0.0.1:1/v1?api-version=2026-01-01", "m")
 
 
 def test_what_a_budget_leaves_is_kept_and_goes_on(tmp_path):
@@ -231,9 +234,7 @@ def test_what_a_budget_leaves_is_kept_and_goes_on(tmp_path):
     with serving(answers) as url:
         system = system_of(remote(url, tmp_path, max_calls=5, on_error="skip"))
         params = system.init(KEY)
-        with pytest.raises(
-            ToolError, match=r"max_calls 5: \d answers of \d+ tokens and \d under way are kept in .*; raise it"
-        ) as raised:
+        with pytest.raises(ToolError, match=r"max_calls 5: 5 answers of 50 tokens are kept in .*; raise it") as raised:
             sj.rollout(system, params, prompts(8), KEY)
         assert len(answers.asked) == 5
         assert len(raised.value.records) == 5
@@ -246,6 +247,31 @@ def test_what_a_budget_leaves_is_kept_and_goes_on(tmp_path):
         system = system_of(remote(url, tmp_path, max_total_tokens=80))
         with pytest.raises(ToolError, match="max_total_tokens 80"):
             sj.rollout(system, params, prompts(9), KEY)
+
+
+def test_requests_that_come_to_nothing_take_no_budget(tmp_path):
+    """Four refused questions are under way when the fifth asks: it waits, and has its room."""
+    answers = Answers({"slow": 1.0}, slow=4.0)
+    plain = answers.answer
+
+    def some(body):
+        refused = body["messages"][0]["content"] < "e"
+        return {"error": {"message": "no", "code": 400}} if refused else plain(body)
+
+    answers.answer = some
+    with serving(answers) as url:
+        outcomes = remote(url, tmp_path, max_calls=2).outcomes({"x": list("abcdef")}, KEY)
+    assert outcomes[4:] == ["E", "F"]
+    assert all(isinstance(outcome, ToolError) for outcome in outcomes[:4])
+
+
+def test_a_budget_of_tokens_needs_a_server_that_counts(tmp_path):
+    answers = Answers()
+    answers.answer = lambda body: {"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}
+    with serving(answers) as url:
+        outcomes = remote(url, tmp_path, max_total_tokens=5, concurrency=1).outcomes({"x": list("ab")}, KEY)
+    assert outcomes[0] == "x"
+    assert "counts no tokens" in str(outcomes[1])
 
 
 def test_equal_requests_under_way_are_one(tmp_path):
