@@ -181,14 +181,14 @@ def test_the_same_rollout_again_pays_nothing(tmp_path):
         assert len(answers.asked) == 15
 
 
-FAULTS = {"429": 0.12, "500": 0.12, "slow": 0.06, "cut": 0.06, "nothing": 0.01}
+FAULTS = {"429": 0.12, "500": 0.12, "slow": 0.06, "cut": 0.06, "nothing": 0.004}
 
 
 def test_500_requests_to_a_server_that_fails_in_every_way(tmp_path):
     """Each run is complete or named, none is paid twice, and the key is in no file."""
-    answers = Answers(FAULTS, slow=4.0)
+    answers = Answers(FAULTS, slow=10.0)
     with serving(answers) as url:
-        component = remote(url, tmp_path, concurrency=32, timeout=4.0, retries=12, on_error="skip")
+        component = remote(url, tmp_path, concurrency=32, timeout=10.0, retries=12, on_error="skip")
         system, skipped = system_of(component), []
         params = system.init(KEY)
         runs = sj.rollout(
