@@ -25,6 +25,7 @@ TEMPLATE = (
     "{% if tools %}{{ tools | length }}{% endif %}{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>\n"
     "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
 )
+PARTS = {"model": {"checkpoint": "path/to/model"}}
 CALL = '<tool_call>{"name":"add","arguments":{"a":2,"b":2}}'
 
 
@@ -47,7 +48,7 @@ def systems(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tools.json").write_text(json.dumps(page.tools))
     [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    config = from_mapping(SystemConfig, {"inputs": ["task"], "nodes": yaml.safe_load(text)})
+    config = from_mapping(SystemConfig, {"inputs": ["task"], "nodes": yaml.safe_load(text), "components": PARTS})
     parts = {"model": (model(), {})}
     return page.system, _system(config, lambda node, field, scope: _component(field, node, parts, scope))
 
@@ -95,7 +96,7 @@ def test_a_prompt_that_comes_before_the_turn_is_no_observation():
         seen: {switch: action, branches: {a: one, b: two}}
         score: {tool: "json:loads", parents: [action]}
     """
-    config = from_mapping(SystemConfig, {"inputs": ["task"], "nodes": yaml.safe_load(nodes)})
+    config = from_mapping(SystemConfig, {"inputs": ["task"], "nodes": yaml.safe_load(nodes), "components": PARTS})
     parts = {"model": (model(), {})}
     system = _system(config, lambda node, field, scope: _component(field, node, parts, scope))
     assert system.node("action").component.prompt.observations == ("seen", "score")
