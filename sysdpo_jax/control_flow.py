@@ -7,8 +7,10 @@ from typing import Any
 
 from sysdpo_jax.components.control import Switch, Turns
 from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.errors import meant
 from sysdpo_jax.nodes import Node
 from sysdpo_jax.typing import Record
+from sysdpo_jax.user_code import name_of, shown, user_code
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,38 @@ def scopes(nodes: Sequence[Node]) -> tuple[Flow, dict[str, Flow]]:
     }
     whole = Flow(tuple(node for node in nodes if node.loop is None), outer)
     return whole, {loop: Flow(tuple(body), {node.name: node.parents for node in body}) for loop, body in bodies.items()}
+
+
+def ends(component: Turns, turn: Mapping[str, Any]) -> Any:
+    """Whether a turn is the last one, or the `ToolError` of a condition that fails."""
+    if component.until is None:
+        return False
+    try:
+        with user_code(f"the condition {name_of(component.until)} for {shown(turn)}", ToolError):
+            return bool(component.until(dict(turn)))
+    except ToolError as error:
+        return error
+
+
+def fault_of_end(component: Turns, number: int, count: int, ended: bool) -> str | None:
+    """What keeps a run of `count` turns from being the loop's, given whether the turn `number` ends it."""
+    condition = "" if component.until is None else f" the condition {name_of(component.until)}"
+    if ended and number < count:
+        return f"has {count} turns, but{condition} ends it with turn {number}: leave out what follows"
+    if not ended and number == count < component.turns:
+        why = f"{condition} does not end it there" if condition else " it has no condition to end it"
+        return f"stops at turn {number} of {component.turns}, but{why}: add the turns that follow, or drop the record"
+    return None
+
+
+def fault_of_turns(value: Any, names: Sequence[str], most: int) -> str | None:
+    """What keeps a value from being the turns of a loop, whose names and largest number are given."""
+    if not isinstance(value, list | tuple) or not all(isinstance(turn, Mapping) for turn in value):
+        return f"is {shown({'it': value})}: give the list of its turns, each an object of {', '.join(names)}"
+    if not 1 <= len(value) <= most:
+        return f"has {len(value)} turns: a run has from 1 to {most} of them"
+    for number, turn in enumerate(value, 1):
+        for name in turn:
+            if name not in names:
+                return f"has {name!r} in turn {number}, which is none of its names: {meant(name, names)}"
+    return None
