@@ -195,8 +195,8 @@ def draw_intermediates(
     """Search for likely sets of intermediate values.
 
     The first node spreads into `number` candidates (a language model's by its diverse beam search), each of which the
-    next ones continue with their likeliest value, or with more while no row has `number` sets. Sets that a tool
-    refuses, or skips, are left out.
+    next ones continue with their likeliest value, or with more while no row in which they run has `number` sets. Sets
+    that a tool refuses, or skips, are left out.
 
     Args:
         system: The graph.

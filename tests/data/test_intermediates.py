@@ -156,6 +156,23 @@ def test_intermediates_are_searched_for_where_all_stand_behind_a_switch(tmp_path
         np.testing.assert_array_equal(batch.intermediates[name].ran.all(1), [other == x for other in order])
 
 
+@pytest.mark.parametrize(("number", "routes"), [(4, 1), (8, 2)])
+def test_a_route_behind_what_fills_the_sets_is_its_likeliest_one(number, routes):
+    """As docs/systems.md says: four values fill four sets; of eight, each value has both routes, the likelier first."""
+    end = Categorical(2, (4,))
+    nodes = (
+        Node("wide", Categorical(4, (3,)), ("x",)),
+        Node("route", Categorical(2, (4,)), ("wide",)),
+        *(Node(name, end, ("wide",)) for name in "ab"),
+    )
+    system = CompoundSystem(("x",), (*nodes, Node("answer", Switch((0, 1)), ("route", "a", "b"))))
+    params = system.init(jax.random.key(5))
+    [sets] = draw_intermediates(system, params, [{"x": 0}], number, KEY)
+    likely = np.argsort(-np.asarray(params["route"]["logits"]), axis=-1)
+    found = {wide: [y["route"] for y in sets if y["wide"] == wide] for wide in range(4)}
+    assert found == {wide: likely[wide, :routes].tolist() for wide in range(4)}
+
+
 def test_a_file_of_final_values_is_read(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"inputs": {"x": 2}, "chosen": {"z": 0}, "rejected": {"z": 1}}\n')
