@@ -11,13 +11,11 @@ from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.control import Switch, Turns
 from sysdpo_jax.components.remote import RemoteModel
 from sysdpo_jax.components.tool import NotCalledError, ToolError, raise_first
-from sysdpo_jax.control_flow import Flow
-from sysdpo_jax.errors import meant
+from sysdpo_jax.control_flow import Flow, ends, fault_of_end, fault_of_turns
 from sysdpo_jax.keys import named_key, row_keys
 from sysdpo_jax.nodes import Node, naming, users_part
 from sysdpo_jax.structure import Graph, as_plate, by_rank, grouped, instead_of_plate
 from sysdpo_jax.typing import Keys, Params, Parents, Record
-from sysdpo_jax.user_code import name_of, shown, user_code
 from sysdpo_jax.values import Unequal, content_or_unequal
 
 # What tools gave, by node and parents' values.
@@ -45,7 +43,7 @@ class Running(Graph):
 
         Raises:
             RecordError: Naming the row and the node, for another value that is missing, a plate of the wrong length,
-                turns that do not fit their loop, or the value of a node that does not run in that record.
+                turns that their loop cannot make, or the value of a node that does not run in that record.
         """
         made: list[Run] = [dict(record) for record in records]
         for row, record in enumerate(records):
@@ -221,7 +219,7 @@ class Running(Graph):
         assert isinstance(component, Turns)
         for row, run in running.items():
             _require(run, (loop.name,), f"record {row}", "node")
-            fault = _fault_of_turns(run[loop.name], names, component.turns)
+            fault = fault_of_turns(run[loop.name], names, component.turns)
             if fault is not None:
                 raise RecordError(f"record {row}: node {loop.name!r} {fault}")
         done: dict[int, list[dict[str, Any]]] = {row: [] for row in running}
@@ -233,10 +231,16 @@ class Running(Graph):
             where = f", turn {turn + 1} of {loop.name!r}"
             self._complete(self.bodies[loop.name], self.bodies[loop.name].nodes, views, known, where)
             for row, view in enumerate(views):
-                if isinstance(view, ToolError):
-                    made[row] = view.at(f"turn {turn + 1} of {loop.name!r}")
-                elif view is not None:
+                ended: Any = view
+                if isinstance(view, dict):
                     done[row].append({name: view[name] for name in names if name in view})
+                    ended = ends(component, done[row][-1])
+                if isinstance(ended, ToolError):
+                    made[row] = ended.at(f"turn {turn + 1} of {loop.name!r}")
+                elif view is not None:
+                    fault = fault_of_end(component, turn + 1, len(running[row][loop.name]), ended)
+                    if fault is not None:
+                        raise RecordError(f"record {row}: node {loop.name!r} {fault}")
         _take(loop, made, {row: done[row] for row in running if isinstance(made[row], dict)})
 
     def _run(self, flow: Flow, nodes: Sequence[Node], params: Params, runs: list[Run], key: PRNGKeyArray) -> None:
@@ -285,7 +289,7 @@ class Running(Graph):
                 if isinstance(view, dict):
                     turn = {node.name: view[node.name] for node in body.nodes if node.name in view}
                     turns[row].append(turn)
-                    ended = _ends(component, turn)
+                    ended = ends(component, turn)
                 if isinstance(ended, ToolError):
                     turns[row] = ended.at(f"turn {number + 1} of {loop.name!r}")
                 elif not ended:
@@ -350,30 +354,6 @@ def _take(node: Node, runs: list[Run], values: Mapping[int, Any]) -> None:
         own = runs[row]
         assert isinstance(own, dict)
         runs[row] = value if isinstance(value, ToolError) else own | {node.name: value}
-
-
-def _ends(component: Turns, turn: Mapping[str, Any]) -> Any:
-    """Whether a turn is the last one, or the `ToolError` of a condition that fails."""
-    if component.until is None:
-        return False
-    try:
-        with user_code(f"the condition {name_of(component.until)} for {shown(turn)}", ToolError):
-            return bool(component.until(dict(turn)))
-    except ToolError as error:
-        return error
-
-
-def _fault_of_turns(value: Any, names: Sequence[str], most: int) -> str | None:
-    """What keeps a value from being the turns of a loop, whose names and largest number are given."""
-    if not isinstance(value, list | tuple) or not all(isinstance(turn, Mapping) for turn in value):
-        return f"is {shown({'it': value})}: give the list of its turns, each an object of {', '.join(names)}"
-    if not 1 <= len(value) <= most:
-        return f"has {len(value)} turns: a run has from 1 to {most} of them"
-    for number, turn in enumerate(value, 1):
-        for name in turn:
-            if name not in names:
-                return f"has {name!r} in turn {number}, which is none of its names: {meant(name, names)}"
-    return None
 
 
 def _require(record: Record, names: Sequence[str], place: str, kind: str) -> None:

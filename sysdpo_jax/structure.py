@@ -42,15 +42,19 @@ class Graph:
             _check_node(node, plates)
         _check_bases([node for node in self.nodes if node.has_params])
 
-    @cached_property
+    @property
     def flow(self) -> Flow:
         """Which nodes run in which records."""
-        return scopes(self.nodes)[0]
+        return self._scopes[0]
 
-    @cached_property
+    @property
     def bodies(self) -> Mapping[str, Flow]:
         """By the names of loops, which nodes of their bodies run in which turns."""
-        return scopes(self.nodes)[1]
+        return self._scopes[1]
+
+    @cached_property
+    def _scopes(self) -> tuple[Flow, dict[str, Flow]]:
+        return scopes(self.nodes)
 
     @property
     def recorded(self) -> tuple[Node, ...]:
@@ -327,13 +331,12 @@ def _check_bases(nodes: Sequence[Node]) -> None:
 def _ordered(inputs: tuple[str, ...], nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     """Parents before children, and what decides whether a node runs before it; loops behind their bodies."""
     whole, bodies = scopes(nodes)
-    _sorted(whole.nodes, whole.reads)
+    for scope in (whole, *bodies.values()):
+        _sorted(scope.nodes, scope.reads)
     ordered: list[Node] = []
     for node in _sorted(whole.nodes, whole.depends):
-        body = bodies.get(node.name)
-        if body is not None:
-            _sorted(body.nodes, body.reads)
-            ordered += _sorted(body.nodes, body.depends)
+        if node.name in bodies:
+            ordered += _sorted(bodies[node.name].nodes, bodies[node.name].depends)
         ordered.append(node)
     return tuple(ordered)
 
@@ -343,8 +346,7 @@ def _sorted(nodes: Sequence[Node], before: Mapping[str, Sequence[str]]) -> list[
 
     before: names that come first, of which those that are none of these nodes are there already.
     """
-    ordered: list[Node] = []
-    waiting = list(nodes)
+    ordered, waiting = list[Node](), list(nodes)
     while waiting:
         names = {node.name for node in waiting}
         ready = next((node for node in waiting if names.isdisjoint(before[node.name])), None)

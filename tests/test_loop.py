@@ -222,7 +222,7 @@ def test_what_a_tool_refuses_in_a_turn_ends_its_row():
     with pytest.raises(RecordError, match="record 1: turn 2 of 'turns': node 'a'"):
         CompoundSystem(
             ("x",), (*system.nodes, Node("z", Categorical(2, (1,)), ("count",)), Node("count", Tool(len), ("turns",)))
-        ).prepare([{"x": 0, "turns": [{}], "z": 0}, {"x": 1, "turns": [{}, {}], "z": 0}])
+        ).prepare([{"x": 0, "turns": [{}, {}], "z": 0}, {"x": 1, "turns": [{}, {}], "z": 0}])
 
 
 def test_a_condition_that_fails_names_itself():
@@ -268,6 +268,35 @@ def test_a_bad_loop_is_refused(make, message):
 def test_a_record_with_other_turns_is_refused(turns, message):
     with pytest.raises(RecordError, match=message):
         AGENT.prepare([RUNS[0], {"x": 0, "turns": turns, "answer": 0}])
+
+
+@pytest.mark.parametrize(
+    ("actions", "until", "message"),
+    [
+        ([0, 1], finished, "has 2 turns, but the condition .*:finished ends it with turn 1: leave out what follows"),
+        ([1, 0, 2], finished, "has 3 turns, but the condition .*:finished ends it with turn 2"),
+        ([1, 2], finished, "stops at turn 2 of 3, but the condition .*:finished does not end it there: add the turns"),
+        ([1, 2], None, "stops at turn 2 of 3, but it has no condition to end it: add the turns"),
+        ([1, 0], broken, "turn 1 of 'turns': the condition .*:broken for .* failed"),
+    ],
+)
+def test_turns_that_the_loop_cannot_make_are_refused(actions, until, message):
+    run = {"x": 0, "turns": [{"action": action} for action in actions], "answer": 0}
+    place = "" if until is broken else "record 0: node 'turns' "
+    with pytest.raises(RecordError, match=place + message):
+        agent(until=until).prepare([run])
+
+
+def seen_enough(turn):
+    return turn["seen"] == 5
+
+
+def test_the_end_of_recorded_turns_is_decided_with_what_tools_give():
+    """The condition reads a tool's value that the record lacks: 2 * action + 1."""
+    system, run = agent(until=seen_enough), {"x": 0, "answer": 0}
+    system.prepare([run | {"turns": [{"action": 1}, {"action": 2}]}, run | {"turns": [{"action": 1}] * 3}])
+    with pytest.raises(RecordError, match=r"record 0: node 'turns' has 2 turns, but .*seen_enough ends it with turn 1"):
+        system.prepare([run | {"turns": [{"action": 2}, {"action": 2}]}])
 
 
 def preferences(rows, seed=0):

@@ -68,7 +68,10 @@ def record(row):
     def side():
         if route == "short":
             return {"short": words(rng, 7)}
-        return {"turns": [{"said": words(rng, 7)} for _ in range(rng.integers(1, 4))]}
+        turns = [{"said": words(rng, 7)}]
+        while len(turns) < 3 and not enough(turns[-1]):
+            turns.append({"said": words(rng, 7)})
+        return {"turns": turns}
 
     return PreferenceRecord({"question": words(rng, 9), "route": route}, side(), side())
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -112,6 +113,24 @@ def test_what_only_branches_read_comes_behind_what_chooses_and_runs_where_it_is_
         ),
     )
     assert shared.flow.conditional == set()
+
+
+def last_of(*values):
+    return values[-1]
+
+
+def test_long_ways_are_built_and_decided_at_once():
+    """Each of 40 tools reads all earlier ones, and the last one is a branch, or chooses: 2 ** 39 ways lead to it."""
+    start = time.perf_counter()
+    links = tuple(Node(f"n{i}", Tool(last_of), ("x", *(f"n{j}" for j in range(i)))) for i in range(40))
+    ends = (Node("left", TWO, ("x",)), Node("right", TWO, ("x",)))
+    behind = CompoundSystem(("x",), (*links, *ends, Node("answer", Switch((0, 1)), ("x", "left", "n39"))))
+    assert behind.flow.conditional == {node.name for node in (*links, *ends)} - {"right"}
+    assert [behind.flow.runs("n0", {"x": x}) for x in range(2)] == [False, True]
+    choosing = CompoundSystem(("x",), (*links, *ends, Node("answer", Switch((0, 1)), ("n39", "left", "right"))))
+    assert choosing.flow.conditional == {"left", "right"}
+    assert choosing.flow.depends["left"] == ("x", "n39")
+    assert time.perf_counter() - start < 1
 
 
 def test_switches_nest():

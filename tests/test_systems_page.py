@@ -71,7 +71,7 @@ def test_a_recorded_run_is_prepared_and_has_a_log_probability(systems, title):
         where = record.setdefault(node.loop, [{}])[0] if node.loop else record
         # Of a router's two ways one is taken.
         if not node.deterministic and node.name != "short":
-            where[node.name] = 1 if isinstance(node.component, sj.Categorical) else TEXT
+            where[node.name] = 1 if isinstance(node.component, sj.Categorical) else "finish" if node.loop else TEXT
     features = system.prepare([record, record])
     params = jax.eval_shape(system.init, jax.random.key(0))
     logps = jax.eval_shape(system.log_prob, params, features, jax.random.key(1))

@@ -219,7 +219,7 @@ class PreferenceBatches:
         for number, row in prepare_in_groups(self.system, params, found, TOGETHER):
             if isinstance(row, RecordError):
                 raise RecordError(f"record {number}, counted from 0: {row}") from row
-            require_intermediates(self.system, row.held)
+            require_intermediates(self.system, row.held is not False)
             # Records may hold what no file can, and are there already.
             yield number, row._replace(record=PreferenceRecord({}, {}, {}))
 

@@ -22,6 +22,7 @@ from sysdpo_jax.components.tool_values import ToolValues
 from sysdpo_jax.data.files import Row, known_digest, read_rows, source_digest
 from sysdpo_jax.data.formats import Reader, States, call_reader, placed, reader_of, require_holdable
 from sysdpo_jax.data.prepared import (
+    UNDECIDED,
     Prepared,
     PreparedRows,
     about_system,
@@ -115,7 +116,7 @@ class Preferences(Sequence[PreferenceRecord]):
     @property
     def held(self) -> bool:
         """Whether the records hold the system's intermediate values; True where no system is known."""
-        return bool(self.rows.held[self.usable[0]])
+        return bool(self.rows.held[self.usable].all())
 
     def summary(self) -> str:
         """The counts in a line.
@@ -300,16 +301,19 @@ class _Pass:
             first = f" ({counts.errors[0]})" if counts.errors else ""
             raise RecordError(f"{self.source} holds no record{first}: give a file with at least one that can be used")
         rows = PreparedRows(parts)
-        # All are as the first one is, whichever process made it.
-        other = np.flatnonzero(rows.held != rows.held[0])
+        # All are as the first one is that says it, whichever process made it.
+        says = rows.held != UNDECIDED
+        holds = bool(rows.held[np.argmax(says)])
+        unlike = says & (rows.held != holds)
+        other = np.flatnonzero(unlike)
         for row in other.tolist():
             try:
                 assert self.system is not None
-                check_intermediates(self.system, rows.record(row), bool(rows.held[0]))
+                check_intermediates(self.system, rows.record(row), holds)
             except RecordError as error:
                 counts.kept -= 1
                 self._refuse(counts, int(rows.numbers[row]), error)
-        usable = np.flatnonzero(rows.held == rows.held[0])
+        usable = np.flatnonzero(~unlike)
         return Preferences(rows, usable, counts, str(self.source), system, about)
 
     def _refuse(self, counts: Counts, number: int, error: RecordError) -> None:

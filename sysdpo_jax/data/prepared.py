@@ -39,18 +39,20 @@ Axis = tuple[str, str]
 OPEN = 256
 # Ends the name of what says which rows a part has.
 INDEX = ".index.npz"
+# Beside 0 and 1 in it: a record in which no intermediate runs neither holds nor lacks any.
+UNDECIDED = -1
 
 
 class Prepared(NamedTuple):
     """A record ready for the step.
 
-    record: with what tools gave, where files can hold it. held: whether it has the intermediate values. features: of a
-    record that has them, at its own sizes; None where it has not, or where nothing could encode them. sizes: the
-    largest of both sides and all copies and runs.
+    record: with what tools gave, where files can hold it. held: whether it has the intermediate values, None where none
+    runs. features: of a record that does not lack them, at its own sizes; None where nothing could encode them. sizes:
+    the largest of both sides and all copies and runs.
     """
 
     record: PreferenceRecord
-    held: bool
+    held: bool | None
     features: Sides | None
     sizes: Mapping[Axis, int]
 
@@ -149,7 +151,7 @@ def write_part(
 
     about: JSON that is kept with them, asked for when all rows are written.
     """
-    numbers, held, sizes, kinds = list[int](), list[bool](), list[Mapping[Axis, int]](), list[int]()
+    numbers, held, sizes, kinds = list[int](), list[int](), list[Mapping[Axis, int]](), list[int]()
     routed = [] if system is None else routed_nodes(system)
     runs: list[list[int]] = []
     shapes: dict[str, int] = {}
@@ -157,7 +159,7 @@ def write_part(
     def noted() -> Iterable[Any]:
         for number, row in rows:
             numbers.append(number)
-            held.append(row.held)
+            held.append(UNDECIDED if row.held is None else row.held)
             sizes.append(row.sizes)
             found = [] if row.features is None else [row.features[side] for side in SIDES]
             own = kind(system, found) if system is not None and found else ""
@@ -171,7 +173,7 @@ def write_part(
     texts = {"axes": axes, "order": order, "routed": routed, "about": about()}
     told = {name: np.array(json.dumps(value)) for name, value in texts.items()}
     told["runs"] = np.array(runs, np.int32).reshape(count, len(routed))
-    columns = {"numbers": np.array(numbers, np.int64), "held": np.array(held, bool)}
+    columns: dict[str, np.ndarray] = {"numbers": np.array(numbers, np.int64), "held": np.array(held, np.int8)}
     columns |= {"kinds": np.array(kinds, np.int64), "shapes": np.array([*shapes], str)}
     # Those without features have no sizes; where a node did not run, what is computed in its stead has one place.
     whole = [[row.get(axis, 1 if row else 0) for axis in axes] for row in sizes]
@@ -194,8 +196,9 @@ def is_fresh(part: Path) -> bool:
 class PreparedRows:
     """The rows of parts that `write_part` made, by number; what says how to put them together is in memory.
 
-    numbers: of the rows of the source [rows]; held: whether they hold intermediate values [rows]; sizes [rows, axes];
-    kinds: rows of one number can be in a batch [rows]; runs: of `routed` nodes on both sides [rows, nodes].
+    numbers: of the rows of the source [rows]; held: whether they hold intermediate values, or UNDECIDED [rows]; sizes
+    [rows, axes]; kinds: rows of one number can be in a batch [rows]; runs: of `routed` nodes on both sides [rows,
+    nodes].
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -287,24 +290,26 @@ def _together(
     held = []
     for record in records:
         check_names(system, record)
-        held.append(check_intermediates(system, record))
-    if len(set(held)) > 1:
+        held.append(check_intermediates(system, record, known=known))
+    # A record in which no intermediate runs lacks none.
+    holds = held[0] is not False
+    if any((own is not False) != holds for own in held):
         raise RecordError("some of the records hold intermediate values")
     runs = [run for record in records for run in record.runs()]
-    filled = _with_tools(system, runs, held[0], known)
+    filled = _with_tools(system, runs, holds, known)
     try:
-        features = _features(system, params, filled, held[0])
+        features = _features(system, params, filled, holds)
     except RecordError as error:
-        raise _with_side(system, filled, held[0], error) from error
+        raise _with_side(system, filled, holds, error) from error
     tools = [node.name for node in system.nodes if node.deterministic]
     made = []
-    for record, run, other, row in zip(records, filled[::2], filled[1::2], features, strict=True):
+    for record, run, other, own_held, row in zip(records, filled[::2], filled[1::2], held, features, strict=True):
         sides = []
         for own, whole in ((record.chosen, run), (record.rejected, other)):
             # With what tools gave and files can hold as it is; turns have it inside them.
             lacking = [name for name in tools if name in system.bodies or name not in own]
             sides.append({**own, **{name: whole[name] for name in lacking if name in whole and is_plain(whole[name])}})
-        made.append(Prepared(PreferenceRecord(record.inputs, *sides), held[0], *row))
+        made.append(Prepared(PreferenceRecord(record.inputs, *sides), own_held, *row))
     return made
 
 

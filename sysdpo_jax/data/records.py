@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from sysdpo_jax.batch import PairBatch, share
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.tool import ToolError
 from sysdpo_jax.errors import meant
 from sysdpo_jax.graph import CompoundSystem, GraphError, Known
 from sysdpo_jax.structure import instead_of_plate
@@ -121,15 +123,27 @@ def check_names(system: CompoundSystem, record: PreferenceRecord) -> None:
                 raise RecordError(f"{side}, field {name!r}: {has} instead of a list of {plate}, one for each copy")
 
 
-def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: bool | None = None) -> bool:
+def check_intermediates(
+    system: CompoundSystem, record: PreferenceRecord, held: bool | None = None, known: Known | None = None
+) -> bool | None:
     """Whether the record holds the system's intermediate values; True for a system that has none.
 
-    held: whether those before it do. Raises `RecordError` naming a side that holds some of them and not others, or does
-    otherwise than what stands before it.
+    None where no intermediate runs in the record, and `held` is not given. held: whether those before it do. known: see
+    `CompoundSystem.complete`. Raises `RecordError` naming a side that holds some of them and not others, or does
+    otherwise than what stands before it; and `ToolError` for a side in which nobody can tell which of them run.
     """
-    names = [node.name for node in system.intermediates if not system.is_routed(node)]
+    if not system.intermediates:
+        return True
     for side in SIDES:
-        present = [name for name in names if name in getattr(record, side)]
+        values = getattr(record, side)
+        try:
+            names = _told_apart_by(system, {**record.inputs, **values}, known)
+        except ToolError as error:
+            raise error.at(side) from error.__cause__
+        if not names:
+            continue
+        # Tables have a null for what a row lacks.
+        present = [n for n in names if n in values and not (values[n] is None and system.is_routed(system.node(n)))]
         if present and len(present) < len(names):
             absent = ", ".join(name for name in names if name not in present)
             raise RecordError(
@@ -142,15 +156,36 @@ def check_intermediates(system: CompoundSystem, record: PreferenceRecord, held: 
                 "before: give them everywhere or nowhere"
             )
         held = whole
-    return bool(held)
+    return held
 
 
-def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord]) -> bool:
+def _told_apart_by(system: CompoundSystem, run: Record, known: Known | None) -> list[str]:
+    """The intermediates that tell a run with intermediate values from one without: those that surely run in it.
+
+    Where all stand behind switches these are asked, as far as inputs and tools that read nothing else decide.
+    """
+    names = [node.name for node in system.intermediates if not system.is_routed(node)]
+    if names or not all(name in run for name in system.inputs):
+        return names
+    read = {name for node in system.intermediates for name in system.flow.depends[node.name]}
+    tools = [node.name for node in system.given if node.name in read]
+    [made] = system.complete([run], tools, known)
+    if isinstance(made, ToolError):
+        raise made
+    for node in system.intermediates:
+        # What only an intermediate decides is left to `CompoundSystem.complete`.
+        with suppress(KeyError):
+            names += [node.name] if system.flow.runs(node.name, made) else []
+    return names
+
+
+def hold_intermediates(system: CompoundSystem, records: Sequence[PreferenceRecord], known: Known | None = None) -> bool:
     """`check_intermediates` of all records, True for none. Raises `RecordError` naming the row too."""
     held: bool | None = None
+    known = {} if known is None else known
     for row, record in enumerate(records):
         try:
-            held = check_intermediates(system, record, held)
+            held = check_intermediates(system, record, held, known)
         except RecordError as error:
             raise RecordError(f"record {row}: {error}") from None
     return held is None or held
@@ -234,7 +269,8 @@ def prepare_pairs(system: CompoundSystem, records: Sequence[PreferenceRecord], k
     Raises:
         RecordError: As `prepare` does, and for records without intermediates.
     """
-    require_intermediates(system, hold_intermediates(system, records))
+    known = {} if known is None else known
+    require_intermediates(system, hold_intermediates(system, records, known))
     return PairBatch(*share(system, prepare_sides(system, [record.runs() for record in records], known=known)))
 
 

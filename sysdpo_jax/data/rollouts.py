@@ -195,8 +195,8 @@ def draw_intermediates(
     """Search for likely sets of intermediate values.
 
     The first node spreads into `number` candidates (a language model's by its diverse beam search), each of which the
-    next ones continue with their likeliest value, or with more while no row has `number` sets. Sets that a tool
-    refuses, or skips, are left out.
+    next ones continue with their likeliest value, or with more while no row in which they run has `number` sets. Sets
+    that a tool refuses, or skips, are left out.
 
     Args:
         system: The graph.
@@ -236,11 +236,13 @@ def draw_intermediates(
         if node.deterministic:
             sets = _with_tool(system, node, sets, known)
             continue
-        rows = [row for row in chain.from_iterable(sets) if system.flow.runs(node.name, row)]
+        running = [[row for row in kept if system.flow.runs(node.name, row)] for kept in sets]
+        rows = list(chain.from_iterable(running))
         if not rows:
             continue
-        # Numbers that do not depend on how many distinct values each row has: nothing compiles anew.
-        longest = max(map(len, sets))
+        # Numbers that do not depend on how many distinct values each row has: nothing compiles anew. Rows in which the
+        # node never runs may have all their sets already.
+        longest = max(len(kept) for kept, own in zip(sets, running, strict=True) if own)
         filled = rows + [rows[-1]] * (size * longest - len(rows))
         columns = {name: [row[name] for row in filled] for name in node.parents}
         found = iter(system.node_candidates(node, params, columns, math.ceil(number / longest), key))

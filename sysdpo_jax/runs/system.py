@@ -90,14 +90,15 @@ def _check(system: SystemConfig) -> None:
     values = dict(_values(system))
     for place, node in values.items():
         whole = (isinstance(node, NodeConfig) and node.body) or None
-        remote = None if node.remote == RemoteConfig() else node.remote
-        kinds = [node.component, node.tool, remote, node.switch, whole]
+        kinds = [node.component, node.tool, None if node.remote == RemoteConfig() else node.remote, node.switch, whole]
         if sum(kind is not None for kind in kinds) != 1:
             raise ConfigError(f"{place}: give either a component, a tool, a remote model, a switch or a body")
         if node.component is not None and node.component not in system.components:
             near = meant(node.component, system.components)
             raise ConfigError(f"{place}.component {node.component!r} is not among the components: {near}")
         _refuse_beside(node, place)
+        chooser = values.get(f"{place.rpartition('.')[0]}.{node.switch}", system.nodes.get(node.switch or ""))
+        _refuse_booleans(node, chooser, place)
     used = {node.component for node in values.values()}
     roles: dict[str, list[str]] = {}
     for name, component in system.components.items():
@@ -138,7 +139,7 @@ def _values(system: SystemConfig) -> Iterator[tuple[str, ValueConfig]]:
 
 def _refuse_beside(node: ValueConfig, place: str) -> None:
     """Raise `ConfigError` for a field that says nothing of a node of this kind, or that the kind needs and lacks."""
-    whole, default = isinstance(node, NodeConfig) and node.body, NodeConfig()
+    whole = isinstance(node, NodeConfig) and node.body
     kind, own = ("loop", ("body", "turns", "until")) if whole else ("switch", ("switch", "branches"))
     if node.switch is None and not whole:
         others = [name for name in ("branches", "turns", "until") if getattr(node, name, None) is not None]
@@ -147,8 +148,7 @@ def _refuse_beside(node: ValueConfig, place: str) -> None:
                 f"{place}.{others[0]} is of a switch or a loop alone: leave it out, or give switch or body"
             )
         return
-    given = [each.name for each in fields(node) if getattr(node, each.name) != getattr(default, each.name)]
-    beside = [name for name in given if name not in own]
+    beside = _given(node, [each.name for each in fields(node) if each.name not in own])
     if beside:
         raise ConfigError(f"{place} is a {kind}, which has no {', '.join(beside)}: leave that out")
     needed = "turns" if whole else "branches"
@@ -156,6 +156,16 @@ def _refuse_beside(node: ValueConfig, place: str) -> None:
         raise ConfigError(f"{place}.{needed} must be given, because it is a {kind}")
     if not whole and not isinstance(node.branches, Mapping):
         raise ConfigError(f"{place}.branches is {node.branches!r}: give a mapping of values of {node.switch} to nodes")
+
+
+def _refuse_booleans(switch: ValueConfig, chooser: ValueConfig | None, place: str) -> None:
+    """Raise `ConfigError` for booleans as the cases of what a model says: inputs, tools and choices may be booleans."""
+    by_model = chooser is not None and (chooser.component is not None or chooser.remote != RemoteConfig())
+    if by_model and any(isinstance(case, bool) for case in switch.branches or ()):
+        raise ConfigError(
+            f"{place}.branches has a boolean, which the model of {switch.switch!r} does not say: quote it for a text, "
+            "because YAML reads yes, no, on and off without quotes as true and false"
+        )
 
 
 def _system(
@@ -257,8 +267,10 @@ def _observed(speaker: str, body: Mapping[str, ValueConfig]) -> tuple[str, ...]:
 
 def _ancestors(name: str, body: Mapping[str, ValueConfig]) -> set[str]:
     """What a node of a body reads within it, directly or through others."""
-    read = {parent for parent in body[name].parents if parent in body and parent != name}
-    return read.union(*(_ancestors(parent, body) for parent in read))
+    read = {name}
+    for _ in body:
+        read |= {parent for each in read for parent in body[each].parents if parent in body}
+    return read - {name}
 
 
 def _schemas(tools: str | Sequence[Mapping[str, Any]], field: str) -> Any:

@@ -130,6 +130,29 @@ def test_what_is_no_switch_or_loop_is_refused(path, name, changes, message):
         build_system(read_config(with_node(path, name, **changes)), sj.make_mesh())
 
 
+@pytest.mark.parametrize("place", ["system.nodes.answer", "system.nodes.turns.body.pick"])
+def test_cases_that_yaml_reads_as_booleans_are_refused_where_a_model_chooses(path, place):
+    config = yaml.safe_load(path.read_text())
+    nodes = config["system"]["nodes"]
+    branches = yaml.safe_load("{yes: state, no: action}" if "body" in place else "{yes: short, no: sum}")
+    where = nodes["turns"]["body"] if "body" in place else nodes
+    where[place.rpartition(".")[2]] = {"switch": "action" if "body" in place else "route", "branches": branches}
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=f"{place}.branches has a boolean, which the model of .*: quote it"):
+        build_system(read_config(path), sj.make_mesh())
+
+
+@pytest.mark.parametrize("chooser", ["x", "flag"])
+def test_booleans_of_inputs_and_tools_choose(path, chooser):
+    config = yaml.safe_load(path.read_text())
+    nodes = config["system"]["nodes"]
+    nodes["flag"] = {"tool": "builtins:bool", "parents": ["x"]}
+    nodes["answer"] = {"switch": chooser, "branches": {True: "short", False: "sum"}}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    system, _ = build_system(read_config(path), sj.make_mesh())
+    assert system.node("answer").component == sj.Switch((True, False))
+
+
 def test_a_loop_of_a_file_is_that_of_python(path):
     system, _ = build_system(read_config(path), sj.make_mesh())
     by_hand = sj.CompoundSystem(

@@ -1,6 +1,8 @@
 """Records without intermediates, and the intermediates drawn for them."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from sysdpo_jax import (
     Node,
     PreferenceRecord,
     RecordError,
+    SearchedBatches,
+    Switch,
     Tool,
     draw_intermediates,
     load_preferences,
@@ -23,6 +27,7 @@ from sysdpo_jax import (
     sampled_batch,
     without_intermediates,
 )
+from sysdpo_jax.data.intermediates import IntermediateSearch
 from sysdpo_jax.data.records import hold_intermediates
 from sysdpo_jax.models.decoder import Decoder, DecoderConfig
 from sysdpo_jax.values import distinct
@@ -92,6 +97,80 @@ def test_records_with_and_without_intermediates_are_told_apart():
 def test_mixed_records_are_refused_by_row(records, message):
     with pytest.raises(RecordError, match=message):
         prepare_pairs(SYSTEM, records)
+
+
+def way(x):
+    return ("a", "b", "c")[x]
+
+
+def ways():
+    """x chooses by a tool between da -> a, db -> b, and c, which has no intermediate value."""
+    table = Categorical(2, (3,))
+    drafts = (Node("da", table, ("x",)), Node("db", table, ("x",)))
+    end = Categorical(2, (2,))
+    ends = (Node("a", end, ("da",)), Node("b", end, ("db",)), Node("c", table, ("x",)))
+    answer = Node("answer", Switch(("a", "b", "c")), ("way", "a", "b", "c"))
+    return CompoundSystem(("x",), (Node("way", Tool(way), ("x",)), *drafts, *ends, answer))
+
+
+def of_way(x, whole):
+    """Both sides of a record, as a table has them: null where there is no value."""
+    end = way(x)
+    sides = ({"a": None, "b": None, "c": None, "da": None, "db": None} | {end: z} for z in (0, 1))
+    return PreferenceRecord({"x": x}, *({**side, f"d{end}": 1} if whole and end != "c" else side for side in sides))
+
+
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0, 1), (2, 1, 2)])
+def test_intermediates_that_all_stand_behind_switches_are_told_by_those_that_run(rows, tmp_path):
+    """Rows whose way has none are of either kind, wherever they stand: in memory and in a file."""
+    system = ways()
+    assert [node.name for node in system.intermediates if system.is_routed(node)] == ["da", "db"]
+    for whole in (True, False):
+        records = [of_way(x, whole) for x in rows]
+        assert hold_intermediates(system, records) == whole
+        path = tmp_path / f"{whole}.jsonl"
+        lines = [{"inputs": r.inputs, "chosen": r.chosen, "rejected": r.rejected} for r in records]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        read = load_preferences(path, system, cache=tmp_path / "cache")
+        assert (len(read), read.held) == (3, whole)
+    last = next(x for x in rows if x != 2)
+    for whole, word in ((True, "has"), (False, "lacks")):
+        message = f"record 3: chosen {word} the intermediate values d{way(last)}, unlike what stands before"
+        with pytest.raises(RecordError, match=message):
+            hold_intermediates(system, [*(of_way(x, not whole) for x in rows), of_way(last, whole)])
+    half = of_way(0, True)
+    with pytest.raises(RecordError, match="record 0: rejected lacks the intermediate values da"):
+        hold_intermediates(system, [replace(half, rejected=of_way(0, False).rejected)])
+
+
+def test_intermediates_are_searched_for_where_all_stand_behind_a_switch(tmp_path):
+    """Both drafts of a row's own way are found, and none of the other way."""
+    system, rows = ways(), [0, 1, 0, 1]
+    params = system.init(jax.random.key(3))
+    batches = SearchedBatches(system, [of_way(x, False) for x in rows], 4, seed=0, num_intermediates=2)
+    search = IntermediateSearch(batches, tmp_path)
+    batch = search.batch(0, lambda: params)
+    assert batch.valid.all()
+    order = [rows[row] for row in batches.rows_at(0)]
+    for name, x in (("da", 0), ("db", 1)):
+        np.testing.assert_array_equal(batch.intermediates[name].ran.all(1), [other == x for other in order])
+
+
+@pytest.mark.parametrize(("number", "routes"), [(4, 1), (8, 2)])
+def test_a_route_behind_what_fills_the_sets_is_its_likeliest_one(number, routes):
+    """As docs/systems.md says: four values fill four sets; of eight, each value has both routes, the likelier first."""
+    end = Categorical(2, (4,))
+    nodes = (
+        Node("wide", Categorical(4, (3,)), ("x",)),
+        Node("route", Categorical(2, (4,)), ("wide",)),
+        *(Node(name, end, ("wide",)) for name in "ab"),
+    )
+    system = CompoundSystem(("x",), (*nodes, Node("answer", Switch((0, 1)), ("route", "a", "b"))))
+    params = system.init(jax.random.key(5))
+    [sets] = draw_intermediates(system, params, [{"x": 0}], number, KEY)
+    likely = np.argsort(-np.asarray(params["route"]["logits"]), axis=-1)
+    found = {wide: [y["route"] for y in sets if y["wide"] == wide] for wide in range(4)}
+    assert found == {wide: likely[wide, :routes].tolist() for wide in range(4)}
 
 
 def test_a_file_of_final_values_is_read(tmp_path):
