@@ -164,6 +164,17 @@ def test_the_worked_example_is_trained_and_exported(place, capsys):
         transformers.AutoModelForCausalLM.from_pretrained(place / "aligned/experts" / expert)
 
 
+def test_recorded_traces_lead_to_a_dry_run(place, capsys):
+    shutil.copy(ROOT / "tests/traces/data/openai.spans.jsonl", place / "traces.jsonl")
+    (place / "small").rename(place / "my_model")
+    found = commands("docs/traces.md")
+    assert [name for name, *_ in found] == ["import", "train"]
+    run(found)
+    said = capsys.readouterr().out
+    assert "36 mapped, 0 refused by name" in said
+    assert "loss at step 0: 0.69" in said
+
+
 @pytest.mark.slow
 def test_the_chain_of_the_readme_with_a_configuration_of_ones_own(place, capsys):
     """The names in the commands stand for what a user has."""
