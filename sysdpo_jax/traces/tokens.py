@@ -68,17 +68,18 @@ def tokenizer_of(checkpoint: str, name: str) -> Any:
 def with_tokens(tokenizer: Any, name: str, spans: Sequence[Span]) -> Tokens:
     """The answers of a node's spans. Raises `ConfigError` for prompts that the tokenizer's chat template refuses."""
     try:
-        made = tokenized(tokenizer, (prompt_ids(tokenizer, span.prompt, row) for row, span in enumerate(spans)))
+        prompts = tokenized(tokenizer, (prompt_ids(tokenizer, span.prompt, row) for row, span in enumerate(spans)))
     except RecordError as error:
         raise ConfigError(f"the prompts of {name} do not fit its model: {error}") from None
-    asked = [prompt.ids for prompt in made]
+    asked = [prompt.ids for prompt in prompts]
     end = closing(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     ends = [tokenizer.eos_token_id, *(end.ends if end is not None else ())]
     counts = dict.fromkeys(("ids", "others", "same", "drifted", "unknown", "prompts_same", "prompts_drifted"), 0)
     plain = [span.answer or "" for span in spans]
     own = tokenizer(plain, add_special_tokens=False)["input_ids"]
     known = [row for row, span in enumerate(spans) if span.tokens is not None and max(span.tokens) < len(tokenizer)]
-    said = dict(zip(known, sampled_texts(tokenizer, [spans[row].tokens or () for row in known], ends), strict=True))
+    made = sampled_texts(tokenizer, [spans[row].tokens or () for row in known], ends) if known else []
+    said = dict(zip(known, made, strict=True))
     values = [said[row] if row in said and said[row] == text else text for row, text in enumerate(plain)]
     for row, span in enumerate(spans):
         recorded = span.counts[0] if span.prompt_tokens is None else list(span.prompt_tokens)
