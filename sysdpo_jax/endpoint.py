@@ -42,9 +42,13 @@ WORDS = {
 }
 # Bytes of an answer after decompression. A hundred thousand words of reasoning have less than a quarter of them.
 LONGEST_ANSWER = 4 * 2**20
+# Bytes of one that says nothing of its own in which words are looked for.
+LONGEST_SAID = 4096
 # Servers of which it was said in this process that they are waited for.
 _ANNOUNCED: set[str] = set()
 ENCODINGS = ("", "identity", "gzip", "deflate")
+# Characters of a key that is replaced in answers too: a shorter one, "none", is a word that an answer may well have.
+SECRET = 8
 # Seconds before the second try of a question, about twice as many before each next one, and at most.
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 # Seconds after the first try of a question at which no other one begins.
@@ -81,9 +85,10 @@ class Endpoint:
     """Asks the server at `url`.
 
     name: of the server, for messages. prefix: stands before url, model and the like where a user gives them.
-    key: sent as it is, "" for none; it is replaced in all errors. key_name: the environment variable that it is from.
-    timeout: seconds in which a request must be answered whole. retries: of a request, which end after `patience`
-    seconds. wanted: what its answers are, for messages. longest: bytes that one may have.
+    key: sent as it is, "" for none; where a server repeats it, in answers as in errors, it is replaced. key_name: the
+    environment variable that it is from. timeout: seconds in which a request must be answered whole. retries: of a
+    request, which end after `patience` seconds. wanted: what its answers are, for messages. longest: bytes that one
+    may have.
     """
 
     name: str
@@ -181,20 +186,20 @@ class Endpoint:
         except httpx.RequestError as error:
             raise Again(f"{type(error).__name__}: {error}".rstrip(": ")) from None
         if not response.is_success:
-            raise self._fault(response.status_code, f"{response.status_code} {_said(answer)}", response.headers)
+            raise self._fault(response.status_code, f"{response.status_code} {self._said(answer)}", response.headers)
         return read(answer, response.headers)
 
     def _read(self, answer: bytes, about: Mapping[str, str], read: Callable[[Any], T]) -> T:
         """about: the headers of the answer."""
         try:
-            completion = _as_object(answer)
+            completion = self._hidden(_as_object(answer))
             if fault := completion.get("error"):
-                raise self._fault(_code(fault), f"an error as its answer, {_said(answer)}", about)
+                raise self._fault(_code(fault), f"an error as its answer, {self._said(answer)}", about)
             return read(completion)
         except NoCompletionError:
             kind = about.get("Content-Type", "of no type")
             raise Again(
-                f"what answers is no {self.wanted}, but {kind}: {_said(answer)}; check {self.prefix}url"
+                f"what answers is no {self.wanted}, but {kind}: {self._said(answer)}; check {self.prefix}url"
             ) from None
 
     async def _whole(self, response: httpx.Response) -> bytes:
@@ -207,7 +212,7 @@ class Endpoint:
             if len(answer) > self.longest:
                 raise RefusedError(
                     f"the answer of {self.shown} has more than {self.longest} bytes and begins with "
-                    f"{_said(bytes(answer))}: limit it by {self.prefix}max_tokens, or check {self.prefix}url",
+                    f"{self._said(bytes(answer))}: limit it by {self.prefix}max_tokens, or check {self.prefix}url",
                     "the answer was too long",
                 )
         return bytes(answer)
@@ -251,6 +256,26 @@ class Endpoint:
     def _without_key(self, text: str) -> str:
         return text.replace(self.key, "...") if self.key else text
 
+    def _hidden(self, value: Any) -> Any:
+        """What an answer holds, without the key."""
+        if len(self.key) < SECRET:
+            return value
+        if isinstance(value, dict):
+            return {self._without_key(name): self._hidden(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._hidden(item) for item in value]
+        return self._without_key(value) if isinstance(value, str) else value
+
+    def _said(self, answer: bytes) -> str:
+        """The server's own words, where it has any, else the beginning of what came. Cut when the key is out."""
+        try:
+            found = json.loads(answer)
+            error = found.get("error") or found
+            said = error if isinstance(error, str) else error["message"]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            said = answer[:LONGEST_SAID].decode(errors="replace")
+        return repr(self._without_key(str(said))[:300])
+
 
 def _as_object(answer: bytes) -> dict[str, Any]:
     try:
@@ -277,17 +302,6 @@ def _code(error: Any) -> int:
     return 500
 
 
-def _said(answer: bytes) -> str:
-    """The server's own words, where it has any, else the beginning of what came."""
-    try:
-        found = json.loads(answer)
-        error = found.get("error") or found
-        said = error if isinstance(error, str) else error["message"]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        said = answer[:1000].decode(errors="replace")
-    return repr(str(said)[:300])
-
-
 def _retry_after(value: str) -> float:
     """Seconds of the header, which has seconds or a date; 0 for one that is past or cannot be read."""
     if value.strip().isdecimal():
@@ -300,7 +314,7 @@ def _retry_after(value: str) -> float:
     return max(0.0, (zoned - datetime.now(UTC)).total_seconds())
 
 
-def gathered(
+def concurrently(
     call: Callable[[T], Coroutine[Any, Any, R]],
     items: Sequence[T],
     parallel: int,

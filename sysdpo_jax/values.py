@@ -20,7 +20,8 @@ class SampledText(str):
     their tokens. What str's methods make of it, such as `upper()`, is a plain text.
 
     Attributes:
-        tokens: The ids that the model made, with the one that ended the text where there is one.
+        tokens: The ids that the model made, with the one that ended the text where there is one; none where nobody
+            told them, of a text of which it is known that it was cut.
         end: How the text ended.
         tokenizer: The fingerprint of the tokenizer whose ids they are, see `components.sampled_text`.
     """
@@ -52,14 +53,15 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given. Such an object without tokens is a plain text, as tables write it beside others."""
+    """What `to_json` was given. Such an object without tokens is a plain text, as tables write it beside others, unless
+    it was cut."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, Mapping):
         return value
     if TOKENS not in value or sampled_fault(value) is not None:
         return {name: from_json(item) for name, item in value.items()}
-    return SampledText(*(value[name] for name in FIELDS)) if value[TOKENS] else value[TEXT]
+    return SampledText(*(value[name] for name in FIELDS)) if value[TOKENS] or value[END] == "cut" else value[TEXT]
 
 
 def sampled_fault(value: Mapping[str, Any]) -> str | None:

@@ -76,10 +76,10 @@ def roll_out(config: Config) -> Path:
     total = config.samples * sum(len(prompts[start : start + config.chunk]) for start in mine)
 
     def chunk(start: int) -> list[tuple[str, Any]]:
-        """`run_batches` of a chunk, with the ids of the runs; of prompts that a tool refuses, the refusal alone.
+        """`run_batches` of a chunk, with the ids of the runs; of the first prompts that a tool refuses, that alone.
 
-        Those prompts are to be fixed, to which a file of runs would hold the command. Raises `RecordError` naming the
-        chunk.
+        Those prompts are to be fixed, to which a file of runs would hold the command: it is not begun with them. One
+        that has runs keeps the others of the chunk too. Raises `RecordError` naming the chunk.
         """
         part, size = prompts[start : start + config.chunk], config.chunk * config.samples
         names = [f"{start + place // config.samples}-{place % config.samples}" for place in range(size)]
@@ -93,7 +93,7 @@ def roll_out(config: Config) -> Path:
             among = f"{config.prompts}, among prompts {start + 1} to {start + len(part)}"
             raise RecordError(f"{among}: {error}") from error
         refused = [isinstance(run, ToolError) and run.refused and not run.skip for _, run in batch]
-        return [(names[place], run) for place, run in (batch[-1:] if any(refused) else batch)]
+        return [(names[place], run) for place, run in (batch[-1:] if any(refused) and not file.made else batch)]
 
     with Board() as board, board.phase("runs", len(file.made), total) as report:
         for start in mine:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +19,15 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from sysdpo_jax.components.base import Component, LogProbs, RecordError, batch_size
-from sysdpo_jax.components.remote_cache import RemoteCache
+from sysdpo_jax.components.remote_cache import CacheError, RemoteCache
 from sysdpo_jax.components.remote_requests import (
     PATHS,
-    Asking,
     BudgetError,
     Kind,
     Limits,
     NotAskedError,
-    Request,
+    PaidRequests,
+    RemoteRequest,
     asked_of,
     value_of,
 )
@@ -148,7 +149,8 @@ class RemoteModel(Component):
             key: Of the seeds: one for all rows, or one a row.
 
         Returns:
-            A text or a picture for each row. A chat's answer with calls of tools is a list of the one message.
+            A text or a picture for each row, a `SampledText` without tokens of a text that was cut at max_tokens. A
+            chat's answer with calls of tools is a list of the one message.
 
         Raises:
             ToolError: The first row that has none, whatever on_error says.
@@ -172,13 +174,16 @@ class RemoteModel(Component):
         made: list[Any] = [None] * rows
         for row, values in enumerate(zip(*parents.values(), strict=True)):
             try:
-                made[row] = Request(self._body(values, row, draws[row]), draws[row])
+                made[row] = RemoteRequest(self._body(values, row, draws[row]), draws[row])
             except RecordError as error:
                 made[row] = ToolError(str(error), self.on_error == "skip", refused=True)
-        asked = [one for one in made if isinstance(one, Request)]
-        asking = Asking(self._endpoint(), self.kind, self._cache(), self._limits, self.on_error == "stop")
-        answers = iter(asking.answers(asked, self.concurrency))
-        return [self._outcome(next(answers)) if isinstance(one, Request) else one for one in made]
+        asked = [one for one in made if isinstance(one, RemoteRequest)]
+        paid = PaidRequests(self._endpoint(), self.kind, self._cache(), self._limits, self.on_error == "stop")
+        try:
+            answers = iter(paid.answers(asked, self.concurrency))
+        except CacheError as error:
+            answers = repeat(error)
+        return [self._outcome(next(answers)) if isinstance(one, RemoteRequest) else one for one in made]
 
     def _outcome(self, answer: Any) -> Any:
         """The value of an answer, or the `ToolError` of whatever came in its place."""
@@ -187,13 +192,14 @@ class RemoteModel(Component):
             if isinstance(answer, Exception):
                 raise answer
             return value_of(self.kind, answer)
-        except BudgetError as error:
-            # Whatever else may be left out: the budget is for all.
+        except (BudgetError, CacheError) as error:
+            # Whatever else may be left out: budget and cache are for all.
             return ToolError(str(error))
         except NotAskedError as error:
             return NotCalledError(str(error))
         except (RefusedError, RecordError) as error:
-            return ToolError(f"{self.shown}: {error}", skip, refused=True)
+            said = str(error) if str(error).startswith(self.shown) else f"{self.shown}: {error}"
+            return ToolError(said, skip, refused=True)
         except ConfigError as error:
             return ToolError(str(error), skip)
 

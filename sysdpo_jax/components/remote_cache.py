@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sysdpo_jax.errors import DamagedFileError
+from sysdpo_jax.errors import ConfigError
 
 # Seconds that one process waits for another that writes.
 WAIT = 60.0
@@ -22,6 +22,10 @@ SPEND = """
 INSERT INTO spent VALUES (?, 1, ?)
 ON CONFLICT (model) DO UPDATE SET calls = calls + 1, tokens = tokens + excluded.tokens
 """
+
+
+class CacheError(ConfigError):
+    """The answers that are kept cannot be read, or none can be kept: says where, why and what to do."""
 
 
 class Spent(NamedTuple):
@@ -58,19 +62,24 @@ class RemoteCache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
-            # What was asked may be private: the file is its owner's from the beginning.
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                # What was asked may be private: the file is its owner's from the beginning.
+                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             with closing(sqlite3.connect(self.path, timeout=WAIT)) as file:
                 for table in TABLES:
                     file.execute(table)
                 yield file
+        except (OSError, sqlite3.OperationalError) as error:
+            raise CacheError(
+                f"the answers of remote models cannot be kept in {self.path} ({error}): make room and give leave to "
+                "write there, or name another file as cache"
+            ) from error
         except sqlite3.DatabaseError as error:
-            raise DamagedFileError(
-                f"the answers of remote models in {self.path} cannot be read or written ({error}): move the file away, "
-                "or name another cache"
+            raise CacheError(
+                f"the answers of remote models in {self.path} are damaged ({error}): move the file away, or name "
+                "another one as cache"
             ) from error
 
 

@@ -4,6 +4,9 @@ import asyncio
 import base64
 import binascii
 import json
+import logging
+import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,9 +18,10 @@ from PIL import Image
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.conversations import MESSAGES, TOOLS, is_messages, kind, read_tools
 from sysdpo_jax.components.images import as_png, open_picture
-from sysdpo_jax.components.remote_cache import RemoteCache, Spent, request_id
-from sysdpo_jax.endpoint import Again, Endpoint, NoCompletionError, RefusedError, gathered
+from sysdpo_jax.components.remote_cache import CacheError, RemoteCache, Spent, request_id
+from sysdpo_jax.endpoint import Again, Endpoint, NoCompletionError, RefusedError, concurrently
 from sysdpo_jax.errors import ConfigError
+from sysdpo_jax.values import SampledText
 
 Kind = Literal["chat", "completion", "image"]
 # Below the server's address.
@@ -26,8 +30,15 @@ PATHS: Mapping[Kind, str] = {
     "completion": "/completions",
     "image": "/images/generations",
 }
-# Seconds after which a request that has no room looks for it again.
+# Seconds after which a request that has no room, or waits for its like, looks again.
 POLL = 0.02
+# Of this process, whatever calls they are of: requests that are taken care of, by cache and name, and how many are
+# made, by cache and model. What is there is changed and counted under the lock.
+_TAKEN: set[tuple[str, str]] = set()
+_UNDER_WAY: Counter[tuple[str, str]] = Counter()
+_LOCK = threading.Lock()
+
+logger = logging.getLogger(__name__)
 # What servers say of an answer that they did not come to the end of by a fault of their own, and of one withheld.
 BROKEN, FILTERED = ("error", "abort"), ("content_filter",)
 
@@ -47,7 +58,7 @@ class Limits(NamedTuple):
     tokens: int | None
 
 
-class Request(NamedTuple):
+class RemoteRequest(NamedTuple):
     """A request's body, and what tells it from samples of the same."""
 
     body: Mapping[str, Any]
@@ -114,16 +125,17 @@ def value_of(kind_: Kind, answer: Mapping[str, Any]) -> Any:
         raise RefusedError("all of max_tokens went into its reasoning: raise max_tokens", "the answer was cut")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    if answer["finish_reason"] == "length":
+        return SampledText(str(content), (), "cut", "")
     return str(content)
 
 
 @dataclass
-class Asking:
+class PaidRequests:
     """Answers to many requests: those that are kept, and, within the budget, those that are asked for.
 
-    endpoint: of the model. kind: of what it makes. cache: where answers are kept. stops: whether a server
-    that fails for good is asked no more. ended: why no request begins any
-    more. under_way: requests whose answers have not come yet.
+    endpoint: of the model. kind: of what it makes. cache: where answers are kept. stops: whether a server that fails
+    for good is asked no more. ended: why no request begins any more. told: whether an answer says so.
     """
 
     endpoint: Endpoint
@@ -131,14 +143,14 @@ class Asking:
     cache: RemoteCache
     limits: Limits
     stops: bool
-    ended: str = ""
-    under_way: int = 0
+    ended: ConfigError | None = None
+    told: bool = False
 
-    def answers(self, requests: Sequence[Request], parallel: int) -> list[Any]:
-        """For each request what is kept of its answer, or the error. Equal ones are asked once.
+    def answers(self, requests: Sequence[RemoteRequest], parallel: int) -> list[Any]:
+        """For each request what is kept of its answer, or the error. Equal ones are asked once, by the whole process.
 
-        At the end of the budget and, where an error stops, after one that is not of one request alone, no other request
-        begins; those under way are finished.
+        At the end of the budget, where answers cannot be kept and, where an error stops, after one that is not of one
+        request alone, no other request begins; those under way are finished. Raises `CacheError`.
         """
         shown = str(self.endpoint.below(PATHS[self.kind]).copy_with(query=None))
         names = [request_id(shown, request.body, request.draw) for request in requests]
@@ -149,51 +161,87 @@ class Asking:
             connections = self.endpoint.connections(parallel)
 
             async def ask(name: str) -> Any:
-                return await self._answer(connections, name, bodies[name])
+                return await self._taken(connections, name, bodies[name])
 
-            made |= zip(waiting, gathered(ask, waiting, parallel, connections.aclose), strict=True)
+            made |= zip(waiting, concurrently(ask, waiting, parallel, connections.aclose), strict=True)
         return [made[name] for name in names]
 
-    async def _answer(self, connections: httpx.AsyncClient, name: str, body: Mapping[str, Any]) -> Any:
-        over = None if self.ended else self._over()
-        while not self.ended and over is not None and self.under_way:
-            # Those under way may come to nothing, and leave room.
+    async def _taken(self, connections: httpx.AsyncClient, name: str, body: Mapping[str, Any]) -> Any:
+        """The answer to a request that no other call of this process makes at the same time."""
+        place = (str(self.cache.path.resolve()), name)
+        while not _add(place):
             await asyncio.sleep(POLL)
-            over = self._over()
-        if self.ended:
-            return NotAskedError(f"not asked after this: {self.ended}")
-        if over is not None:
-            self.ended = str(over)
-            return over
+        try:
+            found = self.cache.find(name)
+            return await self._answer(connections, name, body) if found is None else found
+        except CacheError as error:
+            return self._end(error)
+        finally:
+            _TAKEN.discard(place)
+
+    async def _answer(self, connections: httpx.AsyncClient, name: str, body: Mapping[str, Any]) -> Any:
+        while (over := self._begin()) is not None:
+            if self.ended is None and self._under_way:
+                # Those under way may come to nothing, and leave room.
+                await asyncio.sleep(POLL)
+                continue
+            return self._end(over)
 
         def keep(answer: Any) -> Any:
             found, tokens = stored(self.kind, answer), tokens_of(answer)
             # Before anything else can go wrong: it is paid for.
-            self.cache.keep(name, self.endpoint.shown, found, tokens or 0)
+            try:
+                self.cache.keep(name, self.endpoint.shown, found, tokens or 0)
+            except CacheError as error:
+                logger.warning("an answer of %s is used and not kept: %s", self.endpoint.shown, error)
+                self.ended = self.ended or error
             if tokens is None and self.limits.tokens is not None:
-                self.ended = (
+                self.ended = self.ended or BudgetError(
                     f"{self.endpoint.shown} counts no tokens, by which max_total_tokens could end it: use max_calls"
                 )
             return found
 
-        self.under_way += 1
         try:
             return await self.endpoint.ask(connections, self.endpoint.below(PATHS[self.kind]), body, keep)
         except RefusedError as error:
             return error
         except ConfigError as error:
-            if self.stops:
-                self.ended = self.ended or str(error)
-            return error
+            return self._end(error) if self.stops else error
         finally:
-            self.under_way -= 1
+            with _LOCK:
+                _UNDER_WAY[self._account] -= 1
+
+    @property
+    def _account(self) -> tuple[str, str]:
+        return str(self.cache.path.resolve()), self.endpoint.shown
+
+    @property
+    def _under_way(self) -> int:
+        return _UNDER_WAY[self._account]
+
+    def _end(self, error: ConfigError) -> ConfigError:
+        """Begin no other request. The error where no answer has told it yet, else that this one was not asked for."""
+        if self.ended is None:
+            self.ended = error
+        if self.told and error is self.ended:
+            return NotAskedError(f"not asked after this: {error}")
+        self.told = self.told or error is self.ended
+        return error
+
+    def _begin(self) -> ConfigError | None:
+        """Count one more request that is under way, or say why there is none."""
+        with _LOCK:
+            over = self.ended or self._over()
+            if over is None:
+                _UNDER_WAY[self._account] += 1
+            return over
 
     def _over(self) -> BudgetError | None:
         calls, tokens = self.limits
         if calls is None and tokens is None:
             return None
         spent = self.cache.spent(self.endpoint.shown)
-        if calls is not None and spent.calls + self.under_way >= calls:
+        if calls is not None and spent.calls + self._under_way >= calls:
             return self._used_up(f"max_calls {calls}", spent)
         if tokens is not None and spent.tokens >= tokens:
             return self._used_up(f"max_total_tokens {tokens}", spent)
@@ -204,6 +252,14 @@ class Asking:
             f"the budget of {self.endpoint.shown} is used up, {limit}: {spent.calls} answers of {spent.tokens} tokens "
             f"are kept in {self.cache.path}; raise it, and what is missing is asked"
         )
+
+
+def _add(place: tuple[str, str]) -> bool:
+    """Whether the request was free to be taken care of."""
+    with _LOCK:
+        free = place not in _TAKEN
+        _TAKEN.add(place)
+        return free
 
 
 def _picture(answer: Mapping[str, Any]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import httpx
 
-from sysdpo_jax.endpoint import Endpoint, gathered
+from sysdpo_jax.endpoint import Endpoint, concurrently
 from sysdpo_jax.errors import ConfigError, meant
 from sysdpo_jax.serving.engines import ENGINES, AnswerError, Completion, Engine, Question, Request
 
@@ -92,7 +92,7 @@ class Server:
             return await endpoint.ask(connections, self._at(path), body, read)
 
         with _as_serving_errors():
-            return gathered(one, requests, self.parallel, connections.aclose)
+            return concurrently(one, requests, self.parallel, connections.aclose)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load LoRA factors in PEFT's layout. Raises `ServingError`."""
@@ -123,7 +123,7 @@ class Server:
             await endpoint.tell(connections, self._at(path), body)
 
         try:
-            gathered(tell, [request], 1, connections.aclose)
+            concurrently(tell, [request], 1, connections.aclose)
         except ConfigError as error:
             if done and done in str(error):
                 return

@@ -1,6 +1,7 @@
 """Remote models and servers in a configuration: fields, commands, and where the key is not."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -54,6 +55,42 @@ def test_rollouts_ask_once_and_write_no_key(tmp_path):
         assert run["outputs"]["said"] == f"{run['inputs']['text']} by {run['outputs']['route']}".upper()
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "runs.jsonl").read_text()
     assert_nowhere(tmp_path, SECRET)
+
+
+def test_a_question_that_is_refused_leaves_the_complete_runs(tmp_path, capsys):
+    """Of a file that is begun, those of its own chunk too; the command goes on when the question is let through."""
+
+    class Strict(Answers):
+        strict = True
+
+        def answer(self, body):
+            if self.strict and "question 3" in body["messages"][-1]["content"]:
+                return {"error": {"message": "not that", "code": 400}}
+            return super().answer(body)
+
+    answers, prompts = Strict(), tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"q": row % 2, "text": f"question {row}"}) + "\n" for row in range(6)))
+    with serving(answers) as url:
+        file, output = tmp_path / "run.yaml", tmp_path / "runs.jsonl"
+        file.write_text(yaml.safe_dump(config(url, tmp_path / "answers.sqlite")))
+        command = ["rollout", "--system", str(file), "--prompts", str(prompts), "--samples", "2", "--chunk", "2"]
+        command += ["--output", str(output), "--compilation-cache", "none"]
+        with pytest.raises(SystemExit):
+            dispatch(command)
+        assert re.search(r"prompt 4, sample [12]: node 'said': the model 'm' at .*not that", capsys.readouterr().err)
+        names = [json.loads(line)["id"] for line in output.read_text().splitlines()]
+        assert names == [
+            "0-0",
+            "0-1",
+            "1-0",
+            "1-1",
+            "2-0",
+            "2-1",
+        ]
+        answers.strict = False
+        dispatch(command)
+    assert len(output.read_text().splitlines()) == 12
+    assert len(answers.delivered) == 12 + 2
 
 
 @pytest.mark.parametrize(

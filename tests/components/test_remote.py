@@ -21,7 +21,9 @@ import pytest
 from PIL import Image
 
 import sysdpo_jax as sj
+from sysdpo_jax.components.remote_cache import CacheError, RemoteCache
 from sysdpo_jax.components.tool import ToolError
+from sysdpo_jax.values import from_json, to_json
 
 KEY = jax.random.key(0)
 SECRET = "sk-this-is-never-written-5f2c"
@@ -229,6 +231,48 @@ def test_the_key_goes_to_the_server_alone(tmp_path, caplog):
     sj.RemoteModel("http://127.0.0.1:1/v1?api-version=2026-01-01", "m")
 
 
+@pytest.mark.parametrize("key", [SECRET, 'sk-with/a"slash+0123'])
+def test_a_key_that_the_server_repeats_is_in_no_value_and_no_file(key, tmp_path, monkeypatch):
+    """As a proxy does that shows what it was sent; JSON may write the key's characters in other ways than they are."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    class Mirror(Answers):
+        def answer(self, body):
+            said = f"your header was Bearer {key}, {body['messages'][0]['content']}"
+            call = {"id": key, "type": "function", "function": {"name": "look", "arguments": json.dumps({"key": key})}}
+            message = {"content": said, "tool_calls": [call]} if "call" in said else {"content": said}
+            return {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"total_tokens": 3}}
+
+    with serving(Mirror()) as url:
+        values = remote(url, tmp_path).outcomes({"x": ["a", "call"]}, KEY)
+    assert values[0] == "your header was Bearer ..., a"
+    [message] = values[1]
+    assert message["tool_calls"][0]["id"] == "..."
+    for form in (key, json.dumps(key)[1:-1], key.replace("/", "\\/")):
+        assert form not in json.dumps(values)
+        assert form not in repr(values)
+        assert_nowhere(tmp_path, form)
+
+
+def test_a_word_that_stands_for_no_key_may_be_answered(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "NONE")
+    with serving(Answers()) as url:
+        assert remote(url, tmp_path).sample({}, {"x": ["none of it"]}, KEY) == ["NONE OF IT"]
+
+
+def test_of_a_fault_with_the_key_at_its_end_no_part_is_said(tmp_path):
+    """What is said of an error is cut, but not within the key."""
+
+    class Faults(Answers):
+        def answer(self, body):
+            return {"error": {"message": "x" * 290 + SECRET, "code": 400}}
+
+    with serving(Faults()) as url:
+        [outcome] = remote(url, tmp_path).outcomes({"x": ["a"]}, KEY)
+    assert "xxx" in str(outcome)
+    assert SECRET[:6] not in str(outcome)
+
+
 def test_what_a_budget_leaves_is_kept_and_goes_on(tmp_path):
     answers = Answers()
     with serving(answers) as url:
@@ -415,11 +459,111 @@ def test_searched_intermediates_are_refused(tmp_path):
         sj.draw_intermediates(system, params, [{"q": 0, "text": "a"}], 2, KEY)
 
 
+def test_equal_requests_of_two_threads_are_one(tmp_path):
+    answers, made = Answers({"slow": 1.0}, slow=8.0), [None, None]
+    with serving(answers) as url:
+
+        def ask(place):
+            made[place] = remote(url, tmp_path, max_calls=3).outcomes({"x": ["a", "b", "c"]}, KEY)
+
+        threads = [threading.Thread(target=ask, args=(place,)) for place in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert made == [["A", "B", "C"]] * 2
+    assert len(answers.asked) == 3
+
+
+def test_a_budget_is_that_of_all_threads(tmp_path):
+    answers, made = Answers({"slow": 1.0}, slow=4.0), []
+    with serving(answers) as url:
+
+        def ask(letter):
+            rows = {"x": [f"{letter}{number}" for number in range(6)]}
+            made.extend(remote(url, tmp_path, max_calls=5).outcomes(rows, KEY))
+
+        threads = [threading.Thread(target=ask, args=(letter,)) for letter in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(answers.asked) == 5
+    assert sum(isinstance(value, str) for value in made) == 5
+
+
+def test_a_request_that_failed_in_one_thread_is_made_by_the_other(tmp_path):
+    class Once(Answers):
+        def answer(self, body):
+            if len(self.asked) == 1:
+                return {"error": {"message": "this once", "code": 400}}
+            return super().answer(body)
+
+    answers, made = Once({"slow": 1.0}, slow=8.0), []
+    with serving(answers) as url:
+        threads = [
+            threading.Thread(target=lambda: made.extend(remote(url, tmp_path).outcomes({"x": ["a"]}, KEY)))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(type(value).__name__ for value in made) == ["ToolError", "str"]
+    assert len(answers.asked) == 2
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_an_answer_that_was_cut_says_so(kind, tmp_path):
+    class Cut(Answers):
+        def answer(self, body):
+            made = super().answer(body)
+            made["choices"][0]["finish_reason"] = "length"
+            return made
+
+    with serving(Cut()) as url:
+        system = system_of(remote(url, tmp_path, kind=kind, max_tokens=1))
+        [run] = sj.rollout(system, system.init(KEY), prompts(1), KEY)
+    assert run["said"] == run["text"].upper()
+    assert (run["said"].end, run["said"].tokens) == ("cut", ())
+    read = from_json(json.loads(json.dumps(to_json(run["said"]))))
+    assert (read, read.end) == (run["said"], "cut")
+
+
 def test_a_damaged_cache_is_named(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "answers.sqlite").write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(ValueError, match=r"answers\.sqlite cannot be read or written .*: move the file away"):
+    with pytest.raises(ToolError, match=r"answers\.sqlite are damaged .*: move the file away"):
         remote("http://127.0.0.1:9", tmp_path).sample({}, {"x": ["a"]}, KEY)
+
+
+@pytest.mark.parametrize("place", ["file/cache.sqlite", "."], ids=["a folder that is a file", "a folder"])
+def test_a_cache_that_cannot_be_made_is_named_with_its_node(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    component = sj.RemoteModel("http://127.0.0.1:9", "m", cache=str(tmp_path / place), on_error="skip")
+    system = system_of(component)
+    with pytest.raises(ToolError, match=r"node 'said'.*cannot be kept in .*: make room .* as cache"):
+        sj.rollout(system, system.init(KEY), prompts(2), KEY)
+
+
+def test_a_disk_that_fills_up_loses_nothing_that_was_paid(tmp_path, monkeypatch, caplog):
+    """The answers under way are used; no other request begins, and the first of those says why."""
+    keep, kept = RemoteCache.keep, []
+
+    def full(cache, *args):
+        kept.append(args)
+        if len(kept) > 3:
+            raise CacheError("disk full")
+        keep(cache, *args)
+
+    monkeypatch.setattr(RemoteCache, "keep", full)
+    answers = Answers()
+    with serving(answers) as url:
+        system = system_of(remote(url, tmp_path, concurrency=2, on_error="skip"))
+        with pytest.raises(ToolError, match=r"node 'said'.*disk full") as raised:
+            sj.rollout(system, system.init(KEY), prompts(20), KEY)
+        assert len(raised.value.records) == len(answers.asked) == len(kept) < 7
+        assert "is used and not kept: disk full" in caplog.text
 
 
 def test_settings_that_cannot_be(tmp_path):
