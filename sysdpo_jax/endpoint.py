@@ -3,9 +3,10 @@
 import asyncio
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
@@ -85,8 +86,8 @@ class Endpoint:
     """Asks the server at `url`.
 
     name: of the server, for messages. prefix: stands before url, model and the like where a user gives them.
-    key: sent as it is, "" for none; where a server repeats it, in answers as in errors, it is replaced. key_name: the
-    environment variable that it is from. timeout: seconds in which a request must be answered whole. retries: of a
+    key_name: the environment variable with the key, which is sent as it is, if there is one; where a server repeats it,
+    in answers as in errors, it is replaced. timeout: seconds in which a request must be answered whole. retries: of a
     request, which end after `patience` seconds. wanted: what its answers are, for messages. longest: bytes that one
     may have.
     """
@@ -94,7 +95,6 @@ class Endpoint:
     name: str
     prefix: str
     url: str
-    key: str = field(repr=False)
     key_name: str
     timeout: float
     retries: int
@@ -109,8 +109,18 @@ class Endpoint:
             raise ConfigError(f"{self.prefix}url {self.url!r} is no address ({error}): fix it") from None
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(f"{self.prefix}url is {self.url!r}: begin it with http:// or https:// and a host")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.key_name):
+            # It is not said: who mistakes the field for the key itself gives that.
+            raise ConfigError(
+                f"{self.prefix}key is no name of an environment variable: put it into one, and give its name"
+            )
         if not self.key.isascii() or not self.key.isprintable():
             raise ConfigError(f"the environment variable {self.key_name} holds characters that no API key has")
+
+    @property
+    def key(self) -> str:
+        """As it is in the environment now: nothing holds it that could be written."""
+        return os.environ.get(self.key_name, "").strip()
 
     def below(self, path: str) -> httpx.URL:
         """Where requests of a kind go, "/chat/completions": below the address that OpenAI's client would be given."""

@@ -19,13 +19,14 @@ from sysdpo_jax.errors import ConfigError
 GOOD = {"choices": [{"message": {"content": "7"}}]}
 
 
-def client(url="http://judge/v1", key="sk-key", timeout=5.0, retries=2, **more):
-    return Endpoint("the judge", "judge.", url, key, "JUDGE_KEY", timeout, retries, **more)
+def client(url="http://judge/v1", key="JUDGE_KEY", timeout=5.0, retries=2, **more):
+    return Endpoint("the judge", "judge.", url, key, timeout, retries, **more)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.0)
+    monkeypatch.setenv("JUDGE_KEY", "sk-key")
 
 
 def content(completion):
@@ -196,7 +197,7 @@ def test_redirections_are_not_followed(status):
 
 
 @pytest.mark.parametrize("status", [200, 307, 400, 401, 429, 500])
-def test_the_key_is_in_no_error(status):
+def test_the_key_is_in_no_error(status, monkeypatch):
     """Whatever repeats it: the server's words, the address, a redirection."""
     echo = response(status, {"error": {"message": "sk-key is wrong"}}, Location="http://elsewhere/?key=sk-key")
     found, _ = asked([echo], url="http://user:pass@judge/v1?token=hidden")
@@ -205,14 +206,25 @@ def test_the_key_is_in_no_error(status):
         assert secret not in str(found)
     assert "http://judge/v1" in str(found)
     assert "sk-key" not in repr(client())
+    monkeypatch.setenv("JUDGE_KEY", "sec\nret")
     with pytest.raises(ConfigError, match="JUDGE_KEY holds characters that no API key has") as refused:
-        client(key="sec\nret")
+        client()
     assert "ret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["sk-live-0123456789", "", "$OPENAI_API_KEY", "Bearer x"])
+def test_a_key_in_the_place_of_its_name_is_not_repeated(key):
+    with pytest.raises(
+        ConfigError, match=r"judge\.key is no name of an environment variable: put the key into"
+    ) as found:
+        client(key=key)
+    assert not key or key not in str(found.value)
 
 
 def test_the_key_is_sent_to_the_judge(monkeypatch):
     async def header(key):
-        async with client(key=key).connections(1) as connections:
+        monkeypatch.setenv("JUDGE_KEY", key)
+        async with client().connections(1) as connections:
             return connections.build_request("POST", "http://judge").headers.get("Authorization")
 
     assert asyncio.run(header("sk-key")) == "Bearer sk-key"

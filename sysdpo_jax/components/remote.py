@@ -5,7 +5,6 @@ it is drawn, so that a record must hold what it said: nothing asks it again for 
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -228,11 +227,8 @@ class RemoteModel(Component):
         return f"the model {self.model!r}"
 
     def _endpoint(self) -> Endpoint:
-        key = os.environ.get(self.key, "").strip()
         answers = {"chat": "chat completion", "completion": "completion", "image": "picture"}[self.kind]
-        return Endpoint(
-            self.shown, "its ", self.url, key, self.key, self.timeout, self.retries, answers, PATIENCE, LONGEST
-        )
+        return Endpoint(self.shown, "its ", self.url, self.key, self.timeout, self.retries, answers, PATIENCE, LONGEST)
 
     def _cache(self) -> RemoteCache:
         return RemoteCache(user_cache() / "remote.sqlite" if self.cache == "user" else Path(self.cache))

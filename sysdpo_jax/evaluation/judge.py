@@ -1,7 +1,6 @@
 """A judge behind HTTP: a model that is asked for the score of a run, by a file with the run's values in braces."""
 
 import base64
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -107,8 +106,7 @@ def make_judge(config: JudgeConfig, field: str) -> "Judge":
     """The judge that is configured; its template is read. field: its place, for errors. Raises `ConfigError`."""
     if not config.url or not config.model or not config.template:
         raise ConfigError(f"{field}: a judge needs url, model and template")
-    key = os.environ.get(config.key, "").strip()
-    client = Endpoint("the judge", "judge.", config.url, key, config.key, config.timeout, config.retries)
+    client = Endpoint("the judge", "judge.", config.url, config.key, config.timeout, config.retries)
     template = read_template(config.template, f"{field}.template")
     return Judge(config, template, Form(config.answer, *config.range), client)
 

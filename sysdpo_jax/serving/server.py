@@ -1,6 +1,5 @@
 """A server of language models: many questions at a time, and the few requests by which it gets parameters."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,9 +140,8 @@ class Server:
         return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1") + path)
 
     def _endpoint(self) -> Endpoint:
-        key = os.environ.get(self.key, "").strip()
         return Endpoint(
-            "the server", self.place, self.url, key, self.key, self.timeout, self.retries, "sampled text", PATIENCE
+            "the server", self.place, self.url, self.key, self.timeout, self.retries, "sampled text", PATIENCE
         )
 
 

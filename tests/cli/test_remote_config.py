@@ -97,6 +97,7 @@ def test_a_question_that_is_refused_leaves_the_complete_runs(tmp_path, capsys):
     ("node", "said"),
     [
         ({"remote": {"url": "nowhere"}}, r"system\.nodes\.said\.remote: .*begin it with http"),
+        ({"remote": {"key": "sk-0123456789"}}, r"said\.remote: its key is no name of an environment variable: put"),
         ({"remote": {"model": ""}}, r"system\.nodes\.said\.remote: .*has no name"),
         ({"weight": 2.0}, r"system\.nodes\.said is a remote model, which has no weight"),
         ({"retries": 2}, r"system\.nodes\.said is a remote model, which has no retries"),
