@@ -112,7 +112,7 @@ class Endpoint:
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", self.key_name):
             # It is not said: who mistakes the field for the key itself gives that.
             raise ConfigError(
-                f"{self.prefix}key is no name of an environment variable: put it into one, and give its name"
+                f"{self.prefix}key is no name of an environment variable: put the key into one, and give its name"
             )
         if not self.key.isascii() or not self.key.isprintable():
             raise ConfigError(f"the environment variable {self.key_name} holds characters that no API key has")
