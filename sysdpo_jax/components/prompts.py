@@ -132,7 +132,7 @@ def completion_ids(
     if isinstance(value, SampledText) and (own := own_tokens(tokenizer, value)) is not None:
         return Completion(own, False)
     text, is_turn = _completion_text(tokenizer, prompt, value, row)
-    ids, merged = yield from _following(tokenizer, prompt, text)
+    ids, merged = yield from following(tokenizer, prompt, text)
     closed = closing(tokenizer) if prompt.asked is not None else None
     end = next((token for token in closed.tokens if token in ends), None) if closed is not None else None
     if is_turn:
@@ -283,7 +283,7 @@ def _completion_text(tokenizer: Any, prompt: Prompt, value: Any, row: int) -> tu
     return turn_text(tokenizer, prompt.text, prompt.asked, turns[0], row), True
 
 
-def _following(tokenizer: Any, prompt: Prompt, text: str) -> Asking[tuple[list[int], bool]]:
+def following(tokenizer: Any, prompt: Prompt, text: str) -> Asking[tuple[list[int], bool]]:
     """Token ids of a text as what follows the prompt's, and whether tokens of both merge where they are one text.
 
     Where they do, the text is tokenized apart: the prompt stays what the model is asked.

@@ -8,7 +8,7 @@ gen_ai.*: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/, with
 from collections.abc import Mapping
 from typing import Any
 
-from sysdpo_jax.traces.messages import document_text, ids_of, with_texts
+from sysdpo_jax.traces.messages import document_text, finish_of, ids_of, with_texts
 from sysdpo_jax.traces.spans import AGENT, CHAIN, LLM, RETRIEVER, TOOL, Raw, Score, Span, at, parsed, score_of
 
 OPERATIONS = {
@@ -56,7 +56,7 @@ def _open_inference(raw: Raw, kind: str) -> Span:
         tokens=ids,
         prompt_tokens=prompt_ids,
         counts=(_count(at(llm, "token_count", "prompt")), _count(at(llm, "token_count", "completion"))),
-        finish=str(llm.get("finish_reason") or _finish(made) or ""),
+        finish=finish_of(llm) or _ending(llm) or finish_of(made),
         scores=tuple(feedback(given)),
     )
     if kind != LLM:
@@ -83,7 +83,7 @@ def _gen_ai(raw: Raw, kind: str) -> Span:
     outer = parsed(call.get("arguments") or at(own, "retrieval", "query", "text") or loop.get("input") or asked or None)
     inner = parsed(call.get("result") or loop.get("output") or made or None)
     documents = parsed(at(own, "retrieval", "documents"))
-    usage, finish = own.get("usage") or {}, at(own, "response", "finish_reasons")
+    usage = own.get("usage") or {}
     span = _plain(
         raw,
         kind,
@@ -96,7 +96,7 @@ def _gen_ai(raw: Raw, kind: str) -> Span:
             _count(usage.get("input_tokens", usage.get("prompt_tokens"))),
             _count(usage.get("output_tokens", usage.get("completion_tokens"))),
         ),
-        finish=str(finish[0] if isinstance(finish, list) and finish else finish or ""),
+        finish=finish_of(own.get("response")) or finish_of(made) or finish_of(at(given, "llm", "response")),
         scores=tuple(_evaluations(raw)),
     )
     if kind != LLM:
@@ -153,6 +153,7 @@ def _count(value: Any) -> int | None:
         return None
 
 
-def _finish(made: Any) -> Any:
-    choices = at(parsed(made), "choices")
-    return at(choices[0], "finish_reason") if isinstance(choices, list) and choices else None
+def _ending(llm: Mapping[str, Any]) -> str:
+    """Why the first answer ended, where the message itself says it."""
+    said = next(iter(llm.get("output_messages") or []), None)
+    return finish_of(at(said, "message") or said)

@@ -7,7 +7,7 @@ https://langfuse.com/docs/observability/features/observation-types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sysdpo_jax.traces.messages import document_text, ids_of, with_texts
+from sysdpo_jax.traces.messages import document_text, finish_of, ids_of, with_texts
 from sysdpo_jax.traces.spans import CHAIN, LLM, RETRIEVER, Score, Span, SpanError, at, moment, parsed, score_of
 
 KINDS = {"GENERATION": LLM, "SPAN": CHAIN}
@@ -61,6 +61,7 @@ def _observation(row: Mapping[str, Any], trace: str, root: str | None, scores: t
         tokens=ids,
         prompt_tokens=prompt_ids,
         counts=(usage.get("input") or None, usage.get("output") or None),
+        finish=finish_of(made) or finish_of(row.get("metadata")),
         scores=scores,
         error=str(row.get("statusMessage") or "failed") if row.get("level") == "ERROR" else "",
     )

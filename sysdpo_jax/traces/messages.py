@@ -9,6 +9,10 @@ from sysdpo_jax.traces.spans import LLM, Span, at, parsed
 # LangChain's names of roles, and those of others.
 ROLES = {"human": "user", "ai": "assistant", "HumanMessage": "user", "AIMessage": "assistant", "model": "assistant"}
 ROLES |= {"SystemMessage": "system", "ToolMessage": "tool", "developer": "system"}
+# Where responses say why they ended, and where within them that stands.
+ENDINGS = ("finish_reason", "finish_reasons", "stop_reason", "finishReason", "done_reason")
+WITHIN = ("choices", "generations", "candidates", "message", "completion", "kwargs", "response_metadata")
+WITHIN += ("generation_info", "llm_output", "output", "response", "data")
 # Keys of a message that chat templates read beside its role and content.
 KEPT = ("tool_calls", "tool_call_id", "name")
 
@@ -102,6 +106,22 @@ def ids_of(response: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...] | Non
     choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
     prompt = at(response, "prompt_token_ids") or at(choice, "prompt_token_ids")
     return _ids(prompt), _ids(at(choice, "token_ids"))
+
+
+def finish_of(response: Any) -> str:
+    """Why the first answer of a response ended, in the words of its server; "" where it does not say."""
+    response = parsed(response)
+    if isinstance(response, list):
+        return finish_of(response[0]) if response else ""
+    if not isinstance(response, Mapping):
+        return ""
+    # Of OpenAI's API of responses.
+    reasons = [at(response, "incomplete_details", "reason"), *(response.get(name) for name in ENDINGS)]
+    for reason in reasons:
+        said = reason[0] if isinstance(reason, list) and reason else reason
+        if isinstance(said, str) and said:
+            return said
+    return next((found for name in WITHIN if (found := finish_of(response.get(name)))), "")
 
 
 def with_texts(span: Span, prompt: Any, answer: Any, tools: Any = None) -> Span:

@@ -11,6 +11,8 @@ Role = tuple[str, ...]
 Key = tuple[str, str]
 # Spans within each other, of which more are no program's.
 DEEPEST = 200
+# What a span of a model has from the one around it, which told of the same call.
+INHERITED = ("settings", "tokens", "prompt_tokens", "finish", "model")
 
 
 @dataclass
@@ -131,7 +133,7 @@ def _find_values(
     if span.kind == LLM and len(calls) == 1:
         # Two instruments told of one call: the inner one saw what was sent.
         inner = calls[0]
-        more = {name: getattr(span, name) for name in ("settings", "tokens", "model") if not getattr(inner, name)}
+        more = {name: getattr(span, name) for name in INHERITED if not getattr(inner, name)}
         values[inner.id] = alive[inner.id] = replace(inner, **more, scores=(*inner.scores, *span.scores))
         led.fates[key] = f"the same call as the span {inner.name} in it"
         return below
