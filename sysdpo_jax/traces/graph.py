@@ -1,7 +1,7 @@
 """Traces of one shape -> the system that made them, and its runs."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,12 +44,8 @@ def names_of(trees: Sequence[Tree], inputs: Iterable[str] = ()) -> dict[Role, st
     for role in roles:
         others = {part for other in roles if other != role for part in other}
         part = next((part for part in reversed(role) if part not in others), role[-1])
-        short = _slug(part) or "node"
-        name, number = short, 2
-        while name in taken:
-            name, number = f"{short}_{number}", number + 1
-        made[role] = name
-        taken.add(name)
+        made[role] = _free(_slug(part) or "node", taken)
+        taken.add(made[role])
     return made
 
 
@@ -99,7 +95,9 @@ def _inputs(trees: Sequence[Tree]) -> dict[str, list[Any]]:
     fields: list[dict[str, Any]] = []
     for tree in trees:
         top = _asked(tree)
-        found = {} if top.kind == LLM else {_slug(name) or REQUEST: text for name, text in leaves(top.input)}
+        found: dict[str, str] = {}
+        for name, text in () if top.kind == LLM else leaves(top.input):
+            found[_free(_slug(name) or REQUEST, found)] = text
         fields.append({name: text for name, text in found.items() if text.strip()})
     common = [name for name in fields[0] if all(name in row for row in fields)]
     columns = {name: [row[name] for row in fields] for name in common}
@@ -166,7 +164,8 @@ def _model(
     parents = _mentioned([span.prompt for span in spans], sources)
     if recorded:
         return [NodeProposal(name, role, parents, values, tool=tool, why=why)]
-    asked = f"{name}_prompt"
+    others = {*names.values(), *(source.name for source in sources), *(node.name for node in nodes)}
+    asked = _free(f"{name}_prompt", others)
     prompt = NodeProposal(asked, None, parents, tuple(span.prompt for span in spans), tool=RECORDED, why=why)
     return [prompt, NodeProposal(name, role, (asked,), values, why=f"its prompt is the node {asked}: {why}")]
 
@@ -200,12 +199,12 @@ def _derived(
     """Texts that the program made of earlier values: without space around them, and what its parts gave."""
     made: list[Source] = []
     known = [source.texts for source in sources]
-    taken = {source.name for source in sources} | set(names.values())
+    taken = {*names.values(), *(source.name for source in sources), *(node.name for node in nodes)}
 
     def add(name: str, column: list[str], parents: tuple[str, ...], tool: str) -> None:
         if column in known or not any(column) or not parents:
             return
-        name = name if name not in taken else f"{name}_of_{parents[-1]}"
+        name = name if name not in taken else _free(f"{name}_of_{parents[-1]}", taken)
         node = NodeProposal(name, None, parents, tuple(column), tool=tool)
         made.append(Source(name, column, made_by=node))
         known.append(column)
@@ -226,6 +225,12 @@ def _derived(
             if all(field in row for row in rows):
                 add(_slug(field) or f"{inside[-1]}_out", [row[field] for row in rows], inside, RECORDED)
     return made
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where it is taken."""
+    numbers = (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3)))
+    return next(one for one in numbers if one not in taken)
 
 
 def _slug(name: str) -> str:
