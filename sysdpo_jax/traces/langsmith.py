@@ -62,4 +62,6 @@ def _feedback(row: Mapping[str, Any]) -> Iterator[Score]:
     for each in row.get("feedback") or []:
         yield from score_of(at(each, "key"), at(each, "score"), at(each, "value"))
     for name, about in (parsed(row.get("feedback_stats")) or {}).items():
-        yield from score_of(name, at(about, "avg"))
+        # Of words there is no mean, and how often each was said.
+        words = [*(at(about, "values") or {})]
+        yield from score_of(name, at(about, "avg"), words[0] if len(words) == 1 else ", ".join(words))

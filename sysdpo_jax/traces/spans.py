@@ -1,6 +1,7 @@
 """What every format of traces is read into: spans, each a call of a model, a tool or a part of the program."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,11 +24,12 @@ LABELS = {
 
 
 class Score(NamedTuple):
-    """Feedback. whole: of the whole trace, wherever it stands."""
+    """Feedback. value: None for what was said in words that are no number. whole: of the whole trace."""
 
     name: str
-    value: float
+    value: float | None
     whole: bool = False
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,20 @@ def at(value: Any, *path: str) -> Any:
 
 
 def score_of(name: Any, number: Any, label: Any = None, whole: bool = False) -> list[Score]:
-    """A score of a number, or of a label such as a thumb; none where neither says anything."""
-    value = float(number) if isinstance(number, int | float) else LABELS.get(str(number or label).strip().lower())
-    return [] if value is None or value != value else [Score(str(name), value, whole)]
+    """A score of a number, which may be a text, or of a label such as a thumb; none where neither says anything."""
+    said = [texts(each) for each in (number, label) if each is not None and each != ""]
+    value = next((found for each in said if (found := _number(each)) is not None), None)
+    return [Score(str(name), value, whole, "" if value is not None else said[0])] if said else []
+
+
+def _number(said: str) -> float | None:
+    word = said.strip().strip('"').lower()
+    if word in LABELS:
+        return LABELS[word]
+    try:
+        return float(word) if math.isfinite(float(word)) else None
+    except ValueError:
+        return None
 
 
 def leaves(value: Any) -> list[tuple[str, str]]:

@@ -165,6 +165,24 @@ def test_scores_come_from_a_file_by_trace_or_span(place, small):
         import_traces.run(import_traces.Config(place / "t.jsonl", "openinference", place / "x", **flags))
 
 
+def test_scores_in_words_are_refused_by_name(place, small):
+    rows = four()
+    rows += chain("words", "red ball", "a", "the", "rather good")
+    traces, flags = write(place / "t.jsonl", rows), {"model": (f"small={small}",)}
+    folder = imported(traces, "openinference", "--model", f"small={small}")
+    assert "scores 'quality' refused, no number or thumb ('rather good'): 1" in (folder / "report.txt").read_text()
+    assert "error" in {line["id"]: line for line in lines(folder / "scores.jsonl")}["words"]
+    with pytest.raises(ConfigError, match="'quality' says 'rather good'; give --scores FILE"):
+        import_traces.run(
+            import_traces.Config(write(place / "u.jsonl", rows[-3:]), "openinference", place / "o", **flags)
+        )
+    write(place / "bad.jsonl", [{"trace_id": "words", "score": "good?"}])
+    with pytest.raises(ConfigError, match=r"row 1 has the score 'good\?': give a number"):
+        import_traces.run(
+            import_traces.Config(traces, "openinference", place / "o", **flags, scores=place / "bad.jsonl")
+        )
+
+
 def test_runs_without_a_score_stay_and_pairs_need_two_that_differ(place, small, capsys):
     rows = [*four(), *chain("lone", "red", "a", "the", None)]
     folder = imported(write(place / "t.jsonl", rows), "openinference", "--model", f"small={small}")
