@@ -192,11 +192,16 @@ def as_text(value: Any, name: str) -> str:
         ) from None
 
 
-def _check(prompt: str, parents: tuple[str, ...]) -> None:
+def named_in(prompt: str) -> set[str]:
+    """The names in braces in a prompt. Raises `ValueError` for one that is no template."""
     try:
-        wanted = {part for _, part, _, _ in Formatter().parse(prompt) if part is not None}
+        return {part for _, part, _, _ in Formatter().parse(prompt) if part is not None}
     except ValueError as error:
         raise ValueError(f"prompt {prompt!r} is no template ({error}): write braces as {{{{ and }}}}") from None
+
+
+def _check(prompt: str, parents: tuple[str, ...]) -> None:
+    wanted = named_in(prompt)
     if not wanted or not wanted <= set(parents):
         raise ValueError(
             f"prompt {prompt!r} must name parents in braces ({', '.join(parents)}): it names "

@@ -86,4 +86,4 @@ def _said(entry: Mapping[str, Any], step: Mapping[str, Any]) -> bool:
         answer = answer_of(entry.get("outputs"))
     except ValueError:
         return False
-    return all(text.strip() in answer for _, text in leaves(step["outputs"]))
+    return all(text.strip() in texts(answer) for _, text in leaves(step["outputs"]))

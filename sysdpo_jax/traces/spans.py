@@ -36,7 +36,8 @@ class Score(NamedTuple):
 class Span:
     """One span.
 
-    prompt: messages, or the text that a completion goes on from. answer: of an LLM. documents: of a retriever.
+    prompt: messages, or the text that a completion goes on from. answer: of an LLM, messages where it calls tools.
+    documents: of a retriever.
     tokens, prompt_tokens: ids where the span has them; counts: of the prompt's and the answer's, where they are known.
     start, end: seconds, 0 where they are not known. error: why the call failed. refused: why it can be no value.
     """
@@ -51,7 +52,7 @@ class Span:
     input: Any = None
     output: Any = None
     prompt: Any = None
-    answer: str | None = None
+    answer: str | list[dict[str, Any]] | None = None
     documents: tuple[str, ...] | None = None
     model: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Span:
     refused: str = ""
 
 
-class Raw(NamedTuple):
+class OtelSpan(NamedTuple):
     """A span as OpenTelemetry has it. attributes: nested, see `nested`; events: (name, attributes)."""
 
     trace: str

@@ -9,7 +9,7 @@ from sysdpo_jax.components.prompts import completion_ids, prompt_ids, tokenized
 from sysdpo_jax.traces import dspy, langfuse, langsmith
 from sysdpo_jax.traces.attributes import span_of
 from sysdpo_jax.traces.files import read_spans
-from sysdpo_jax.traces.spans import Raw, Span, nested
+from sysdpo_jax.traces.spans import OtelSpan, Span, nested
 from sysdpo_jax.traces.tokens import was_cut
 from sysdpo_jax.values import SampledText, from_json
 from tests.traces.spans import chain, four, write
@@ -21,7 +21,7 @@ ASKED = [{"role": "user", "content": "what"}]
 
 def otel(**attributes):
     return span_of(
-        Raw("t", "s", None, "chat", 1.0, 2.0, "", nested({k.replace("__", "."): v for k, v in attributes.items()}))
+        OtelSpan("t", "s", None, "chat", 1.0, 2.0, "", nested({k.replace("__", "."): v for k, v in attributes.items()}))
     )
 
 

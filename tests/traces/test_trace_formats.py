@@ -11,7 +11,7 @@ from sysdpo_jax.traces import langfuse, langsmith
 from sysdpo_jax.traces.attributes import span_of
 from sysdpo_jax.traces.files import read_spans
 from sysdpo_jax.traces.messages import NoText, answer_of, messages_of
-from sysdpo_jax.traces.spans import Raw, moment, nested, score_of
+from sysdpo_jax.traces.spans import OtelSpan, moment, nested, score_of
 from tests.traces.spans import four
 
 DATA = Path(__file__).parent / "data"
@@ -100,7 +100,7 @@ def test_otlp_is_what_the_sdk_prints():
 
 def gen_ai(**attributes):
     named = nested({key.replace("__", "."): value for key, value in attributes.items()})
-    return span_of(Raw("t", "s", None, "chat small", 1.0, 2.0, "", named))
+    return span_of(OtelSpan("t", "s", None, "chat small", 1.0, 2.0, "", named))
 
 
 def test_open_telemetrys_own_conventions():
@@ -137,7 +137,7 @@ def test_open_telemetrys_own_conventions():
 
 def test_scores_of_events_are_read():
     event = ("gen_ai.evaluation.result", nested({"gen_ai.evaluation.name": "ok", "gen_ai.evaluation.score.value": 0.5}))
-    raw = Raw("t", "s", None, "chat", 1.0, 2.0, "", nested({"gen_ai.operation.name": "invoke_agent"}), [event])
+    raw = OtelSpan("t", "s", None, "chat", 1.0, 2.0, "", nested({"gen_ai.operation.name": "invoke_agent"}), [event])
     assert [(score.name, score.value) for score in span_of(raw).scores] == [("ok", 0.5)]
 
 
