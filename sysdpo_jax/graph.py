@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.encoding import encode_together
-from sysdpo_jax.components.routed import Routed, gathered, spread, summed
+from sysdpo_jax.components.routed import Routed, compacted, spread, summed
 from sysdpo_jax.components.tool import raise_first
 from sysdpo_jax.keys import named_key, row_keys
 from sysdpo_jax.nodes import GraphError as GraphError
@@ -170,7 +170,7 @@ class CompoundSystem(Running):
             return jnp.zeros(routed.ran.shape[0]), {}
         if routed.ran.ndim > 1:
             keys = jax.vmap(row_keys, in_axes=(0, None))(keys, routed.ran.shape[1]).reshape(-1)
-        features, source, target = gathered(routed)
+        features, source, target = compacted(routed)
         made = self.node_log_prob(node, params, features, keys[source])
         found: tuple[Array, dict[str, Array]] = jax.tree.map(lambda x: summed(x, target, routed.ran), made)
         return found

@@ -14,8 +14,7 @@ from sysdpo_jax.components.tool import Tool, ToolError
 from sysdpo_jax.control_flow import Flow, scopes
 from sysdpo_jax.errors import meant
 from sysdpo_jax.keys import named_key
-from sysdpo_jax.nodes import GraphError as GraphError
-from sysdpo_jax.nodes import Loop, Node, users_part
+from sysdpo_jax.nodes import GraphError, Loop, Node, users_part
 from sysdpo_jax.static import unhashable
 from sysdpo_jax.typing import Params, Record
 from sysdpo_jax.user_code import name_of

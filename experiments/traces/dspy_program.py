@@ -114,7 +114,10 @@ def told(program: Any, inputs: Any, outputs: Any, history: Any, trace: Any) -> d
         for predictor, given, made in trace
     ]
     kept = ("uuid", "timestamp", "model", "prompt", "messages", "kwargs", "outputs", "usage")
-    calls = [{name: call[name] for name in kept if name in call} for call in history]
+    calls = [
+        {name: call[name] for name in kept if name in call} | {"response": call["response"].model_dump()}
+        for call in history
+    ]
     return {"inputs": inputs, "outputs": outputs, "trace": steps, "history": calls}
 
 

@@ -16,7 +16,7 @@ from sysdpo_jax.annotation.answers import Judgement
 from sysdpo_jax.annotation.comparisons import Comparison
 from sysdpo_jax.annotation.page import Picture, fragment, shown
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.data.annotations import Answer, argilla_answers, label_studio_answers
+from sysdpo_jax.data.annotations import Said, argilla_answers, label_studio_answers
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.io import read_text
 
@@ -55,10 +55,11 @@ def _apart(value: Any, found: list[Json]) -> Any:
     return [_apart(item, found) for item in value] if isinstance(value, list) else value
 
 
-def read_answers(path: Path, comparisons: Sequence[Comparison]) -> list[Judgement]:
-    """The answers in an export of either tool, one for each person and pair.
+def read_answers(path: Path, comparisons: Sequence[Comparison]) -> tuple[list[Judgement], int]:
+    """The answers in an export of either tool, and how many more are in it that do not count.
 
-    Label Studio's JSON and Argilla's `dataset.records.to_json`, see `data.annotations`.
+    Label Studio's JSON and Argilla's `dataset.records.to_json`, see `data.annotations`. A pair may be there several
+    times, where its task was imported or exported twice: of each person and pair the last answer holds, as on the page.
 
     Raises:
         ConfigError: Naming the file, the task and what is wrong with it.
@@ -68,22 +69,30 @@ def read_answers(path: Path, comparisons: Sequence[Comparison]) -> list[Judgemen
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is no JSON ({error}): give an export of Label Studio or Argilla") from None
     reader = _reader(rows, path)
-    known, found = {each.id: each for each in comparisons}, list[Judgement]()
+    known, total = {each.id: each for each in comparisons}, 0
+    found: dict[Any, tuple[str, Judgement]] = {}
+    read: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
+        # Of people who are not named the same row tells the same answers.
+        first = read.setdefault(json.dumps(row, sort_keys=True), number)
         try:
             pair, answers = reader(row)
             if pair not in known:
                 raise RecordError("its pair is none of these runs: give the files of runs and --seed of its --export")
-            found += [Judgement(known[pair], answer) for answer in answers]
+            for place, (answer, person, time) in enumerate(answers):
+                key, judgement = (pair, person or (first, place)), Judgement(known[pair], answer)
+                if key not in found or time >= found[key][0]:
+                    found[key] = time, judgement
+            total += len(answers)
         except RecordError as error:
             raise ConfigError(f"{path}, task {number}: {error}") from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}, task {number} is not of the form that the tool writes ({error!r})") from None
-    return found
+    return [judgement for _, judgement in found.values()], total - len(found)
 
 
 # A task -> the id of its comparison, and the answers.
-Reader = Callable[[Json], tuple[str, list[Answer]]]
+Reader = Callable[[Json], tuple[str, list[Said]]]
 
 
 def _reader(rows: Any, path: Path) -> Reader:
@@ -97,11 +106,11 @@ def _reader(rows: Any, path: Path) -> Reader:
     )
 
 
-def _of_label_studio(task: Json) -> tuple[str, list[Answer]]:
+def _of_label_studio(task: Json) -> tuple[str, list[Said]]:
     return task["data"].get("pair", ""), label_studio_answers(task)
 
 
-def _of_argilla(record: Json) -> tuple[str, list[Answer]]:
+def _of_argilla(record: Json) -> tuple[str, list[Said]]:
     return str(record.get("id")), argilla_answers(record["responses"])
 
 

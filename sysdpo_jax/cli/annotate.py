@@ -65,9 +65,10 @@ def take_answers(config: Config, comparisons: Comparisons, answers: Path) -> str
     """
     if answers_of(config.output).exists():
         raise ConfigError(f"{config.output} is made of {answers_of(config.output)}: name another output")
-    judgements = read_answers(answers, comparisons.found)
+    judgements, again = read_answers(answers, comparisons.found)
     write_json_lines(config.output, preferences(judgements, config.output))
-    return summary(judgements, config.runs, config.output)
+    said = f"{again} answers to pairs that the same person answered again: the last one holds\n" if again else ""
+    return said + summary(judgements, config.runs, config.output)
 
 
 def ask(config: Config, comparisons: Comparisons) -> str:

@@ -53,7 +53,9 @@ class ChatPrompt:
         turns: Name of the loop among the parents, whose value is its earlier turns; None outside a loop.
         assistant: Name of the loop's node whose values are the assistant's messages.
         observations: Names of the loop's nodes whose values the assistant is told after its own, in this order. What is
-            no text is written as JSON; of None there is no message.
+            no text is written as JSON; of None there is no message. Of an assistant's message with "tool_calls", as a
+            `RemoteModel` gives it, each call is answered with its id: a single one by what was observed, several by a
+            list with a value for each, or by as many observations.
         role: Whose messages these are: a tool's or, for a chat template that does not know tools, the user's.
         system: What stands before the user's message.
         tools: JSON schemas of functions for the chat template.
@@ -138,7 +140,23 @@ class ChatPrompt:
         said: Any = turn[str(self.assistant)]
         spoken = list(said) if is_messages(said) else [{"role": "assistant", "content": said}]
         seen = {name: turn[name] for name in self.observations if turn[name] is not None}
-        return [*spoken, *({"role": self.role, "content": as_text(value, name)} for name, value in seen.items())]
+        told = [{"role": self.role, "content": as_text(value, name)} for name, value in seen.items()]
+        calls = spoken[-1].get("tool_calls")
+        return [*spoken, *(self._answers(calls, seen) if calls and self.role == TOOL else told)]
+
+    def _answers(self, calls: Sequence[Mapping[str, Any]], seen: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A message for each call, which says by its id what it answers."""
+        told = list(seen.items())
+        if len(calls) > 1 and len(told) == 1 and isinstance(told[0][1], list | tuple):
+            told = [(told[0][0], value) for value in told[0][1]]
+        if len(told) != len(calls):
+            raise RecordError(
+                f"a turn of {self.turns!r} has {len(calls)} calls of tools and {len(told)} answers: name an observa"
+                "tion that is a list with a value for each call, as `Functions` gives it"
+            )
+        ids = [{"tool_call_id": call["id"]} if call.get("id") else {} for call in calls]
+        pairs = zip(ids, told, strict=True)
+        return [{"role": TOOL, **own, "content": as_text(value, name)} for own, (name, value) in pairs]
 
 
 def filled(prompt: str, given: Mapping[str, Any]) -> str:
@@ -174,11 +192,16 @@ def as_text(value: Any, name: str) -> str:
         ) from None
 
 
-def _check(prompt: str, parents: tuple[str, ...]) -> None:
+def named_in(prompt: str) -> set[str]:
+    """The names in braces in a prompt. Raises `ValueError` for one that is no template."""
     try:
-        wanted = {part for _, part, _, _ in Formatter().parse(prompt) if part is not None}
+        return {part for _, part, _, _ in Formatter().parse(prompt) if part is not None}
     except ValueError as error:
         raise ValueError(f"prompt {prompt!r} is no template ({error}): write braces as {{{{ and }}}}") from None
+
+
+def _check(prompt: str, parents: tuple[str, ...]) -> None:
+    wanted = named_in(prompt)
     if not wanted or not wanted <= set(parents):
         raise ValueError(
             f"prompt {prompt!r} must name parents in braces ({', '.join(parents)}): it names "

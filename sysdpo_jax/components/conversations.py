@@ -248,7 +248,9 @@ def _unread(conversation: Conversation, template: str, text: str, write: Write) 
     for name, _ in conversation.arguments:
         if not named(name):
             return f"the argument {name!r}"
-    for key in dict.fromkeys(key for turn in conversation.messages for key in turn if key not in ("role", "content")):
+    # Which call an answer is of templates that leave the id out say by the order.
+    known = ("role", "content", "tool_call_id")
+    for key in dict.fromkeys(key for turn in conversation.messages for key in turn if key not in known):
         # A template may write whole messages, without the names of their keys.
         if not named(key) and text == write(
             [{name: value for name, value in turn.items() if name != key} for turn in conversation.messages]

@@ -15,8 +15,8 @@ from sysdpo_jax.components.base import Component, LogProbs, Metrics, RecordError
 from sysdpo_jax.components.joined_turns import joined
 from sysdpo_jax.components.prompts import (
     TRUNCATIONS,
-    Asking,
     Prompt,
+    Tokenizing,
     Truncation,
     check_vocabulary,
     closing,
@@ -125,7 +125,7 @@ class LanguageModel(Component):
         length is max_prompt_length + max_new_tokens. "completion" [batch, max_new_tokens] is True once for each token
         of a completion; its width is the room that `log_prob` has for one. "truncated" is 1 in the rows of which
         anything was cut, and "retokenized" in those whose completion has other tokens than its model made or would
-        make, see `Completion`, or whose prompt holds earlier turns of which that is true; else they are 0.
+        make, see `CompletionIds`, or whose prompt holds earlier turns of which that is true; else they are 0.
         A completion is a string or, after a prompt of messages, a list of the one message that follows. What a model
         with this tokenizer sampled keeps its tokens, and gets no end where it was cut. All else is tokenized as it
         follows its prompt in one text, after messages as the chat template writes it, and one end closes it unless an
@@ -378,7 +378,7 @@ class LanguageModel(Component):
                     made[same[row]] = self.prompt(*values[row])
         return [made[copy] for copy in same]
 
-    def _row(self, prompt: Any, value: Any, row: int) -> Asking[tuple[list[int], list[int], bool, bool]]:
+    def _row(self, prompt: Any, value: Any, row: int) -> Tokenizing[tuple[list[int], list[int], bool, bool]]:
         """Ids of the prompt and of the completion as they fit, whether any were cut, and whether they are others."""
         whole, start, start_cut = yield from self._prompt_row(prompt, row)
         answer = yield from completion_ids(self.tokenizer, whole, value, self.ends, self.max_new_tokens, row)
@@ -388,7 +388,7 @@ class LanguageModel(Component):
         check_vocabulary(self.tokenizer, kept, self.decoder.config.vocab_size, "completion", row)
         return start, kept, start_cut or cut, whole.retokenized or answer.retokenized
 
-    def _prompt_row(self, prompt: Any, row: int) -> Asking[tuple[Prompt, list[int], bool]]:
+    def _prompt_row(self, prompt: Any, row: int) -> Tokenizing[tuple[Prompt, list[int], bool]]:
         """The prompt, its ids as they fit, and whether any were cut."""
         whole, start = (yield from prompt_ids(self.tokenizer, prompt, row)), self.tokenizer.bos_token_id
         setting = "max_prompt_length"

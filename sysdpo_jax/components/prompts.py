@@ -33,12 +33,12 @@ PROBES = ("0", "1")
 
 T = TypeVar("T")
 # A text, and whether the tokenizer adds its special tokens to it.
-Question = tuple[str, bool]
+TokenizerInput = tuple[str, bool]
 # What yields questions, is sent the token ids of each, which it must not change, and returns a T.
-Asking = Generator[Question, list[int], T]
+Tokenizing = Generator[TokenizerInput, list[int], T]
 
 
-def tokenized(tokenizer: Any, rows: Iterable[Asking[T]]) -> list[T]:
+def tokenized(tokenizer: Any, rows: Iterable[Tokenizing[T]]) -> list[T]:
     """What each row returns. The rows' questions are answered together, a round at a time, equal ones once.
 
     Raises what the first of the failing rows raises.
@@ -46,8 +46,8 @@ def tokenized(tokenizer: Any, rows: Iterable[Asking[T]]) -> list[T]:
     running = dict(enumerate(rows))
     results: dict[int, T] = {}
     errors: dict[int, Exception] = {}
-    known: dict[Question, list[int]] = {}
-    asked: dict[int, Question] = {}
+    known: dict[TokenizerInput, list[int]] = {}
+    asked: dict[int, TokenizerInput] = {}
     while running:
         for row, work in list(running.items()):
             try:
@@ -82,7 +82,7 @@ class Prompt(NamedTuple):
     retokenized: bool
 
 
-class Completion(NamedTuple):
+class CompletionIds(NamedTuple):
     """Token ids of a completion, and whether they are others than those that a model would have made of the text.
 
     They are where a text came from a model with another tokenizer or was edited since, and where the end of the prompt
@@ -104,7 +104,7 @@ class Closing(NamedTuple):
 _known: WeakKeyDictionary[Any, tuple[Any, Closing | None]] = WeakKeyDictionary()
 
 
-def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[Prompt]:
+def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Tokenizing[Prompt]:
     """Token ids of a string as the tokenizer makes them by default, or of a conversation that awaits the next turn.
 
     Of a string's ids, a start that the text holds already is not put before it again, and an end that the tokenizer
@@ -122,7 +122,7 @@ def prompt_ids(tokenizer: Any, prompt: Any, row: int) -> Asking[Prompt]:
 
 def completion_ids(
     tokenizer: Any, prompt: Prompt, value: Any, ends: Sequence[int], room: int, row: int
-) -> Asking[Completion]:
+) -> Tokenizing[CompletionIds]:
     """Token ids of a text, or of the one message that follows the prompt's, with one end.
 
     What a model made with this tokenizer keeps the ids that it made. Other texts are tokenized behind the text of their
@@ -130,9 +130,9 @@ def completion_ids(
     token that closes it, or as they are where the template writes no such turn.
     """
     if isinstance(value, SampledText) and (own := own_tokens(tokenizer, value)) is not None:
-        return Completion(own, False)
+        return CompletionIds(own, False)
     text, is_turn = _completion_text(tokenizer, prompt, value, row)
-    ids, merged = yield from _following(tokenizer, prompt, text)
+    ids, merged = yield from following(tokenizer, prompt, text)
     closed = closing(tokenizer) if prompt.asked is not None else None
     end = next((token for token in closed.tokens if token in ends), None) if closed is not None else None
     if is_turn:
@@ -143,7 +143,7 @@ def completion_ids(
     if not ids or ids[-1] not in ends:
         ids = [*ids, ends[0] if end is None else end]
     # One that fills its room has no end, as sampling stops there too: its probability is that of being cut.
-    return Completion(ids[:room] if len(ids) == room + 1 else ids, merged or isinstance(value, SampledText))
+    return CompletionIds(ids[:room] if len(ids) == room + 1 else ids, merged or isinstance(value, SampledText))
 
 
 def check_vocabulary(tokenizer: Any, ids: Sequence[int], vocab_size: int, what: str, row: int) -> None:
@@ -172,7 +172,7 @@ def fitted(
     return front + ids[len(ids) - (room - len(front)) :], True
 
 
-def _open_text(tokenizer: Any, text: str, plain: list[int], row: int) -> Asking[list[int]]:
+def _open_text(tokenizer: Any, text: str, plain: list[int], row: int) -> Tokenizing[list[int]]:
     if not tokenizer.num_special_tokens_to_add():
         return plain
     ids = yield text, True
@@ -202,7 +202,7 @@ class _Turn(NamedTuple):
     end: int | None
 
 
-def _turns_with_own_ids(tokenizer: Any, asked: Conversation, text: str) -> Asking[tuple[list[int], bool]]:
+def _turns_with_own_ids(tokenizer: Any, asked: Conversation, text: str) -> Tokenizing[tuple[list[int], bool]]:
     """Ids of a conversation's text, and whether a turn that a model sampled has others than it made.
 
     Such a turn keeps its ids, with its own end, behind the very ids that it was sampled for, so that a conversation
@@ -247,7 +247,7 @@ def _unchanged(tokenizer: Any, asked: Conversation, place: int, text: str) -> _T
     return None if ends else _Turn(before, behind, last)
 
 
-def _behind_ids(tokenizer: Any, turn: _Turn) -> Asking[list[int]]:
+def _behind_ids(tokenizer: Any, turn: _Turn) -> Tokenizing[list[int]]:
     """Ids of what follows a turn: no token spans a special one, or the end of what was cut."""
     if turn.end is not None:
         whole = yield tokenizer.convert_ids_to_tokens(turn.end) + turn.behind, False
@@ -283,7 +283,7 @@ def _completion_text(tokenizer: Any, prompt: Prompt, value: Any, row: int) -> tu
     return turn_text(tokenizer, prompt.text, prompt.asked, turns[0], row), True
 
 
-def _following(tokenizer: Any, prompt: Prompt, text: str) -> Asking[tuple[list[int], bool]]:
+def following(tokenizer: Any, prompt: Prompt, text: str) -> Tokenizing[tuple[list[int], bool]]:
     """Token ids of a text as what follows the prompt's, and whether tokens of both merge where they are one text.
 
     Where they do, the text is tokenized apart: the prompt stays what the model is asked.
@@ -298,7 +298,7 @@ def _following(tokenizer: Any, prompt: Prompt, text: str) -> Asking[tuple[list[i
     return (yield from _apart(text)), True
 
 
-def _apart(text: str) -> Asking[list[int]]:
+def _apart(text: str) -> Tokenizing[list[int]]:
     """Token ids of a text that is not the first of its row, and of which no token reaches into what stands before."""
     for before in BEFORE:
         start, whole = (yield before, False), (yield before + text, False)

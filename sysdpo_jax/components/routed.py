@@ -71,7 +71,7 @@ def fold(component: Component, features: Features, axes: int) -> Features:
     return as_rows(features, axes) if isinstance(features, Routed) else component.fold_runs(features, axes)
 
 
-def gathered(routed: Routed) -> tuple[Features, Int[Array, "room"], Int[Array, "room"]]:
+def compacted(routed: Routed) -> tuple[Features, Int[Array, "room"], Int[Array, "room"]]:
     """The features of the runs, as many as there is room for; the rest of it is filled with the first run.
 
     Returns:
@@ -88,7 +88,7 @@ def gathered(routed: Routed) -> tuple[Features, Int[Array, "room"], Int[Array, "
 
 
 def summed(values: Array, target: Int[Array, "room"], ran: Bool[Array | np.ndarray, "rows ..."]) -> Array:
-    """Values of what `gathered` gave, added up for every row; NaN where there was no room for all runs.
+    """Values of what `compacted` gave, added up for every row; NaN where there was no room for all runs.
 
     That is of batches which were joined behind the back of what chose their room: the step refuses it.
     """

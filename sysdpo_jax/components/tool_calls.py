@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,13 +31,15 @@ class ToolCall(NamedTuple):
     arguments: dict[str, Any]
 
 
-def tool_calls(text: str) -> list[ToolCall]:
-    """Read the calls of tools in a text, in their order.
+def tool_calls(said: str | Sequence[Mapping[str, Any]]) -> list[ToolCall]:
+    """Read the calls of tools in what a model said, in their order.
 
     Args:
-        text: With calls as Hermes and Qwen write them (`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`), as
-            Mistral does (`[TOOL_CALLS]` and a list of such objects, or `name[ARGS]{...}`), or as Llama 3 does: an
-            object with "name" and "parameters" is all of the text, or several behind each other with `;`.
+        said: A list of messages, as a `RemoteModel` gives it, with "tool_calls" or with such a text as their content.
+            Or a text with calls as Hermes and Qwen write them
+            (`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`), as Mistral does (`[TOOL_CALLS]` and a list of
+            such objects, or `name[ARGS]{...}`), or as Llama 3 does: an object with "name" and "parameters" is all of
+            the text, or several behind each other with `;`.
 
     Returns:
         The calls; none where the text has nothing of these forms.
@@ -45,7 +47,7 @@ def tool_calls(text: str) -> list[ToolCall]:
     Raises:
         RecordError: For a call that is not JSON, is cut, or has no name or no object of arguments.
     """
-    return [_call(value, number) for number, value in enumerate(_found(text))]
+    return [_call(value, number) for number, value in enumerate(_found(said))]
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class Functions:
     """What answers a model's calls of tools, for `Tool`: `Tool(Functions((search, add)))`.
 
     Of a text with calls it is what their functions return, texts as they are and all else as JSON, each on lines of its
-    own; of a text without calls it is "". What the model did wrong it is told, as "error: ...": a call that cannot be
-    read, a function that does not exist, arguments that it does not take, and what a function raises as `RecordError`.
-    Anything else that a function raises is a failure of the tool.
+    own; of messages with "tool_calls" that of the only call, or a list with that of each; without calls "". What the
+    model did wrong it is told, as "error: ...": a call that cannot be read, a function that does not exist, arguments
+    that it does not take, and what a function raises as `RecordError`. Anything else that a function raises is a
+    failure of the tool.
 
     Args:
         functions: Called by their own names.
@@ -76,17 +79,28 @@ class Functions:
             self, "__qualname__", f"Functions({', '.join(map(name_of, self.functions))})".replace(":", ".")
         )
 
-    def __call__(self, text: str) -> str:
-        """Answer the calls in a text.
+    def __call__(self, said: str | Sequence[Mapping[str, Any]]) -> str | list[str]:
+        """Answer the calls in what a model said.
 
         Args:
-            text: Of a model.
+            said: A text, or a list of messages.
 
         Returns:
-            What the functions returned, or what was wrong.
+            What the functions returned, or what was wrong: of several calls in messages a list.
         """
+        calls = _listed(said)
+        if calls:
+            # One that cannot be read has an id all the same, which must be answered.
+            answers = [self._told(call, number) for number, call in enumerate(calls)]
+            return answers[0] if len(answers) == 1 else answers
         try:
-            return "\n".join(self._answer(*call) for call in tool_calls(text))
+            return "\n".join(self._answer(*call) for call in tool_calls(said))
+        except RecordError as error:
+            return f"error: {error}"
+
+    def _told(self, call: Any, number: int) -> str:
+        try:
+            return self._answer(*_call(call, number))
         except RecordError as error:
             return f"error: {error}"
 
@@ -104,9 +118,19 @@ class Functions:
             return f"error: {error}"
 
 
-def _found(text: str) -> Iterator[Any]:
+def _listed(said: str | Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The "tool_calls" of messages, each without what OpenAI's API puts around it."""
+    calls = [] if isinstance(said, str) else [call for message in said for call in message.get("tool_calls") or ()]
+    return [call.get("function", call) if isinstance(call, Mapping) else call for call in calls]
+
+
+def _found(said: str | Sequence[Mapping[str, Any]]) -> Iterator[Any]:
     """The JSON of each call."""
-    if HERMES in text:
+    calls = _listed(said)
+    text = said if isinstance(said, str) else "\n".join(str(message.get("content") or "") for message in said)
+    if calls:
+        yield from calls
+    elif HERMES in text:
         for part in text.split(HERMES)[1:]:
             # What ended at "</tool_call>" does not hold it.
             yield _json(part.split("</tool_call>")[0])[0]
@@ -140,12 +164,12 @@ def _json(text: str) -> tuple[Any, str]:
 
 def _call(value: Any, number: int) -> ToolCall:
     what = f"tool call {number}"
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise RecordError(f"{what} must be an object with a 'name', not {json.dumps(value)[:80]}")
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        # As OpenAI's API has them.
-        arguments = _json(arguments)[0]
+        # As OpenAI's API has them, where there may be none.
+        arguments = _json(arguments)[0] if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise RecordError(f"{what}, of {value['name']!r}: the arguments must be an object, not {arguments!r}")
     return ToolCall(value["name"], arguments)

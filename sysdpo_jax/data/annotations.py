@@ -1,45 +1,58 @@
 """What people answered in Label Studio and Argilla, who were asked which of two is better."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sysdpo_jax.components.base import RecordError
 
 # Which side is better.
 Answer = Literal["left", "right", "tie", "skip"]
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
+
+
+class Said(NamedTuple):
+    """An answer. person: who gave it, "" where that is not known; time: when, as a text that sorts, "" likewise."""
+
+    answer: Answer
+    person: str = ""
+    time: str = ""
+
+
 # What Argilla calls a response that is given; a draft is none yet, and a discarded one is skipped.
 SUBMITTED, DRAFT = "submitted", "draft"
 # How `to_datasets` of Argilla spells the responses to a question out.
 FLAT = ".responses"
 
 
-def label_studio_answers(task: Mapping[str, Any]) -> list[Answer]:
+def label_studio_answers(task: Mapping[str, Any]) -> list[Said]:
     """The answers in a task of the JSON export, https://labelstud.io/guide/task_format, one for each annotation.
+
+    Of an annotation without `completed_by` its id stands for the person.
 
     `annotations[].result[].value.selected` of the Pairwise tag (https://labelstud.io/tags/pairwise) is left or right, a
     choice `tie` is a tie; what was cancelled or says neither is skipped. Raises `RecordError` for another answer.
     """
-    return [_annotated(each) for each in task["annotations"]]
+    return [Said(_annotated(each), _annotator(each), _time(each)) for each in task["annotations"]]
 
 
 def argilla_answers(
     responses: Mapping[str, Sequence[Mapping[str, Any]]], sides: tuple[str, str] = ("left", "right")
-) -> list[Answer]:
+) -> list[Said]:
     """The answers among `responses` of a record of `dataset.records.to_json`, {question: [{"value", "user_id"}]}, one
-    for each person.
+    for each person. Responses without a user are of a person for each place in the lists, which then have one order.
 
     A label is one of the sides, left, right, tie or skip, a ranking has both sides with ranks, or two questions that
     are called as the sides have ratings. Raises `RecordError` for another answer.
     """
-    people: dict[str, dict[str, Any]] = {}
+    people: dict[tuple[str, int], dict[str, Any]] = {}
     for question, given in responses.items():
-        for response in given or ():
+        for place, response in enumerate(given or ()):
+            user = str(response.get("user_id") or "")
             if response.get("status") != DRAFT:
                 discarded = (response.get("status") or SUBMITTED) != SUBMITTED
                 value = "skip" if discarded else _renamed(response["value"], sides)
-                people.setdefault(str(response.get("user_id")), {})[_renamed(question, sides)] = value
-    return [_one(list(_responded(questions))) for questions in people.values()]
+                people.setdefault((user, 0 if user else place), {})[_renamed(question, sides)] = value
+    return [Said(_one(list(_responded(questions))), user) for (user, _), questions in people.items()]
 
 
 def responses_of(row: Mapping[str, Any]) -> Mapping[str, Sequence[Mapping[str, Any]]]:
@@ -66,6 +79,18 @@ def _annotated(annotation: Mapping[str, Any]) -> Answer:
     said = [value["selected"] for value in values if value.get("selected", "none") != "none"]
     said += [choice for value in values for choice in value.get("choices", ()) if choice == "tie"]
     return _one(said) if said else "skip"
+
+
+def _annotator(annotation: Mapping[str, Any]) -> str:
+    """Who made an annotation: Label Studio writes a person's number, or an object with it."""
+    person = annotation.get("completed_by")
+    person = person.get("id", person.get("email")) if isinstance(person, Mapping) else person
+    own = annotation.get("id")
+    return str(person) if person is not None else "" if own is None else f"annotation {own}"
+
+
+def _time(annotation: Mapping[str, Any]) -> str:
+    return str(annotation.get("updated_at") or annotation.get("created_at") or "")
 
 
 def _responded(questions: Mapping[str, Any]) -> Iterator[Any]:

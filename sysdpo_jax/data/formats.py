@@ -23,7 +23,7 @@ from sysdpo_jax.components.conversations import (
 )
 from sysdpo_jax.components.images import open_picture
 from sysdpo_jax.components.text_to_image import TextToImage
-from sysdpo_jax.data.annotations import Answer, argilla_answers, label_studio_answers, responses_of
+from sysdpo_jax.data.annotations import Said, argilla_answers, label_studio_answers, responses_of
 from sysdpo_jax.data.files import file_state
 from sysdpo_jax.data.records import PreferenceRecord
 from sysdpo_jax.data.rollouts import Pairs, preferred
@@ -203,7 +203,7 @@ def argilla(row: Mapping[str, Any], system: CompoundSystem | None) -> list[Prefe
 
 
 def _judged(
-    texts: Mapping[str, Any], sides: tuple[str, str], read: Callable[[], list[Answer]], system: CompoundSystem | None
+    texts: Mapping[str, Any], sides: tuple[str, str], read: Callable[[], list[Said]], system: CompoundSystem | None
 ) -> list[PreferenceRecord]:
     """A preference for each answer that is one, on the two texts of a prompt. read: gives the answers."""
     missing = [name for name in ("prompt", *sides) if not isinstance(texts.get(name), str)]
@@ -220,7 +220,7 @@ def _judged(
         ) from None
     names, (first, second) = only_names(system), [{only_names(system).output: texts[name]} for name in sides]
     pairs = {"left": (first, second), "right": (second, first)}
-    return [PreferenceRecord({names.input: texts["prompt"]}, *pairs[each]) for each in answers if each in pairs]
+    return [PreferenceRecord({names.input: texts["prompt"]}, *pairs[said]) for said, *_ in answers if said in pairs]
 
 
 READERS: dict[str, Reader] = {

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from sysdpo_jax.models.config import Precision
 from sysdpo_jax.models.lora import low_rank
-from sysdpo_jax.models.partitioning import constrain, gathered
+from sysdpo_jax.models.partitioning import constrain, gathered_kernel
 
 Initializer = nn.initializers.Initializer
 
@@ -35,7 +35,7 @@ class Dense(nn.Module):
         width = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (width, self.features), self.config.param_dtype)
         flat = x.reshape(-1, width).astype(self.config.dtype)
-        y = flat @ gathered(self.path, kernel.astype(self.config.dtype))
+        y = flat @ gathered_kernel(self.path, kernel.astype(self.config.dtype))
         if self.has_variable("params", "lora_a"):
             y = y + low_rank(self, x.astype(self.config.dtype), self.config.dtype).reshape(y.shape)
         if self.use_bias:
@@ -149,7 +149,7 @@ class Conv(nn.Module):
         edges = ((self.size - 1) // 2,) * 2 if self.padding is None else self.padding
         y = jax.lax.conv_general_dilated(
             x.astype(c.dtype),
-            gathered(self.path, kernel),
+            gathered_kernel(self.path, kernel),
             window_strides=(self.stride, self.stride),
             padding=(edges, edges),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -85,7 +85,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     return nn.with_logical_constraint(x, axes)
 
 
-def gathered(path: tuple[str, ...], kernel: Array) -> Array:
+def gathered_kernel(path: tuple[str, ...], kernel: Array) -> Array:
     """A module's kernel as its products use it: gathered over fsdp, cut over tensor where the table says so.
 
     Left to itself the compiler may move a convolution's activations instead, which are larger. path: the module's.

@@ -53,7 +53,7 @@ def initialize(
         _exit_at_errors(heartbeat_timeout_seconds)
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The JSON values that the processes give, in their order; all processes call it, and get all values."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     if jax.process_count() == 1:

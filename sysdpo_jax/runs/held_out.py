@@ -19,7 +19,7 @@ from sysdpo_jax.evaluation.scoring import Scorer, score_of, score_runs
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.io import note_of, read_json, write_json, write_json_lines
 from sysdpo_jax.manifest import check_same, digest, fingerprints
-from sysdpo_jax.parallel.distributed import gathered
+from sysdpo_jax.parallel.distributed import all_gather
 from sysdpo_jax.parallel.sharding import replicate_per_process
 from sysdpo_jax.runs.runs_file import Line, Outcomes, keep_runs, read_lines, values_of, with_images
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
@@ -95,7 +95,7 @@ class RunScorer:
 
         waiting = [name for name, line in begun.made.items() if "score" not in line]
         score_runs(self.scorer, waiting, values, self.parallel, self.skip, keep)
-        together = {line["id"]: line for lines in gathered([row(name) for name in mine]) for line in lines}
+        together = {line["id"]: line for lines in all_gather([row(name) for name in mine]) for line in lines}
         return [together[name] for name in names]
 
 

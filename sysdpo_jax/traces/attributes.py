@@ -8,8 +8,8 @@ gen_ai.*: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/, with
 from collections.abc import Mapping
 from typing import Any
 
-from sysdpo_jax.traces.messages import document_text, ids_of, with_texts
-from sysdpo_jax.traces.spans import AGENT, CHAIN, LLM, RETRIEVER, TOOL, Raw, Score, Span, at, parsed, score_of
+from sysdpo_jax.traces.messages import document_text, finish_of, ids_of, with_texts
+from sysdpo_jax.traces.spans import AGENT, CHAIN, LLM, RETRIEVER, TOOL, OtelSpan, Score, Span, at, parsed, score_of
 
 OPERATIONS = {
     **dict.fromkeys(("chat", "text_completion", "generate_content", "completion"), LLM),
@@ -19,7 +19,7 @@ OPERATIONS = {
 TRACELOOP = {"workflow": CHAIN, "task": CHAIN, "agent": AGENT, "tool": TOOL}
 
 
-def span_of(raw: Raw, kind: str = "") -> Span:
+def span_of(raw: OtelSpan, kind: str = "") -> Span:
     """The span. kind: what its row says beside the attributes."""
     given = raw.attributes
     kind = str(at(given, "openinference", "span", "kind") or kind).upper()
@@ -34,12 +34,12 @@ def span_of(raw: Raw, kind: str = "") -> Span:
     return _plain(raw, kind, None, None)
 
 
-def _plain(raw: Raw, kind: str, given: Any, made: Any, **more: Any) -> Span:
+def _plain(raw: OtelSpan, kind: str, given: Any, made: Any, **more: Any) -> Span:
     ids = raw.trace, raw.id, raw.parent
     return Span(*ids, kind, raw.name, raw.start, raw.end, given, made, error=raw.error, **more)
 
 
-def _open_inference(raw: Raw, kind: str) -> Span:
+def _open_inference(raw: OtelSpan, kind: str) -> Span:
     given = raw.attributes
     asked, made = (at(given, side, "value") for side in ("input", "output"))
     documents = at(given, "retrieval", "documents") or at(given, "reranker", "output_documents")
@@ -56,7 +56,7 @@ def _open_inference(raw: Raw, kind: str) -> Span:
         tokens=ids,
         prompt_tokens=prompt_ids,
         counts=(_count(at(llm, "token_count", "prompt")), _count(at(llm, "token_count", "completion"))),
-        finish=str(llm.get("finish_reason") or _finish(made) or ""),
+        finish=finish_of(llm) or _ending(llm) or finish_of(made),
         scores=tuple(feedback(given)),
     )
     if kind != LLM:
@@ -69,7 +69,7 @@ def _open_inference(raw: Raw, kind: str) -> Span:
     return with_texts(span, prompt, answers or choices or made, tools)
 
 
-def _gen_ai(raw: Raw, kind: str) -> Span:
+def _gen_ai(raw: OtelSpan, kind: str) -> Span:
     given: dict[str, Any] = dict(raw.attributes)
     for name, more in raw.events:
         # What is large may stand in an event instead.
@@ -83,7 +83,7 @@ def _gen_ai(raw: Raw, kind: str) -> Span:
     outer = parsed(call.get("arguments") or at(own, "retrieval", "query", "text") or loop.get("input") or asked or None)
     inner = parsed(call.get("result") or loop.get("output") or made or None)
     documents = parsed(at(own, "retrieval", "documents"))
-    usage, finish = own.get("usage") or {}, at(own, "response", "finish_reasons")
+    usage = own.get("usage") or {}
     span = _plain(
         raw,
         kind,
@@ -96,7 +96,7 @@ def _gen_ai(raw: Raw, kind: str) -> Span:
             _count(usage.get("input_tokens", usage.get("prompt_tokens"))),
             _count(usage.get("output_tokens", usage.get("completion_tokens"))),
         ),
-        finish=str(finish[0] if isinstance(finish, list) and finish else finish or ""),
+        finish=finish_of(own.get("response")) or finish_of(made) or finish_of(at(given, "llm", "response")),
         scores=tuple(_evaluations(raw)),
     )
     if kind != LLM:
@@ -120,7 +120,7 @@ def feedback(given: Mapping[str, Any]) -> list[Score]:
     return found
 
 
-def _evaluations(raw: Raw) -> list[Score]:
+def _evaluations(raw: OtelSpan) -> list[Score]:
     found = feedback(raw.attributes)
     for name, more in raw.events:
         if name == "gen_ai.evaluation.result":
@@ -133,11 +133,7 @@ def _message(entry: Any) -> dict[str, Any]:
     own = at(entry, "message") or {}
     parts = [at(each, "message_content") or each for each in own.get("contents") or []]
     made = {"role": own.get("role") or "", "content": parts or own.get("content")}
-    calls = [at(each, "tool_call") or each for each in own.get("tool_calls") or []]
-    if calls:
-        made["tool_calls"] = [
-            {"type": "function", **{k: v for k, v in call.items() if v is not None}} for call in calls
-        ]
+    made["tool_calls"] = [at(each, "tool_call") or each for each in own.get("tool_calls") or []]
     return made | {key: own[key] for key in ("tool_call_id", "name") if own.get(key)}
 
 
@@ -153,6 +149,7 @@ def _count(value: Any) -> int | None:
         return None
 
 
-def _finish(made: Any) -> Any:
-    choices = at(parsed(made), "choices")
-    return at(choices[0], "finish_reason") if isinstance(choices, list) and choices else None
+def _ending(llm: Mapping[str, Any]) -> str:
+    """Why the first answer ended, where the message itself says it."""
+    said = next(iter(llm.get("output_messages") or []), None)
+    return finish_of(at(said, "message") or said)

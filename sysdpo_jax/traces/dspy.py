@@ -7,12 +7,13 @@ where "trace" is `dspy.settings.trace` by the predictors' names and "history" th
 https://dspy.ai/api/models/LM/
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sysdpo_jax.traces.messages import answer_of, ids_of, with_texts
-from sysdpo_jax.traces.spans import CHAIN, LLM, TOOL, Span, SpanError, leaves, moment, score_of, texts
+from sysdpo_jax.traces.messages import answer_of, finish_of, ids_of, with_texts
+from sysdpo_jax.traces.spans import CHAIN, LLM, TOOL, Span, SpanError, leaves, moment, parsed, score_of, texts
 
 PROGRAM = "program"
 
@@ -58,7 +59,10 @@ def spans_of(row: Mapping[str, Any], number: int = 0) -> Iterator[Span]:
 
 def _call(entry: Mapping[str, Any], trace: str, parent: str | None, place: int) -> Span:
     usage, prompt = entry.get("usage") or {}, entry.get("messages") or entry.get("prompt")
-    prompt_ids, ids = ids_of(entry.get("response"))
+    response = parsed(entry.get("response"))
+    prompt_ids, ids = ids_of(response)
+    # `json.dumps(..., default=str)` writes an object as its fields in words.
+    told = re.search(r"finish_reason='(\w+)'", response) if isinstance(response, str) else None
     span = Span(
         trace,
         str(entry.get("uuid") or f"call {place}"),
@@ -72,6 +76,7 @@ def _call(entry: Mapping[str, Any], trace: str, parent: str | None, place: int) 
         tokens=ids,
         prompt_tokens=prompt_ids,
         counts=(usage.get("prompt_tokens"), usage.get("completion_tokens")),
+        finish=told[1] if told is not None else finish_of(response),
     )
     return with_texts(span, prompt, entry.get("outputs"))
 
@@ -81,4 +86,4 @@ def _said(entry: Mapping[str, Any], step: Mapping[str, Any]) -> bool:
         answer = answer_of(entry.get("outputs"))
     except ValueError:
         return False
-    return all(text.strip() in answer for _, text in leaves(step["outputs"]))
+    return all(text.strip() in texts(answer) for _, text in leaves(step["outputs"]))

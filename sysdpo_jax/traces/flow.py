@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Slot(NamedTuple):
-    """The place of a source's text."""
+    """The place of a variable's text."""
 
     name: str
 
@@ -22,8 +22,8 @@ TRIED = 8
 
 
 @dataclass
-class Source:
-    """A text that every trace has: an input, a node's value, or something made of one.
+class Variable:
+    """What a template may have a place for, in every trace: an input, a node's value, or something made of one.
 
     texts: one a trace; of a retriever whose documents no prompt has shown yet None. documents: its own.
     """
@@ -44,19 +44,19 @@ def contents_of(prompt: Any) -> Contents | None:
     return tuple((message["role"], message["content"]) for message in prompt)
 
 
-def find_template(prompts: Sequence[Contents | None], sources: Sequence[Source]) -> tuple[Template | None, str]:
-    """The template that makes every one of the prompts of the sources' texts, or why there is none.
+def find_template(prompts: Sequence[Contents | None], variables: Sequence[Variable]) -> tuple[Template | None, str]:
+    """The template that makes every one of the prompts of the variables' texts, or why there is none.
 
-    Of all sources whose texts occur in every prompt as many as possible have a place in it, longer texts first.
+    Of all variables whose texts occur in every prompt as many as possible have a place in it, longer texts first.
     """
     contents = [prompt for prompt in prompts if prompt is not None]
     if len(contents) < len(prompts):
         return None, "its prompt holds tools or calls of them"
     if len({tuple(role for role, _ in prompt) for prompt in contents}) > 1:
         return None, "its prompts have different numbers of messages, or other roles"
-    _show_documents(contents, sources)
-    found = [source for source in sources if source.texts is not None and _occurs(source.texts, contents)]
-    found.sort(key=lambda source: -sum(map(len, source.texts or ())))
+    _show_documents(contents, variables)
+    found = [variable for variable in variables if variable.texts is not None and _occurs(variable.texts, contents)]
+    found.sort(key=lambda variable: -sum(map(len, variable.texts or ())))
     best, count = None, 0
     for number in range(len(found), 0, -1):
         for candidate, made in _candidates(contents, found[:number]):
@@ -69,7 +69,7 @@ def find_template(prompts: Sequence[Contents | None], sources: Sequence[Source])
 
 
 def slots(template: Template) -> set[str]:
-    """The names of the sources that a template has a place for."""
+    """The names of the variables that a template has a place for."""
     return {piece.name for _, pieces in template for piece in pieces if isinstance(piece, Slot)}
 
 
@@ -92,17 +92,17 @@ def region(text: str, documents: Sequence[str]) -> str | None:
     return text[first:end] if documents else ""
 
 
-def _show_documents(contents: Sequence[Contents], sources: Sequence[Source]) -> None:
+def _show_documents(contents: Sequence[Contents], variables: Sequence[Variable]) -> None:
     """The value of a retriever is its documents as the first prompt that has them in every trace puts them."""
-    for source in sources:
-        if source.texts is not None or source.documents is None:
+    for variable in variables:
+        if variable.texts is not None or variable.documents is None:
             continue
         found = []
-        for prompt, documents in zip(contents, source.documents, strict=True):
+        for prompt, documents in zip(contents, variable.documents, strict=True):
             regions = [region(text, documents) for _, text in prompt]
             found.append(next((one for one in regions if one is not None), None))
         if all(one is not None for one in found):
-            source.texts = [one or "" for one in found]
+            variable.texts = [one or "" for one in found]
 
 
 def _occurs(texts: Sequence[str], contents: Sequence[Contents]) -> bool:
@@ -111,34 +111,34 @@ def _occurs(texts: Sequence[str], contents: Sequence[Contents]) -> bool:
     return any(texts) and all(any(text in part for _, part in prompt) for text, prompt in pairs)
 
 
-def _candidates(contents: Sequence[Contents], sources: Sequence[Source]) -> Iterator[tuple[Template, int]]:
+def _candidates(contents: Sequence[Contents], variables: Sequence[Variable]) -> Iterator[tuple[Template, int]]:
     """The most frequent templates that the single prompts suggest, and how many prompts each makes."""
     suggested: Counter[Template] = Counter()
     for row, prompt in enumerate(contents):
-        longest = sorted(sources, key=partial(_length, row))
+        longest = sorted(variables, key=partial(_length, row))
         suggested[tuple((role, _split(text, longest, row)) for role, text in prompt)] += 1
-    named = {source.name: source.texts or [] for source in sources}
+    named = {variable.name: variable.texts or [] for variable in variables}
     for template, _ in suggested.most_common(TRIED):
         if slots(template):
             yield template, sum(_made(template, named, row) == prompt for row, prompt in enumerate(contents))
 
 
-def _length(row: int, source: Source) -> int:
+def _length(row: int, variable: Variable) -> int:
     """Less for longer texts."""
-    return -len((source.texts or [])[row])
+    return -len((variable.texts or [])[row])
 
 
-def _split(text: str, sources: Sequence[Source], row: int) -> tuple[str | Slot, ...]:
+def _split(text: str, variables: Sequence[Variable], row: int) -> tuple[str | Slot, ...]:
     pieces: list[str | Slot] = [text]
-    for source in sources:
-        value = (source.texts or [])[row]
+    for variable in variables:
+        value = (variable.texts or [])[row]
         cut: list[str | Slot] = []
         for piece in pieces:
             if isinstance(piece, Slot) or not value:
                 cut.append(piece)
                 continue
             for place, part in enumerate(piece.split(value)):
-                cut += [Slot(source.name), part] if place else [part]
+                cut += [Slot(variable.name), part] if place else [part]
         pieces = [piece for piece in cut if piece != ""]
     return tuple(pieces)
 

@@ -1,12 +1,12 @@
 """Traces of one shape -> the system that made them, and its runs."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.traces.flow import Source, Template, contents_of, find_template, slots
+from sysdpo_jax.traces.flow import Template, Variable, contents_of, find_template, slots
 from sysdpo_jax.traces.spans import LLM, Span, leaves, texts
 from sysdpo_jax.traces.trees import Role, Tree
 
@@ -44,12 +44,8 @@ def names_of(trees: Sequence[Tree], inputs: Iterable[str] = ()) -> dict[Role, st
     for role in roles:
         others = {part for other in roles if other != role for part in other}
         part = next((part for part in reversed(role) if part not in others), role[-1])
-        short = _slug(part) or "node"
-        name, number = short, 2
-        while name in taken:
-            name, number = f"{short}_{number}", number + 1
-        made[role] = name
-        taken.add(name)
+        made[role] = _free(_slug(part) or "node", taken)
+        taken.add(made[role])
     return made
 
 
@@ -60,35 +56,35 @@ def propose(trees: Sequence[Tree], recorded: frozenset[Role]) -> Proposal:
     """
     inputs = _read(_inputs(trees), trees)
     names = names_of(trees, inputs)
-    sources = [Source(name, [texts(value) for value in column]) for name, column in inputs.items()]
+    variables = [Variable(name, [texts(value) for value in column]) for name, column in inputs.items()]
     nodes: list[NodeProposal] = []
     for role in trees[0].nodes:
         spans, name = [tree.spans[role] for tree in trees], names[role]
         if spans[0].kind == LLM:
-            made = _model(name, role, spans, trees, sources, nodes, names, role in recorded)
-            source = Source(name, [str(value) for value in made[-1].values])
+            made = _model(name, role, spans, trees, variables, nodes, names, role in recorded)
+            variable = Variable(name, [texts(value) for value in made[-1].values])
         else:
-            made = [_tool(name, role, spans, trees, sources, names)]
+            made = [_tool(name, role, spans, trees, variables, names)]
             listed = [span.documents for span in spans]
             documents = [one for one in listed if one is not None]
             shown = len(documents) == len(spans)
-            source = Source(name, None if shown else list(made[0].values), documents if shown else None)
+            variable = Variable(name, None if shown else list(made[0].values), documents if shown else None)
         nodes += made
-        sources.append(source)
-    named = {source.name: source for source in sources}
+        variables.append(variable)
+    named = {variable.name: variable for variable in variables}
     final = tuple(_shown(node, named) for node in nodes)
     used = {parent for node in final for parent in node.parents}
     return Proposal({name: column for name, column in inputs.items() if name in used}, final)
 
 
-def _shown(node: NodeProposal, sources: dict[str, Source]) -> NodeProposal:
+def _shown(node: NodeProposal, variables: dict[str, Variable]) -> NodeProposal:
     """The node with its documents as a prompt has them."""
-    source = sources.get(node.name)
-    if source is None or source.documents is None:
+    variable = variables.get(node.name)
+    if variable is None or variable.documents is None:
         return node
-    if source.texts is None:
-        return replace(node, values=tuple("\n".join(each) for each in source.documents))
-    return replace(node, values=tuple(source.texts), why="its value is its documents as a prompt has them")
+    if variable.texts is None:
+        return replace(node, values=tuple("\n".join(each) for each in variable.documents))
+    return replace(node, values=tuple(variable.texts), why="its value is its documents as a prompt has them")
 
 
 def _inputs(trees: Sequence[Tree]) -> dict[str, list[Any]]:
@@ -99,7 +95,9 @@ def _inputs(trees: Sequence[Tree]) -> dict[str, list[Any]]:
     fields: list[dict[str, Any]] = []
     for tree in trees:
         top = _asked(tree)
-        found = {} if top.kind == LLM else {_slug(name) or REQUEST: text for name, text in leaves(top.input)}
+        found: dict[str, str] = {}
+        for name, text in () if top.kind == LLM else leaves(top.input):
+            found[_free(_slug(name) or REQUEST, found)] = text
         fields.append({name: text for name, text in found.items() if text.strip()})
     common = [name for name in fields[0] if all(name in row for row in fields)]
     columns = {name: [row[name] for row in fields] for name in common}
@@ -140,7 +138,7 @@ def _model(
     role: Role,
     spans: Sequence[Span],
     trees: Sequence[Tree],
-    sources: list[Source],
+    variables: list[Variable],
     nodes: list[NodeProposal],
     names: dict[Role, str],
     recorded: bool,
@@ -148,66 +146,78 @@ def _model(
     """A model's node, behind the nodes that its prompt needs."""
     values = tuple(span.answer or "" for span in spans)
     prompts = [contents_of(span.prompt) for span in spans]
-    known = {source.name: source for source in sources}
+    known = {variable.name: variable for variable in variables}
     tool = RECORDED if recorded else None
     if REQUEST in known and known[REQUEST].texts == [texts(span.prompt) for span in spans]:
         # The request is the whole prompt, be it messages.
         return [NodeProposal(name, role, (REQUEST,), values, tool=tool)]
-    template, why = find_template(prompts, sources)
-    more = [] if template is not None else _derived(role, trees, sources, names, nodes)
+    template, why = find_template(prompts, variables)
+    more = [] if template is not None else _derived(role, trees, variables, names, nodes)
     if more:
-        template, why = find_template(prompts, [*sources, *more])
+        template, why = find_template(prompts, [*variables, *more])
     if template is not None:
         used = slots(template)
-        extra = [source.made_by for source in more if source.name in used]
-        sources += [source for source in more if source.name in used]
-        parents = tuple(source.name for source in sources if source.name in used)
+        extra = [variable.made_by for variable in more if variable.name in used]
+        variables += [variable for variable in more if variable.name in used]
+        parents = tuple(variable.name for variable in variables if variable.name in used)
         return [*extra, NodeProposal(name, role, parents, values, template, tool)]
-    parents = _mentioned([span.prompt for span in spans], sources)
+    parents = _mentioned([span.prompt for span in spans], variables)
     if recorded:
         return [NodeProposal(name, role, parents, values, tool=tool, why=why)]
-    asked = f"{name}_prompt"
+    others = {*names.values(), *(variable.name for variable in variables), *(node.name for node in nodes)}
+    asked = _free(f"{name}_prompt", others)
     prompt = NodeProposal(asked, None, parents, tuple(span.prompt for span in spans), tool=RECORDED, why=why)
     return [prompt, NodeProposal(name, role, (asked,), values, why=f"its prompt is the node {asked}: {why}")]
 
 
 def _tool(
-    name: str, role: Role, spans: Sequence[Span], trees: Sequence[Tree], sources: list[Source], names: dict[Role, str]
+    name: str,
+    role: Role,
+    spans: Sequence[Span],
+    trees: Sequence[Tree],
+    variables: list[Variable],
+    names: dict[Role, str],
 ) -> NodeProposal:
     values = tuple(texts(span.output) if span.output is not None else "\n".join(span.documents or ()) for span in spans)
     inside = [names[other] for other in trees[0].nodes if other[: len(role)] == role and other != role]
-    parents = _mentioned([span.input for span in spans], sources, inside)
+    parents = _mentioned([span.input for span in spans], variables, inside)
     return NodeProposal(name, role, parents, values, tool=RECORDED)
 
 
-def _mentioned(values: Sequence[Any], sources: Sequence[Source], inside: Sequence[str] = ()) -> tuple[str, ...]:
-    """The sources that each of the values holds; all of them where none is held, for nothing says what was read."""
+def _mentioned(values: Sequence[Any], variables: Sequence[Variable], inside: Sequence[str] = ()) -> tuple[str, ...]:
+    """The variables that each of the values holds; all of them where none is held, for nothing says what was read."""
     held = [[text for _, text in leaves(value)] for value in values]
     found = []
-    for source in sources:
+    for variable in variables:
         rows = (
-            source.texts if source.texts is not None else [each[0] if each else "" for each in source.documents or []]
+            variable.texts
+            if variable.texts is not None
+            else [each[0] if each else "" for each in variable.documents or []]
         )
         pairs = zip(rows, held, strict=True)
-        if source.name in inside or (any(rows) and all(any(text in part for part in parts) for text, parts in pairs)):
-            found.append(source.name)
-    return tuple(found) or tuple(source.name for source in sources)
+        if variable.name in inside or (any(rows) and all(any(text in part for part in parts) for text, parts in pairs)):
+            found.append(variable.name)
+    return tuple(found) or tuple(variable.name for variable in variables)
 
 
 def _derived(
-    role: Role, trees: Sequence[Tree], sources: Sequence[Source], names: dict[Role, str], nodes: Sequence[NodeProposal]
-) -> list[Source]:
+    role: Role,
+    trees: Sequence[Tree],
+    variables: Sequence[Variable],
+    names: dict[Role, str],
+    nodes: Sequence[NodeProposal],
+) -> list[Variable]:
     """Texts that the program made of earlier values: without space around them, and what its parts gave."""
-    made: list[Source] = []
-    known = [source.texts for source in sources]
-    taken = {source.name for source in sources} | set(names.values())
+    made: list[Variable] = []
+    known = [variable.texts for variable in variables]
+    taken = {*names.values(), *(variable.name for variable in variables), *(node.name for node in nodes)}
 
     def add(name: str, column: list[str], parents: tuple[str, ...], tool: str) -> None:
         if column in known or not any(column) or not parents:
             return
-        name = name if name not in taken else f"{name}_of_{parents[-1]}"
+        name = name if name not in taken else _free(f"{name}_of_{parents[-1]}", taken)
         node = NodeProposal(name, None, parents, tuple(column), tool=tool)
-        made.append(Source(name, column, made_by=node))
+        made.append(Variable(name, column, made_by=node))
         known.append(column)
         taken.add(name)
 
@@ -226,6 +236,12 @@ def _derived(
             if all(field in row for row in rows):
                 add(_slug(field) or f"{inside[-1]}_out", [row[field] for row in rows], inside, RECORDED)
     return made
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where it is taken."""
+    numbers = (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3)))
+    return next(one for one in numbers if one not in taken)
 
 
 def _slug(name: str) -> str:

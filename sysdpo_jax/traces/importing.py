@@ -77,12 +77,8 @@ def import_traces(
         *(f"{node.name}: {node.why}" for node in nodes if node.why),
     ]
     runs = [_run(tree.trace, proposal, nodes, row) for row, tree in enumerate(trees)]
-    lines = [
-        {"id": tree.trace, "score": values[tree.trace]}
-        if tree.trace in values
-        else {"id": tree.trace, "error": f"the trace has no one score {called!r}"}
-        for tree in trees
-    ]
+    lost = {row for its in tokens.values() for row in its.lost}
+    lines = [_line(tree.trace, values.get(tree.trace), called, row in lost) for row, tree in enumerate(trees)]
     given = {name: spans[name] for name in models}
     return Imported(ledger, tuple(proposal.inputs), nodes, given, choices, tokens, runs, lines, notes)
 
@@ -101,6 +97,15 @@ def _tokens(choices: Mapping[str, Choice], spans: Mapping[str, Sequence[Span]]) 
                 tokenizers[choice.checkpoint] = tokenizer_of(choice.checkpoint, name)
             made[name] = with_tokens(tokenizers[choice.checkpoint], name, spans[name])
     return made
+
+
+def _line(trace: str, value: float | None, called: str, lost: bool) -> dict[str, Any]:
+    """A run's score, or why it has none and is in no pair."""
+    if lost:
+        return {"id": trace, "error": "an answer in it was cut, and its tokenizer does not write that text"}
+    if value is None:
+        return {"id": trace, "error": f"the trace has no one score {called!r}"}
+    return {"id": trace, "score": value}
 
 
 def _run(trace: str, proposal: Proposal, nodes: Sequence[NodeProposal], row: int) -> dict[str, Any]:

@@ -4,12 +4,15 @@ https://langfuse.com/docs/observability/data-model and
 https://langfuse.com/docs/observability/features/observation-types
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sysdpo_jax.traces.messages import document_text, ids_of, with_texts
+from sysdpo_jax.traces.messages import document_text, finish_of, ids_of, with_texts
 from sysdpo_jax.traces.spans import CHAIN, LLM, RETRIEVER, Score, Span, SpanError, at, moment, parsed, score_of
 
+# Names of the number of tokens of a prompt and of an answer, the last of them beside the usage in older exports.
+PROMPT = ("input", "input_tokens", "prompt_tokens", "promptTokens")
+ANSWER = ("output", "output_tokens", "completion_tokens", "completionTokens")
 KINDS = {"GENERATION": LLM, "SPAN": CHAIN}
 
 
@@ -42,7 +45,6 @@ def spans_of(row: Mapping[str, Any]) -> Iterator[Span]:
 def _observation(row: Mapping[str, Any], trace: str, root: str | None, scores: tuple[Score, ...]) -> Span:
     kind = KINDS.get(str(row["type"]).upper(), str(row["type"]).upper())
     given, made = parsed(row.get("input")), parsed(row.get("output"))
-    usage = row.get("usageDetails") or row.get("usage") or {}
     prompt_ids, ids = ids_of(made)
     listed = at(made, "documents") or (made if isinstance(made, list) else None)
     span = Span(
@@ -60,11 +62,21 @@ def _observation(row: Mapping[str, Any], trace: str, root: str | None, scores: t
         settings=parsed(row.get("modelParameters")) or {},
         tokens=ids,
         prompt_tokens=prompt_ids,
-        counts=(usage.get("input") or None, usage.get("output") or None),
-        scores=scores,
+        counts=(_count(row, PROMPT), _count(row, ANSWER)),
+        finish=finish_of(made) or finish_of(row.get("metadata")),
+        scores=(*scores, *(score for each in row.get("scores") or [] for score in _score(each, False))),
         error=str(row.get("statusMessage") or "failed") if row.get("level") == "ERROR" else "",
     )
     return with_texts(span, given, made, at(given, "tools")) if kind == LLM else span
+
+
+def _count(row: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    usage = row.get("usage")
+    if str(at(usage, "unit") or "TOKENS").upper() != "TOKENS":
+        return None
+    found = [at(each, name) for each in (row.get("usageDetails"), usage) for name in names]
+    number = next((each for each in (*found, row.get(names[-1])) if each), None)
+    return int(number) if number is not None else None
 
 
 def _score(each: Mapping[str, Any], whole: bool) -> list[Score]:

@@ -6,7 +6,7 @@ https://docs.langchain.com/langsmith/run-data-format
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sysdpo_jax.traces.messages import document_text, ids_of, with_texts
+from sysdpo_jax.traces.messages import document_text, finish_of, ids_of, with_texts
 from sysdpo_jax.traces.spans import AGENT, LLM, Score, Span, SpanError, at, moment, parsed, score_of
 
 PARAMETERS = ("temperature", "top_p", "max_tokens")
@@ -44,6 +44,7 @@ def spans_of(row: Mapping[str, Any], trace: str = "", parent: str | None = None)
             row.get("prompt_tokens") or usage.get("input_tokens") or usage.get("prompt_tokens"),
             row.get("completion_tokens") or usage.get("output_tokens") or usage.get("completion_tokens"),
         ),
+        finish=finish_of(made),
         scores=tuple(_feedback(row)),
         error=str(row.get("error") or ""),
     )
@@ -61,4 +62,6 @@ def _feedback(row: Mapping[str, Any]) -> Iterator[Score]:
     for each in row.get("feedback") or []:
         yield from score_of(at(each, "key"), at(each, "score"), at(each, "value"))
     for name, about in (parsed(row.get("feedback_stats")) or {}).items():
-        yield from score_of(name, at(about, "avg"))
+        # Of words there is no mean, and how often each was said.
+        words = [*(at(about, "values") or {})]
+        yield from score_of(name, at(about, "avg"), words[0] if len(words) == 1 else ", ".join(words))

@@ -9,8 +9,14 @@ from sysdpo_jax.traces.spans import LLM, Span, at, parsed
 # LangChain's names of roles, and those of others.
 ROLES = {"human": "user", "ai": "assistant", "HumanMessage": "user", "AIMessage": "assistant", "model": "assistant"}
 ROLES |= {"SystemMessage": "system", "ToolMessage": "tool", "developer": "system"}
-# Keys of a message that chat templates read beside its role and content.
-KEPT = ("tool_calls", "tool_call_id", "name")
+# Where responses say why they ended, and where within them that stands.
+ENDINGS = ("finish_reason", "finish_reasons", "stop_reason", "finishReason", "done_reason")
+WITHIN = ("choices", "generations", "candidates", "message", "completion", "kwargs", "response_metadata")
+WITHIN += ("generation_info", "llm_output", "output", "response", "data")
+# Keys of a message that chat templates read beside its role, content and calls of tools.
+KEPT = ("tool_call_id", "name")
+# Parts of a content that are calls of tools, of OpenTelemetry and of Anthropic.
+CALLS = ("tool_call", "tool_use")
 
 
 class NoText(ValueError):
@@ -41,14 +47,13 @@ def message_of(value: Any) -> dict[str, Any]:
     value = {**data, **value}
     role = str(value.get("role") or value.get("type") or "")
     content = value["parts"] if "parts" in value else value.get("content")
-    calls = [part for part in content if at(part, "type") == "tool_call"] if isinstance(content, list) else []
+    calls = [part for part in content if at(part, "type") in CALLS] if isinstance(content, list) else []
     rest = [part for part in content if part not in calls] if isinstance(content, list) else content
     made = {"role": ROLES.get(role, role), "content": content_text(rest)}
     extra = {key: value[key] for key in KEPT if value.get(key)}
-    if calls and "tool_calls" not in extra:
-        extra["tool_calls"] = [
-            {"type": "function", "function": {"name": c.get("name"), "arguments": c.get("arguments")}} for c in calls
-        ]
+    calls = value.get("tool_calls") or calls or at(value, "additional_kwargs", "tool_calls") or []
+    if calls:
+        extra["tool_calls"] = [_call(each) for each in calls]
     return made | extra
 
 
@@ -70,8 +75,11 @@ def messages_of(value: Any) -> list[dict[str, Any]] | str | None:
     return [message_of(item) for item in value]
 
 
-def answer_of(value: Any) -> str:
-    """What a model answered. Raises `NoText` for several answers, calls of tools, and what is no answer."""
+def answer_of(value: Any) -> str | list[dict[str, Any]]:
+    """What a model answered: a text, or a list of the one message that has calls of tools, as a `RemoteModel` gives it.
+
+    Raises `NoText` for several answers, and what is no answer.
+    """
     value = parsed(value)
     if isinstance(value, str):
         return value
@@ -81,14 +89,17 @@ def answer_of(value: Any) -> str:
         return answer_of(value[0])
     if not isinstance(value, Mapping):
         raise NoText("no answer")
+    if value.get("tool_calls") and value.get("text"):
+        value = {**value, "content": value["text"], "text": None}
     for name in ("choices", "generations", "message", "text", "completion"):
         if value.get(name) and name in value:
             return answer_of(value[name])
     if "content" in value or "parts" in value or "kwargs" in value or value.get("tool_calls"):
         message = message_of(value)
-        if message.get("tool_calls"):
-            raise NoText("calls of tools, of which the trace has no text")
-        return str(message["content"])
+        if not message.get("tool_calls"):
+            return str(message["content"])
+        kept = {name: message[name] for name in ("content", "tool_calls") if message[name]}
+        return [{"role": "assistant", **kept}]
     for name in ("output", "answer", "response"):
         if name in value:
             return answer_of(value[name])
@@ -102,6 +113,22 @@ def ids_of(response: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...] | Non
     choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
     prompt = at(response, "prompt_token_ids") or at(choice, "prompt_token_ids")
     return _ids(prompt), _ids(at(choice, "token_ids"))
+
+
+def finish_of(response: Any) -> str:
+    """Why the first answer of a response ended, in the words of its server; "" where it does not say."""
+    response = parsed(response)
+    if isinstance(response, list):
+        return finish_of(response[0]) if response else ""
+    if not isinstance(response, Mapping):
+        return ""
+    # Of OpenAI's API of responses.
+    reasons = [at(response, "incomplete_details", "reason"), *(response.get(name) for name in ENDINGS)]
+    for reason in reasons:
+        said = reason[0] if isinstance(reason, list) and reason else reason
+        if isinstance(said, str) and said:
+            return said
+    return next((found for name in WITHIN if (found := finish_of(response.get(name)))), "")
 
 
 def with_texts(span: Span, prompt: Any, answer: Any, tools: Any = None) -> Span:
@@ -125,6 +152,16 @@ def document_text(document: Any) -> str:
             if name in document:
                 return document_text(document[name])
     return document if isinstance(document, str) else str(document)
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """A call in the form of OpenAI's API, its arguments as the object that chat templates write."""
+    own = at(call, "function") or call
+    given = next((own[name] for name in ("arguments", "args", "input") if at(own, name) is not None), {})
+    if not at(own, "name"):
+        raise NoText("a call of a tool without a name")
+    name = {"id": call["id"]} if call.get("id") else {}
+    return {**name, "type": "function", "function": {"name": own["name"], "arguments": parsed(given) or {}}}
 
 
 def _is_pair(value: Any) -> bool:

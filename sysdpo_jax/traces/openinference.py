@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sysdpo_jax.traces.attributes import feedback, span_of
-from sysdpo_jax.traces.spans import Raw, Span, SpanError, at, moment, nested, parsed
+from sysdpo_jax.traces.spans import OtelSpan, Span, SpanError, at, moment, nested, parsed
 
 
 def spans_of(row: Mapping[str, Any]) -> Iterator[Span]:
@@ -35,7 +35,7 @@ def spans_of(row: Mapping[str, Any]) -> Iterator[Span]:
     times = moment(given.get("start_time")), moment(given.get("end_time"))
     events = [(str(at(each, "name")), nested(at(each, "attributes") or {})) for each in row.get("events") or []]
     parent = given.get("parent_id") or at(given, "parent", "span_id") or None
-    raw = Raw(str(trace), str(own), parent and str(parent), str(given["name"]), *times, failed, attributes, events)
+    raw = OtelSpan(str(trace), str(own), parent and str(parent), str(given["name"]), *times, failed, attributes, events)
     span = span_of(raw, str(given.get("span_kind") or ""))
     more = tuple(feedback(given))
     yield span if not more else Span(**{**vars(span), "scores": (*span.scores, *more)})

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sysdpo_jax.traces.attributes import span_of
-from sysdpo_jax.traces.spans import Raw, Span, SpanError, at, moment, nested
+from sysdpo_jax.traces.spans import OtelSpan, Span, SpanError, at, moment, nested
 
 # STATUS_CODE_ERROR, as a number and by name.
 ERRORS = (2, "2", "STATUS_CODE_ERROR")
@@ -26,7 +26,7 @@ def spans_of(row: Mapping[str, Any]) -> Iterator[Span]:
                 yield span_of(_raw(span))
 
 
-def _raw(span: Mapping[str, Any]) -> Raw:
+def _raw(span: Mapping[str, Any]) -> OtelSpan:
     trace, own = at(span, "traceId"), at(span, "spanId")
     if not trace or not own:
         raise SpanError("a span lacks traceId or spanId")
@@ -36,7 +36,7 @@ def _raw(span: Mapping[str, Any]) -> Raw:
     times = moment(span.get("startTimeUnixNano")), moment(span.get("endTimeUnixNano"))
     events = [(str(at(each, "name")), nested(_values(at(each, "attributes")))) for each in span.get("events") or []]
     attributes = nested(_values(span.get("attributes")))
-    return Raw(str(trace), str(own), parent, str(span.get("name", "")), *times, failed, attributes, events)
+    return OtelSpan(str(trace), str(own), parent, str(span.get("name", "")), *times, failed, attributes, events)
 
 
 def _values(attributes: Any) -> dict[str, Any]:

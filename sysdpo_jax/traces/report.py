@@ -12,7 +12,7 @@ def report_text(ledger: Ledger, notes: Sequence[str], tokens: Mapping[str, Token
     """A line for every name, kind and fate of spans, then notes and what is known of tokens."""
     rows: Counter[tuple[str, str, str]] = Counter()
     for key, span in ledger.spans.items():
-        rows[span.kind or "(no kind)", span.name, ledger.fates.get(key, "refused: its trace is not used")] += 1
+        rows[span.kind or "(no kind)", span.name, ledger.fate(key)] += 1
     lines = [f"{kind} {name}: {count} spans, {fate}" for (kind, name, fate), count in sorted(rows.items())]
     lines += [summary(ledger), *notes, *(f"{what}: {count}" for what, count in ledger.notes.items())]
     lines += [f"tokens of {name}: {counted}" for name, counted in tokens.items()]
@@ -22,6 +22,6 @@ def report_text(ledger: Ledger, notes: Sequence[str], tokens: Mapping[str, Token
 def summary(ledger: Ledger) -> str:
     """How many spans of models, retrievers and tools became values, and how many did not."""
     keys = [key for key, span in ledger.spans.items() if span.kind in VALUES]
-    refused = sum(ledger.fates.get(key, "refused").startswith("refused") for key in keys)
+    refused = sum(ledger.fate(key).startswith("refused") for key in keys)
     every = f"{len(keys)} spans of models, retrievers and tools"
     return f"{every}: {len(keys) - refused} mapped, {refused} refused by name"

@@ -24,6 +24,9 @@ def recorded_scores(ledger: Ledger) -> Found:
             seen.add(above)
             depth, above = depth + 1, ledger.spans[span.trace, above].parent
         found.setdefault(span.trace, []).extend((-1 if score.whole else depth, score) for score in span.scores)
+        for score in span.scores:
+            if score.value is None:
+                ledger.notes[f"scores {score.name!r} refused, no number or thumb ({score.said[:40]!r})"] += 1
     return found
 
 
@@ -41,8 +44,9 @@ def external_scores(file: Path, ledger: Ledger) -> Found:
             raise ConfigError(f"{file}, row {number} names no trace or span of these traces: give it a 'trace_id'")
         value = next((at(result, name) for name in ("score", "value") if at(result, name) is not None), None)
         scores = score_of(at(row, "name") or at(row, "key") or "score", value, at(result, "label"), True)
-        if not scores:
-            raise ConfigError(f"{file}, row {number} has no 'score': give a number, or thumbs_up or thumbs_down")
+        if not scores or scores[0].value is None:
+            said = f"the score {scores[0].said[:40]!r}" if scores else "no 'score'"
+            raise ConfigError(f"{file}, row {number} has {said}: give a number, or thumbs_up or thumbs_down")
         found.setdefault(trace, []).extend((-1, score) for score in scores)
     return found
 
@@ -52,7 +56,13 @@ def chosen_scores(found: Found, name: str, traces: Sequence[str]) -> tuple[str, 
 
     The nearest to the root is a trace's. Raises `ConfigError` where there is none, or several names and none is chosen.
     """
-    names: dict[str, Any] = {score.name: None for rows in found.values() for _, score in rows}
+    scored = [score for rows in found.values() for _, score in rows]
+    names: dict[str, Any] = {score.name: None for score in scored if score.value is not None}
+    if scored and not names:
+        raise ConfigError(
+            f"no score of the traces is a number or a thumb: {scored[0].name!r} says {scored[0].said[:40]!r}; give "
+            "--scores FILE with a number for each trace"
+        )
     if not names:
         raise ConfigError("the traces have no score: annotate them, or give --scores FILE with a score for each trace")
     if name and name not in names:
@@ -63,7 +73,8 @@ def chosen_scores(found: Found, name: str, traces: Sequence[str]) -> tuple[str, 
     scores, unclear = {}, 0
     for trace in traces:
         rows = [(depth, score.value) for depth, score in found.get(trace, ()) if score.name == name]
-        nearest = {value for depth, value in rows if depth == min(depth for depth, _ in rows)}
+        known = [(depth, value) for depth, value in rows if value is not None]
+        nearest = {value for depth, value in known if depth == min(depth for depth, _ in known)}
         if len(nearest) == 1:
             scores[trace] = nearest.pop()
         unclear += len(nearest) > 1

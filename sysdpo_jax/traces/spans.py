@@ -1,6 +1,7 @@
 """What every format of traces is read into: spans, each a call of a model, a tool or a part of the program."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,18 +24,20 @@ LABELS = {
 
 
 class Score(NamedTuple):
-    """Feedback. whole: of the whole trace, wherever it stands."""
+    """Feedback. value: None for what was said in words that are no number. whole: of the whole trace."""
 
     name: str
-    value: float
+    value: float | None
     whole: bool = False
+    said: str = ""
 
 
 @dataclass(frozen=True)
 class Span:
     """One span.
 
-    prompt: messages, or the text that a completion goes on from. answer: of an LLM. documents: of a retriever.
+    prompt: messages, or the text that a completion goes on from. answer: of an LLM, messages where it calls tools.
+    documents: of a retriever.
     tokens, prompt_tokens: ids where the span has them; counts: of the prompt's and the answer's, where they are known.
     start, end: seconds, 0 where they are not known. error: why the call failed. refused: why it can be no value.
     """
@@ -49,7 +52,7 @@ class Span:
     input: Any = None
     output: Any = None
     prompt: Any = None
-    answer: str | None = None
+    answer: str | list[dict[str, Any]] | None = None
     documents: tuple[str, ...] | None = None
     model: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +65,7 @@ class Span:
     refused: str = ""
 
 
-class Raw(NamedTuple):
+class OtelSpan(NamedTuple):
     """A span as OpenTelemetry has it. attributes: nested, see `nested`; events: (name, attributes)."""
 
     trace: str
@@ -151,9 +154,20 @@ def at(value: Any, *path: str) -> Any:
 
 
 def score_of(name: Any, number: Any, label: Any = None, whole: bool = False) -> list[Score]:
-    """A score of a number, or of a label such as a thumb; none where neither says anything."""
-    value = float(number) if isinstance(number, int | float) else LABELS.get(str(number or label).strip().lower())
-    return [] if value is None or value != value else [Score(str(name), value, whole)]
+    """A score of a number, which may be a text, or of a label such as a thumb; none where neither says anything."""
+    said = [texts(each) for each in (number, label) if each is not None and each != ""]
+    value = next((found for each in said if (found := _number(each)) is not None), None)
+    return [Score(str(name), value, whole, "" if value is not None else said[0])] if said else []
+
+
+def _number(said: str) -> float | None:
+    word = said.strip().strip('"').lower()
+    if word in LABELS:
+        return LABELS[word]
+    try:
+        return float(word) if math.isfinite(float(word)) else None
+    except ValueError:
+        return None
 
 
 def leaves(value: Any) -> list[tuple[str, str]]:

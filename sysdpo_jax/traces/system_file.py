@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from sysdpo_jax.traces.choices import Choice
-from sysdpo_jax.traces.flow import Template, written
+from sysdpo_jax.traces.flow import Template, slots, written
 from sysdpo_jax.traces.graph import RECORDED, NodeProposal
 from sysdpo_jax.traces.spans import Span
 from sysdpo_jax.traces.tokens import Tokens
@@ -77,10 +77,13 @@ def _prompt(node: NodeProposal) -> tuple[dict[str, Any], Any]:
     if node.template is None:
         return {}, None
     template: Template = node.template
+    system = {}
+    if template[0][0] == "system" and len(template) > 1 and not slots(template[:1]):
+        system, template = {"system": "".join(map(str, template[0][1]))}, template[1:]
     (role, pieces), *more = template
-    if not more and role in ("", "user"):
-        return {"prompt": written(pieces), **({"chat": True} if role else {})}, None
-    messages = [f"{role}: {written(pieces)}" for role, pieces in template]
+    if not more and role in ("", "user") and slots(template):
+        return {**({"chat": True} if role else {}), **system, "prompt": written(pieces)}, None
+    messages = [f"{role}: {written(pieces)}" for role, pieces in node.template]
     call = {"call": "sysdpo_jax.traces.tools:messages", "parents": [*node.parents], "messages": messages}
     return {}, call
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sysdpo_jax.components.base import RecordError
+from sysdpo_jax.components.chat_prompt import filled, named_in
+from sysdpo_jax.errors import meant
 
 
 def recorded(*values: Any) -> Any:
@@ -21,7 +23,10 @@ def stripped(text: str) -> str:
 
 @dataclass(frozen=True)
 class MessagesPrompt:
-    """Messages made of the parents' values, each as "role: template"."""
+    """Several messages made of the parents' values, each as "role: template".
+
+    A user's message, with a system's before it that is always the same, is a `ChatPrompt`.
+    """
 
     parents: tuple[str, ...]
     messages: tuple[str, ...]
@@ -29,16 +34,22 @@ class MessagesPrompt:
     def __call__(self, *values: Any) -> list[dict[str, str]]:
         """The messages. Raises `RecordError` for a value that is no text."""
         given = dict(zip(self.parents, values, strict=True))
-        other = next((name for name, value in given.items() if not isinstance(value, str | int | float)), None)
-        if other is not None:
-            raise RecordError(f"{other!r} is no text, which the prompt's messages need: give text")
         split = [message.split(": ", 1) for message in self.messages]
-        return [{"role": role, "content": text.format(**given)} for role, text in split]
+        return [{"role": role, "content": filled(text, given)} for role, text in split]
 
 
 def messages(parents: tuple[str, ...], messages: tuple[str, ...]) -> MessagesPrompt:
-    """The prompt of a configuration's `settings: {prompt: {call: ...}}`. Raises `ValueError` for one without a role."""
-    lacking = next((message for message in messages if ": " not in message), None)
-    if lacking is not None:
-        raise ValueError(f"the message {lacking[:40]!r} has no role: write 'user: ...'")
+    """The prompt of a configuration's `settings: {prompt: {call: ...}}`.
+
+    Raises `ValueError` for a message without a role, or with a name that is no parent.
+    """
+    for message in messages:
+        role, colon, text = message.partition(": ")
+        if not colon:
+            raise ValueError(f"the message {message[:40]!r} has no role: write 'user: ...'")
+        unknown = sorted(named_in(text) - set(parents))
+        if unknown:
+            raise ValueError(
+                f"the {role}'s message names {unknown[0]!r}, which is no parent: {meant(unknown[0], parents)}"
+            )
     return MessagesPrompt(tuple(parents), tuple(messages))

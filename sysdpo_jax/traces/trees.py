@@ -11,6 +11,8 @@ Role = tuple[str, ...]
 Key = tuple[str, str]
 # Spans within each other, of which more are no program's.
 DEEPEST = 200
+# What a span of a model has from the one around it, which told of the same call.
+INHERITED = ("settings", "tokens", "prompt_tokens", "finish", "model")
 
 
 @dataclass
@@ -25,6 +27,12 @@ class Ledger:
         """Say why spans are no nodes, of those of which nothing is said yet."""
         for span in spans:
             self.fates.setdefault((span.trace, span.id), f"refused: {why}")
+
+    def fate(self, key: Key) -> str:
+        """What became of a span. Raises `LookupError` where nothing is said of it, which must not be."""
+        if key not in self.fates:
+            raise LookupError(f"the trace {key[0]} has a span {self.spans[key].name!r} ({key[1]}) that was lost")
+        return self.fates[key]
 
 
 @dataclass(frozen=True)
@@ -65,20 +73,29 @@ def trees_of(spans: Iterable[Span], ledger: Ledger) -> list[Tree]:
 
 def of_one_shape(trees: list[Tree], ledger: Ledger) -> list[Tree]:
     """The trees of the most frequent shape; the ledger refuses the spans of the others, with what differs."""
-    shapes = Counter(frozenset(tree.nodes) for tree in trees)
+    shapes = Counter(map(_shape, trees))
     if not shapes:
         return []
     shape, _ = shapes.most_common(1)[0]
-    kept = [tree for tree in trees if frozenset(tree.nodes) == shape]
+    kept = [tree for tree in trees if _shape(tree) == shape]
     for tree in trees:
-        if frozenset(tree.nodes) == shape:
+        if _shape(tree) == shape:
             continue
-        more, less = set(tree.nodes) - shape, shape - set(tree.nodes)
-        said = [f"{word} {' / '.join(sorted(roles)[0])}" for word, roles in (("has", more), ("lacks", less)) if roles]
+        more, less = _shape(tree) - shape, shape - _shape(tree)
+        said = [f"{word} {_named(*sorted(parts)[0])}" for word, parts in (("has", more), ("lacks", less)) if parts]
         why = f"its trace has another shape than the {len(kept)} of the most frequent one (it {' and '.join(said)})"
         ledger.refuse((tree.spans[role] for role in tree.nodes), why)
         ledger.notes["traces left out because of their shape"] += 1
     return kept
+
+
+def _shape(tree: Tree) -> frozenset[tuple[Role, bool]]:
+    """The roles of values, and which are of models."""
+    return frozenset((role, tree.spans[role].kind == LLM) for role in tree.nodes)
+
+
+def _named(role: Role, is_model: bool) -> str:
+    return f"{' / '.join(role)}{', a model' if is_model else ''}"
 
 
 def _cycle(known: Mapping[str, Span]) -> str:
@@ -131,7 +148,7 @@ def _find_values(
     if span.kind == LLM and len(calls) == 1:
         # Two instruments told of one call: the inner one saw what was sent.
         inner = calls[0]
-        more = {name: getattr(span, name) for name in ("settings", "tokens", "model") if not getattr(inner, name)}
+        more = {name: getattr(span, name) for name in INHERITED if not getattr(inner, name)}
         values[inner.id] = alive[inner.id] = replace(inner, **more, scores=(*inner.scores, *span.scores))
         led.fates[key] = f"the same call as the span {inner.name} in it"
         return below
@@ -169,11 +186,15 @@ def _number(
     made: dict[Role, Span],
 ) -> None:
     """Put the spans that are or hold values into `made` by their roles, what a span holds before it."""
-    counts: Counter[str] = Counter()
+    names, counts = {span.name for span in siblings}, Counter[str]()
     for span in siblings:
         held = [span, *_below(span, children)]
         if span.id in alive and any(one.id in values for one in held):
             counts[span.name] += 1
-            role = (*above, span.name if counts[span.name] == 1 else f"{span.name}#{counts[span.name]}")
+            # A name that is there with a number is another one's.
+            while counts[span.name] > 1 and f"{span.name}#{counts[span.name]}" in names:
+                counts[span.name] += 1
+            number = counts[span.name]
+            role = (*above, span.name if number == 1 else f"{span.name}#{number}")
             _number(children.get(span.id, []), role, children, alive, values, made)
             made[role] = values.get(span.id, alive[span.id])

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from sysdpo_jax.models.remat import WHOLE
-from sysdpo_jax.parallel.distributed import gathered
+from sysdpo_jax.parallel.distributed import all_gather
 
 # Of every program that evaluates a policy or a reference. By default a compiler may leave out a rounding to bfloat16
 # between operations that it joins; which it joins differs between a forward pass whose results the backward pass needs
@@ -84,7 +84,7 @@ def fastest_that_fits(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal = error
-        everywhere = gathered(own)
+        everywhere = all_gather(own)
         if None in everywhere:
             tried.append(Attempt(setting, None))
             continue

@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from sysdpo_jax.components.base import RecordError
-from sysdpo_jax.parallel.distributed import gathered
+from sysdpo_jax.parallel.distributed import all_gather
 from sysdpo_jax.training.checkpoints import Best, Checkpoints
 from sysdpo_jax.training.metrics import EVALUATED, MetricsLog
 from sysdpo_jax.training.progress import tell
@@ -78,7 +78,7 @@ class Evaluator:
         self._best = best[0] if best is not None and best[0].startswith(EVALUATED) else None
         rows = log.evaluations if log is not None else []
         # (step, the figure of `stop_on`) of the run's evaluations so far; process 0 alone has the log.
-        self._seen: list[Sequence[Any]] = gathered([(row["step"], self._figure(row)) for row in rows])[0]
+        self._seen: list[Sequence[Any]] = all_gather([(row["step"], self._figure(row)) for row in rows])[0]
 
     def ends(self, step: int, state: TrainState, checkpoints: Checkpoints, save: Callable[[], None]) -> bool:
         """Evaluate the state of so many updates where that is due: whether the training ends with it.
@@ -104,7 +104,7 @@ class Evaluator:
         with self._waiting(), user_code(what, EvaluationError, (EvaluationError, RecordError), SAFE):
             measured = {f"{EVALUATED}{name}": float(value) for name, value in sorted(measure(step, params).items())}
         # The same numbers on all processes, so that all of them stop at the same step.
-        figures: dict[str, float] = gathered(measured)[0]
+        figures: dict[str, float] = all_gather(measured)[0]
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise EvaluationError(

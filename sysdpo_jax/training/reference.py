@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.routed import Routed
+from sysdpo_jax.data.records import SIDES
 from sysdpo_jax.graph import CompoundSystem, Node
 from sysdpo_jax.io import read_arrays, write_arrays
 from sysdpo_jax.manifest import describe, digest, fingerprints
@@ -20,7 +21,6 @@ from sysdpo_jax.training.compiling import COMPILER_OPTIONS
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Features, Params
 
-SIDES = ("chosen", "rejected")
 # (features, key) -> [rows], of a node under the reference.
 LogProb: TypeAlias = Callable[[Any, PRNGKeyArray], Array]
 

@@ -122,6 +122,47 @@ def test_the_labelling_interface_of_the_page_shows_what_tasks_hold(tmp_path):
     assert set(pairwise.get("toName").split(",")) <= {tag.get("name") for tag in texts}
 
 
+def test_a_person_counts_once_for_a_pair_however_often_its_task_is_there(tmp_path, capsys):
+    """Tasks that were imported twice, files of two exports, and people who thought again: the last answer holds."""
+    path = write(tmp_path / "runs.jsonl", "said")
+    tasks = exported(tmp_path, "label_studio", path)
+    once = label_studio(tasks, [["left", "right"], ["tie"], [], []])
+    wanted = imported(tmp_path, once, path)
+    assert len(wanted) == 2
+    capsys.readouterr()
+    assert imported(tmp_path, once + once, path) == wanted
+    assert "3 answers to pairs that the same person answered again" in capsys.readouterr().out
+    # A second task of the pair, with annotations of its own, one of another person: it comes first, and is later.
+    again = label_studio(tasks, [["right", "skip", "left"], [], [], []])[:1]
+    first, _, third = again[0]["annotations"]
+    later = {"created_at": "2026-03-10T22:16:08.728353Z"}
+    again[0] |= {"id": 99, "annotations": [each | later | {"id": each["id"] + 500} for each in (first, third)]}
+    made = imported(tmp_path, again + once, path)
+    # The first person is of another mind now, so that both agree, and the third one is not.
+    assert [each["chosen"] for each in made] == [wanted[1]["chosen"], wanted[0]["chosen"], wanted[1]["chosen"]]
+    # Without names an annotation is known by its id; what has none is counted as often as it is in one export.
+    for each in once[0]["annotations"]:
+        del each["completed_by"]
+    assert imported(tmp_path, once + once, path) == wanted
+    for each in once[0]["annotations"]:
+        del each["id"]
+    assert imported(tmp_path, once + once, path) == wanted
+
+
+def test_people_whom_argilla_does_not_name_are_several(tmp_path):
+    path = write(tmp_path / "runs.jsonl", "said")
+    tasks = exported(tmp_path, "argilla", path)
+    named = argilla(tasks, [["left", "right", "left"], ["tie", "left"], [], []])
+    wanted = imported(tmp_path, named, path)
+    assert len(wanted) == 4
+    for record in named:
+        for responses in record["responses"].values():
+            for response in responses:
+                response["user_id"] = None
+    assert imported(tmp_path, named, path) == wanted
+    assert imported(tmp_path, named + named, path) == wanted
+
+
 def test_rankings_and_ratings_of_argilla_are_read(tmp_path):
     path = write(tmp_path / "runs.jsonl", "said")
     tasks = exported(tmp_path, "argilla", path)

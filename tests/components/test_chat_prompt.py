@@ -158,3 +158,24 @@ def test_functions_answer_calls_and_tell_the_model_what_it_did_wrong():
     assert name_of(table) != name_of(sj.Functions((add,)))
     with pytest.raises(ValueError, match="names of their own"):
         sj.Functions((add, add))
+
+
+def test_each_call_in_a_message_is_answered_by_its_id():
+    """As many observations as calls are one for each; without ids, as of a model's own chats, messages have none."""
+
+    def turns(*ids, **seen):
+        made = [{"type": "function", "function": {"name": "f", "arguments": "{}"}} | each for each in ids]
+        return [{"action": [{"role": "assistant", "tool_calls": made}], **seen}]
+
+    one, two = {"id": "1"}, {"id": "2"}
+    assert chat()("2+2?", turns(one, seen=[4]))[2:] == [{"role": "tool", "tool_call_id": "1", "content": "[4]"}]
+    answers = [
+        {"role": "tool", "tool_call_id": "1", "content": "4"},
+        {"role": "tool", "tool_call_id": "2", "content": "5"},
+    ]
+    assert chat()("2+2?", turns(one, two, seen=[4, "5"]))[2:] == answers
+    assert chat(observations=("seen", "more"))("2+2?", turns(one, two, seen=4, more="5"))[2:] == answers
+    assert chat()("2+2?", turns({}, seen="4"))[2:] == [{"role": "tool", "content": "4"}]
+    assert chat(role="user")("2+2?", turns(one, seen="4"))[2:] == [{"role": "user", "content": "4"}]
+    with pytest.raises(sj.RecordError, match="has 2 calls of tools and 3 answers"):
+        chat()("2+2?", turns(one, two, seen=[1, 2, 3]))

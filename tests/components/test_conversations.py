@@ -98,6 +98,9 @@ def test_a_call_without_content():
     component = model()
     wanted = 'assistant: <call>{"name": "price", "arguments": {"of": "pear"}}<eos>'
     assert texts(component, [USER, call, told], "Two.")[0] == f"user: price?<eos>{wanted}tool price: 2<eos>assistant: "
+    # A template that writes no ids of calls tells them apart by their order.
+    told["tool_call_id"] = "1"
+    assert texts(component, [USER, call, told], "Two.")[0] == f"user: price?<eos>{wanted}tool price: 2<eos>assistant: "
     assert texts(component, [USER], [call])[1] == wanted.removeprefix("assistant: ")
     absent = {name: value for name, value in call.items() if name != "content"}
     assert texts(component, [USER], [absent])[1] == wanted.removeprefix("assistant: ")

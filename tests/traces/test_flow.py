@@ -1,11 +1,11 @@
 """Templates from prompts."""
 
-from sysdpo_jax.traces.flow import Slot, Source, find_template, region, written
+from sysdpo_jax.traces.flow import Slot, Variable, find_template, region, written
 
 
 def found(prompts, **texts):
-    sources = [Source(name, list(column)) for name, column in texts.items()]
-    template, why = find_template([(("user", prompt),) for prompt in prompts], sources)
+    variables = [Variable(name, list(column)) for name, column in texts.items()]
+    template, why = find_template([(("user", prompt),) for prompt in prompts], variables)
     return (written(template[0][1]) if template is not None else None), why
 
 
@@ -40,9 +40,9 @@ def test_a_prompt_with_something_else_in_it_has_no_template():
 
 def test_documents_are_the_part_of_a_prompt_that_has_them():
     documents = [("a ball", "a cube"), ("red", "green")]
-    source = Source("facts", None, documents)
+    variable = Variable("facts", None, documents)
     prompts = [(("user", "Facts: [1] a ball [2] a cube. Go"),), (("user", "Facts: [1] red [2] green. Go"),)]
-    template, _ = find_template(prompts, [source])
+    template, _ = find_template(prompts, [variable])
     assert template == (("user", ("Facts: [1] ", Slot("facts"), ". Go")),)
-    assert source.texts == ["a ball [2] a cube", "red [2] green"]
+    assert variable.texts == ["a ball [2] a cube", "red [2] green"]
     assert region("b a", ("a", "b")) is None

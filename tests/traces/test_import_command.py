@@ -8,11 +8,13 @@ import yaml
 
 from sysdpo_jax.cli import import_traces
 from sysdpo_jax.cli.main import dispatch
+from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.runs.files import read_config
 from sysdpo_jax.runs.system import _prompt
 from sysdpo_jax.traces.files import read_spans
 from sysdpo_jax.traces.spans import VALUES
+from sysdpo_jax.traces.tools import messages
 from sysdpo_jax.user_code import built
 from sysdpo_jax.values import from_json
 from tests.traces.spans import chain, four, llm, root, row, write
@@ -165,6 +167,56 @@ def test_scores_come_from_a_file_by_trace_or_span(place, small):
         import_traces.run(import_traces.Config(place / "t.jsonl", "openinference", place / "x", **flags))
 
 
+def test_prompts_of_several_messages_are_written_as_they_were(place, small):
+    """A constant system's message is the node's own; others are a function's."""
+    rows = four()
+    for each in rows:
+        if each["attributes"]["openinference.span.kind"] == "LLM":
+            [said] = [
+                value for key, value in each["attributes"].items() if key.endswith("input_messages.0.message.content")
+            ]
+            first, last = ("so", "as {x}") if each["name"] == "draft" else (said, "again")
+            each["attributes"] |= {
+                "llm.input_messages.0.message.role": "system",
+                "llm.input_messages.0.message.content": f"be {first} {{brief}}",
+                "llm.input_messages.1.message.role": "user",
+                "llm.input_messages.1.message.content": f"{said} {last}",
+            }
+    made = system(imported(write(place / "t.jsonl", rows), "openinference", "--model", f"small={small}"))
+    assert made["nodes"]["draft"]["system"] == "be so {brief}"
+    assert made["nodes"]["draft"]["prompt"] == "a {question} as {{x}}"
+    assert "prompt" not in made["components"]["draft"]["settings"]
+    prompt = built(made["components"]["answer"]["settings"], "settings")["prompt"]
+    assert prompt("red ball", "large") == [
+        {"role": "system", "content": "be the red ball on large {brief}"},
+        {"role": "user", "content": "the red ball on large again"},
+    ]
+    with pytest.raises(RecordError, match="'draft' is no text"):
+        prompt("red ball", [])
+    with pytest.raises(ValueError, match="the user's message names 'drat', which is no parent: did you mean 'draft'"):
+        messages(("draft",), ("user: {drat}",))
+    with pytest.raises(ValueError, match="has no role"):
+        messages(("draft",), ("{draft}",))
+
+
+def test_scores_in_words_are_refused_by_name(place, small):
+    rows = four()
+    rows += chain("words", "red ball", "a", "the", "rather good")
+    traces, flags = write(place / "t.jsonl", rows), {"model": (f"small={small}",)}
+    folder = imported(traces, "openinference", "--model", f"small={small}")
+    assert "scores 'quality' refused, no number or thumb ('rather good'): 1" in (folder / "report.txt").read_text()
+    assert "error" in {line["id"]: line for line in lines(folder / "scores.jsonl")}["words"]
+    with pytest.raises(ConfigError, match="'quality' says 'rather good'; give --scores FILE"):
+        import_traces.run(
+            import_traces.Config(write(place / "u.jsonl", rows[-3:]), "openinference", place / "o", **flags)
+        )
+    write(place / "bad.jsonl", [{"trace_id": "words", "score": "good?"}])
+    with pytest.raises(ConfigError, match=r"row 1 has the score 'good\?': give a number"):
+        import_traces.run(
+            import_traces.Config(traces, "openinference", place / "o", **flags, scores=place / "bad.jsonl")
+        )
+
+
 def test_runs_without_a_score_stay_and_pairs_need_two_that_differ(place, small, capsys):
     rows = [*four(), *chain("lone", "red", "a", "the", None)]
     folder = imported(write(place / "t.jsonl", rows), "openinference", "--model", f"small={small}")
@@ -234,7 +286,7 @@ def test_every_span_of_a_value_is_mapped_or_refused_by_name(place, small):
             **{
                 "llm.input_messages.0.message.role": "user",
                 "llm.input_messages.0.message.content": "a",
-                "llm.output_messages.0.message.tool_calls.0.tool_call.function.name": "f",
+                "llm.output_messages.0.message.tool_calls.0.tool_call.function.arguments": "{}",
             },
         ),
         *chain("loop", "red ball", "a", "the", 0.5),
@@ -248,7 +300,7 @@ def test_every_span_of_a_value_is_mapped_or_refused_by_name(place, small):
     report = (folder / "report.txt").read_text()
     for said in (
         "LLM retry: 1 spans, refused: it failed (no room)",
-        "LLM calls: 1 spans, refused: it has calls of tools",
+        "LLM calls: 1 spans, refused: it has a call of a tool without a name",
         "EMBEDDING embed: 1 spans, structure: a span of the kind EMBEDDING",
         "MAGIC strange: 1 spans, structure: a span of an unknown kind (MAGIC)",
         "LLM answer: 1 spans, refused: its trace has another shape",

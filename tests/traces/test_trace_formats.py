@@ -7,10 +7,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from sysdpo_jax.traces import langfuse, langsmith
 from sysdpo_jax.traces.attributes import span_of
 from sysdpo_jax.traces.files import read_spans
 from sysdpo_jax.traces.messages import NoText, answer_of, messages_of
-from sysdpo_jax.traces.spans import Raw, moment, nested
+from sysdpo_jax.traces.spans import OtelSpan, moment, nested, score_of
 from tests.traces.spans import four
 
 DATA = Path(__file__).parent / "data"
@@ -99,7 +100,7 @@ def test_otlp_is_what_the_sdk_prints():
 
 def gen_ai(**attributes):
     named = nested({key.replace("__", "."): value for key, value in attributes.items()})
-    return span_of(Raw("t", "s", None, "chat small", 1.0, 2.0, "", named))
+    return span_of(OtelSpan("t", "s", None, "chat small", 1.0, 2.0, "", named))
 
 
 def test_open_telemetrys_own_conventions():
@@ -136,7 +137,7 @@ def test_open_telemetrys_own_conventions():
 
 def test_scores_of_events_are_read():
     event = ("gen_ai.evaluation.result", nested({"gen_ai.evaluation.name": "ok", "gen_ai.evaluation.score.value": 0.5}))
-    raw = Raw("t", "s", None, "chat", 1.0, 2.0, "", nested({"gen_ai.operation.name": "invoke_agent"}), [event])
+    raw = OtelSpan("t", "s", None, "chat", 1.0, 2.0, "", nested({"gen_ai.operation.name": "invoke_agent"}), [event])
     assert [(score.name, score.value) for score in span_of(raw).scores] == [("ok", 0.5)]
 
 
@@ -177,3 +178,61 @@ def test_times_of_every_precision():
     assert moment("2026-01-01T00:00:00Z") == moment(1767225600) == moment("1767225600000000000")
     assert moment(1767225600000) == 1767225600
     assert moment(None) == moment("yesterday") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("number", "label", "value"),
+    [
+        (4, None, 4.0),
+        ("4.5", None, 4.5),
+        (" -1e-1 ", "bad", -0.1),
+        (True, None, 1.0),
+        ("False", None, 0.0),
+        (None, "thumbs up", 1.0),
+        (None, "👎", 0.0),
+        ("n/a", "THUMBS_DOWN", 0.0),
+        ("great", None, None),
+        ("4 of 5", None, None),
+        ("nan", None, None),
+        (float("inf"), None, None),
+        ([1], None, None),
+    ],
+)
+def test_scores_are_numbers_texts_of_numbers_and_thumbs(number, label, value):
+    [score] = score_of("quality", number, label)
+    assert (score.value, bool(score.said)) == (value, value is None)
+
+
+def test_what_says_nothing_is_no_score():
+    assert score_of("quality", None) == score_of("quality", "", None) == []
+
+
+def test_scores_and_counts_of_langfuses_observations():
+    about = {"type": "GENERATION", "input": "what", "output": "a ball", "traceId": "t"}
+    scores = [{"name": "own", "value": "3"}]
+    rows = [
+        {"usage": {"promptTokens": 3, "completionTokens": 2, "totalTokens": 5}, "scores": scores},
+        {"usage": {"input": 3, "output": 2, "unit": "TOKENS"}},
+        {"usageDetails": {"prompt_tokens": 3, "completion_tokens": 2}, "usage": {"input": 9}},
+        {"promptTokens": 3, "completionTokens": 2, "usage": None},
+    ]
+    trace = {"id": "t", "observations": [about | row | {"id": str(n)} for n, row in enumerate(rows)]}
+    trace["scores"] = [{"name": "of it", "value": 1, "observationId": "0"}, {"name": "all", "value": 0.5}]
+    whole, *made = langfuse.spans_of(trace)
+    assert [span.counts for span in made] == [(3, 2)] * 4
+    assert [(score.name, score.value, score.whole) for score in whole.scores] == [("all", 0.5, True)]
+    assert {score.name: score.value for score in made[0].scores} == {"own": 3.0, "of it": 1.0}
+    [alone] = langfuse.spans_of(about | rows[0] | {"id": "alone"})
+    assert [score.value for score in alone.scores] == [3.0]
+    [letters] = langfuse.spans_of(about | {"id": "l", "usage": {"input": 3, "output": 2, "unit": "CHARACTERS"}})
+    assert letters.counts == (None, None)
+
+
+def test_langsmiths_feedback_in_words():
+    row = {"id": "a", "run_type": "chain", "feedback_stats": {"ok": {"n": 2, "avg": None, "values": {"correct": 2}}}}
+    row["feedback_stats"]["mixed"] = {"n": 2, "avg": None, "values": {"good": 1, "bad": 1}}
+    [span] = langsmith.spans_of(row)
+    assert [(score.name, score.value, score.said) for score in span.scores] == [
+        ("ok", 1.0, ""),
+        ("mixed", None, "good, bad"),
+    ]
