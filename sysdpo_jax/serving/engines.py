@@ -114,7 +114,8 @@ class VLLM:
     @property
     def needs(self) -> str:
         return (
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora for adapters, VLLM_SERVER_DEV_MODE=1 for weights"
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least theirs for "
+            "adapters, VLLM_SERVER_DEV_MODE=1 for whole weights"
         )
 
     @property
@@ -172,7 +173,7 @@ class SGLang:
 
     @property
     def needs(self) -> str:
-        return "--enable-lora for adapters, SGLANG_RETURN_ORIGINAL_LOGPROB=1 where the temperature is not 1"
+        return "--enable-lora for adapters, and SGLANG_RETURN_ORIGINAL_LOGPROB=1 where the temperature is not 1"
 
     @property
     def keeps_tied_heads(self) -> bool:

@@ -137,12 +137,14 @@ class ServedModel(Component):
         self, params: Params, parents: Parents, texts: Sequence[SampledText]
     ) -> tuple[Float[np.ndarray, "rows tokens"], np.ndarray]:
         """The model's log-probabilities of the tokens, and which there are."""
-        features = self.model.prepare(texts, parents)
+        # Loops and branches have fewer rows from call to call: copies of the last fill them up to a power of two.
+        rows = np.minimum(np.arange(1 << (len(texts) - 1).bit_length()), len(texts) - 1)
+        features = {name: part[rows] for name, part in self.model.prepare(texts, parents).items()}
         most = {"prompt": self.model.max_prompt_length, "completion": self.model.max_new_tokens}
         sizes = self.model.sizes(features)
         room = {name: batches.width(int(sizes[name].max(initial=1)), limit) for name, limit in most.items()}
         own, mask = _token_log_probs(self.model, params, self.model.resize(features, room))
-        return np.asarray(own, np.float64), np.asarray(mask)
+        return np.asarray(own, np.float64)[: len(texts)], np.asarray(mask)[: len(texts)]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -178,3 +180,10 @@ def served(
         for node in system.nodes
     ]
     return replace(system, nodes=tuple(nodes))
+
+
+def gaps_in(system: CompoundSystem) -> str:
+    """How far servers are from the models that they sample for, as a line of progress says it; "" without servers."""
+    models = {node.params_key: node.component for node in system.nodes if isinstance(node.component, ServedModel)}
+    gaps = {name: model.handover.gap.mean for name, model in models.items() if model.handover.gaps}
+    return ", ".join(f"server {mean:.2g} nats a token from {name}" for name, mean in gaps.items())

@@ -97,11 +97,11 @@ class Server:
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load LoRA factors in PEFT's layout. Raises `ServingError`."""
         # A name stands for the same factors always: they are there where the answer to an earlier attempt was lost.
-        self._tell(self._engine.load_adapter(name, str(folder)), done="already")
+        self._tell(self._engine.load_adapter(name, str(folder)), folder, done="already")
 
     def unload_adapter(self, name: str) -> None:
         """Forget them, if they are there. Raises `ServingError`."""
-        self._tell(self._engine.unload_adapter(name), done="not")
+        self._tell(self._engine.unload_adapter(name), None, done="not")
 
     @property
     def keeps_tied_heads(self) -> bool:
@@ -111,10 +111,10 @@ class Server:
     def load_weights(self, name: str, folder: Path) -> None:
         """Load a model that transformers can read in the place of the server's own. Raises `ServingError`."""
         for request in self._engine.load_weights(name, str(folder)):
-            self._tell(request)
+            self._tell(request, folder)
 
-    def _tell(self, request: Request, done: str = "") -> None:
-        """done: a word with which the server refuses what is done already."""
+    def _tell(self, request: Request, folder: Path | None, done: str = "") -> None:
+        """folder: what it is to read. done: a word with which the server refuses what is done already."""
         endpoint = self._endpoint()
         connections = endpoint.connections(1)
 
@@ -127,10 +127,8 @@ class Server:
         except ConfigError as error:
             if done and done in str(error):
                 return
-            raise ServingError(
-                f"{self.shown} does not take the parameters ({error}); it needs {self._engine.needs}, and the folder "
-                "that they are written to"
-            ) from None
+            reads = "" if folder is None else f", and reads {folder}"
+            raise ServingError(f"{error}; to take parameters it is started with {self._engine.needs}{reads}") from None
 
     @property
     def _engine(self) -> Engine:

@@ -272,8 +272,8 @@ def test_what_is_not_trained_is_not_handed_over(loaded, folder, tmp_path):
 def test_a_server_that_takes_no_adapters_is_told_what_it_needs(loaded, folder, tmp_path):
     component, params = loaded
     server = TorchServer(folder)
-    server.load_lora_adapter = lambda body: (404, {"detail": "Not Found"})
+    server.lacks = "load_lora_adapter"
     with serving(server) as url:
         given = served(system_of(component), {"y": handover(url, tmp_path)})
-        with pytest.raises(ServingError, match="needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"):
+        with pytest.raises(ServingError, match="is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora"):
             given.sample({"y": with_factors(params, 0.1)}, PROMPTS, KEY)
