@@ -40,7 +40,7 @@ class Scorer:
         cls.left -= 1
         if cls.left < 0:
             raise Left
-        return -float(len(run["answer"].split()))
+        return -float(len(run["answer"]))
 
 
 def score(run):
@@ -68,7 +68,7 @@ def write(folder, url, checkpoint, caches, mode="lora", model="base"):
         "checkpoint": str(checkpoint),
         "mode": mode,
         "lora": {"rank": 2, "targets": ["attention", "mlp"]},
-        "settings": {"max_prompt_length": 8, "max_new_tokens": 6},
+        "settings": {"max_prompt_length": 16, "max_new_tokens": 6},
     }
     config = {
         "directory": str(folder / "run"),
