@@ -33,7 +33,7 @@ from experiments.common.command import made_by, parse
 from experiments.common.models import smollm2_file
 from sysdpo_jax.io import write_json
 from sysdpo_jax.serving import Handover, Server, served
-from sysdpo_jax.serving.engines import Completion
+from sysdpo_jax.serving.engines import Sampled
 from sysdpo_jax.typing import Params
 
 QUESTIONS = ("What is a red ball?", "Name three animals.", "Why is the sky blue?", "Write one sentence about rain.")
@@ -95,7 +95,7 @@ class TimedHandover(Handover):
 
     waited = 0.0
 
-    def ask(self, *arguments: Any) -> list[Completion]:
+    def ask(self, *arguments: Any) -> list[Sampled]:
         began = time.perf_counter()
         try:
             return super().ask(*arguments)

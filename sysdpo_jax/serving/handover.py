@@ -15,7 +15,7 @@ from sysdpo_jax.components.language_model import LanguageModel
 from sysdpo_jax.manifest import digest, fingerprints
 from sysdpo_jax.models.lora import is_lora
 from sysdpo_jax.pretrained import save, save_adapter
-from sysdpo_jax.serving.engines import Completion, Question
+from sysdpo_jax.serving.engines import Sampled, Settings
 from sysdpo_jax.serving.server import Server, ServingError
 from sysdpo_jax.trees import by_path
 from sysdpo_jax.typing import Params
@@ -62,21 +62,21 @@ class Handover:
     _leaves: list[weakref.ref[Any]] = field(default_factory=list)
 
     def ask(
-        self, model: LanguageModel, params: Params, prompts: Sequence[tuple[list[int], int]], question: Question
-    ) -> list[Completion]:
+        self, model: LanguageModel, params: Params, prompts: Sequence[tuple[list[int], int]], settings: Settings
+    ) -> list[Sampled]:
         """A text for each prompt and seed, sampled with these parameters. Raises `ServingError`."""
         if jax.process_count() > 1:
             raise ServingError("a server samples for one process: start one, on as many devices as it has")
         name = self._given(model, params) if self.trained else None
         try:
-            return self.server.ask(name, prompts, question)
+            return self.server.ask(name, prompts, settings)
         except ServingError as error:
             # A server that was started again has no adapter, and names the one that it was asked for.
             if name is None or name not in str(error):
                 raise
             logger.warning("%s has no %s any more, and gets it again", self.server.shown, name)
         self._hand_over_adapter(model, params, name)
-        return self.server.ask(name, prompts, question)
+        return self.server.ask(name, prompts, settings)
 
     def note(self, mean: float, worst: float, tokens: int) -> None:
         """Keep how far log-probabilities were apart."""

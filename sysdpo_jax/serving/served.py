@@ -21,8 +21,9 @@ from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.decoding import batches
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.keys import row_keys
+from sysdpo_jax.serving.engines import Sampled, Settings
 from sysdpo_jax.serving.handover import Handover
-from sysdpo_jax.serving.server import Completion, Question, ServingError
+from sysdpo_jax.serving.server import ServingError
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import SampledText
 
@@ -90,7 +91,7 @@ class ServedModel(Component):
         prompts, lengths = self.model.prompt_tokens(parents)
         rows = [row[:length].tolist() for row, length in zip(prompts, lengths, strict=True)]
         seeds = np.asarray(jax.vmap(partial(jax.random.bits, dtype="uint32"))(row_keys(key, len(rows)))) >> 1
-        settings = Question(self.model.max_new_tokens, self.model.temperature, self.model.top_p, tuple(self.model.ends))
+        settings = Settings(self.model.max_new_tokens, self.model.temperature, self.model.top_p, tuple(self.model.ends))
         made = self.handover.ask(
             self.model, params, [(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)], settings
         )
@@ -99,7 +100,7 @@ class ServedModel(Component):
         self._check_gap(params, parents, texts, made)
         return list(texts)
 
-    def _check_ends(self, made: Sequence[Completion]) -> None:
+    def _check_ends(self, made: Sequence[Sampled]) -> None:
         for one in made:
             if one.stopped and one.tokens[-1] not in self.model.ends:
                 raise ServingError(
@@ -109,7 +110,7 @@ class ServedModel(Component):
                 )
 
     def _check_gap(
-        self, params: Params, parents: Parents, texts: Sequence[SampledText], made: Sequence[Completion]
+        self, params: Params, parents: Parents, texts: Sequence[SampledText], made: Sequence[Sampled]
     ) -> None:
         """Compare, and note how far apart the two are. Raises `MismatchError`."""
         own, mask = self._own(params, parents, texts)

@@ -11,7 +11,7 @@ import httpx
 
 from sysdpo_jax.endpoint import Endpoint, gathered
 from sysdpo_jax.errors import ConfigError, meant
-from sysdpo_jax.serving.engines import ENGINES, AnswerError, Completion, Engine, Question, Request
+from sysdpo_jax.serving.engines import ENGINES, AnswerError, Call, Engine, Sampled, Settings
 
 # Seconds after the first try of a request at which no other one begins: a server that loads weights is busy.
 PATIENCE = 600.0
@@ -59,15 +59,13 @@ class Server:
         """Its name in messages."""
         return self._endpoint().shown
 
-    def ask(
-        self, adapter: str | None, prompts: Sequence[tuple[list[int], int]], question: Question
-    ) -> list[Completion]:
+    def ask(self, adapter: str | None, prompts: Sequence[tuple[list[int], int]], settings: Settings) -> list[Sampled]:
         """A text for each prompt and seed.
 
         Args:
             adapter: Name of one that was loaded; None for the server's model.
             prompts: Token ids and a seed each.
-            question: How texts are sampled.
+            settings: How texts are sampled.
 
         Returns:
             The texts.
@@ -76,9 +74,9 @@ class Server:
             ServingError: The server fails, or refuses a request.
         """
         engine = self._engine
-        requests = [engine.completion(self.model, adapter, prompt, seed, question) for prompt, seed in prompts]
+        requests = [engine.completion(self.model, adapter, prompt, seed, settings) for prompt, seed in prompts]
 
-        def read(answer: Any) -> Completion:
+        def read(answer: Any) -> Sampled:
             try:
                 return engine.read(answer)
             except AnswerError as error:
@@ -87,7 +85,7 @@ class Server:
         endpoint = self._endpoint()
         connections = endpoint.connections(self.parallel)
 
-        async def one(request: Request) -> Completion:
+        async def one(request: Call) -> Sampled:
             path, body = request
             return await endpoint.ask(connections, self._at(path), body, read)
 
@@ -113,12 +111,12 @@ class Server:
         for request in self._engine.load_weights(name, str(folder)):
             self._tell(request, folder)
 
-    def _tell(self, request: Request, folder: Path | None, done: str = "") -> None:
+    def _tell(self, request: Call, folder: Path | None, done: str = "") -> None:
         """folder: what it is to read. done: a word with which the server refuses what is done already."""
         endpoint = self._endpoint()
         connections = endpoint.connections(1)
 
-        async def tell(request: Request) -> None:
+        async def tell(request: Call) -> None:
             path, body = request
             await endpoint.tell(connections, self._at(path), body)
 

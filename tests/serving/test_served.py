@@ -1,6 +1,7 @@
 """Texts that a server samples: transformers behind vLLM's endpoints on loopback, with the weights that it is given."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import sysdpo_jax as sj
 from sysdpo_jax import pretrained
 from sysdpo_jax.serving import Handover, MismatchError, Server, ServingError, served
-from sysdpo_jax.serving.engines import AnswerError, Question, SGLang
+from sysdpo_jax.serving.engines import AnswerError, Settings, SGLang
 from tests.components.stubs import word_tokenizer
 from tests.pretrained.checkpoints import write_decoder
 from tests.serving.torch_server import TorchServer, serving
@@ -213,8 +214,8 @@ def test_token_log_probs_are_what_log_prob_sums(loaded):
 def test_sglang_is_asked_by_its_own_words():
     """After its documentation of /generate: ids in, ids and log-probabilities out."""
     engine = SGLang()
-    path, body = engine.completion("base", "a1", [5, 6], 7, Question(4, 1.0, 1.0, (2,)))
-    assert "lora_path" not in engine.completion("base", None, [5, 6], 7, Question(4, 1.0, 1.0, (2,)))[1]
+    path, body = engine.completion("base", "a1", [5, 6], 7, Settings(4, 1.0, 1.0, (2,)))
+    assert "lora_path" not in engine.completion("base", None, [5, 6], 7, Settings(4, 1.0, 1.0, (2,)))[1]
     assert path == "/generate"
     assert body["input_ids"] == [5, 6]
     assert body["lora_path"] == "a1"
@@ -257,6 +258,37 @@ def test_whole_weights_of_two_models_take_turns(loaded, folder, tmp_path):
         for given, tree in zip(both * 2, scaled * 2, strict=True):
             served(system_of(component), {"y": given}).sample({"y": tree}, PROMPTS, KEY)
             assert given.gaps[-1].mean < 1e-4
+
+
+def spoken(x, turns):
+    return " ".join([x, *(str(turn["said"]) for turn in turns)])
+
+
+def is_over(turn):
+    return not turn["said"].startswith("red")
+
+
+def test_roles_and_turns_of_a_loop_by_one_server(loaded, folder, tmp_path):
+    """Two roles of one base, one of which speaks in a loop that rows leave: each is sampled with its own factors."""
+    component, params = loaded
+    agent = replace(component, prompt=spoken, truncation="keep_end")
+    loop = sj.Loop("turns", (sj.Node("said", agent, ("x", "turns"), params="agent", base="base"),), 3, is_over)
+    answer = sj.Node("answer", component, ("x",), params="writer", base="base")
+    system = sj.CompoundSystem(("x",), (loop, answer))
+    trees = {"base": params}
+    trees |= {name: sj.lora_factors(with_factors(params, 0.1 * size)) for size, name in ((1, "agent"), (3, "writer"))}
+    server = TorchServer(folder)
+    with serving(server) as url:
+        given = {name: Handover(Server(url, "base"), tmp_path / "handed", name) for name in ("agent", "writer")}
+        runs = served(system, given).sample(trees, PROMPTS * 3, KEY)
+    assert len({len(run["turns"]) for run in runs}) > 1
+    assert all(handover.gap.mean < 1e-4 for handover in given.values())
+    assert len({tuple(np.ravel(tree[name]).tolist()) for tree in server.taken.values() for name in [*tree][:1]}) == 2
+    loads = [body["lora_name"].split("-")[0] for path, body in server.asked if path == "/v1/load_lora_adapter"]
+    assert sorted(loads) == ["agent", "writer"]
+    asked = [body["model"].split("-")[0] for path, body in server.asked if path == "/v1/completions"]
+    assert asked.count("agent") == sum(len(run["turns"]) for run in runs)
+    assert asked.count("writer") == len(runs)
 
 
 def test_what_is_not_trained_is_not_handed_over(loaded, folder, tmp_path):
