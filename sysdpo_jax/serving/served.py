@@ -2,7 +2,7 @@
 
 The server computes log p(token) by other kernels, perhaps in another precision. Pairs are made of what it samples and
 the loss is of what the trainer computes, so that a gap between the two (train-inference mismatch) is a bias that no
-figure of training shows. It is measured on every text that is sampled, and a gap above a bound stops the run.
+figure of training shows. It is measured in every call that samples, and a gap above a bound stops the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,9 @@ from sysdpo_jax.serving.server import ServingError
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import SampledText
 
+# Texts of a call that are compared. To compute the log-probabilities of all takes about as long as to sample them, and
+# what makes a server differ (other weights, another precision) is the same in all.
+COMPARED = 16
 # Nats a token: bfloat16 on both sides is a fifth of it apart, another model at least some tenths.
 MAX_GAP = 0.05
 
@@ -43,7 +46,7 @@ class ServedModel(Component):
         model: What is trained.
         handover: Gives the server the parameters, and asks it.
         max_gap: Largest mean difference between the server's and the model's own log-probabilities of the sampled
-            tokens, in nats a token, of one call of `sample`.
+            tokens, in nats a token, of those texts of a call of `sample` that are compared.
     """
 
     model: LanguageModel
@@ -97,7 +100,12 @@ class ServedModel(Component):
         )
         self._check_ends(made)
         texts = sampled_texts(self.model.tokenizer, [one.tokens for one in made], self.model.ends)
-        self._check_gap(params, parents, texts, made)
+        # Spread over the call, in which the texts of a prompt are neighbours.
+        some = (
+            [place * len(made) // COMPARED for place in range(COMPARED)] if len(made) > COMPARED else range(len(made))
+        )
+        of_these = {name: [values[row] for row in some] for name, values in parents.items()}
+        self._check_gap(params, of_these, [texts[row] for row in some], [made[row] for row in some])
         return list(texts)
 
     def _check_ends(self, made: Sequence[Sampled]) -> None:
