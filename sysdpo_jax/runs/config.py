@@ -172,7 +172,7 @@ class ServeConfig:
         key: Name of the environment variable that holds the server's key, if it wants one.
         parallel: Requests at the same time.
         timeout: Seconds that a request may take.
-        retries: Further attempts after a failed request.
+        retries: Further attempts after a failed request, within ten minutes.
     """
 
     url: str = ""
@@ -183,7 +183,7 @@ class ServeConfig:
     key: str = "SERVER_API_KEY"
     parallel: Positive = 64
     timeout: AboveZero = 600.0
-    retries: Natural = 5
+    retries: Natural = 8
 
 
 def _free(default: Any = MISSING, factory: Any = MISSING) -> Any:

@@ -22,6 +22,7 @@ from sysdpo_jax.manifest import check_same, digest, fingerprints
 from sysdpo_jax.parallel.distributed import all_gather
 from sysdpo_jax.parallel.sharding import replicate_per_process
 from sysdpo_jax.runs.runs_file import Line, Outcomes, keep_runs, read_lines, values_of, with_images
+from sysdpo_jax.serving import gaps_in
 from sysdpo_jax.training.evaluation import Evaluation, EvaluationError
 from sysdpo_jax.training.progress import Lines
 from sysdpo_jax.typing import Params, Record
@@ -76,7 +77,7 @@ class RunScorer:
         for batch in run_batches(self.system, own, prompts, key, samples, self.batch_size, shard, done):
             keep_runs(begun, self.system, prompts, ((names[place], run) for place, run in batch), images)
             if index == 0:
-                lines.report(len(begun.made) + len(begun.failed), "")
+                lines.report(len(begun.made) + len(begun.failed), gaps_in(self.system))
 
         def values(name: str) -> Line:
             # Of the lines, as `sysdpo score` has them: a run has the same score after a stop as without one.

@@ -2,7 +2,7 @@
 
 The server computes log p(token) by other kernels, perhaps in another precision. Pairs are made of what it samples and
 the loss is of what the trainer computes, so that a gap between the two (train-inference mismatch) is a bias that no
-figure of training shows. It is measured on every text that is sampled, and a gap above a bound stops the run.
+figure of training shows. It is measured in every call that samples, and a gap above a bound stops the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,15 @@ from sysdpo_jax.components.sampled_text import sampled_texts
 from sysdpo_jax.decoding import batches
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.keys import row_keys
+from sysdpo_jax.serving.engines import Sampled, Settings
 from sysdpo_jax.serving.handover import Handover
-from sysdpo_jax.serving.server import Completion, Question, ServingError
+from sysdpo_jax.serving.server import ServingError
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import SampledText
 
+# Texts of a call that are compared. To compute the log-probabilities of all takes about as long as to sample them, and
+# what makes a server differ (other weights, another precision) is the same in all.
+COMPARED = 16
 # Nats a token: bfloat16 on both sides is a fifth of it apart, another model at least some tenths.
 MAX_GAP = 0.05
 
@@ -42,7 +46,7 @@ class ServedModel(Component):
         model: What is trained.
         handover: Gives the server the parameters, and asks it.
         max_gap: Largest mean difference between the server's and the model's own log-probabilities of the sampled
-            tokens, in nats a token, of one call of `sample`.
+            tokens, in nats a token, of those texts of a call of `sample` that are compared.
     """
 
     model: LanguageModel
@@ -90,16 +94,21 @@ class ServedModel(Component):
         prompts, lengths = self.model.prompt_tokens(parents)
         rows = [row[:length].tolist() for row, length in zip(prompts, lengths, strict=True)]
         seeds = np.asarray(jax.vmap(partial(jax.random.bits, dtype="uint32"))(row_keys(key, len(rows)))) >> 1
-        settings = Question(self.model.max_new_tokens, self.model.temperature, self.model.top_p, tuple(self.model.ends))
+        settings = Settings(self.model.max_new_tokens, self.model.temperature, self.model.top_p, tuple(self.model.ends))
         made = self.handover.ask(
             self.model, params, [(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)], settings
         )
         self._check_ends(made)
         texts = sampled_texts(self.model.tokenizer, [one.tokens for one in made], self.model.ends)
-        self._check_gap(params, parents, texts, made)
+        # Spread over the call, in which the texts of a prompt are neighbours.
+        some = (
+            [place * len(made) // COMPARED for place in range(COMPARED)] if len(made) > COMPARED else range(len(made))
+        )
+        of_these = {name: [values[row] for row in some] for name, values in parents.items()}
+        self._check_gap(params, of_these, [texts[row] for row in some], [made[row] for row in some])
         return list(texts)
 
-    def _check_ends(self, made: Sequence[Completion]) -> None:
+    def _check_ends(self, made: Sequence[Sampled]) -> None:
         for one in made:
             if one.stopped and one.tokens[-1] not in self.model.ends:
                 raise ServingError(
@@ -109,7 +118,7 @@ class ServedModel(Component):
                 )
 
     def _check_gap(
-        self, params: Params, parents: Parents, texts: Sequence[SampledText], made: Sequence[Completion]
+        self, params: Params, parents: Parents, texts: Sequence[SampledText], made: Sequence[Sampled]
     ) -> None:
         """Compare, and note how far apart the two are. Raises `MismatchError`."""
         own, mask = self._own(params, parents, texts)
@@ -137,12 +146,14 @@ class ServedModel(Component):
         self, params: Params, parents: Parents, texts: Sequence[SampledText]
     ) -> tuple[Float[np.ndarray, "rows tokens"], np.ndarray]:
         """The model's log-probabilities of the tokens, and which there are."""
-        features = self.model.prepare(texts, parents)
+        # Loops and branches have fewer rows from call to call: copies of the last fill them up to a power of two.
+        rows = np.minimum(np.arange(1 << (len(texts) - 1).bit_length()), len(texts) - 1)
+        features = {name: part[rows] for name, part in self.model.prepare(texts, parents).items()}
         most = {"prompt": self.model.max_prompt_length, "completion": self.model.max_new_tokens}
         sizes = self.model.sizes(features)
         room = {name: batches.width(int(sizes[name].max(initial=1)), limit) for name, limit in most.items()}
         own, mask = _token_log_probs(self.model, params, self.model.resize(features, room))
-        return np.asarray(own, np.float64), np.asarray(mask)
+        return np.asarray(own, np.float64)[: len(texts)], np.asarray(mask)[: len(texts)]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -178,3 +189,10 @@ def served(
         for node in system.nodes
     ]
     return replace(system, nodes=tuple(nodes))
+
+
+def gaps_in(system: CompoundSystem) -> str:
+    """How far servers are from the models that they sample for, as a line of progress says it; "" without servers."""
+    models = {node.params_key: node.component for node in system.nodes if isinstance(node.component, ServedModel)}
+    gaps = {name: model.handover.gap.mean for name, model in models.items() if model.handover.gaps}
+    return ", ".join(f"server {mean:.2g} nats a token from {name}" for name, mean in gaps.items())

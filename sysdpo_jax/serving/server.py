@@ -10,7 +10,7 @@ import httpx
 
 from sysdpo_jax.endpoint import Endpoint, concurrently
 from sysdpo_jax.errors import ConfigError, meant
-from sysdpo_jax.serving.engines import ENGINES, AnswerError, Completion, Engine, Question, Request
+from sysdpo_jax.serving.engines import ENGINES, AnswerError, Call, Engine, Sampled, Settings
 
 # Seconds after the first try of a request at which no other one begins: a server that loads weights is busy.
 PATIENCE = 600.0
@@ -58,15 +58,13 @@ class Server:
         """Its name in messages."""
         return self._endpoint().shown
 
-    def ask(
-        self, adapter: str | None, prompts: Sequence[tuple[list[int], int]], question: Question
-    ) -> list[Completion]:
+    def ask(self, adapter: str | None, prompts: Sequence[tuple[list[int], int]], settings: Settings) -> list[Sampled]:
         """A text for each prompt and seed.
 
         Args:
             adapter: Name of one that was loaded; None for the server's model.
             prompts: Token ids and a seed each.
-            question: How texts are sampled.
+            settings: How texts are sampled.
 
         Returns:
             The texts.
@@ -75,9 +73,9 @@ class Server:
             ServingError: The server fails, or refuses a request.
         """
         engine = self._engine
-        requests = [engine.completion(self.model, adapter, prompt, seed, question) for prompt, seed in prompts]
+        requests = [engine.completion(self.model, adapter, prompt, seed, settings) for prompt, seed in prompts]
 
-        def read(answer: Any) -> Completion:
+        def read(answer: Any) -> Sampled:
             try:
                 return engine.read(answer)
             except AnswerError as error:
@@ -86,7 +84,7 @@ class Server:
         endpoint = self._endpoint()
         connections = endpoint.connections(self.parallel)
 
-        async def one(request: Request) -> Completion:
+        async def one(request: Call) -> Sampled:
             path, body = request
             return await endpoint.ask(connections, self._at(path), body, read)
 
@@ -96,11 +94,11 @@ class Server:
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load LoRA factors in PEFT's layout. Raises `ServingError`."""
         # A name stands for the same factors always: they are there where the answer to an earlier attempt was lost.
-        self._tell(self._engine.load_adapter(name, str(folder)), done="already")
+        self._tell(self._engine.load_adapter(name, str(folder)), folder, done="already")
 
     def unload_adapter(self, name: str) -> None:
         """Forget them, if they are there. Raises `ServingError`."""
-        self._tell(self._engine.unload_adapter(name), done="not")
+        self._tell(self._engine.unload_adapter(name), None, done="not")
 
     @property
     def keeps_tied_heads(self) -> bool:
@@ -110,14 +108,14 @@ class Server:
     def load_weights(self, name: str, folder: Path) -> None:
         """Load a model that transformers can read in the place of the server's own. Raises `ServingError`."""
         for request in self._engine.load_weights(name, str(folder)):
-            self._tell(request)
+            self._tell(request, folder)
 
-    def _tell(self, request: Request, done: str = "") -> None:
-        """done: a word with which the server refuses what is done already."""
+    def _tell(self, request: Call, folder: Path | None, done: str = "") -> None:
+        """folder: what it is to read. done: a word with which the server refuses what is done already."""
         endpoint = self._endpoint()
         connections = endpoint.connections(1)
 
-        async def tell(request: Request) -> None:
+        async def tell(request: Call) -> None:
             path, body = request
             await endpoint.tell(connections, self._at(path), body)
 
@@ -126,10 +124,8 @@ class Server:
         except ConfigError as error:
             if done and done in str(error):
                 return
-            raise ServingError(
-                f"{self.shown} does not take the parameters ({error}); it needs {self._engine.needs}, and the folder "
-                "that they are written to"
-            ) from None
+            reads = "" if folder is None else f", and reads {folder}"
+            raise ServingError(f"{error}; to take parameters it is started with {self._engine.needs}{reads}") from None
 
     @property
     def _engine(self) -> Engine:

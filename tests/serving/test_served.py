@@ -1,6 +1,7 @@
 """Texts that a server samples: transformers behind vLLM's endpoints on loopback, with the weights that it is given."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import sysdpo_jax as sj
 from sysdpo_jax import pretrained
 from sysdpo_jax.serving import Handover, MismatchError, Server, ServingError, served
-from sysdpo_jax.serving.engines import AnswerError, Question, SGLang
+from sysdpo_jax.serving.engines import AnswerError, Settings, SGLang
 from tests.components.stubs import word_tokenizer
 from tests.pretrained.checkpoints import write_decoder
 from tests.serving.torch_server import TorchServer, serving
@@ -35,10 +36,16 @@ def system_of(component):
     return sj.CompoundSystem(("x",), (sj.Node("y", component, ("x",)),))
 
 
-def with_factors(params, size, seed=0):
+FACTORS = sj.LoRA(4, 8.0, ("attention", "mlp"))
+
+
+def moved(tree, size):
     """LoRA as after training: both factors are drawn."""
-    fresh = sj.add_lora(params, sj.LoRA(4, 8.0, ("attention", "mlp")), jax.random.key(seed))
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + size if path[-1].key == "lora_b" else leaf, fresh)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + size if path[-1].key == "lora_b" else leaf, tree)
+
+
+def with_factors(params, size, seed=0):
+    return moved(sj.add_lora(params, FACTORS, jax.random.key(seed)), size)
 
 
 def handover(url, tmp_path, **settings):
@@ -135,6 +142,17 @@ def test_the_bound_is_on_the_mean(loaded, folder, tmp_path):
     assert 0.05 < given.gaps[-1].mean < 5.0
 
 
+def test_sixteen_texts_of_a_large_call_are_compared(loaded, folder, tmp_path):
+    """Of every prompt some."""
+    component, params = loaded
+    with serving(TorchServer(folder)) as url:
+        given = handover(url, tmp_path)
+        runs = sj.rollout(served(system_of(component), {"y": given}), {"y": params}, PROMPTS, KEY, samples=8)
+    compared = {0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18, 19, 21, 22}
+    assert given.gap.tokens == sum(len(runs[row]["y"].tokens) for row in compared)
+    assert given.gap.worst < 1e-3
+
+
 def test_an_end_that_the_model_does_not_have_is_named(loaded, folder, tmp_path):
     component, params = loaded
     server = TorchServer(folder)
@@ -213,8 +231,8 @@ def test_token_log_probs_are_what_log_prob_sums(loaded):
 def test_sglang_is_asked_by_its_own_words():
     """After its documentation of /generate: ids in, ids and log-probabilities out."""
     engine = SGLang()
-    path, body = engine.completion("base", "a1", [5, 6], 7, Question(4, 1.0, 1.0, (2,)))
-    assert "lora_path" not in engine.completion("base", None, [5, 6], 7, Question(4, 1.0, 1.0, (2,)))[1]
+    path, body = engine.completion("base", "a1", [5, 6], 7, Settings(4, 1.0, 1.0, (2,)))
+    assert "lora_path" not in engine.completion("base", None, [5, 6], 7, Settings(4, 1.0, 1.0, (2,)))[1]
     assert path == "/generate"
     assert body["input_ids"] == [5, 6]
     assert body["lora_path"] == "a1"
@@ -259,6 +277,36 @@ def test_whole_weights_of_two_models_take_turns(loaded, folder, tmp_path):
             assert given.gaps[-1].mean < 1e-4
 
 
+def spoken(x, turns):
+    return " ".join([x, *(str(turn["said"]) for turn in turns)])
+
+
+def is_over(turn):
+    return not turn["said"].startswith("red")
+
+
+def test_roles_and_turns_of_a_loop_by_one_server(loaded, folder, tmp_path):
+    """Two roles of one base, one of which speaks in a loop that rows leave: each is sampled with its own factors."""
+    component, params = loaded
+    agent = replace(component, prompt=spoken, truncation="keep_end")
+    loop = sj.Loop("turns", (sj.Node("said", agent, ("x", "turns"), params="agent", base="base"),), 3, is_over)
+    answer = sj.Node("answer", component, ("x",), params="writer", base="base")
+    system = sj.CompoundSystem(("x",), (loop, answer))
+    roles = {"agent": 0.1, "writer": 0.2}
+    trees = {"base": params} | {name: moved(sj.lora_factors(params, FACTORS, KEY), roles[name]) for name in roles}
+    server = TorchServer(folder)
+    with serving(server) as url:
+        given = {name: Handover(Server(url, "base"), tmp_path / "handed", name) for name in roles}
+        runs = served(system, given).sample(trees, PROMPTS * 3, KEY)
+    assert len({len(run["turns"]) for run in runs}) > 1
+    assert all(handover.gap.mean < 1e-4 for handover in given.values())
+    loads = [body["lora_name"].split("-")[0] for path, body in server.asked if path == "/v1/load_lora_adapter"]
+    assert sorted(loads) == sorted(roles)
+    asked = [body["model"].split("-")[0] for path, body in server.asked if path == "/v1/completions"]
+    assert asked.count("agent") == sum(len(run["turns"]) for run in runs)
+    assert asked.count("writer") == len(runs)
+
+
 def test_what_is_not_trained_is_not_handed_over(loaded, folder, tmp_path):
     component, params = loaded
     server = TorchServer(folder)
@@ -272,8 +320,8 @@ def test_what_is_not_trained_is_not_handed_over(loaded, folder, tmp_path):
 def test_a_server_that_takes_no_adapters_is_told_what_it_needs(loaded, folder, tmp_path):
     component, params = loaded
     server = TorchServer(folder)
-    server.load_lora_adapter = lambda body: (404, {"detail": "Not Found"})
+    server.lacks = "load_lora_adapter"
     with serving(server) as url:
         given = served(system_of(component), {"y": handover(url, tmp_path)})
-        with pytest.raises(ServingError, match="needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"):
+        with pytest.raises(ServingError, match="is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora"):
             given.sample({"y": with_factors(params, 0.1)}, PROMPTS, KEY)

@@ -12,12 +12,17 @@ from safetensors.torch import load_file
 
 
 class TorchServer:
-    """Holds models by name and answers like vLLM 0.32. asked: (path, body) of all requests. noise: on each logit."""
+    """Holds models by name and answers like vLLM 0.32.
+
+    asked: (path, body) of all requests. taken: factors of all adapters, by name. sampled: token ids, by the model's
+    name. noise: on each logit. fails: What is answered next in the place of an answer. lacks: an endpoint that is not
+    there.
+    """
 
     def __init__(self, folder, noise=0.0):
         self.models = {"base": self._read(folder)}
         self.folder, self.noise, self.asked, self.lock = folder, noise, [], threading.Lock()
-        self.fails = []
+        self.fails, self.taken, self.sampled, self.lacks = [], {}, {}, None
 
     @staticmethod
     def _read(folder):
@@ -29,7 +34,8 @@ class TorchServer:
             self.asked.append((path, body))
             if self.fails:
                 return self.fails.pop(0)
-            return getattr(self, path.removeprefix("/v1").strip("/").replace("/", "_"))(body)
+            name = path.removeprefix("/v1").strip("/").replace("/", "_")
+            return (404, {"detail": "Not Found"}) if name == self.lacks else getattr(self, name)(body)
 
     def completions(self, body):
         if body["model"] not in self.models:
@@ -44,6 +50,7 @@ class TorchServer:
             token = int(torch.multinomial(chances, 1, generator=generator))
             tokens.append(token)
             log_probs.append(float(logits.log_softmax(-1)[token]))
+        self.sampled.setdefault(body["model"], set()).add(tuple(tokens))
         reason = "stop" if tokens[-1] in body["stop_token_ids"] else "length"
         choice = {"token_ids": tokens, "logprobs": {"token_logprobs": log_probs}, "finish_reason": reason, "text": ""}
         return 200, {"choices": [choice]}
@@ -58,7 +65,7 @@ class TorchServer:
         for name in config["target_modules"]:
             a, b = (factors[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
             model.get_submodule(name).weight.data += config["lora_alpha"] / config["r"] * b @ a
-        self.models[body["lora_name"]] = model
+        self.models[body["lora_name"]], self.taken[body["lora_name"]] = model, factors
         return 200, {}
 
     def unload_lora_adapter(self, body):
