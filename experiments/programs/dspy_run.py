@@ -52,7 +52,7 @@ def main() -> None:
         return {"question": question.text, "element": question.element, "wanted": question.wanted, **made, **figures}
 
     asked = [each for each in questions(given.questions)[: given.number] for _ in range(given.samples)]
-    with ThreadPoolExecutor(8) as pool, (given.folder / "runs.jsonl").open("w", encoding="utf-8") as file:
+    with ThreadPoolExecutor(16) as pool, (given.folder / "runs.jsonl").open("w", encoding="utf-8") as file:
         for line in pool.map(run, asked):
             file.write(f"{json.dumps(line)}\n")
     provider.shutdown()
