@@ -185,7 +185,7 @@ def test_the_dspy_program_is_aligned_and_exported(place, capsys):
     (place / "small").rename(place / "smollm2")
     found = commands("docs/programs/dspy.md")
     assert [name for name, *_ in found] == ["import", "train", "export"]
-    given, train = dict(batch_size="2", steps="2", warmup="1"), found[1]
+    given, train = {"batch_size": "2", "steps": "2", "warmup": "1"}, found[1]
     for name, value in given.items():
         train[train.index(f"--schedule.{name}") + 1] = value
     run(found)
