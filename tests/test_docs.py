@@ -178,6 +178,24 @@ def test_the_agent_is_aligned_and_exported(place):
     transformers.AutoModelForCausalLM.from_pretrained(place / "aligned/model")
 
 
+def test_the_dspy_program_is_aligned_and_exported(place, capsys):
+    """Traces of four of its questions and a small model, in two steps."""
+    (place / "traces").mkdir()
+    shutil.copy(ROOT / "tests/traces/data/ask.spans.jsonl", place / "traces/dspy.spans.jsonl")
+    (place / "small").rename(place / "smollm2")
+    found = commands("docs/programs/dspy.md")
+    assert [name for name, *_ in found] == ["import", "train", "export"]
+    given, train = {"batch_size": "2", "steps": "2", "warmup": "1"}, found[1]
+    for name, value in given.items():
+        train[train.index(f"--schedule.{name}") + 1] = value
+    run(found)
+    assert "24 mapped, 0 refused by name" in capsys.readouterr().out
+    for name in ("search", "answer"):
+        assert json.loads((place / "aligned" / name / "adapter_config.json").read_text())["r"]
+    rows = read_metrics(place / "runs/dspy/metrics.jsonl")
+    assert {row["step"] for row in rows if "loss" in row} == {1, 2}
+
+
 def test_recorded_traces_lead_to_a_dry_run(place, capsys):
     shutil.copy(ROOT / "tests/traces/data/openai.spans.jsonl", place / "traces.jsonl")
     (place / "small").rename(place / "my_model")

@@ -1,0 +1,89 @@
+"""Held-out figures of the DSPy program before and after its alignment, as docs/programs/dspy.json has them.
+
+example:
+  python -m experiments.programs.dspy_figures before after figures.json
+
+before, after: folders of `experiments.programs.dspy_run --questions held_out`, with runs of the same questions. Errors
+are clustered by element, of which there are two questions; differences are paired by question.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from experiments.programs.elements import KINDS
+from sysdpo_jax.evaluation import clustered_mean, paired_difference
+from sysdpo_jax.io import write_json
+
+FIGURES = ("f1", "exact", "right", "found")
+Rows = Sequence[dict[str, Any]]
+
+
+def figures(before: Rows, after: Rows) -> dict[str, Any]:
+    """Each figure before, after and their difference, of all questions and of each kind. Raises `ValueError` where the
+    runs are not of the same questions."""
+    first, second = sorted(before, key=_question), sorted(after, key=_question)
+    if [_question(row) for row in first] != [_question(row) for row in second]:
+        raise ValueError("the two folders have runs of different questions: give both the same --number and --samples")
+    kinds = {text: [place for place, row in enumerate(first) if _is_of(row, text)] for text, _ in KINDS}
+    everything = range(len(first))
+    return {
+        "questions": len({row["question"] for row in first}),
+        "elements": len({row["element"] for row in first}),
+        "runs": len(first),
+        **{name: _compared(name, first, second, everything) for name in FIGURES},
+        "words of an answer": _compared("words", _with_words(first), _with_words(second), everything),
+        "f1 by kind of question": {text: _compared("f1", first, second, rows) for text, rows in kinds.items() if rows},
+    }
+
+
+def _compared(name: str, first: Rows, second: Rows, places: Sequence[int]) -> dict[str, Any]:
+    old, new = ([float(side[place][name]) for place in places] for side in (first, second))
+    elements = [first[place]["element"] for place in places]
+    found = {
+        "before": clustered_mean(old, elements),
+        "after": clustered_mean(new, elements),
+        "difference": paired_difference(new, old, elements),
+    }
+    return {when: asdict(estimate) for when, estimate in found.items()}
+
+
+def _question(row: dict[str, Any]) -> str:
+    return str(row["question"])
+
+
+def _is_of(row: dict[str, Any], text: str) -> bool:
+    return row["question"].startswith(text.split("{")[0])
+
+
+def _with_words(rows: Rows) -> Rows:
+    return [row | {"words": len(row["answer"].split())} for row in rows]
+
+
+def _read(folder: Path) -> Rows:
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Write the file, and print the figures of all questions."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("output", type=Path)
+    given = parser.parse_args()
+    made = figures(_read(given.before), _read(given.after))
+    about = {"date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
+    write_json(given.output, about | {"held_out": made})
+    for name in (*FIGURES, "words of an answer"):
+        told = (f"{when} {each['value']:.3f} ± {each['standard_error']:.3f}" for when, each in made[name].items())
+        print(name, *told)
+
+
+if __name__ == "__main__":
+    main()
