@@ -101,8 +101,8 @@ def roll_out(config: Config) -> Path:
             # Where a tool stops the command, what it and others gave for other runs is not lost.
             keep_runs(file, system, prompts, chunk(start), images, f"{config.prompts}, ")
             failed = len(file.failed)
-            said = (f"{failed} left out" if failed else "", gaps_in(system))
-            report(len(file.made) + failed, ", ".join(filter(None, said)))
+            beside = (f"{failed} left out" if failed else "", gaps_in(system))
+            report(len(file.made) + failed, ", ".join(filter(None, beside)))
     if file.failed:
         first = next(iter(file.failed.values()))["error"]
         said = f"{path}: {len(file.failed)} of {total} runs are left out (the first: {first})"
