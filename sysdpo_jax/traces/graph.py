@@ -7,11 +7,14 @@ from typing import Any
 
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.traces.flow import Template, Variable, contents_of, find_template, slots
-from sysdpo_jax.traces.spans import LLM, Span, leaves, texts
+from sysdpo_jax.traces.loops import told
+from sysdpo_jax.traces.spans import LLM, Span, leaves, output_text, texts
 from sysdpo_jax.traces.trees import Role, Tree
 
 # Tools that stand in the proposed system.
 RECORDED, STRIPPED = "sysdpo_jax.traces.tools:recorded", "sysdpo_jax.traces.tools:stripped"
+# The node of a loop that has what tools answered.
+TOLD = "told"
 # What a request is called where the traces have no name for it.
 REQUEST = "request"
 
@@ -19,7 +22,10 @@ REQUEST = "request"
 @dataclass(frozen=True)
 class NodeProposal:
     """A node. values: one a trace; role: of its spans, None for one that no span is; template: of a language model's
-    prompt, None where its only parent is the prompt; tool: the function of a tool; why: said of it in the report."""
+    prompt, None where its only parent is the prompt; tool: the function of a tool; why: said of it in the report.
+
+    body: of a loop, whose own values are those of its body, one a turn, in as many turns at most.
+    """
 
     name: str
     role: Role | None
@@ -28,6 +34,8 @@ class NodeProposal:
     template: Template | None = None
     tool: str | None = None
     why: str = ""
+    body: tuple["NodeProposal", ...] = ()
+    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Proposal:
 
 def names_of(trees: Sequence[Tree], inputs: Iterable[str] = ()) -> dict[Role, str]:
     """A short name for each role of a value: the innermost name that no other one's path has."""
-    roles, taken, made = trees[0].nodes, set(inputs), dict[Role, str]()
+    roles, taken, made = trees[0].nodes, {*inputs, TOLD}, dict[Role, str]()
     for role in roles:
         others = {part for other in roles if other != role for part in other}
         part = next((part for part in reversed(role) if part not in others), role[-1])
@@ -60,6 +68,9 @@ def propose(trees: Sequence[Tree], recorded: frozenset[Role]) -> Proposal:
     nodes: list[NodeProposal] = []
     for role in trees[0].nodes:
         spans, name = [tree.spans[role] for tree in trees], names[role]
+        if trees[0].turns and role == trees[0].nodes[-1]:
+            nodes.append(_loop(name, role, trees, variables, names, role in recorded))
+            break
         if spans[0].kind == LLM:
             made = _model(name, role, spans, trees, variables, nodes, names, role in recorded)
             variable = Variable(name, [texts(value) for value in made[-1].values])
@@ -73,7 +84,7 @@ def propose(trees: Sequence[Tree], recorded: frozenset[Role]) -> Proposal:
         variables.append(variable)
     named = {variable.name: variable for variable in variables}
     final = tuple(_shown(node, named) for node in nodes)
-    used = {parent for node in final for parent in node.parents}
+    used = {parent for node in final for each in (node, *node.body) for parent in each.parents}
     return Proposal({name: column for name, column in inputs.items() if name in used}, final)
 
 
@@ -178,10 +189,27 @@ def _tool(
     variables: list[Variable],
     names: dict[Role, str],
 ) -> NodeProposal:
-    values = tuple(texts(span.output) if span.output is not None else "\n".join(span.documents or ()) for span in spans)
+    values = tuple(map(output_text, spans))
     inside = [names[other] for other in trees[0].nodes if other[: len(role)] == role and other != role]
     parents = _mentioned([span.input for span in spans], variables, inside)
     return NodeProposal(name, role, parents, values, tool=RECORDED)
+
+
+def _loop(
+    name: str, role: Role, trees: Sequence[Tree], variables: list[Variable], names: dict[Role, str], recorded: bool
+) -> NodeProposal:
+    """A loop whose turns are the recorded prompt, what the model said, and what tools answered."""
+    spans = [span for tree in trees for span in tree.of(role)]
+    taken = {TOLD, *names.values(), *(variable.name for variable in variables)}
+    loop = _free((_slug(role[-2]) if len(role) > 1 else "") or "agent", taken)
+    read = (*_mentioned([tree.turns[0].model.prompt for tree in trees], variables), loop)
+    asked = _free(f"{name}_prompt", {*taken, loop})
+    prompt = NodeProposal(asked, None, read, tuple(span.prompt for span in spans), tool=RECORDED)
+    parents, tool = (read, RECORDED) if recorded else ((asked,), None)
+    model = NodeProposal(name, role, parents, tuple(span.answer or "" for span in spans), tool=tool)
+    answers = tuple(told(turn) for tree in trees for turn in tree.turns)
+    body = (*(() if recorded else (prompt,)), model, NodeProposal(TOLD, None, (name,), answers, tool=RECORDED))
+    return NodeProposal(loop, None, (), (), body=body, turns=max(len(tree.turns) for tree in trees))
 
 
 def _mentioned(values: Sequence[Any], variables: Sequence[Variable], inside: Sequence[str] = ()) -> tuple[str, ...]:

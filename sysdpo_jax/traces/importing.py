@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.traces.choices import Choice, Flags, choose
 from sysdpo_jax.traces.files import Format, read_spans
-from sysdpo_jax.traces.graph import NodeProposal, Proposal, propose
+from sysdpo_jax.traces.graph import TOLD, NodeProposal, Proposal, propose
+from sysdpo_jax.traces.loops import with_loops
 from sysdpo_jax.traces.scores import chosen_scores, external_scores, recorded_scores
 from sysdpo_jax.traces.spans import LLM, Span
 from sysdpo_jax.traces.tokens import Tokens, tokenizer_of, with_tokens
@@ -45,29 +47,29 @@ def import_traces(
             scores that are not there.
     """
     ledger = Ledger()
-    trees = of_one_shape(trees_of(read_spans(path, kind), ledger), ledger)
+    trees = of_one_shape(with_loops(trees_of(read_spans(path, kind), ledger)), ledger)
     if not trees:
         reasons = sorted({fate for fate in ledger.fates.values() if fate.startswith("refused")})
         said = reasons[0] if reasons else "no span is of a model, a retriever or a tool"
         raise ConfigError(f"{path} has no trace that can be used: {said}")
     whole = propose(trees, frozenset())
     # Names do not depend on what is trained.
-    roles = {node.name: node.role for node in whole.nodes if node.role is not None}
-    spans = {name: [tree.spans[role] for tree in trees] for name, role in roles.items()}
+    single = [each for node in whole.nodes for each in (node.body or (node,))]
+    roles = {node.name: node.role for node in single if node.role is not None}
+    spans = {name: [span for tree in trees for span in tree.of(role)] for name, role in roles.items()}
     models = {name: its[0].model for name, its in spans.items() if its[0].kind == LLM}
     choices = choose(models, [name for name in roles if name not in models], flags, ask)
     recorded = frozenset(role for name, role in roles.items() if name in choices and choices[name].how == "tool")
     proposal = propose(trees, recorded) if recorded else whole
     tokens = _tokens(choices, spans)
-    nodes = tuple(
-        replace(node, values=tokens[node.name].values) if _has(node, tokens) else node for node in proposal.nodes
-    )
-    for name, role in roles.items():
+    nodes = tuple(_with_tokens(node, tokens) for node in proposal.nodes)
+    for name in roles:
         how = choices[name].how if name in choices else "tool"
         fate = {"train": "trained", "frozen": "frozen", "tool": "recorded values"}[how]
-        for tree in trees:
-            span = tree.spans[role]
+        for span in spans[name]:
             ledger.fates[span.trace, span.id] = f"mapped to the node {name} ({fate})"
+    for span in (span for tree in trees for turn in tree.turns for span in turn.tools):
+        ledger.fates[span.trace, span.id] = f"mapped to the node {TOLD} (recorded values)"
     found = external_scores(scores, ledger) if scores is not None else recorded_scores(ledger)
     called, values, unclear = chosen_scores(found, score, [tree.trace for tree in trees])
     notes = [
@@ -76,15 +78,18 @@ def import_traces(
         + (f", {unclear} have several that differ" if unclear else ""),
         *(f"{node.name}: {node.why}" for node in nodes if node.why),
     ]
-    runs = [_run(tree.trace, proposal, nodes, row) for row, tree in enumerate(trees)]
-    lost = {row for its in tokens.values() for row in its.lost}
-    lines = [_line(tree.trace, values.get(tree.trace), called, row in lost) for row, tree in enumerate(trees)]
+    turns = [*accumulate((len(tree.turns) for tree in trees), initial=0)]
+    runs = [_run(tree.trace, proposal, nodes, row, turns[row : row + 2]) for row, tree in enumerate(trees)]
+    lost = {spans[name][row].trace for name, its in tokens.items() for row in its.lost}
+    lines = [_line(tree.trace, values.get(tree.trace), called, tree.trace in lost) for tree in trees]
     given = {name: spans[name] for name in models}
     return Imported(ledger, tuple(proposal.inputs), nodes, given, choices, tokens, runs, lines, notes)
 
 
-def _has(node: NodeProposal, tokens: Mapping[str, Tokens]) -> bool:
-    return node.role is not None and node.name in tokens
+def _with_tokens(node: NodeProposal, tokens: Mapping[str, Tokens]) -> NodeProposal:
+    has = node.role is not None and node.name in tokens
+    body = tuple(_with_tokens(each, tokens) for each in node.body)
+    return replace(node, values=tokens[node.name].values if has else node.values, body=body)
 
 
 def _tokens(choices: Mapping[str, Choice], spans: Mapping[str, Sequence[Span]]) -> dict[str, Tokens]:
@@ -108,6 +113,15 @@ def _line(trace: str, value: float | None, called: str, lost: bool) -> dict[str,
     return {"id": trace, "score": value}
 
 
-def _run(trace: str, proposal: Proposal, nodes: Sequence[NodeProposal], row: int) -> dict[str, Any]:
+def _run(
+    trace: str, proposal: Proposal, nodes: Sequence[NodeProposal], row: int, turns: Sequence[int]
+) -> dict[str, Any]:
+    """A run. turns: where those of this trace begin and end among the values in a loop."""
     inputs = {name: column[row] for name, column in proposal.inputs.items()}
-    return {"id": trace, "inputs": inputs, "outputs": {node.name: to_json(node.values[row]) for node in nodes}}
+
+    def value(node: NodeProposal) -> Any:
+        if node.body:
+            return [{each.name: each.values[turn] for each in node.body} for turn in range(*turns)]
+        return node.values[row]
+
+    return {"id": trace, "inputs": inputs, "outputs": {node.name: to_json(value(node)) for node in nodes}}

@@ -13,6 +13,7 @@ from sysdpo_jax.traces.spans import Span
 from sysdpo_jax.traces.tokens import Tokens
 
 STEPS, BATCH, WIDTH = 100, 8, 110
+FINISHED = "sysdpo_jax.traces.tools:finished"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -44,14 +45,18 @@ def system_text(
     ]
     components: dict[str, Any] = {}
     for node in nodes:
-        choice = choices.get(node.name) if node.role is not None else None
-        lines += [f"    # {said}" for said in _about(node, choice, spans.get(node.name, ()))]
-        if choice is None or choice.how == "tool":
-            fields: dict[str, Any] = {"tool": node.tool or RECORDED, "parents": [*node.parents]}
-        else:
-            prompt, setting = _prompt(node)
-            fields = {"component": node.name, "parents": [*node.parents], **prompt}
-            components[node.name] = _component(choice, spans[node.name], tokens[node.name], setting)
+        body: dict[str, Any] = {}
+        for each in node.body or (node,):
+            choice = choices.get(each.name) if each.role is not None else None
+            where = f"{each.name}: " if node.body else ""
+            lines += [f"    # {where}{said}" for said in _about(each, choice, spans.get(each.name, ()))]
+            if choice is None or choice.how == "tool":
+                body[each.name] = {"tool": each.tool or RECORDED, "parents": [*each.parents]}
+                continue
+            prompt, setting = _prompt(each)
+            body[each.name] = {"component": each.name, "parents": [*each.parents], **prompt}
+            components[each.name] = _component(choice, spans[each.name], tokens[each.name], setting)
+        fields = {"turns": node.turns, "until": FINISHED, "body": body} if node.body else body[node.name]
         lines.append(_dump({node.name: fields}, 4))
     lines += ["  components:", _dump(components, 4)]
     batch = min(BATCH, pairs)

@@ -1,11 +1,13 @@
 """What stands in a proposed system for parts of a program that the traces do not hold: tools and prompts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.chat_prompt import filled, named_in
 from sysdpo_jax.errors import meant
+from sysdpo_jax.traces.graph import TOLD
 
 
 def recorded(*values: Any) -> Any:
@@ -14,6 +16,11 @@ def recorded(*values: Any) -> Any:
         "the traces hold its values and not its code: name a function of your own as the node's tool to sample the "
         "system, or record the value"
     )
+
+
+def finished(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn of an agent was its last one: it called no tool."""
+    return bool(turn[TOLD] == "")
 
 
 def stripped(text: str) -> str:

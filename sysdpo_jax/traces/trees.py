@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from sysdpo_jax.traces.spans import AGENT, LLM, STRUCTURE, VALUES, Span
 
@@ -35,17 +36,36 @@ class Ledger:
         return self.fates[key]
 
 
+class Turn(NamedTuple):
+    """What a model said, and the tools that answered it."""
+
+    model: Span
+    tools: tuple[Span, ...]
+
+
 @dataclass(frozen=True)
 class Tree:
     """A trace. spans: by role, what a span holds before it; nodes: the roles of values, in their order.
 
-    first: the earliest span that lies in no other.
+    first: the earliest span that lies in no other. turns: of the loop whose model is the last node, if it is one.
     """
 
     trace: str
     spans: Mapping[Role, Span]
     nodes: tuple[Role, ...]
     first: Span
+    turns: tuple[Turn, ...] = ()
+
+    def of(self, role: Role) -> list[Span]:
+        """The spans of a role: one, or of a loop's model one for each turn."""
+        is_loop = bool(self.turns) and role == self.nodes[-1]
+        return [turn.model for turn in self.turns] if is_loop else [self.spans[role]]
+
+    @property
+    def values(self) -> list[Span]:
+        """All spans that are values."""
+        tools = [span for turn in self.turns for span in turn.tools]
+        return [*(span for role in self.nodes for span in self.of(role)), *tools]
 
 
 def trees_of(spans: Iterable[Span], ledger: Ledger) -> list[Tree]:
@@ -73,23 +93,23 @@ def trees_of(spans: Iterable[Span], ledger: Ledger) -> list[Tree]:
 
 def of_one_shape(trees: list[Tree], ledger: Ledger) -> list[Tree]:
     """The trees of the most frequent shape; the ledger refuses the spans of the others, with what differs."""
-    shapes = Counter(map(_shape, trees))
+    shapes = Counter(map(shape_of, trees))
     if not shapes:
         return []
     shape, _ = shapes.most_common(1)[0]
-    kept = [tree for tree in trees if _shape(tree) == shape]
+    kept = [tree for tree in trees if shape_of(tree) == shape]
     for tree in trees:
-        if _shape(tree) == shape:
+        if shape_of(tree) == shape:
             continue
-        more, less = _shape(tree) - shape, shape - _shape(tree)
+        more, less = shape_of(tree) - shape, shape - shape_of(tree)
         said = [f"{word} {_named(*sorted(parts)[0])}" for word, parts in (("has", more), ("lacks", less)) if parts]
         why = f"its trace has another shape than the {len(kept)} of the most frequent one (it {' and '.join(said)})"
-        ledger.refuse((tree.spans[role] for role in tree.nodes), why)
+        ledger.refuse(tree.values, why)
         ledger.notes["traces left out because of their shape"] += 1
     return kept
 
 
-def _shape(tree: Tree) -> frozenset[tuple[Role, bool]]:
+def shape_of(tree: Tree) -> frozenset[tuple[Role, bool]]:
     """The roles of values, and which are of models."""
     return frozenset((role, tree.spans[role].kind == LLM) for role in tree.nodes)
 

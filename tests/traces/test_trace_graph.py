@@ -7,6 +7,7 @@ import pytest
 
 from sysdpo_jax.traces.files import read_spans
 from sysdpo_jax.traces.graph import RECORDED, STRIPPED, names_of, propose
+from sysdpo_jax.traces.loops import with_loops
 from sysdpo_jax.traces.trees import Ledger, of_one_shape, trees_of
 from tests.traces.spans import four, llm, root, row, write
 
@@ -154,8 +155,8 @@ def test_no_span_is_lost(tmp_path):
                 rows += [one] * (1 + (draw.random() < 0.1))
         ledger = Ledger()
         spans = read_spans(write(tmp_path / "t.jsonl", rows), "openinference")
-        trees = of_one_shape(trees_of(spans, ledger), ledger)
-        kept = {(tree.trace, tree.spans[role].id) for tree in trees for role in tree.nodes}
+        trees = of_one_shape(with_loops(trees_of(spans, ledger)), ledger)
+        kept = {(tree.trace, span.id) for tree in trees for span in tree.values}
         assert kept.isdisjoint(ledger.fates)
         assert kept | set(ledger.fates) == set(ledger.spans) == {(span.trace, span.id) for span in spans}
     with pytest.raises(LookupError, match="that was lost"):
