@@ -18,21 +18,23 @@ def sampling_system(config: TrainConfig, system: CompoundSystem, began: bool = F
     """
     if config.serve and jax.process_count() > 1:
         raise ConfigError(f"serve is of one process, and there are {jax.process_count()}: leave it out")
-    handovers, whole = {}, dict[str, str]()
+    handovers, served_by = {}, dict[str, str]()
     for name, own in config.serve.items():
         if name not in system.param_keys:
             raise ConfigError(f"serve.{name} is no component: {meant(name, system.param_keys)}")
         if not own.url or not own.model:
             raise ConfigError(f"serve.{name}: a server needs url and model")
         mode = config.system.components[name].mode
-        if own.url in whole and "full" in (mode, config.system.components[whole[own.url]].mode):
+        if own.url in served_by and "full" in (mode, config.system.components[served_by[own.url]].mode):
             raise ConfigError(
-                f"serve.{name} and serve.{whole[own.url]} have one server, which has whole weights of one model alone: "
-                "give each a server, or train both by LoRA"
+                f"serve.{name} and serve.{served_by[own.url]} have one server, which has whole weights of one model "
+                "alone: give each a server, or train both by LoRA"
             )
-        whole[own.url] = name
+        served_by[own.url] = name
         folder = Path(own.folder or Path(config.directory or "runs") / "served")
-        handovers[name] = _handover(name, own, folder, not (began or mode == "frozen"))
+        # One that is frozen has the weights of another run where there is one.
+        known = began or (mode == "frozen" and not config.init_from)
+        handovers[name] = _handover(name, own, folder, not known)
     try:
         return served(system, handovers, {name: own.max_gap for name, own in config.serve.items()})
     except ServingError as error:

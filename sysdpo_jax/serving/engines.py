@@ -38,7 +38,14 @@ class AnswerError(ValueError):
 
 
 class Engine(Protocol):
-    """A kind of server. A name stands for parameters: that of an adapter, or the version of whole weights."""
+    """A kind of server. A name stands for parameters: that of an adapter, or the version of whole weights.
+
+    needs: How one must be started to take parameters. keeps_tied_heads: Whether it keeps the old head of a model whose
+    head is its embedding when it takes other weights.
+    """
+
+    needs: str
+    keeps_tied_heads: bool
 
     def completion(self, model: str, adapter: str | None, prompt: Sequence[int], seed: int, settings: Settings) -> Call:
         """The question for one text. model: what the server began with. adapter: name of one that it loaded."""
@@ -60,19 +67,16 @@ class Engine(Protocol):
         """Takes whole weights from a folder of transformers in the place of those it has."""
         ...
 
-    @property
-    def needs(self) -> str:
-        """How a server must be started to take parameters."""
-        ...
-
-    @property
-    def keeps_tied_heads(self) -> bool:
-        """Whether it keeps the old head of a model whose head is its embedding when it takes other weights."""
-        ...
-
 
 class VLLM:
     """vLLM's OpenAI-compatible server (0.32)."""
+
+    needs = (
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least theirs for adapters, "
+        "VLLM_SERVER_DEV_MODE=1 for whole weights"
+    )
+    # It says in its log that the head could not be loaded.
+    keeps_tied_heads = True
 
     def completion(self, model: str, adapter: str | None, prompt: Sequence[int], seed: int, settings: Settings) -> Call:
         return "/v1/completions", {
@@ -107,18 +111,6 @@ class VLLM:
     def unload_adapter(self, name: str) -> Call:
         return "/v1/unload_lora_adapter", {"lora_name": name}
 
-    @property
-    def needs(self) -> str:
-        return (
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least theirs for "
-            "adapters, VLLM_SERVER_DEV_MODE=1 for whole weights"
-        )
-
-    @property
-    def keeps_tied_heads(self) -> bool:
-        # So does 0.32, and says in its log that the head could not be loaded.
-        return True
-
     def load_weights(self, name: str, folder: str) -> tuple[Call, ...]:
         # What was computed of prompts by the old weights must not be used again.
         return (
@@ -129,6 +121,9 @@ class VLLM:
 
 class SGLang:
     """SGLang's own endpoints (0.5)."""
+
+    needs = "--enable-lora for adapters, and SGLANG_RETURN_ORIGINAL_LOGPROB=1 where the temperature is not 1"
+    keeps_tied_heads = False
 
     def completion(self, model: str, adapter: str | None, prompt: Sequence[int], seed: int, settings: Settings) -> Call:
         return "/generate", {
@@ -164,14 +159,6 @@ class SGLang:
 
     def unload_adapter(self, name: str) -> Call:
         return "/unload_lora_adapter", {"lora_name": name}
-
-    @property
-    def needs(self) -> str:
-        return "--enable-lora for adapters, and SGLANG_RETURN_ORIGINAL_LOGPROB=1 where the temperature is not 1"
-
-    @property
-    def keeps_tied_heads(self) -> bool:
-        return False
 
     def load_weights(self, name: str, folder: str) -> tuple[Call, ...]:
         return (("/update_weights_from_disk", {"model_path": folder, "weight_version": name}),)

@@ -101,9 +101,8 @@ class ServedModel(Component):
         self._check_ends(made)
         texts = sampled_texts(self.model.tokenizer, [one.tokens for one in made], self.model.ends)
         # Spread over the call, in which the texts of a prompt are neighbours.
-        some = (
-            [place * len(made) // COMPARED for place in range(COMPARED)] if len(made) > COMPARED else range(len(made))
-        )
+        number = min(len(made), COMPARED)
+        some = [place * len(made) // number for place in range(number)]
         of_these = {name: [values[row] for row in some] for name, values in parents.items()}
         self._check_gap(params, of_these, [texts[row] for row in some], [made[row] for row in some])
         return list(texts)

@@ -1,7 +1,6 @@
 """A server of language models: many questions at a time, and the few requests by which it gets parameters."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,8 +87,10 @@ class Server:
             path, body = request
             return await endpoint.ask(connections, self._at(path), body, read)
 
-        with _as_serving_errors():
+        try:
             return concurrently(one, requests, self.parallel, connections.aclose)
+        except ConfigError as error:
+            raise ServingError(str(error)) from None
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load LoRA factors in PEFT's layout. Raises `ServingError`."""
@@ -139,11 +140,3 @@ class Server:
         return Endpoint(
             "the server", self.place, self.url, self.key, self.timeout, self.retries, "sampled text", PATIENCE
         )
-
-
-@contextmanager
-def _as_serving_errors() -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        raise error if isinstance(error, ServingError) else ServingError(str(error)) from None

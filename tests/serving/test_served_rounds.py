@@ -3,7 +3,9 @@
 import re
 from contextlib import redirect_stderr
 from copy import deepcopy
+from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +207,24 @@ def test_a_server_that_was_started_again_gets_the_adapter_again(undisturbed, mod
     assert second == again
     assert len({first, second, last}) == 3
     assert rows_of(tmp_path / "run", 2) == rows_of(undisturbed[0], 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "init_from", "began", "trained"),
+    [
+        ("lora", "", False, True),
+        ("lora", "", True, False),
+        ("frozen", "", False, False),
+        # Not what its checkpoint holds.
+        ("frozen", "runs/other", False, True),
+    ],
+)
+def test_what_a_server_began_with_is_not_handed_over(mode, init_from, began, trained, model, written):
+    config = replace(read_config(Path(written("http://127.0.0.1:9", mode=mode))), init_from=init_from)
+    component, _ = sj.pretrained.load(model, max_prompt_length=8)
+    system = sj.CompoundSystem(("question",), (sj.Node("answer", component, ("question",), params="writer"),))
+    made = runs_serving.sampling_system(config, system, began)
+    assert made.node("answer").component.handover.trained == trained
 
 
 @pytest.mark.parametrize(
