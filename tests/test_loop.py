@@ -328,7 +328,7 @@ def loss_by_hand(params, reference, records, beta=0.1):
 def test_a_step_is_that_of_the_table(accumulate):
     """Against the gradient by finite differences of the loss by hand (float64); float32, so 1e-4."""
     mesh = make_mesh()
-    dataset = preference_dataset(AGENT, RECORDS, 16, seed=3)
+    dataset = preference_dataset(AGENT, RECORDS, 16, seed=3, accumulate=accumulate)
     batch, picked = dataset[0], [RECORDS[row] for row in dataset.plan.at(0)[0]]
     assert batch.chosen["action"].room < batch.chosen["action"].ran.size * 2
     start = AGENT.init(KEY)

@@ -41,7 +41,7 @@ from sysdpo_jax import (
     rollout,
     sampled_batch,
 )
-from sysdpo_jax.components.routed import LEVELS, Routed, room_for
+from sysdpo_jax.components.routed import LEVELS, Routed, of_part, room_for
 from sysdpo_jax.training import ComponentOptimizer
 from sysdpo_jax.training.throughput import count_flops, count_units
 
@@ -348,12 +348,42 @@ def test_batches_have_room_for_the_runs_that_they_hold():
             assert routed.room == batch.rejected["short"].room == room_for(number, 32)
             assert number <= routed.room < number + 32 // LEVELS
             rooms.add(routed.room)
-            dense = jax.tree.map(lambda x: x, batch)
-            for side in (dense.chosen, dense.rejected):
-                side |= {name: replace(side[name], room=None) for name in ("short", "draft", "long")}
+            dense = batch._replace(chosen=without_room(batch.chosen), rejected=without_room(batch.rejected))
             values = [DirectObjective()(ROUTER, params, reference, b, KEY)[0] for b in (batch, dense)]
             np.testing.assert_allclose(*values, atol=1e-6)
     assert max(rooms) < 32
+
+
+def test_the_parts_of_a_batch_have_room_for_their_own_runs():
+    """Of the whole batch, of all shards: a part has every fourth row, 8 places of both sides. By counting."""
+    dataset = preference_dataset(ROUTER, RECORDS, 16, seed=3, accumulate=4)
+    half = preference_dataset(ROUTER, RECORDS, 16, seed=3, shard=(1, 2), accumulate=4)
+    arrays = epoch_batches(prepare_pairs(ROUTER, RECORDS), 16, seed=3, accumulate=4)
+    for step in range(3):
+        for batch in (dataset[step], arrays(step)):
+            own = {name: batch.chosen[name].ran + 0 + batch.rejected[name].ran for name in ("short", "draft", "long")}
+            for name, runs in own.items():
+                most = max(int(runs[part::4].sum()) for part in range(4))
+                assert batch.chosen[name].room == batch.rejected[name].room == 4 * max(1, most)
+                assert of_part(batch, 4).chosen[name].room == max(1, most) < 8
+                # A step with other parts takes no part of it for another.
+                assert of_part(batch, 2).chosen[name].room == batch.chosen[name].room >= runs.sum()
+        assert half[step].chosen["long"].room == dataset[step].chosen["long"].room
+    with pytest.raises(ValueError, match="16 rows cannot be cut into 3 equal parts"):
+        preference_dataset(ROUTER, RECORDS, 16, seed=3, accumulate=3)
+    with pytest.raises(ValueError, match="16 rows cannot be cut into 0 equal parts"):
+        epoch_batches(prepare_pairs(ROUTER, RECORDS), 16, seed=3, accumulate=0)
+
+
+def test_batches_take_about_as_many_rows_each_way():
+    """So that few programs are compiled. By chance alone, 12 epochs of these records had 6 rooms of a node and more."""
+    dataset = preference_dataset(ROUTER, RECORDS, 16, seed=3)
+    batches = [dataset[step] for step in range(36)]
+    for name in ("short", "long"):
+        runs = [int(b.chosen[name].ran.sum() + b.rejected[name].ran.sum()) for b in batches]
+        assert max(runs) - min(runs) <= 4
+    rooms = {tuple(b.chosen[name].room for name in ("short", "draft", "long")) for b in batches}
+    assert len(rooms) <= 4
 
 
 def test_shards_of_a_batch_have_the_room_of_the_whole_batch():
@@ -368,7 +398,7 @@ def test_shards_of_a_batch_have_the_room_of_the_whole_batch():
 def test_a_step_is_that_of_the_tables(accumulate):
     """Against the gradient by finite differences of the loss by hand, 1e-3 of its largest entry."""
     mesh = make_mesh()
-    batch = preference_dataset(ROUTER, RECORDS, 16, seed=3)[0]
+    batch = preference_dataset(ROUTER, RECORDS, 16, seed=3, accumulate=accumulate)[0]
     start = ROUTER.init(KEY)
     state = create_state(ROUTER, start, OPTIMIZER, mesh)
     step = make_train_step(ROUTER, DirectObjective(), OPTIMIZER, mesh, accumulate)
@@ -417,7 +447,7 @@ def test_a_batch_in_which_a_branch_never_runs_has_the_shapes_of_the_others():
 WIDTH, ROWS = 64, 32
 
 
-def two_models():
+def two_models(accumulate=1):
     """A system that sends each row to one of two linear models, and a batch half of whose rows go to each."""
     system = CompoundSystem(
         ("route", "x"),
@@ -434,7 +464,11 @@ def two_models():
 
     routes = [row % 2 for row in range(ROWS)]
     records = [PreferenceRecord({"route": r, "x": rng.normal(size=WIDTH)}, side(r), side(r)) for r in routes]
-    return system, preference_dataset(system, records, ROWS, seed=0)[0]
+    return system, preference_dataset(system, records, ROWS, seed=0, accumulate=accumulate)[0]
+
+
+def without_room(side):
+    return {name: replace(f, room=None) if isinstance(f, Routed) else f for name, f in side.items()}
 
 
 def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
@@ -443,7 +477,7 @@ def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
     params = system.init(KEY)
     assert batch.chosen["one"].room == batch.chosen["two"].room == ROWS
     features = jax.tree.map(lambda *x: np.concatenate(x), batch.chosen, batch.rejected)
-    masked = {name: replace(f, room=None) if isinstance(f, Routed) else f for name, f in features.items()}
+    masked = without_room(features)
 
     def loss(params, features):
         return sum(jnp.sum(term) for term in system.log_prob(params, features, KEY).values())
@@ -454,6 +488,16 @@ def test_half_of_a_batch_to_each_of_two_models_costs_half_of_both():
     ours = [count_flops(loss, params, which) for which in (features, masked)]
     assert ours[0] == ours[1] / 2 == 2 * (2 * ROWS) * WIDTH**2
     assert 0.45 < compiled(features) / compiled(masked) < 0.6
+    # So do the parts of a batch; the compiler counts the body of their loop once.
+    optimizer = make_optimizer({name: ComponentOptimizer(optax.sgd(0.1)) for name in system.param_keys})
+    step = make_train_step(system, DirectObjective(), optimizer, make_mesh(), accumulate=2)
+    state = create_state(system, params, optimizer)
+    whole = batch._replace(chosen=without_room(batch.chosen), rejected=without_room(batch.rejected))
+    costs = [
+        step.lower(state, which, KEY).compile().cost_analysis()["flops"] for which in (two_models(2)[1], batch, whole)
+    ]
+    assert costs[0] < 0.6 * costs[1]
+    assert costs[1] == costs[2]
     assert count_units(system, batch)["pairs_per_second"] == ROWS
 
 

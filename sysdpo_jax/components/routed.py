@@ -4,7 +4,7 @@ A node of a branch has 0 or 1 runs in a record, a node of a loop as many as the 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from sysdpo_jax.components.base import Component, as_rows
 from sysdpo_jax.typing import Features
@@ -23,7 +23,7 @@ LEVELS = 8
 BATCH_AXES = ("data", "fsdp")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("features", "ran"), meta_fields=("room",))
+@partial(jax.tree_util.register_dataclass, data_fields=("features", "ran"), meta_fields=("room", "parts"))
 @dataclass(frozen=True)
 class Routed:
     """Features of places, some of which have a run.
@@ -33,12 +33,27 @@ class Routed:
         ran: [*leading], which places have one: leading is (batch,) of a branch and (batch, turns) of a loop.
         room: So many places are computed, in the whole batch with both sides, which is no less than there are runs.
             None computes as many as there are places.
+        parts: Where the step cuts the batch into so many parts, none of them has more runs than its share of the room.
     """
 
     features: Features
     # Bool [*leading]; no more is said, because JAX puts other things in its place, such as shapes.
     ran: Any
     room: int | None = None
+    parts: int = 1
+
+
+def of_part(batch: PyTree, parts: int) -> PyTree:
+    """A part of a batch that is cut into so many, with the room that it takes.
+
+    A batch whose room was not chosen for these parts may have all its runs in one of them.
+    """
+
+    def with_own_room(leaf: Any) -> Any:
+        known = isinstance(leaf, Routed) and leaf.room is not None and leaf.parts == parts
+        return replace(leaf, room=leaf.room // parts, parts=1) if known else leaf
+
+    return jax.tree.map(with_own_room, batch, is_leaf=lambda leaf: isinstance(leaf, Routed))
 
 
 def room_for(runs: int, places: int) -> int:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from jaxtyping import Int, PyTree
 from sysdpo_jax.batch import PairBatch
 from sysdpo_jax.components.base import RecordError
 from sysdpo_jax.components.routed import Routed, room_for
-from sysdpo_jax.data.plan import Plan, check_batches
+from sysdpo_jax.data.plan import Plan, check_batches, check_parts
 from sysdpo_jax.data.preferences import Preferences
 from sysdpo_jax.data.prepared import Prepared, PreparedRows, pair_batch, prepare_in_groups, write_part
 from sysdpo_jax.data.records import SIDES, PreferenceRecord, require_intermediates
@@ -47,28 +47,33 @@ TOGETHER = 64
 class EpochBatches:
     """`batch_at(step)`, made by `epoch_batches`.
 
-    data: all rows; rows_at: the numbers of those of a step; whole_at: of all shards together.
+    data: all rows; rows_at: the numbers of those of a step; whole_at: of all shards together; accumulate: the step's.
     """
 
     data: PyTree
     rows_at: Callable[[int], Int[np.ndarray, "block"]]
     whole_at: Callable[[int], Int[np.ndarray, "batch"]]
+    accumulate: int
 
     def __call__(self, step: int) -> PyTree:
         rows = self.rows_at(step)
         batch = jax.tree.map(lambda x: x[rows], self.data)
         if not isinstance(self.data, PairBatch):
             return batch
-        whole, sides = self.whole_at(step), (self.data.chosen, self.data.rejected)
-        runs = {
-            name: sum(int(np.sum(side[name].ran[whole])) for side in sides)
-            for name, features in self.data.chosen.items()
-            if isinstance(features, Routed)
-        }
-        return in_rooms(batch, runs, len(whole))
+        whole = self.whole_at(step)
+        return in_rooms(batch, {name: runs[whole] for name, runs in _runs(self.data).items()}, self.accumulate)
 
 
-def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)) -> EpochBatches:
+def _runs(pairs: PairBatch) -> dict[str, Int[np.ndarray, "rows"]]:
+    """Of the nodes that do not run in every row how many runs each row has, on both sides."""
+    number = lambda routed: np.reshape(routed.ran, (len(routed.ran), -1)).sum(1)  # noqa: E731
+    routed = [name for name, features in pairs.chosen.items() if isinstance(features, Routed)]
+    return {name: number(pairs.chosen[name]) + number(pairs.rejected[name]) for name in routed}
+
+
+def epoch_batches(
+    data: PyTree, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1), *, accumulate: int = 1
+) -> EpochBatches:
     """Batches of arrays in memory, shuffled anew every epoch by (seed, epoch).
 
     Rows that do not fill a last batch are left out of that epoch. `Trainer.fit` encodes what of the data is raw once,
@@ -80,27 +85,34 @@ def epoch_batches(data: PyTree, batch_size: int, seed: int, shard: tuple[int, in
         seed: Of the order.
         shard: (index, count) gives the index-th of count equal blocks of each batch, as `batch_shard(mesh)` says for
             this process.
+        accumulate: That of the step, which computes little more than what runs in each part of a batch that is made for
+            it. A step with another one gives the same and computes more.
 
     Returns:
         `batch_at(step)`.
 
     Raises:
-        ValueError: For fewer rows than a batch or a batch that count does not divide.
+        ValueError: For fewer rows than a batch or a batch that count or accumulate does not divide.
     """
-    plan = _plan(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard)
-    return EpochBatches(data, lambda step: plan.at(step)[0], lambda step: plan.whole(step)[0])
+    runs = _runs(data) if isinstance(data, PairBatch) else {}
+    plan = _plan(jax.tree.leaves(data)[0].shape[0], batch_size, seed, shard, [*runs.values()])
+    check_parts(batch_size, accumulate)
+    return EpochBatches(data, lambda step: plan.at(step)[0], lambda step: plan.whole(step)[0], accumulate)
 
 
-def in_rooms(batch: PairBatch, runs: Mapping[str, int], rows: int) -> PairBatch:
+def in_rooms(batch: PairBatch, runs: Mapping[str, Int[np.ndarray, "rows"]], parts: int) -> PairBatch:
     """The batch, whose step computes the runs that there are of these nodes and little more.
 
-    runs: `{node: their number}` on both sides of the whole batch, of all processes, which has so many rows.
+    runs: `{node: their number in each row}` on both sides of the whole batch, of all processes. parts: into how many
+    the step cuts it, of which one has every so manieth row.
     """
 
     def with_room(name: str, features: Features) -> Features:
         if name not in runs:
             return features
-        return replace(features, room=room_for(runs[name], 2 * rows * math.prod(features.ran.shape[1:])))
+        most = int(runs[name].reshape(-1, parts).sum(0).max())
+        places = 2 * len(runs[name]) // parts * math.prod(features.ran.shape[1:])
+        return replace(features, room=parts * room_for(most, places), parts=parts)
 
     sides = ({name: with_room(name, own) for name, own in side.items()} for side in (batch.chosen, batch.rejected))
     return batch._replace(**dict(zip(SIDES, sides, strict=True)))
@@ -114,9 +126,12 @@ def epoch_rows(
     return lambda step: plan.at(step)[0]
 
 
-def _plan(rows: int, batch_size: int, seed: int, shard: tuple[int, int]) -> "Plan":
-    """Of rows that are all alike."""
-    return Plan(np.zeros((rows, 0), np.int32), np.zeros(rows, np.int64), batch_size, seed, shard, 1)
+def _plan(
+    rows: int, batch_size: int, seed: int, shard: tuple[int, int], runs: Sequence[Int[np.ndarray, "rows"]] = ()
+) -> "Plan":
+    """Of rows of one size. runs: of each node that does not run in all of them."""
+    sizes, kinds = np.zeros((rows, 0), np.int32), np.zeros(rows, np.int64)
+    return Plan(sizes, kinds, batch_size, seed, shard, 1, np.stack(runs, axis=1) if runs else None)
 
 
 @runtime_checkable
@@ -135,12 +150,16 @@ class PreferenceBatches:
         system: As for `preference_dataset`, which makes them.
         records: As for `preference_dataset`.
         settings: batch_size, seed, shard and shapes, as for `preference_dataset`.
+        accumulate: As for `preference_dataset`.
     """
 
-    def __init__(self, system: CompoundSystem, records: Indexed[PreferenceRecord], settings: Settings):
-        self.system, self._records, self._settings = system, records, settings
+    def __init__(
+        self, system: CompoundSystem, records: Indexed[PreferenceRecord], settings: Settings, accumulate: int = 1
+    ):
+        self.system, self._records, self._settings, self._accumulate = system, records, settings, accumulate
         batch_size, _, shard, _ = settings
         check_batches(len(records), batch_size, shard)
+        check_parts(batch_size, accumulate)
         self._rows: PreparedRows | None = None
         if isinstance(records, Preferences) and records.fits(system):
             require_intermediates(system, records.held)
@@ -164,8 +183,7 @@ class PreferenceBatches:
         found = [known.features(int(row)) for row in own]
         example = lambda name: known.example(name, int(own[0]))  # noqa: E731
         batch = pair_batch(self.system, found, dict(zip(known.axes, sizes, strict=True)), example)
-        runs = dict(zip(known.routed, known.runs[whole].sum(0).tolist(), strict=True))
-        return in_rooms(batch, runs, len(whole))
+        return in_rooms(batch, dict(zip(known.routed, known.runs[whole].T, strict=True)), self._accumulate)
 
     def prepare(self, params: Params) -> None:
         """Prepare and encode the records where that has not been done, or by other frozen parts.
@@ -212,7 +230,7 @@ class PreferenceBatches:
 
     def _use(self, rows: PreparedRows, usable: Int[np.ndarray, "rows"]) -> None:
         self._rows, self._usable = rows, usable
-        self.plan = Plan(rows.sizes[usable], rows.kinds[usable], *self._settings)
+        self.plan = Plan(rows.sizes[usable], rows.kinds[usable], *self._settings, rows.runs[usable])
 
     def _prepared(self, params: Params) -> Iterator[tuple[int, Prepared]]:
         found = ((number, self._record(number)) for number in range(len(self._records)))
@@ -237,13 +255,15 @@ def preference_dataset(
     shard: tuple[int, int] = (0, 1),
     *,
     shapes: int = 8,
+    accumulate: int = 1,
 ) -> PreferenceBatches:
     """Endless batches for `Trainer.fit`, read ahead of the step: that of step k is a pure function of k and arguments.
 
     Records are prepared once, into files: by `load_preferences` with the system, or here. What frozen parts encode is
     left to `Trainer.fit`, which knows their parameters, where `load_preferences` was not given them.
     Rows are shuffled anew every epoch by the seed; batches are made of rows of like sizes, in an order of their own,
-    and padded to few static sizes. Rows that do not fill a last batch are left out of that epoch.
+    and padded to few static sizes. Each batch has about as many of the rows that take a branch of a switch, or have so
+    many turns, as the others. Rows that do not fill a last batch are left out of that epoch.
 
     Args:
         system: What the records are prepared for.
@@ -251,16 +271,18 @@ def preference_dataset(
         batch_size: Rows of the global batch.
         seed: Of the order.
         shard: (index, count): this process gives the index-th of count equal blocks of its rows, see `batch_shard`.
-        shapes: At most so many of batches, each compiled once; images of several sizes have at least one each.
+        shapes: At most so many of batches, each compiled once; images of several sizes have at least one each. What
+            does not run in every row is compiled for each of a few numbers of runs, too.
+        accumulate: As for `epoch_batches`.
 
     Returns:
         The batches by step.
 
     Raises:
         RecordError: Names the record that cannot be used, counted from 0.
-        ValueError: Fewer records than a batch, or a batch that count does not divide.
+        ValueError: Fewer records than a batch, or a batch that count or accumulate does not divide.
     """
-    return PreferenceBatches(system, records, (batch_size, seed, shard, shapes))
+    return PreferenceBatches(system, records, (batch_size, seed, shard, shapes), accumulate)
 
 
 @contextmanager

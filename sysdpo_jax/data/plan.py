@@ -19,7 +19,9 @@ class Plan:
     """Which rows the batch of a step has, and their sizes: a function of the step and of what is given here alone.
 
     In each epoch the rows are shuffled by (seed, epoch), those of like sizes put together, and the batches shuffled.
-    Rows that do not fill a last batch of their kind are left out of that epoch, others in the next one.
+    Rows that do not fill a last batch of their kind are left out of that epoch, others in the next one. Rows in which
+    other nodes run are spread over the batches of a size, and over the parts of a batch: each has about as many runs of
+    a node, so that few numbers of them are compiled and few places stay empty.
 
     Args:
         sizes: Of every row along every axis [rows, axes].
@@ -27,6 +29,7 @@ class Plan:
         batch_size: Rows of the global batch.
         shard: (index, count) gives the index-th of count equal blocks of each batch.
         shapes: How many static sizes there are at most, but one for every kind at least.
+        runs: Of the nodes that do not run in every row, if there are some [rows, nodes].
 
     Raises:
         ValueError: Fewer rows than a batch, or a batch that count does not divide.
@@ -40,6 +43,7 @@ class Plan:
         seed: int,
         shard: tuple[int, int],
         shapes: int,
+        runs: Int[np.ndarray, "rows nodes"] | None = None,
     ):
         if shapes < 1:
             raise ValueError(f"shapes {shapes} must be at least 1")
@@ -57,6 +61,9 @@ class Plan:
         # The smallest that each row fits in.
         self._fits = [_first_fit(sizes[rows], shapes) for rows, shapes in zip(self._rows, self.shapes, strict=True)]
         self._sizes = sizes
+        # Rows of one number have the same runs; neighbours have much in common.
+        ways = np.zeros(len(kinds)) if runs is None else np.unique(runs, axis=0, return_inverse=True)[1]
+        self._ways = ways.reshape(-1)
         # Threads that read ahead ask for it together.
         self._epoch, self._lock = lru_cache(2)(self._shuffled), Lock()
 
@@ -77,13 +84,26 @@ class Plan:
         for rows, shapes, fits in zip(self._rows, self.shapes, self._fits, strict=True):
             order = random.permutation(len(rows))[: len(rows) // self._batch * self._batch]
             order = order[np.argsort(fits[order], kind="stable")]
-            own = rows[order].reshape(-1, self._batch)
+            own = self._spread(rows[order].reshape(-1, self._batch), fits[order].reshape(-1, self._batch))
             # The largest of each axis: a batch whose rows lie between two shapes has the next one that fits all.
             fit = shapes[_first_fit(self._sizes[own].max(1), shapes)]
             batches += zip(own, map(tuple, fit.tolist()), strict=True)
         # Batches of one shape are in a random order already.
         several = sum(map(len, self.shapes)) > 1
         return [batches[place] for place in random.permutation(len(batches))] if several else batches
+
+    def _spread(
+        self, batches: Int[np.ndarray, "batches batch"], fits: Int[np.ndarray, "batches batch"]
+    ) -> Int[np.ndarray, "batches batch"]:
+        """The same rows in batches of the same sizes, those with the same runs dealt out to one after the other."""
+        if not self._ways.any():
+            return batches
+        made = np.array(batches)
+        for sizes in np.unique(fits[:, [0, -1]], axis=0):
+            alike = (fits[:, [0, -1]] == sizes).all(1)
+            rows = batches[alike].reshape(-1)
+            made[alike] = rows[np.argsort(self._ways[rows], kind="stable")].reshape(self._batch, -1).T
+        return made
 
 
 def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> int:
@@ -99,6 +119,15 @@ def check_batches(rows: int, batch_size: int, shard: tuple[int, int]) -> int:
             "divide the batch (batch_shard gives both)"
         )
     return count
+
+
+def check_parts(batch_size: int, accumulate: int) -> None:
+    """Raise `ValueError` where a batch is not cut into so many parts."""
+    if accumulate < 1 or batch_size % accumulate:
+        raise ValueError(
+            f"{batch_size} rows cannot be cut into {accumulate} equal parts: make the batch a multiple of them, or "
+            "change accumulate"
+        )
 
 
 def static_sizes(sizes: Int[np.ndarray, "rows axes"], number: int, batch: int) -> Int[np.ndarray, "shapes axes"]:

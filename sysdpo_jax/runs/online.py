@@ -199,8 +199,9 @@ class OnlineTraining:
         return len(mixed)
 
     def _batches(self, records: Preferences, seed: int) -> BatchSource:
-        trainer = self.store.trainer
-        return preference_dataset(trainer.system, records, self.rounds.batch_size, seed, batch_shard(trainer.step.mesh))
+        trainer, rows = self.store.trainer, self.rounds.batch_size
+        shard = batch_shard(trainer.step.mesh)
+        return preference_dataset(trainer.system, records, rows, seed, shard, accumulate=trainer.accumulate)
 
     def _why_stop(self, last: int, planned: int) -> str | None:
         """Why no round follows the one that ended at step `last`: a watched figure fell, or patience is at its end."""

@@ -273,7 +273,8 @@ def make_batches(run: Run, records: sj.Preferences, seed: int | None = None) -> 
                 "objective.kind is direct, but the preferences hold no intermediate values "
                 f"({', '.join(node.name for node in run.system.intermediates)}): set it to sampling to search for them"
             )
-        return sj.preference_dataset(run.system, records, schedule.batch_size, seed, shard)
+        rows, parts = schedule.batch_size, schedule.accumulate
+        return sj.preference_dataset(run.system, records, rows, seed, shard, accumulate=parts)
     final = sj.without_intermediates(run.system, records) if held else records
     return sj.SearchedBatches(
         run.system, final, schedule.batch_size, seed, objective.intermediates, objective.every, shard

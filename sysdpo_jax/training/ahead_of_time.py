@@ -13,6 +13,7 @@ import jax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from sysdpo_jax.components.routed import of_part
 from sysdpo_jax.models.attention import compiling_for
 from sysdpo_jax.models.remat import choosing
 from sysdpo_jax.parallel.hlo import collectives_by_kind
@@ -96,7 +97,8 @@ def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) ->
             return step.objective(step.system, state.params, reference, batch, noise)[0]
 
     placed, whole = jax.tree.map(lambda x: x.sharding, state), replicated(step.mesh)
-    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // step.accumulate, *x.shape[1:]), x.dtype), batch)
+    parts = step.accumulate
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), batch)
     noise = jax.eval_shape(lambda: jax.random.key(0))
     function = jax.jit(
         jax.grad(loss_of),
@@ -105,7 +107,7 @@ def _activations(step: TrainStep, state: TrainState, batch: PyTree, key: str) ->
         compiler_options=COMPILER_OPTIONS,
     )
     with choosing(CANDIDATES[0]):
-        gradient = function.lower(state.trained[key], state, part, noise)
+        gradient = function.lower(state.trained[key], state, of_part(part, parts), noise)
     memory: Any = gradient.compile().memory_analysis()
     return int(memory.temp_size_in_bytes)
 

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from sysdpo_jax.components.routed import of_part
 from sysdpo_jax.graph import CompoundSystem
 from sysdpo_jax.keys import row_keys
 from sysdpo_jax.models.remat import choosing
@@ -315,7 +316,8 @@ class TrainStep:
             return jax.tree.map(lambda a, g: a + g.astype(a.dtype) / self.accumulate, total, gradients), values
 
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), trained)
-        gradients, values = jax.lax.scan(add, zeros, jax.tree.map(parts, (batch, row_keys(key, rows))))
+        cut_up = jax.tree.map(parts, (of_part(batch, self.accumulate), row_keys(key, rows)))
+        gradients, values = jax.lax.scan(add, zeros, cut_up)
         return jax.tree.map(lambda x: x.mean(0), values), gradients
 
     def _finite_nodes(

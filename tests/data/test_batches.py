@@ -377,6 +377,26 @@ def test_a_plan_is_a_function_of_the_step_and_shards_have_its_shapes():
         assert all(own == shape for _, own in parts)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_rows_with_the_same_runs_are_spread_over_batches_and_parts(parts):
+    """Each group of rows with the same runs differs by one at most, and the sizes are those without any runs."""
+    sizes, kind = sizes_of(4, kinds=2)
+    runs = np.random.default_rng(0).choice([[0, 2], [1, 1], [2, 0]], len(kind))
+    plan, other = (Plan(sizes, kind, 8, 2, (0, 1), 8, given) for given in (runs, None))
+    for epoch in range(2):
+        own, bare = ([each.at(epoch * plan.per_epoch + at) for at in range(plan.per_epoch)] for each in (plan, other))
+        assert len({int(row) for rows, _ in own for row in rows}) == 8 * plan.per_epoch
+        assert all((sizes[rows] <= shape).all() for rows, shape in own)
+        assert sorted(np.unique(kind[rows]).tolist() for rows, _ in own) == sorted(
+            np.unique(kind[rows]).tolist() for rows, _ in bare
+        )
+    whole = Plan(sizes, np.zeros(len(kind), int), 8, 2, (0, 1), 1, runs)
+    for ways in np.unique(runs, axis=0):
+        counts = [(runs[whole.at(step)[0][part::parts]] == ways).all(1).sum()
+                  for step in range(whole.per_epoch) for part in range(parts)]  # fmt: skip
+        assert max(counts) - min(counts) <= 1 + (parts > 1)
+
+
 def test_rows_of_like_sizes_come_together():
     """The share of places that are padding, against that of batches of any rows padded to the largest size."""
     random = np.random.default_rng(0)
