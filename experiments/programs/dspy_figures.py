@@ -22,6 +22,8 @@ from sysdpo_jax.evaluation import clustered_mean, paired_difference
 from sysdpo_jax.io import write_json
 
 FIGURES = ("f1", "exact", "right", "found")
+# Of so many runs the file has what was said, taken at equal distances.
+EXAMPLES, SAID = 12, ("query", "answer", "f1")
 Rows = Sequence[dict[str, Any]]
 
 
@@ -40,6 +42,7 @@ def figures(before: Rows, after: Rows) -> dict[str, Any]:
         **{name: _compared(name, first, second, everything) for name in FIGURES},
         "words of an answer": _compared("words", _with_words(first), _with_words(second), everything),
         "f1 by kind of question": {text: _compared("f1", first, second, rows) for text, rows in kinds.items() if rows},
+        "examples": [_example(first[place], second[place]) for place in everything[:: len(first) // EXAMPLES or 1]],
     }
 
 
@@ -52,6 +55,11 @@ def _compared(name: str, first: Rows, second: Rows, places: Sequence[int]) -> di
         "difference": paired_difference(new, old, elements),
     }
     return {when: asdict(estimate) for when, estimate in found.items()}
+
+
+def _example(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    said = {when: {name: row[name] for name in SAID} for when, row in (("before", before), ("after", after))}
+    return {"question": before["question"], "wanted": before["wanted"], **said}
 
 
 def _question(row: dict[str, Any]) -> str:

@@ -51,13 +51,9 @@ def test_the_score_is_the_f1_of_words(answer, wanted, score):
 
 
 def _rows(scores):
+    said = {"query": "tin", "answer": "of two", "wanted": "Sn"}
     return [
-        {
-            "question": f"What is the symbol of {name}?",
-            "element": name,
-            "answer": "of two",
-            **dict.fromkeys(FIGURES, score),
-        }
+        {"question": f"What is the symbol of {name}?", "element": name, **said, **dict.fromkeys(FIGURES, score)}
         for name, score in scores
     ]
 
@@ -74,6 +70,7 @@ def test_figures_are_clustered_by_element_and_paired_by_question():
         assert made["f1"][when]["standard_error"] == pytest.approx(spread / math.sqrt(2))
     assert (made["questions"], made["runs"]) == (2, 4)
     assert made["words of an answer"]["after"]["value"] == 2
+    assert [each["after"]["f1"] for each in made["examples"]] == [0.5, 0.9, 0.6, 0.6]
     with pytest.raises(ValueError, match="different questions"):
         figures(before, after[1:])
 
