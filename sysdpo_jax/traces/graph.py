@@ -15,6 +15,8 @@ from sysdpo_jax.traces.trees import Role, Tree
 RECORDED, STRIPPED = "sysdpo_jax.traces.tools:recorded", "sysdpo_jax.traces.tools:stripped"
 # The node of a loop that has what tools answered.
 TOLD = "told"
+# What LangChain calls steps that have no name, beside those around them that do.
+WRAPPER = "Runnable"
 # What a request is called where the traces have no name for it.
 REQUEST = "request"
 
@@ -47,11 +49,12 @@ class Proposal:
 
 
 def names_of(trees: Sequence[Tree], inputs: Iterable[str] = ()) -> dict[Role, str]:
-    """A short name for each role of a value: the innermost name that no other one's path has."""
+    """A short name for each role of a value: the innermost name that no other one's path has, and a person gave."""
     roles, taken, made = trees[0].nodes, {*inputs, TOLD}, dict[Role, str]()
     for role in roles:
         others = {part for other in roles if other != role for part in other}
-        part = next((part for part in reversed(role) if part not in others), role[-1])
+        own = [part for part in reversed(role) if part not in others]
+        part = next((part for part in own if not part.startswith(WRAPPER)), own[0] if own else role[-1])
         made[role] = _free(_slug(part) or "node", taken)
         taken.add(made[role])
     return made

@@ -23,7 +23,7 @@ def spans_of(row: Mapping[str, Any], trace: str = "", parent: str | None = None)
     about, asked = at(extra, "metadata") or {}, at(extra, "invocation_params") or {}
     known = {name: about.get(f"ls_{name}", asked.get(name)) for name in PARAMETERS}
     prompt_ids, ids = ids_of(made)
-    usage = at(made, "usage_metadata") or at(made, "usage") or {}
+    usage = _usage(made)
     documents = at(made, "documents") or (made if isinstance(made, list) else None)
     span = Span(
         trace,
@@ -51,6 +51,21 @@ def spans_of(row: Mapping[str, Any], trace: str = "", parent: str | None = None)
     yield with_texts(span, given, made, asked.get("tools")) if kind == LLM else span
     for child in row.get("child_runs") or []:
         yield from spans_of(child, trace, own)
+
+
+def _usage(made: Any) -> Mapping[str, Any]:
+    """What was counted, of an answer or of the one message that LangChain generated."""
+    generated = at(made, "generations")
+    while isinstance(generated, list) and len(generated) == 1:
+        generated = generated[0]
+    message = at(generated, "message", "kwargs")
+    places = [
+        (made, "usage_metadata"),
+        (made, "usage"),
+        (message, "usage_metadata"),
+        (made, "llm_output", "token_usage"),
+    ]
+    return next((found for value, *path in places if (found := at(value, *path))), {})
 
 
 def _only(made: Any) -> Any:

@@ -32,14 +32,14 @@ def recorded_scores(ledger: Ledger) -> Found:
 
 def external_scores(file: Path, ledger: Ledger) -> Found:
     """The scores of a file, which name traces or spans by their ids. Raises `ConfigError` naming the row."""
-    traces = {trace for trace, _ in ledger.spans}
-    of_span = {own: trace for trace, own in ledger.spans}
+    traces = {_id(trace): trace for trace, _ in ledger.spans}
+    of_span = {_id(own): trace for trace, own in ledger.spans}
     found: Found = {}
     for number, row in rows_of(file):
         result = at(row, "result") or row
-        named = next((str(row[name]) for name in TRACE if at(row, name) is not None), None)
-        span = next((str(row[name]) for name in SPAN if at(row, name) is not None), None)
-        trace = named if named in traces else of_span.get(str(span if span is not None else named))
+        named = next((_id(row[name]) for name in TRACE if at(row, name) is not None), "")
+        span = next((_id(row[name]) for name in SPAN if at(row, name) is not None), named)
+        trace = traces.get(named, of_span.get(span))
         if trace is None:
             raise ConfigError(f"{file}, row {number} names no trace or span of these traces: give it a 'trace_id'")
         value = next((at(result, name) for name in ("score", "value") if at(result, name) is not None), None)
@@ -49,6 +49,11 @@ def external_scores(file: Path, ledger: Ledger) -> Found:
             raise ConfigError(f"{file}, row {number} has {said}: give a number, or thumbs_up or thumbs_down")
         found.setdefault(trace, []).extend((-1, score) for score in scores)
     return found
+
+
+def _id(name: Any) -> str:
+    """An id without the mark of hexadecimal digits that some programs write before it."""
+    return str(name).lower().removeprefix("0x")
 
 
 def chosen_scores(found: Found, name: str, traces: Sequence[str]) -> tuple[str, Mapping[str, float], int]:

@@ -55,7 +55,8 @@ def system_text(
                 continue
             prompt, setting = _prompt(each)
             body[each.name] = {"component": each.name, "parents": [*each.parents], **prompt}
-            components[each.name] = _component(choice, spans[each.name], tokens[each.name], setting)
+            component = _component(choice, spans[each.name], tokens[each.name], setting)
+            components[each.name] = _as_role(component, components)
         fields = {"turns": node.turns, "until": FINISHED, "body": body} if node.body else body[node.name]
         lines.append(_dump({node.name: fields}, 4))
     lines += ["  components:", _dump(components, 4)]
@@ -106,6 +107,17 @@ def _component(choice: Choice, spans: Sequence[Span], tokens: Tokens, prompt: An
     mode = "lora" if choice.how == "train" else "frozen"
     where = str(local.absolute()) if local.exists() else choice.checkpoint
     return {"checkpoint": where, "mode": mode, "settings": settings}
+
+
+def _as_role(component: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The component, on the weights of one of the others where that has the same: they are in memory once then."""
+    for name, other in others.items():
+        # What a role does not set is as its base has it.
+        fits = other.get("mode") == "lora" and other["settings"].keys() <= component["settings"].keys()
+        if fits and other["checkpoint"] == component["checkpoint"]:
+            mode = {} if component["mode"] == "lora" else {"mode": component["mode"]}
+            return {"base": name, **mode, "settings": component["settings"]}
+    return component
 
 
 def _dump(value: Any, indent: int) -> str:
