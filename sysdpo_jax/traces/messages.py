@@ -11,8 +11,10 @@ ROLES = {"human": "user", "ai": "assistant", "HumanMessage": "user", "AIMessage"
 ROLES |= {"SystemMessage": "system", "ToolMessage": "tool", "developer": "system"}
 # Where responses say why they ended, and where within them that stands.
 ENDINGS = ("finish_reason", "finish_reasons", "stop_reason", "finishReason", "done_reason")
-WITHIN = ("choices", "generations", "candidates", "message", "completion", "kwargs", "response_metadata")
-WITHIN += ("generation_info", "llm_output", "output", "response", "data")
+WITHIN = (
+    *("choices", "generations", "candidates", "message", "completion", "kwargs", "response_metadata"),
+    *("generation_info", "llm_output", "output", "response", "data"),
+)
 # Keys of a message that chat templates read beside its role, content and calls of tools.
 KEPT = ("tool_call_id", "name")
 # Parts of a content that are calls of tools, of OpenTelemetry and of Anthropic.
@@ -157,7 +159,7 @@ def document_text(document: Any) -> str:
 def _call(call: Any) -> dict[str, Any]:
     """A call in the form of OpenAI's API, its arguments as the object that chat templates write."""
     own = at(call, "function") or call
-    given = next((own[name] for name in ("arguments", "args", "input") if at(own, name) is not None), {})
+    given: Any = next((own[name] for name in ("arguments", "args", "input") if at(own, name) is not None), {})
     if not at(own, "name"):
         raise NoText("a call of a tool without a name")
     name = {"id": call["id"]} if call.get("id") else {}
