@@ -61,6 +61,39 @@ def test_two_commands_lead_from_recorded_traces_to_a_dry_run(
     assert "loss at step 0: 0.69" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "kind"), [("langgraph.spans.jsonl", "openinference"), ("langgraph.runs.jsonl", "langsmith")]
+)
+def test_a_langgraph_program_with_scores_in_a_file(place, small, capsys, file, kind):
+    """Its two models are roles on one base, by the names of the graph's nodes; ids may stand with 0x or without."""
+    scores = DATA / "langgraph.scores.jsonl"
+    if kind == "langsmith":
+        traces = dict.fromkeys(line["trace_id"] for line in lines(DATA / file))
+        rows = [{"trace_id": trace, "score": place} for place, trace in enumerate(traces)]
+        scores = write(Path("scores.jsonl"), rows)
+    folder = imported(DATA / file, kind, "--model", f"small={small}", "--scores", str(scores))
+    said = capsys.readouterr().out
+    assert "12 spans of models, retrievers and tools: 12 mapped, 0 refused by name" in said
+    # The server counted 5 tokens of each answer, which is not what this tokenizer makes of them.
+    assert "unchecked" not in said
+    made = system(folder)
+    assert [*made["nodes"]] == ["passages", "write", "finish"]
+    assert made["components"]["finish"]["base"] == "write"
+    assert "checkpoint" not in made["components"]["finish"]
+    dispatch(["train", str(folder / "system.yaml"), "--dry-run", "--schedule.batch_size", "2"])
+    assert "loss at step 0: 0.69" in capsys.readouterr().out
+
+
+def test_a_frozen_model_is_a_role_on_a_trained_one_and_no_base(place, small):
+    found = {}
+    for frozen in ("write", "shorten"):
+        flags = ("--model", f"small={small}", "--frozen", frozen)
+        folder = imported(DATA / "langsmith.jsonl", "langsmith", *flags, folder=frozen)
+        found[frozen] = system(folder)["components"]
+    assert (found["shorten"]["shorten"]["base"], found["shorten"]["shorten"]["mode"]) == ("write", "frozen")
+    assert [found["write"][name]["checkpoint"] for name in ("write", "shorten")] == [str(small)] * 2
+
+
 def test_prompts_of_the_proposal_are_those_that_were_recorded(place, small, capsys):
     """The system's own prompts, made of its records, beside the messages in the trace."""
     for file, kind, model, _, _, _ in RECORDED:
