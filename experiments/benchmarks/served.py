@@ -164,8 +164,10 @@ def main() -> None:
         row["first_answer_seconds"] = time.perf_counter() - began
         row |= compared(config, system, by_server, own, handover)
         row["mean_gap"], row["worst_gap"], row["compared_tokens"] = handover.gap
-    # The folder of an environment says nothing of what was measured.
-    arguments = ["PATH" if word == config.vllm_python else word for word in sys.argv[1:]]
+    sizes = {"prompts": config.prompts, "samples": config.samples, "new-tokens": config.new_tokens}
+    sizes["repeats"] = config.repeats
+    # Folders say nothing of what was measured.
+    arguments = ["--vllm-python PATH", *(f"--{name} {value}" for name, value in sizes.items())]
     made = made_by("experiments.benchmarks.served", arguments, ("jax", "python"), note=config.note)
     write_json(config.folder / "results.json", {**made, "results": row})
     for name, value in row.items():
