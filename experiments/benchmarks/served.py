@@ -33,7 +33,6 @@ from experiments.common.command import made_by, parse
 from experiments.common.models import smollm2_file
 from sysdpo_jax.io import write_json
 from sysdpo_jax.serving import Handover, Server, served
-from sysdpo_jax.serving.engines import Sampled
 from sysdpo_jax.typing import Params
 
 QUESTIONS = ("What is a red ball?", "Name three animals.", "Why is the sky blue?", "Write one sentence about rain.")
@@ -95,10 +94,10 @@ class TimedHandover(Handover):
 
     waited = 0.0
 
-    def ask(self, *arguments: Any) -> list[Sampled]:
+    def ask(self, *arguments: Any, **named: Any) -> list[Any]:
         began = time.perf_counter()
         try:
-            return super().ask(*arguments)
+            return super().ask(*arguments, **named)
         finally:
             self.waited += time.perf_counter() - began
 
