@@ -33,7 +33,6 @@ from experiments.common.command import made_by, parse
 from experiments.common.models import smollm2_file
 from sysdpo_jax.io import write_json
 from sysdpo_jax.serving import Handover, Server, served
-from sysdpo_jax.serving.engines import Sampled
 from sysdpo_jax.typing import Params
 
 QUESTIONS = ("What is a red ball?", "Name three animals.", "Why is the sky blue?", "Write one sentence about rain.")
@@ -95,10 +94,10 @@ class TimedHandover(Handover):
 
     waited = 0.0
 
-    def ask(self, *arguments: Any) -> list[Sampled]:
+    def ask(self, *arguments: Any, **named: Any) -> list[Any]:
         began = time.perf_counter()
         try:
-            return super().ask(*arguments)
+            return super().ask(*arguments, **named)
         finally:
             self.waited += time.perf_counter() - began
 
@@ -164,8 +163,10 @@ def main() -> None:
         row["first_answer_seconds"] = time.perf_counter() - began
         row |= compared(config, system, by_server, own, handover)
         row["mean_gap"], row["worst_gap"], row["compared_tokens"] = handover.gap
-    # The folder of an environment says nothing of what was measured.
-    arguments = ["PATH" if word == config.vllm_python else word for word in sys.argv[1:]]
+    sizes = {"prompts": config.prompts, "samples": config.samples, "new-tokens": config.new_tokens}
+    sizes["repeats"] = config.repeats
+    # Folders say nothing of what was measured.
+    arguments = ["--vllm-python PATH", *(f"--{name} {value}" for name, value in sizes.items())]
     made = made_by("experiments.benchmarks.served", arguments, ("jax", "python"), note=config.note)
     write_json(config.folder / "results.json", {**made, "results": row})
     for name, value in row.items():
