@@ -3,8 +3,8 @@
 example:
   python -m experiments.programs.painter painter
 
-The folder is one of diffusers' StableDiffusionPipeline, trained by PyTorch alone in a quarter of an hour on one CPU core:
-first the autoencoder, then text encoder and U-Net together. It stands for the painter that the owner of the program of
+The folder is one of diffusers' StableDiffusionPipeline, trained by PyTorch in a quarter of an hour on a CPU: first the
+autoencoder, then text encoder and U-Net together. It stands for the painter that the owner of the program of
 docs/programs/pictures.md has. Its captions are short and plain, and such are the prompts that it understands.
 """
 
@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -53,7 +54,7 @@ def tokenizer() -> CLIPTokenizer:
     learned.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>")
     )
-    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     vocabulary = {piece: number for number, piece in enumerate((*dict.fromkeys(pieces), START, END))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
@@ -77,9 +78,9 @@ def pictures(drawn_kinds: Sequence[Kind], rng: np.random.Generator) -> Tensor:
     return torch.tensor(np.stack(made), dtype=torch.float32).permute(0, 3, 1, 2) * 2 - 1
 
 
-def fitted_vae(images: Tensor, steps: int) -> diffusers.AutoencoderKL:
+def fitted_vae(images: Tensor, steps: int) -> Any:
     """An autoencoder of the pictures; latents have half the side and are scaled to deviation 1."""
-    vae = diffusers.AutoencoderKL(
+    vae: Any = diffusers.AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -101,7 +102,7 @@ def fitted_vae(images: Tensor, steps: int) -> diffusers.AutoencoderKL:
     return vae.eval()
 
 
-def fitted(images: Tensor, texts: Sequence[str], vae_steps: int, steps: int) -> diffusers.StableDiffusionPipeline:
+def fitted(images: Tensor, texts: Sequence[str], vae_steps: int, steps: int) -> Any:
     """The pipeline after so many steps of the autoencoder, and of text encoder and U-Net."""
     words = tokenizer()
     vae = fitted_vae(images, vae_steps)
@@ -118,7 +119,7 @@ def fitted(images: Tensor, texts: Sequence[str], vae_steps: int, steps: int) -> 
             pad_token_id=words.pad_token_id,
         )
     )
-    unet = diffusers.UNet2DConditionModel(
+    unet: Any = diffusers.UNet2DConditionModel(
         sample_size=SIDE // 2,
         block_out_channels=(48, 96),
         layers_per_block=1,
@@ -128,7 +129,7 @@ def fitted(images: Tensor, texts: Sequence[str], vae_steps: int, steps: int) -> 
         cross_attention_dim=64,
         attention_head_dim=4,
     )
-    scheduler = diffusers.DDIMScheduler(
+    scheduler: Any = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,

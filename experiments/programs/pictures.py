@@ -33,7 +33,7 @@ def writer_in(folder: Path) -> Say:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **place).eval()
 
     def say(messages: list[dict[str, str]]) -> str:
-        tokens = tokenizer.apply_chat_template(
+        tokens: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         sampled = model.generate(**tokens, max_new_tokens=24, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
@@ -42,7 +42,7 @@ def writer_in(folder: Path) -> Say:
     return say
 
 
-def draw(wish: str, say: Say, painter: diffusers.StableDiffusionPipeline) -> dict[str, Any]:
+def draw(wish: str, say: Say, painter: Any) -> dict[str, Any]:
     """One run of the program."""
     prompt = say(request(wish))
     [picture] = painter(prompt, num_inference_steps=20, guidance_scale=3.0, output_type="np").images
@@ -51,8 +51,8 @@ def draw(wish: str, say: Say, painter: diffusers.StableDiffusionPipeline) -> dic
 
 def figures(runs: list[dict[str, Any]]) -> dict[str, Estimate]:
     """Means with standard errors, clustered by wish."""
-    wishes = [run["wish"] for run in runs]
-    return {of.__name__: clustered_mean([of(run) for run in runs], wishes) for of in (score, right)}
+    wishes = np.array([run["wish"] for run in runs])
+    return {of.__name__: clustered_mean(np.array([of(run) for run in runs]), wishes) for of in (score, right)}
 
 
 def main() -> None:
@@ -64,7 +64,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     flags = parser.parse_args()
     torch.manual_seed(0)
-    say, painter = writer_in(flags.writer), diffusers.StableDiffusionPipeline.from_pretrained(flags.painter)
+    say = writer_in(flags.writer)
+    painter: Any = diffusers.StableDiffusionPipeline.from_pretrained(flags.painter)
     painter.set_progress_bar_config(disable=True)
     runs = [draw(wish, say, painter) for wish in flags.wishes.read_text().splitlines() for _ in range(flags.samples)]
     written = {name: asdict(mean) for name, mean in figures(runs).items()}

@@ -3,13 +3,13 @@
 example:
   python -m experiments.programs.results runs/pictures --output docs/programs/pictures.json
 
-Beside the file of figures comes a .png: before above, after below, a wish a column.
+Beside the file of figures comes a .png: before above, after below, a held-out kind a column.
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +17,84 @@ import numpy as np
 from PIL import Image
 
 from sysdpo_jax.evaluation import clustered_mean, paired_difference
-from sysdpo_jax.recipes.pictures import kinds, shown, wanted
+from sysdpo_jax.recipes.pictures import Kind, kinds, shown, wanted
+from sysdpo_jax.training import read_metrics
 
-Rows = list[dict[str, Any]]
-# Sides of a shown picture and of the white between two, in pixels; columns.
-SIDE, GAP, COLUMNS = 64, 8, 8
-
-
-def read(path: Path) -> Rows:
-    """The runs of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+# Sides of a shown picture and of the grey between two, in pixels.
+SIDE, GAP = 64, 8
+TRAINING = ("loss", "rewards/accuracies", "margin_share/picture", "drift/kl/prompt")
 
 
-def picture(path: Path, row: Mapping[str, Any]) -> Image.Image:
-    """The picture of a run of that file."""
-    return Image.open(path.parent / row["outputs"]["picture"]).convert("RGB")
+@dataclass(frozen=True)
+class Run:
+    """A held-out run, and what its picture shows."""
+
+    wish: str
+    prompt: str
+    picture: Image.Image
+    score: float
+    right: float
+
+    @property
+    def kind(self) -> Kind:
+        return wanted(self.wish)
+
+    @property
+    def shown(self) -> Kind | tuple[None, None, None]:
+        return shown(np.asarray(self.picture) / 255) or (None, None, None)
 
 
-def compared(before: Sequence[float], after: Sequence[float], wishes: Sequence[str]) -> dict[str, Any]:
-    """Both means and their paired difference, with errors clustered by wish."""
-    estimates = {
-        "before": clustered_mean(before, wishes),
-        "after": clustered_mean(after, wishes),
-        "difference": paired_difference(after, before, wishes),
-    }
-    return {name: asdict(estimate) for name, estimate in estimates.items()}
+FIGURES: dict[str, Callable[[Run], float]] = {
+    "score": lambda run: run.score,
+    "right": lambda run: run.right,
+    "size": lambda run: run.shown[0] == run.kind[0],
+    "colour": lambda run: run.shown[1] == run.kind[1],
+    "shape": lambda run: run.shown[2] == run.kind[2],
+    "no drawing": lambda run: run.shown[0] is None,
+    "words of a prompt": lambda run: len(run.prompt.split()),
+}
 
 
-def figures(paths: Sequence[Path]) -> dict[str, Any]:
-    """Of the files of held-out runs before and after: all respects, each one, and how long the prompts are."""
-    rows = [read(path) for path in paths]
-    wishes = [row["inputs"]["wish"] for row in rows[0]]
-    asked = [wanted(wish) for wish in wishes]
-    seen = [
-        [shown(np.asarray(picture(path, row)) / 255) for row in side] for path, side in zip(paths, rows, strict=True)
-    ]
+def read(path: Path) -> list[Run]:
+    """The runs of a file of an evaluation."""
 
-    def figure(of: Any) -> dict[str, Any]:
-        before, after = (
-            [float(of(*each)) for each in zip(side, asked, found, strict=True)]
-            for side, found in zip(rows, seen, strict=True)
-        )
-        return compared(before, after, wishes)
+    def made(row: dict[str, Any]) -> Run:
+        outputs = row["outputs"]
+        image = Image.open(path.parent / outputs["picture"]).convert("RGB")
+        return Run(row["inputs"]["wish"], outputs["prompt"]["text"], image, row["score"], row["figures"]["right"])
 
-    made = {
-        "score": figure(lambda row, *_: row["score"]),
-        "right": figure(lambda row, *_: row["figures"]["right"]),
-        "a drawing": figure(lambda row, kind, found: found is not None),
-        "words of a prompt": figure(lambda row, *_: len(row["outputs"]["prompt"]["text"].split())),
-    }
-    for place, name in enumerate(("size", "colour", "shape")):
-        made[name] = figure(lambda row, kind, found, place=place: found is not None and found[place] == kind[place])
+    return [made(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def figures(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
+    """Both means and their paired difference, with standard errors clustered by wish."""
+    wishes, made = np.array([run.wish for run in before]), {}
+    for name, of in FIGURES.items():
+        first, second = (np.array([float(of(run)) for run in runs]) for runs in (before, after))
+        estimates = {
+            "before": clustered_mean(first, wishes),
+            "after": clustered_mean(second, wishes),
+            "difference": paired_difference(second, first, wishes),
+        }
+        made[name] = {side: asdict(estimate) for side, estimate in estimates.items()}
     return made
 
 
-def shown_runs(paths: Sequence[Path]) -> tuple[Image.Image, Rows]:
-    """The first run of a wish of each kind, as a picture and as texts."""
-    rows = [read(path) for path in paths]
-    first: dict[Any, int] = {}
-    for place, row in enumerate(rows[0]):
-        first.setdefault(wanted(row["inputs"]["wish"]), place)
-    places = [first[kind] for kind in kinds() if kind in first][:COLUMNS]
-    sheet = Image.new("RGB", (len(places) * (SIDE + GAP) + GAP, 2 * (SIDE + GAP) + GAP), "#dddddd")
-    for line, (path, side) in enumerate(zip(paths, rows, strict=True)):
-        for column, place in enumerate(places):
-            drawn = picture(path, side[place]).resize((SIDE, SIDE), Image.Resampling.NEAREST)
-            sheet.paste(drawn, (GAP + column * (SIDE + GAP), GAP + line * (SIDE + GAP)))
-    texts = [
-        {
-            "wish": rows[0][place]["inputs"]["wish"],
-            **{
-                name: side[place]["outputs"]["prompt"]["text"]
-                for name, side in zip(("before", "after"), rows, strict=True)
-            },
-        }
-        for place in places
-    ]
-    return sheet, texts
+def first_of_kinds(runs: Sequence[Run]) -> list[int]:
+    """The place of the first run of each kind."""
+    found = [run.kind for run in runs]
+    return [found.index(kind) for kind in kinds() if kind in found]
+
+
+def sheet(sides: Sequence[Sequence[Run]]) -> Image.Image:
+    """Pictures of several systems, a line each."""
+    size = [GAP + number * (SIDE + GAP) for number in (len(sides[0]), len(sides))]
+    made = Image.new("RGB", (size[0], size[1]), "#dddddd")
+    for line, runs in enumerate(sides):
+        for column, run in enumerate(runs):
+            large = run.picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            made.paste(large, (GAP + column * (SIDE + GAP), GAP + line * (SIDE + GAP)))
+    return made
 
 
 def main() -> None:
@@ -101,24 +102,22 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     flags = parser.parse_args()
-    paths = sorted((flags.run / "evaluation").glob("runs-*.jsonl"))
-    ends = [paths[0], paths[-1]]
-    results = json.loads((flags.run / "results.json").read_text())
-    sheet, texts = shown_runs(ends)
-    metrics = [json.loads(line) for line in (flags.run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in metrics if "loss" in row]
+    files = sorted((flags.run / "evaluation").glob("runs-*.jsonl"))
+    before, after = read(files[0]), read(files[-1])
+    steps = [row for row in read_metrics(flags.run / "metrics.jsonl") if "loss" in row]
+    places = first_of_kinds(before)
     made = {
-        "held_out": figures(ends),
-        "shown": texts,
-        "training": {
-            name: [round(row[name], 4) for row in steps]
-            for name in ("loss", "rewards/margins/prompt", "rewards/margins/picture")
-            if name in steps[0]
-        },
-        "results": results,
+        "held_out": figures(before, after),
+        "prompts": [
+            {"wish": before[place].wish, "before": before[place].prompt, "after": after[place].prompt}
+            for place in places
+        ],
+        "training": {name: [round(row[name], 4) for row in steps] for name in TRAINING if name in steps[0]},
+        "results": json.loads((flags.run / "results.json").read_text()),
     }
     flags.output.write_text(json.dumps(made, indent=1) + "\n")
-    sheet.save(flags.output.with_suffix(".png"), optimize=True)
+    shown_runs = [[runs[place] for place in places] for runs in (before, after)]
+    sheet(shown_runs).save(flags.output.with_suffix(".png"), optimize=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ what a picture shows. docs/programs/pictures.md leads through it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -102,7 +102,9 @@ def drawings() -> Float[np.ndarray, "kinds side side 3"]:
     return np.stack([drawn(RADII[size], COLOURS[colour], shape) for size, colour, shape in kinds()])
 
 
-def drawn(radius: float, colour: tuple[float, float, float], shape: str) -> Float[np.ndarray, "side side 3"]:
+def drawn(
+    radius: float, colour: Sequence[float] | Float[np.ndarray, "3"], shape: str
+) -> Float[np.ndarray, "side side 3"]:
     """A shape on white. radius: in pixels."""
     points = ((np.arange(SIDE * FINE) + 0.5) / FINE - SIDE / 2) / radius
     inside = SHAPES[shape](points[None, :], -points[:, None]).reshape(SIDE, FINE, SIDE, FINE)
