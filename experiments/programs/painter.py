@@ -177,13 +177,14 @@ def _fit(
             print(f"{name}: step {step}, loss {loss.item():.4f}", flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The folder that the words of a command line ask for, by default those of this one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--examples", type=int, default=8192)
     parser.add_argument("--vae-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=4000)
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     asked = [kinds()[i] for i in rng.integers(len(kinds()), size=flags.examples)]
