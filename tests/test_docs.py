@@ -12,15 +12,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
+import diffusers
 import jax
 import optax
 import pytest
+import torch
 import transformers
 import yaml
 from PIL import Image
 
 import sysdpo_jax as sj
 from experiments.common.models import smollm2_file
+from experiments.programs import painter
 from sysdpo_jax.cli import main
 from sysdpo_jax.cli.main import COMMANDS, dispatch
 from sysdpo_jax.data.formats import READERS
@@ -196,6 +199,28 @@ def test_the_dspy_program_is_aligned_and_exported(place, capsys):
     assert {row["step"] for row in rows if "loss" in row} == {0, 1}
 
 
+@pytest.mark.slow
+def test_the_writer_and_the_painter_are_aligned_and_exported(place):
+    """The painter of the page, which has learned nothing: its pictures are scored by their brightness."""
+    path = place / "recipes/pictures.yaml"
+    text = path.read_text().replace("sysdpo_jax.recipes.pictures:score", "bright:score")
+    (place / "bright.py").write_text("def score(run):\n    return float(run['picture'].mean())\n")
+    path.write_text(re.sub(r"min_margin: [\d.]+", "min_margin: 0", re.sub(r"samples: \d", "samples: 2", text)))
+    page = (ROOT / "docs/programs/pictures.md").read_text()
+    [folder] = re.findall(r"python -m experiments\.programs\.painter (\w+)", page)
+    painter.main([folder, "--examples", "8", "--vae-steps", "1", "--steps", "1"])
+    found = commands("docs/programs/pictures.md")
+    assert [name for name, *_ in found] == ["online", "export", "recipes"]
+    run(found)
+    rows = read_metrics(place / "runs/pictures/metrics.jsonl")
+    assert {row["step"] for row in rows if "eval/right" in row} == {0, 1, 2}
+    transformers.AutoModelForCausalLM.from_pretrained(place / "aligned/writer")
+    before, after = (
+        diffusers.StableDiffusionPipeline.from_pretrained(place / name) for name in (folder, "aligned/painter")
+    )
+    assert not all(torch.equal(*each) for each in zip(before.unet.parameters(), after.unet.parameters(), strict=True))
+
+
 def test_recorded_traces_lead_to_a_dry_run(place, capsys):
     shutil.copy(ROOT / "tests/traces/data/openai.spans.jsonl", place / "traces.jsonl")
     (place / "small").rename(place / "my_model")
@@ -267,6 +292,7 @@ def _pairs(config, place):
         "caption": "a red ball",
         "route": 1,
         "agent": [{"action": "a red ball"}],
+        "prompt": "a red ball",
     }
     for _ in range(config.schedule.batch_size):
         if config.data.reader == "trl":
@@ -274,7 +300,7 @@ def _pairs(config, place):
             continue
         row = {"inputs": {config.system.inputs[0]: "a small red ball"}}
         for side in ("chosen", "rejected"):
-            own = values | {"image": f"{side}.png", "images": [f"{side}.png"] * 3}
+            own = values | {"image": f"{side}.png", "picture": f"{side}.png", "images": [f"{side}.png"] * 3}
             nodes = (name for name, node in config.system.nodes.items() if node.component or node.body)
             row[side] = {name: own[name] for name in nodes}
         yield row

@@ -64,7 +64,7 @@ def test_shells_complete_commands_and_flags(capsys, shell):
 WRONG = {
     "a command": (["trian"], "'trian' is no command: did you mean 'train'?"),
     "a recipe": (["train", "quikstart"], "'quikstart' is no recipe: did you mean 'quickstart'?"),
-    "a recipe to print": (["recipes", "zzz"], "'zzz' is no recipe: there are agent, llama3_sdxl, quickstart"),
+    "a recipe to print": (["recipes", "zzz"], "'zzz' is no recipe: there are agent, llama3_sdxl, pictures, quickstart"),
     "a file": (["train", "no/such.yaml"], "no/such.yaml does not exist"),
     "nothing to train": (["train", "--dry-run"], "give the file of one run, or the name of a recipe"),
     "two files": (["train", "a.yaml", "b.yaml"], "a.yaml and b.yaml are given"),
