@@ -17,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.programs.elements import KINDS
 from sysdpo_jax.evaluation import clustered_mean, paired_difference
 from sysdpo_jax.io import write_json
@@ -47,8 +49,8 @@ def figures(before: Rows, after: Rows) -> dict[str, Any]:
 
 
 def _compared(name: str, first: Rows, second: Rows, places: Sequence[int]) -> dict[str, Any]:
-    old, new = ([float(side[place][name]) for place in places] for side in (first, second))
-    elements = [first[place]["element"] for place in places]
+    old, new = (np.array([float(side[place][name]) for place in places]) for side in (first, second))
+    elements = np.array([first[place]["element"] for place in places])
     found = {
         "before": clustered_mean(old, elements),
         "after": clustered_mean(new, elements),
