@@ -27,8 +27,8 @@ from sysdpo_jax.serving.server import ServingError
 from sysdpo_jax.typing import Features, Keys, Params, Parents
 from sysdpo_jax.values import SampledText
 
-# Texts of a call that are compared. To compute the log-probabilities of all takes about as long as to sample them, and
-# what makes a server differ (other weights, another precision) is the same in all.
+# Texts of a call that are compared. All of them would be one more pass of the model over every text, and what makes a
+# server differ (other weights, another precision) is the same in all.
 COMPARED = 16
 # Nats a token: bfloat16 on both sides is a fifth of it apart, another model at least some tenths.
 MAX_GAP = 0.05
