@@ -86,9 +86,11 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--note", action="append", default=[], metavar="NAME=TEXT", help="what the file says besides")
     given = parser.parse_args()
     made = figures(_read(given.before), _read(given.after))
     about = {"date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
+    about |= dict(note.split("=", 1) for note in given.note)
     write_json(given.output, about | {"held_out": made})
     for name in (*FIGURES, "words of an answer"):
         told = (f"{when} {each['value']:.3f} ± {each['standard_error']:.3f}" for when, each in made[name].items())
