@@ -180,8 +180,8 @@ class Endpoint:
         if self.shown not in _ANNOUNCED:
             _ANNOUNCED.add(self.shown)
             said = self._without_key(str(cast(Any, state.outcome).exception()))
-            limit = f"{self.patience / 60:g} minutes"
-            logger.warning("%s does not answer (%s): asked again for up to %s", self.shown, said, limit)
+            limit = f"{self.retries} {'time' if self.retries == 1 else 'times'} within {self.patience / 60:g} minutes"
+            logger.warning("%s does not answer (%s): asked again, up to %s", self.shown, said, limit)
 
     async def _once(
         self, connections: httpx.AsyncClient, url: httpx.URL, data: bytes, read: Callable[[bytes, Any], T]

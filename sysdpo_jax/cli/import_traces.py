@@ -8,9 +8,12 @@ parent. The folder gets system.yaml, which `sysdpo train` takes, preferences.jso
 from, and report.txt, which says what became of every span. docs/traces.md explains the formats.
 """
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sysdpo_jax.cli import pairs
 from sysdpo_jax.data.rollouts import Pairs, Ties
@@ -87,13 +90,21 @@ def _write(config: Config) -> None:
     target = folder / "preferences.jsonl"
     said = pairs.make_pairs(pairs.Config((runs,), (scores,), target, config.pairs, config.min_margin, config.ties))
     print(said)
-    count = len(target.read_text(encoding="utf-8").splitlines())
+    lines = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    trained = [name for name, choice in made.choices.items() if choice.how == "train"]
+    if alike := sum(_alike(line, trained) for line in lines):
+        print(f"in {alike} of them both runs have the same answers of all models that are trained")
     title = f"Proposed by `sysdpo import` from {config.traces} ({config.format}).\n\n  sysdpo train {system} --dry-run"
-    text = system_text(title, made.inputs, made.nodes, made.spans, made.choices, made.tokens, count)
+    text = system_text(title, made.inputs, made.nodes, made.spans, made.choices, made.tokens, len(lines))
     if system.exists() and system.read_text(encoding="utf-8") != text:
         raise ConfigError(f"{system} is there and says something else: move it, or name another --output")
     write_whole(system, text)
     print(f"{system}: check it, then sysdpo train {system} --dry-run")
+
+
+def _alike(pair: Mapping[str, Any], names: Sequence[str]) -> bool:
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    return all(name in chosen and chosen[name] == rejected.get(name) for name in names)
 
 
 def _answer(question: str) -> str:

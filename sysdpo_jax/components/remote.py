@@ -108,8 +108,14 @@ class RemoteModel(Component):
             raise ValueError(f"RemoteModel: on_error {self.on_error!r} is neither 'stop' nor 'skip'")
         if self.concurrency < 1 or self.retries < 0 or not self.timeout > 0:
             raise ValueError("RemoteModel: concurrency must be at least 1, retries at least 0, timeout above 0")
-        if not self.model:
-            raise ValueError("RemoteModel: the model has no name: give that which the server knows")
+        limits = {name: getattr(self, name) for name in ("max_tokens", "max_calls", "max_total_tokens")}
+        for name, value in limits.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"RemoteModel: {name} {value!r} must be a whole number of at least 1, or None")
+        if self.temperature is not None and not (isinstance(self.temperature, int | float) and self.temperature >= 0):
+            raise ValueError(f"RemoteModel: temperature {self.temperature!r} must be a number of at least 0, or None")
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError("RemoteModel: the model has no name: give that which the server knows, a text")
         if self.kind == "image" and (self.max_tokens is not None or self.temperature is not None):
             raise ValueError("RemoteModel: a picture has neither max_tokens nor temperature: leave them out")
         # An address that is none should not wait for the first prompt.

@@ -8,7 +8,8 @@ from typing import Any
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.traces.flow import Template, Variable, contents_of, find_template, slots
 from sysdpo_jax.traces.loops import told
-from sysdpo_jax.traces.spans import LLM, Span, leaves, output_text, texts
+from sysdpo_jax.traces.messages import output_text
+from sysdpo_jax.traces.spans import LLM, Span, leaves, texts
 from sysdpo_jax.traces.trees import Role, Tree
 
 # Tools that stand in the proposed system.

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sysdpo_jax.traces.spans import LLM, output_text
+from sysdpo_jax.traces.messages import output_text
+from sysdpo_jax.traces.spans import LLM
 from sysdpo_jax.traces.trees import Role, Tree, Turn, shape_of
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sysdpo_jax.traces.spans import LLM, Span, at, parsed
+from sysdpo_jax.traces.spans import LLM, Span, at, parsed, texts
 
 # LangChain's names of roles, and those of others.
 ROLES = {"human": "user", "ai": "assistant", "HumanMessage": "user", "AIMessage": "assistant", "model": "assistant"}
@@ -144,6 +144,19 @@ def with_texts(span: Span, prompt: Any, answer: Any, tools: Any = None) -> Span:
     if tools and isinstance(asked, list):
         return replace(span, prompt={"messages": asked, "tools": tools}, answer=said)
     return replace(span, prompt=asked, answer=said)
+
+
+def output_text(span: Span) -> str:
+    """The value of a tool or a retriever; of a tool's message, as LangChain's tools give it, the content."""
+    output = span.output
+    if output is None:
+        return "\n".join(span.documents or ())
+    if "tool" in (at(output, "type"), at(output, "kwargs", "type"), at(output, "role")):
+        try:
+            return str(message_of(output)["content"])
+        except NoText:
+            return texts(output)
+    return texts(output)
 
 
 def document_text(document: Any) -> str:

@@ -179,11 +179,6 @@ def leaves(value: Any) -> list[tuple[str, str]]:
     return found
 
 
-def output_text(span: Span) -> str:
-    """The value of a tool or a retriever."""
-    return texts(span.output) if span.output is not None else "\n".join(span.documents or ())
-
-
 def texts(value: Any) -> str:
     """A value as one text: as it is, or as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

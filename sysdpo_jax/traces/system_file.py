@@ -1,5 +1,6 @@
 """The proposed configuration as text, with what a reader should know beside it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _component(choice: Choice, spans: Sequence[Span], tokens: Tokens, prompt: An
     if prompt is not None:
         settings["prompt"] = prompt
     mode = "lora" if choice.how == "train" else "frozen"
-    where = str(local.absolute()) if local.exists() else choice.checkpoint
+    where = os.path.abspath(local) if local.exists() else choice.checkpoint
     return {"checkpoint": where, "mode": mode, "settings": settings}
 
 

@@ -9,7 +9,7 @@ import transformers
 from sysdpo_jax.cli import import_traces
 from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
-from sysdpo_jax.traces.messages import NoText, answer_of, messages_of
+from sysdpo_jax.traces.messages import NoText, answer_of, messages_of, output_text
 from sysdpo_jax.traces.spans import Span
 from sysdpo_jax.traces.tokens import with_tokens
 from sysdpo_jax.values import from_json
@@ -42,6 +42,26 @@ TEMPLATE = (
 )  # fmt: skip
 def test_calls_in_the_forms_of_programs(value):
     assert answer_of(value) == WANTED
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"type": "tool", "data": {"content": "4", "type": "tool", "tool_call_id": "c1"}},
+        {"lc": 1, "type": "constructor", "id": ["ToolMessage"], "kwargs": {"content": "4", "type": "tool"}},
+        {"content": "4", "type": "tool", "name": "on", "tool_call_id": "c1", "status": "success"},
+        {"role": "tool", "content": [{"type": "text", "text": "4"}]},
+        "4",
+        4,
+    ],
+)
+def test_the_message_of_a_tool_is_its_content(output):
+    assert output_text(Span("t", "s", None, "TOOL", "on", output=output)) == "4"
+
+
+def test_what_a_tool_says_of_another_type_is_kept_whole():
+    output = {"type": "tool", "content": [{"type": "image_url", "url": "x"}]}
+    assert json.loads(output_text(Span("t", "s", None, "TOOL", "on", output=output))) == output
 
 
 def test_calls_beside_a_text_without_ids_and_without_names():

@@ -84,6 +84,16 @@ def test_a_langgraph_program_with_scores_in_a_file(place, small, capsys, file, k
     assert "loss at step 0: 0.69" in capsys.readouterr().out
 
 
+def test_pairs_of_equal_answers_are_counted(place, small, capsys):
+    """A pair by score whose trained values are the same on both sides has next to nothing to learn from."""
+    rows = [each for n, last in enumerate("ab") for each in chain(f"t{n}", "red ball", "a ball", last, float(n))]
+    file = write(Path("traces.jsonl"), rows)
+    imported(file, "openinference", "--model", f"draft={small}")
+    assert "in 1 of them both runs have the same answers of all models that are trained" in capsys.readouterr().out
+    imported(file, "openinference", "--model", f"answer={small}", folder="other")
+    assert "same answers" not in capsys.readouterr().out
+
+
 def test_a_frozen_model_is_a_role_on_a_trained_one_and_no_base(place, small):
     found = {}
     for frozen in ("write", "shorten"):
