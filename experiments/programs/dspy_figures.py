@@ -1,7 +1,7 @@
 """Held-out figures of the DSPy program before and after its alignment, as docs/programs/dspy.json has them.
 
 example:
-  python -m experiments.programs.dspy_figures before after figures.json
+  python -m experiments.programs.dspy_figures before after figures.json --control greedy
 
 before, after: folders of `experiments.programs.dspy_run --questions held_out`, with runs of the same questions. Errors
 are clustered by element, of which there are two questions; differences are paired by question.
@@ -48,6 +48,18 @@ def figures(before: Rows, after: Rows) -> dict[str, Any]:
     }
 
 
+def beside(control: Rows, after: Rows) -> dict[str, Any]:
+    """Each figure of a control, one run a question, and how much the runs after differ from it."""
+    known = {_question(row): row for row in control}
+    elements = [row["element"] for row in after]
+    made = {}
+    for name in FIGURES:
+        new, old = ([float(row[name]) for row in rows] for rows in (after, [known[_question(row)] for row in after]))
+        alone = clustered_mean([float(row[name]) for row in control], [row["element"] for row in control])
+        made[name] = {"control": asdict(alone), "difference": asdict(paired_difference(new, old, elements))}
+    return made
+
+
 def _compared(name: str, first: Rows, second: Rows, places: Sequence[int]) -> dict[str, Any]:
     old, new = (np.array([float(side[place][name]) for place in places]) for side in (first, second))
     elements = np.array([first[place]["element"] for place in places])
@@ -86,9 +98,13 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--control", type=Path, help="runs before at another temperature, one of each question")
     parser.add_argument("--note", action="append", default=[], metavar="NAME=TEXT", help="what the file says besides")
     given = parser.parse_args()
-    made = figures(_read(given.before), _read(given.after))
+    after = _read(given.after)
+    made = figures(_read(given.before), after)
+    if given.control is not None:
+        made["before at temperature 0"] = beside(_read(given.control), after)
     about = {"date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
     about |= dict(note.split("=", 1) for note in given.note)
     write_json(given.output, about | {"held_out": made})

@@ -58,9 +58,9 @@ class Plain(dspy.Adapter):
         return {name: completion.strip() for name in signature.output_fields}
 
 
-def program(url: str) -> Ask:
+def program(url: str, temperature: float = 0.8) -> Ask:
     """The program, whose two models a server has by the names search and answer."""
-    given = {"api_base": url, "api_key": "none", "temperature": 0.8, "max_tokens": 40, "cache": False}
+    given = {"api_base": url, "api_key": "none", "temperature": temperature, "max_tokens": 40, "cache": False}
     search, answer = (dspy.LM(f"openai/{name}", **given) for name in ("search", "answer"))
     dspy.configure(adapter=Plain(), rm=_look_up)
     return Ask(search, answer)

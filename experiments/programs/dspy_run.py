@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--questions", choices=("training", "held_out"), required=True)
     parser.add_argument("--url", default="http://localhost:8011/v1")
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--number", type=int, help="so many of the questions")
     given = parser.parse_args()
     provider = provider_of(given.folder, "dspy")
     DSPyInstrumentor().instrument(tracer_provider=provider)
     tracer = OITracer(provider.get_tracer("dspy_run"), TraceConfig())
-    asking = program(given.url)
+    asking = program(given.url, given.temperature)
 
     def run(question: Question) -> dict[str, Any]:
         with tracer.start_as_current_span("request") as span:

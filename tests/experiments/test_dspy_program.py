@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.programs.dspy_figures import FIGURES, figures
+from experiments.programs.dspy_figures import FIGURES, beside, figures
 from experiments.programs.elements import PASSAGES, f1, questions, retrieve, words
 
 DOCS = Path(__file__).parents[2] / "docs/programs"
@@ -73,6 +73,14 @@ def test_figures_are_clustered_by_element_and_paired_by_question():
     assert [each["after"]["f1"] for each in made["examples"]] == [0.5, 0.9, 0.6, 0.6]
     with pytest.raises(ValueError, match="different questions"):
         figures(before, after[1:])
+
+
+def test_a_control_is_paired_by_question_with_every_run():
+    after = _rows([("iron", 0.5), ("iron", 0.9), ("tin", 0.6), ("tin", 0.6)])
+    made = beside(_rows([("tin", 0.4), ("iron", 0.5)]), after)["f1"]
+    assert made["control"]["value"] == pytest.approx(0.45)
+    assert (made["difference"]["value"], made["difference"]["n"]) == (pytest.approx(0.2), 4)
+    assert made["difference"]["standard_error"] == pytest.approx(0, abs=1e-9)
 
 
 def test_the_page_has_the_figures_of_the_file():
