@@ -245,7 +245,8 @@ class Endpoint:
                 "the question was refused",
             )
         remedy = REMEDIES.get(status, "check {field}url, {field}model and the key")
-        remedy = remedy.format(key=self.key_name, field=self.prefix)
+        key = self.key_name if self.key else f"{self.key_name}, which is not set"
+        remedy = remedy.format(key=key, field=self.prefix)
         return ConfigError(f"{self.shown} refuses: {said}; {remedy}")
 
     def _failed(self, attempt: Any) -> ConfigError:

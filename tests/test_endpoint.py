@@ -221,6 +221,12 @@ def test_a_key_in_the_place_of_its_name_is_not_repeated(key):
     assert not key or key not in str(found.value)
 
 
+def test_a_key_that_is_not_set_is_said(monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY")
+    found, _ = asked([response(401, {"error": {"message": "no key"}})])
+    assert "give a valid key in the environment variable JUDGE_KEY, which is not set" in str(found)
+
+
 def test_the_key_is_sent_to_the_judge(monkeypatch):
     async def header(key):
         monkeypatch.setenv("JUDGE_KEY", key)
