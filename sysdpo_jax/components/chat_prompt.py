@@ -164,8 +164,8 @@ def filled(prompt: str, given: Mapping[str, Any]) -> str:
     other = [name for name, value in given.items() if not isinstance(value, str | int | float)]
     if other:
         raise RecordError(
-            f"{other[0]!r} is no text, which the prompt {prompt!r} needs: leave the prompt out, or give text, as a tool "
-            "between them may make"
+            f"{other[0]!r} is no text, which the prompt {prompt!r} needs: leave the prompt out, or give text, as a "
+            "tool between them may make"
         )
     return prompt.format(**given)
 
