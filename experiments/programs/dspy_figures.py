@@ -51,24 +51,32 @@ def figures(before: Rows, after: Rows) -> dict[str, Any]:
 def beside(control: Rows, after: Rows) -> dict[str, Any]:
     """Each figure of a control, one run a question, and how much the runs after differ from it."""
     known = {_question(row): row for row in control}
-    elements = [row["element"] for row in after]
-    made = {}
-    for name in FIGURES:
-        new, old = ([float(row[name]) for row in rows] for rows in (after, [known[_question(row)] for row in after]))
-        alone = clustered_mean([float(row[name]) for row in control], [row["element"] for row in control])
-        made[name] = {"control": asdict(alone), "difference": asdict(paired_difference(new, old, elements))}
-    return made
+    before = [known[_question(row)] for row in after]
+    return {
+        name: {
+            "control": asdict(clustered_mean(_column(control, name), _column(control, "element"))),
+            "difference": asdict(
+                paired_difference(_column(after, name), _column(before, name), _column(after, "element"))
+            ),
+        }
+        for name in FIGURES
+    }
 
 
 def _compared(name: str, first: Rows, second: Rows, places: Sequence[int]) -> dict[str, Any]:
-    old, new = (np.array([float(side[place][name]) for place in places]) for side in (first, second))
-    elements = np.array([first[place]["element"] for place in places])
+    first, second = ([side[place] for place in places] for side in (first, second))
+    old, new, elements = _column(first, name), _column(second, name), _column(first, "element")
     found = {
         "before": clustered_mean(old, elements),
         "after": clustered_mean(new, elements),
         "difference": paired_difference(new, old, elements),
     }
     return {when: asdict(estimate) for when, estimate in found.items()}
+
+
+def _column(rows: Rows, name: str) -> Any:
+    """Of numbers or of names."""
+    return np.array([row[name] if isinstance(row[name], str) else float(row[name]) for row in rows])
 
 
 def _example(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
