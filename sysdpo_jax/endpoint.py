@@ -194,7 +194,8 @@ class Endpoint:
         except TimeoutError:
             raise Again(f"no whole answer within {self.timeout:g} seconds, {self.prefix}timeout") from None
         except httpx.RequestError as error:
-            raise Again(f"{type(error).__name__}: {error}".rstrip(": ")) from None
+            asked = f"; is it started, and {self.prefix}url right?" if isinstance(error, httpx.ConnectError) else ""
+            raise Again(f"{type(error).__name__}: {error}".rstrip(": ") + asked) from None
         if not response.is_success:
             raise self._fault(response.status_code, f"{response.status_code} {self._said(answer)}", response.headers)
         return read(answer, response.headers)

@@ -114,8 +114,20 @@ def read_flags(config: Any, arguments: Sequence[str]) -> tuple[list[str], list[F
             words, rest = rest[:number], rest[number:]
         if not words:
             raise ConfigError(f"--{flag} has no value: give {_expected(kind)} behind it")
-        flags.append(Flag(path, kind, words, f"--{flag}"))
+        _add(flags, Flag(path, kind, words, f"--{flag}"))
     return alone, flags
+
+
+def _add(flags: list[Flag], new: Flag) -> None:
+    """Put a flag behind the others; the words of one that takes any number go behind those of the same before it."""
+    several = any(get_args(each)[-1:] == (...,) for each in (new.kind, *get_args(new.kind)))
+    for place, flag in enumerate(flags):
+        words = [*flag.words, *new.words]
+        # A list or null as YAML has it is the whole value.
+        if several and flag.path == new.path and not any(word.startswith("[") or word == "null" for word in words):
+            flags[place] = flag._replace(words=words)
+            return
+    flags.append(new)
 
 
 def with_flags(config: C, flags: Sequence[Flag]) -> C:

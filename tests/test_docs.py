@@ -229,6 +229,8 @@ def test_recorded_traces_lead_to_a_dry_run(place, capsys):
     run(found)
     said = capsys.readouterr().out
     assert "36 mapped, 0 refused by name" in said
+    for name in ("draft", "answer"):
+        assert f"mapped to the node {name} (trained)" in (place / "proposal/report.txt").read_text()
     assert "loss at step 0: 0.69" in said
 
 

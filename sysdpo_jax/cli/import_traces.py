@@ -103,8 +103,15 @@ def _write(config: Config) -> None:
 
 
 def _alike(pair: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether both sides have the same values, whatever the ids of their calls of tools."""
     chosen, rejected = pair["chosen"], pair["rejected"]
-    return all(name in chosen and chosen[name] == rejected.get(name) for name in names)
+    return all(name in chosen and _without_ids(chosen[name]) == _without_ids(rejected.get(name)) for name in names)
+
+
+def _without_ids(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_ids(item) for name, item in value.items() if name not in ("id", "tool_call_id")}
+    return [_without_ids(item) for item in value] if isinstance(value, list) else value
 
 
 def _answer(question: str) -> str:

@@ -85,6 +85,8 @@ def assemble(config: TrainConfig) -> Run:
     origin = None if not config.init_from else read_origin(config)
     system, params = build_system(config, mesh, origin)
     optimizer.check(system)
+    # What is wrong with the servers is said before anything is trained.
+    sampling_system(config, system)
     return Run(config, mesh, system, params, optimizer, objective, {} if origin is None else {"init_step": origin.step})
 
 

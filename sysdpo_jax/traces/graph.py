@@ -112,13 +112,17 @@ def _inputs(trees: Sequence[Tree]) -> dict[str, list[Any]]:
         top = _asked(tree)
         found: dict[str, str] = {}
         for name, text in () if top.kind == LLM else leaves(top.input):
-            found[_free(_slug(name) or REQUEST, found)] = text
+            # Of a list, as of messages, no name says more than that it is the request.
+            found[_free(REQUEST if re.search(r"(^|_)\d+(_|$)", name) else _slug(name) or REQUEST, found)] = text
         fields.append({name: text for name, text in found.items() if text.strip()})
     common = [name for name in fields[0] if all(name in row for row in fields)]
     columns = {name: [row[name] for row in fields] for name in common}
     varied = {name: column for name, column in columns.items() if len(set(column)) > 1}
     if columns:
-        return varied or columns
+        kept = varied or columns
+        # The one that is left of several needs no number.
+        alone = len(kept) == 1 and next(iter(kept)).startswith(f"{REQUEST}_")
+        return {REQUEST: next(iter(kept.values()))} if alone else kept
     firsts = [tree.spans[tree.nodes[0]] for tree in trees]
     asked = [span.prompt if span.kind == LLM else texts(span.input) for span in firsts]
     if any(not one or one == "null" for one in asked):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sysdpo_jax.cli import command_line, main
+from sysdpo_jax.cli import command_line, import_traces, main
 from sysdpo_jax.cli.main import COMMANDS, dispatch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.flags import fields_of, from_mapping, parse_flags, to_mapping
@@ -209,3 +209,20 @@ def test_every_command_ends_within_bounds_and_those_that_share_work_find_each_ot
     main.main()
     shared = ["initialized"] if name in ("train", "online", "rollout", "prepare") else []
     assert entered == ["bounded", *shared, (name, ["x"], f"sysdpo {name} x")]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--model", "a", "--model", "b"], ("a", "b")),
+        (["--model", "a", "b", "--model=c"], ("a", "b", "c")),
+        (["--model", "a", "--model", "[b, c]"], ("b", "c")),
+        (["--model", "a", "--frozen", "x", "--model", "b"], ("a", "b")),
+    ],
+)
+def test_a_flag_of_several_values_may_be_given_several_times(words, found):
+    given = ["traces.jsonl", "--format", "otlp", "--output", "one", *words, "--output", "other"]
+    made = parse_flags(import_traces.Config, given, "traces")
+    assert made.model == found
+    # Of one value the last one holds, as usual.
+    assert made.output == Path("other")

@@ -11,6 +11,7 @@ from sysdpo_jax.cli.main import dispatch
 from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.flags import from_mapping
 from sysdpo_jax.runs.config import TrainConfig
+from sysdpo_jax.runs.run import assemble
 from sysdpo_jax.runs.serving import sampling_system
 from sysdpo_jax.runs.system import build_system
 from sysdpo_jax.runs.system_config import as_dict
@@ -134,3 +135,6 @@ def test_servers_that_cannot_be(serve, said, tmp_path):
     system, _ = build_system(whole, sj.make_mesh())
     with pytest.raises(ConfigError, match=said):
         sampling_system(whole, system)
+    # Before anything is trained, whether anything is sampled or not.
+    with pytest.raises(ConfigError, match=said):
+        assemble(whole)

@@ -13,8 +13,10 @@ from sysdpo_jax.errors import ConfigError
 from sysdpo_jax.runs.files import read_config
 from sysdpo_jax.runs.system import _prompt
 from sysdpo_jax.traces.files import read_spans
+from sysdpo_jax.traces.graph import propose
 from sysdpo_jax.traces.spans import VALUES
 from sysdpo_jax.traces.tools import messages
+from sysdpo_jax.traces.trees import Ledger, of_one_shape, trees_of
 from sysdpo_jax.user_code import built
 from sysdpo_jax.values import from_json
 from tests.traces.spans import chain, four, llm, root, row, write
@@ -92,6 +94,27 @@ def test_pairs_of_equal_answers_are_counted(place, small, capsys):
     assert "in 1 of them both runs have the same answers of all models that are trained" in capsys.readouterr().out
     imported(file, "openinference", "--model", f"answer={small}", folder="other")
     assert "same answers" not in capsys.readouterr().out
+
+
+def test_calls_that_differ_in_their_ids_are_alike():
+    def pair(chosen, rejected):
+        call = {"type": "function", "function": {"name": "on", "arguments": {"id": 3}}}
+        one, other = ([{"role": "assistant", "tool_calls": [{"id": own, **call}]}] for own in (chosen, rejected))
+        return {"chosen": {"a": one, "b": "x"}, "rejected": {"a": other, "b": "y"}}
+
+    assert import_traces._alike(pair("c1", "c2"), ["a"])
+    assert not import_traces._alike(pair("c1", "c1"), ["a", "b"])
+
+
+def test_what_messages_of_the_root_say_is_the_request(place):
+    """As LangGraph's agents are given it: [["user", "..."]]."""
+    rows = []
+    for n, text in enumerate(("red ball", "green cube")):
+        given = {"input.value": json.dumps({"messages": [["user", text]]})}
+        rows += [root(f"t{n}", "", float(n), **given), llm(f"t{n}", "a", "root", "answer", 1, f"the {text}", "on")]
+    spans = write(Path("traces.jsonl"), rows)
+    trees = of_one_shape(trees_of(read_spans(spans, "openinference"), Ledger()), Ledger())
+    assert [*propose(trees, frozenset()).inputs] == ["request"]
 
 
 def test_a_frozen_model_is_a_role_on_a_trained_one_and_no_base(place, small):
