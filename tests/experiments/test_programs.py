@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +82,21 @@ def test_figures_and_pictures_out_of_a_run(tmp_path, monkeypatch):
     assert made["training"] == {"loss": [0.6931]}
     with Image.open(tmp_path / "made.png") as sheet:
         assert sheet.size == (2 * 72 + 8, 2 * 72 + 8)
+
+
+def test_the_page_has_the_figures_of_the_file():
+    folder = Path(__file__).parents[2] / "docs/programs"
+    held_out, page = (
+        json.loads((folder / "pictures.json").read_text())["held_out"],
+        (folder / "pictures.md").read_text(),
+    )
+    names = {"score": "score: respects that are right", "right": "right in all three"}
+    for name in ("score", "right", "size", "colour", "shape", "words of a prompt"):
+        scale = 1 if name == "words of a prompt" else 100
+        before, after, difference = (
+            f"{scale * each['value']:{sign}.1f} ± {scale * each['standard_error']:.1f}"
+            for each, sign in zip(held_out[name].values(), ("", "", "+"), strict=True)
+        )
+        low, high = (scale * bound for bound in held_out[name]["difference"]["interval"])
+        row = f"| {names.get(name, name)} | {before} | {after} | {difference}, 95% interval {low:+.1f} to {high:+.1f} |"
+        assert row in page
