@@ -38,7 +38,8 @@ def describe_run(run: Run, batches: BatchSource, folder: Path) -> Iterator[str]:
     yield from _decoded(run, batch, folder)
     _, metrics = step(state, batch, run.key)
     values: Mapping[str, Any] = jax.device_get(metrics)
-    yield f"loss at step 0: {float(values['loss']):.6f} (ln 2 = {math.log(2):.6f} with the sigmoid loss)"
+    more = ", to which sft adds" if run.config.objective.sft else ""
+    yield f"loss at step 0: {float(values['loss']):.6f} (ln 2 = {math.log(2):.6f} with the sigmoid loss{more})"
     for node in run.system.nodes:
         if f"logps/chosen/{node.name}" in values:
             chosen, rejected = (float(values[f"logps/{side}/{node.name}"]) for side in ("chosen", "rejected"))
