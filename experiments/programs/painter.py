@@ -11,6 +11,7 @@ docs/programs/pictures.md has. Its captions are short and plain, and such are th
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sysdpo_jax.recipes.pictures import COLOURS, RADII, SIDE, Kind, drawn, kinds
-from sysdpo_jax.runs.files import RECIPES
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 32
@@ -43,7 +43,7 @@ def tokenizer() -> CLIPTokenizer:
     """CLIP's byte pairs, learned from the captions and the wishes that the system is aligned on."""
     texts = [
         *(form(words) for words in kinds() for form in FORMS),
-        *(RECIPES / "pictures_wishes.txt").read_text().splitlines(),
+        *(files("sysdpo_jax.recipes") / "pictures_wishes.txt").read_text().splitlines(),
     ]
     learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learned.normalizer = normalizers.Lowercase()

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import transformers
 
 from sysdpo_jax.evaluation import Estimate, clustered_mean
 from sysdpo_jax.recipes.pictures import request, right, score
-from sysdpo_jax.runs.files import RECIPES
 
 Say = Callable[[list[dict[str, str]]], str]
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--writer", type=Path, required=True)
     parser.add_argument("--painter", type=Path, required=True)
-    parser.add_argument("--wishes", type=Path, default=RECIPES / "pictures_held_out.txt")
+    parser.add_argument("--wishes", type=Path, default=Path(str(files("sysdpo_jax.recipes"))) / "pictures_held_out.txt")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--output", type=Path, required=True)
     flags = parser.parse_args()

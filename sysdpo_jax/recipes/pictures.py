@@ -16,6 +16,9 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+# What the program has, and what the scripts that make a painter for it and its figures read.
+__all__ = ["COLOURS", "RADII", "SIDE", "Kind", "drawn", "kinds", "request", "right", "score", "shown", "wanted"]
+
 EXAMPLES = (
     ("user", "My bathroom needs a picture of the sea."),
     ("assistant", "a calm blue sea"),

@@ -567,7 +567,7 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_paid(tmp_path, monkeypatch,
 
 
 def test_settings_that_cannot_be(tmp_path):
-    for wrong in ({"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"max_tokens": -3}, {"temperature": "hot"}):
+    for wrong in ({"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"max_tokens": -3}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="RemoteModel"):
             remote("http://127.0.0.1:9", tmp_path, **wrong)
     with pytest.raises(ValueError, match="begin it with http"):
