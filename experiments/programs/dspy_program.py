@@ -8,6 +8,7 @@ from typing import Any
 import dspy
 
 from experiments.programs.elements import retrieve
+from experiments.traces.plain_adapter import Plain
 
 
 class Search(dspy.Signature):
@@ -44,20 +45,6 @@ class Ask(dspy.Module):
         return dspy.Prediction(query=query, passages=passages, answer=answer)
 
 
-class Plain(dspy.Adapter):
-    """Instructions and fields as a small model can follow them: its answer is the one output field."""
-
-    def format(self, signature: Any, demos: Any, inputs: Any) -> list[dict[str, Any]]:
-        """A system message with the instructions, and a user's message with the fields."""
-        fields = [f"{name.capitalize()}: {_text(inputs[name])}" for name in signature.input_fields]
-        user = {"role": "user", "content": "\n".join(fields)}
-        return [{"role": "system", "content": signature.instructions}, user]
-
-    def parse(self, signature: Any, completion: str) -> dict[str, Any]:
-        """The whole text, without space around it."""
-        return {name: completion.strip() for name in signature.output_fields}
-
-
 def program(url: str, temperature: float = 0.8) -> Ask:
     """The program, whose two models a server has by the names search and answer."""
     given = {"api_base": url, "api_key": "none", "temperature": temperature, "max_tokens": 40, "cache": False}
@@ -68,7 +55,3 @@ def program(url: str, temperature: float = 0.8) -> Ask:
 
 def _look_up(query: str, k: int, **_: Any) -> list[Any]:
     return [dspy.Example(long_text=text) for text in retrieve(query, k)]
-
-
-def _text(value: Any) -> str:
-    return "".join(f"\n- {item}" for item in value) if isinstance(value, list) else str(value)

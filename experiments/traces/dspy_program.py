@@ -7,16 +7,15 @@ Its spans are written as those of the other program; dspy.jsonl has the same cal
 in the form that `sysdpo import --format dspy` reads.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import dspy
 from openinference.instrumentation import OITracer, TraceConfig
 from openinference.instrumentation.dspy import DSPyInstrumentor
 
-from experiments.traces.recorder import provider_of
+from experiments.traces.plain_adapter import Plain
+from experiments.traces.recorder import provider_of, read_flags
 from experiments.traces.world import QUESTIONS, quality, retrieve
 
 
@@ -36,20 +35,6 @@ class Answer(dspy.Signature):
     answer: str = dspy.OutputField()
 
 
-class Plain(dspy.Adapter):
-    """Instructions and fields as a small model can follow them: its answer is the one output field."""
-
-    def format(self, signature: Any, demos: Any, inputs: Any) -> list[dict[str, Any]]:
-        """A system message with the instructions, and a user's message with the fields."""
-        fields = [f"{name.capitalize()}: {_text(inputs[name])}" for name in signature.input_fields]
-        user = {"role": "user", "content": "\n".join(fields)}
-        return [{"role": "system", "content": signature.instructions}, user]
-
-    def parse(self, signature: Any, completion: str) -> dict[str, Any]:
-        """The whole text, without space around it."""
-        return {name: completion.strip() for name in signature.output_fields}
-
-
 class Ask(dspy.Module):
     """retrieve -> draft -> answer"""
 
@@ -66,23 +51,13 @@ class Ask(dspy.Module):
         return self.answer(question=question, draft=draft)
 
 
-def _text(value: Any) -> str:
-    return "".join(f"\n- {item}" for item in value) if isinstance(value, list) else str(value)
-
-
 def _look_up(query: str, k: int, **_: Any) -> list[Any]:
     return [dspy.Example(long_text=text) for text in retrieve(query, k)]
 
 
 def main() -> None:
     """Ask every question several times."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--url", default="http://localhost:8011/v1")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=len(QUESTIONS))
-    given = parser.parse_args()
+    given = read_flags(len(QUESTIONS))
     provider = provider_of(given.folder, "dspy")
     DSPyInstrumentor().instrument(tracer_provider=provider)
     tracer = OITracer(provider.get_tracer("dspy_program"), TraceConfig())

@@ -8,9 +8,7 @@ example:
 The scores lie in a file of their own, by the traces' ids, as a program has them that scores its runs afterwards.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any, TypedDict
 
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
@@ -22,7 +20,7 @@ from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
 from openinference.instrumentation.langchain import LangChainInstrumentor
 
-from experiments.traces.recorder import provider_of
+from experiments.traces.recorder import provider_of, read_flags
 from experiments.traces.world import QUESTIONS, quality, retrieve
 
 
@@ -73,13 +71,7 @@ def program(llm: ChatOpenAI) -> Any:
 
 def main() -> None:
     """Ask every question several times."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--url", default="http://localhost:8011/v1")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=len(QUESTIONS))
-    given = parser.parse_args()
+    given = read_flags(len(QUESTIONS))
     provider = provider_of(given.folder, "langgraph")
     LangChainInstrumentor().instrument(tracer_provider=provider)
     app = program(ChatOpenAI(model=given.model, base_url=given.url, api_key="none", temperature=0.8, max_tokens=40))

@@ -4,16 +4,14 @@ example:
   python -m experiments.traces.openai_program --folder traces
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
 from openinference.instrumentation import OITracer, TraceConfig
 from openinference.instrumentation.openai import OpenAIInstrumentor
 
-from experiments.traces.recorder import provider_of
+from experiments.traces.recorder import provider_of, read_flags
 from experiments.traces.world import QUESTIONS, quality, retrieve
 
 DRAFT = "Answer the question with the help of these facts.\nFacts:\n{facts}\nQuestion: {question}"
@@ -22,13 +20,7 @@ ANSWER = "Question: {question}\nDraft: {draft}\nShorten the draft to one short s
 
 def main() -> None:
     """Ask every question several times."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--url", default="http://localhost:8011/v1")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=len(QUESTIONS))
-    given = parser.parse_args()
+    given = read_flags(len(QUESTIONS))
     provider = provider_of(given.folder, "openai")
     OpenAIInstrumentor().instrument(tracer_provider=provider)
     tracer = OITracer(provider.get_tracer("openai_program"), TraceConfig())

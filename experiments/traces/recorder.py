@@ -1,5 +1,6 @@
-"""Exporters that write spans to files: as OpenTelemetry's SDK prints them, and as OTLP in JSON."""
+"""What traced programs share: their flags, and exporters of spans, as OpenTelemetry's SDK prints them and as OTLP."""
 
+import argparse
 import base64
 import json
 from collections.abc import Sequence
@@ -38,6 +39,17 @@ def provider_of(folder: Path, name: str) -> TracerProvider:
     for kind, otlp in (("spans", False), ("otlp", True)):
         provider.add_span_processor(SimpleSpanProcessor(SpanFile(folder / f"{name}.{kind}.jsonl", otlp)))
     return provider
+
+
+def read_flags(questions: int) -> argparse.Namespace:
+    """The flags of a traced program. questions: how many there are."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--url", default="http://localhost:8011/v1")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=questions)
+    return parser.parse_args()
 
 
 def _otlp(spans: Sequence[ReadableSpan]) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 """An agent behind a server that calls tools as OpenAI's API has them: every call is answered with its own id."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import jax
 import pytest
 
 import sysdpo_jax as sj
+from tests.components.test_remote import Answers, serving
 
 
 def add(a, b):
@@ -54,32 +51,23 @@ def fault_of(messages):
     return f"no answer to {waiting}" if waiting else None
 
 
+class Agent(Answers):
+    """Calls tools first, and then says what they answered."""
+
+    def answer(self, body):
+        asked, fault = body["messages"], fault_of(body["messages"])
+        if fault:
+            return {"error": {"message": fault, "code": 400}}
+        told = [message["content"] for message in asked if message["role"] == "tool"]
+        if not told and FIRST[asked[0]["content"]]:
+            return {"choices": [{"message": {"content": None, "tool_calls": FIRST[asked[0]["content"]]}}]}
+        return {"choices": [{"message": {"content": " and ".join(told) or "nothing"}}]}
+
+
 @pytest.fixture
 def server():
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked, fault = body["messages"], fault_of(body["messages"])
-            told = [message["content"] for message in asked if message["role"] == "tool"]
-            if not told and FIRST[asked[0]["content"]]:
-                message = {"role": "assistant", "content": None, "tool_calls": FIRST[asked[0]["content"]]}
-            else:
-                message = {"role": "assistant", "content": " and ".join(told) or "nothing"}
-            answer = {"error": {"message": fault}} if fault else {"choices": [{"message": message}]}
-            data = json.dumps(answer).encode()
-            self.send_response(400 if fault else 200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_address[1]}/v1"
-    http.shutdown()
-    http.server_close()
+    with serving(Agent()) as url:
+        yield url
 
 
 def agent(url, tmp_path, tool, observations=("seen",)):
