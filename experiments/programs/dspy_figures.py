@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.programs.elements import KINDS
+from experiments.programs.estimates import compared
 from sysdpo_jax.evaluation import clustered_mean, paired_difference
 from sysdpo_jax.io import write_json
 
@@ -65,13 +66,7 @@ def beside(control: Rows, after: Rows) -> dict[str, Any]:
 
 def _compared(name: str, first: Rows, second: Rows, places: Sequence[int]) -> dict[str, Any]:
     first, second = ([side[place] for place in places] for side in (first, second))
-    old, new, elements = _column(first, name), _column(second, name), _column(first, "element")
-    found = {
-        "before": clustered_mean(old, elements),
-        "after": clustered_mean(new, elements),
-        "difference": paired_difference(new, old, elements),
-    }
-    return {when: asdict(estimate) for when, estimate in found.items()}
+    return compared(_column(first, name), _column(second, name), _column(first, "element"))
 
 
 def _column(rows: Rows, name: str) -> Any:

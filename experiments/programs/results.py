@@ -9,14 +9,14 @@ Beside the file of figures comes a .png: before above, after below, a held-out k
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sysdpo_jax.evaluation import clustered_mean, paired_difference
+from experiments.programs.estimates import compared
 from sysdpo_jax.recipes.pictures import Kind, kinds, shown, wanted
 from sysdpo_jax.training import read_metrics
 
@@ -71,12 +71,7 @@ def figures(before: Sequence[Run], after: Sequence[Run]) -> dict[str, Any]:
     wishes, made = np.array([run.wish for run in before]), {}
     for name, of in FIGURES.items():
         first, second = (np.array([float(of(run)) for run in runs]) for runs in (before, after))
-        estimates = {
-            "before": clustered_mean(first, wishes),
-            "after": clustered_mean(second, wishes),
-            "difference": paired_difference(second, first, wishes),
-        }
-        made[name] = {side: asdict(estimate) for side, estimate in estimates.items()}
+        made[name] = compared(first, second, wishes)
     return made
 
 
